@@ -1,0 +1,67 @@
+"""Algebra of products held as factors, against the dense products."""
+
+import pytest
+import torch
+
+from offsite.kernels.low_rank import compress, decompose, distance, inner, split, stack
+
+
+def pair(out: int, rank: int, inn: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out, rank, generator=generator), torch.randn(rank, inn, generator=generator)
+
+
+def dense(factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return factors[0].double() @ factors[1].double()
+
+
+def test_stacking_is_the_exact_sum() -> None:
+    a, b = pair(20, 3, 12, seed=0), pair(20, 5, 12, seed=1)
+    torch.testing.assert_close(dense(stack([a, b])), dense(a) + dense(b))
+
+
+def test_decomposition_is_the_dense_one() -> None:
+    product = pair(20, 4, 12, seed=2)
+    u, s, vh = decompose(product)
+    torch.testing.assert_close((u * s) @ vh, dense(product))
+    torch.testing.assert_close(s, torch.linalg.svdvals(dense(product))[:4])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_split_is_the_best_approximation_and_nothing_is_lost(rank: int) -> None:
+    product = pair(20, 8, 12, seed=3)
+    near, rest = split(product, rank)
+    assert near[0].shape == (20, rank) and near[1].shape == (rank, 12)
+    torch.testing.assert_close(dense(near) + dense(rest), dense(product), rtol=1e-4, atol=1e-4)
+    tail = torch.linalg.svdvals(dense(product))[rank:]
+    assert distance(product, near) == pytest.approx(float(tail.square().sum().sqrt()), rel=1e-4)
+
+
+def test_a_split_is_balanced() -> None:
+    (left, right), _ = split(pair(20, 8, 12, seed=4), 4)
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_wider_than_the_product_has_spare_columns_that_can_train() -> None:
+    product = pair(20, 2, 12, seed=5)
+    near, rest = split(product, 6)
+    assert near[0].shape == (20, 6) and not near[0][:, 2:].any() and rest[0].shape == (20, 0)
+    assert bool(near[1][2:].any(dim=1).all())
+    torch.testing.assert_close(dense(near), dense(product), rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_zero_splits_into_a_fresh_start() -> None:
+    near, rest = split((torch.zeros(5, 2), torch.zeros(2, 4)), 2)
+    assert not near[0].any() and near[1].any() and rest[0].shape[1] == 0
+
+
+def test_compression_keeps_the_product_at_its_true_rank() -> None:
+    product = stack([pair(9, 6, 7, seed=6), pair(9, 6, 7, seed=7)])
+    smaller = compress(product)
+    assert smaller[0].shape == (9, 7)
+    torch.testing.assert_close(dense(smaller), dense(product), rtol=1e-4, atol=1e-4)
+
+
+def test_inner_products_need_no_dense_product() -> None:
+    a, b = pair(20, 3, 12, seed=8), pair(20, 5, 12, seed=9)
+    assert inner(a, b) == pytest.approx(float((dense(a) * dense(b)).sum()), rel=1e-9)
