@@ -1,0 +1,1 @@
+"""What both ends agree on: services, documents, errors, and how tensors and trust cross the wire."""

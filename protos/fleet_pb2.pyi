@@ -1,0 +1,125 @@
+from offsite.protos import transfer_pb2 as _transfer_pb2
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TASK_STATE_UNSPECIFIED: _ClassVar[TaskState]
+    DOWNLOADING: _ClassVar[TaskState]
+    LOADING: _ClassVar[TaskState]
+    TRAINING: _ClassVar[TaskState]
+    UPLOADING: _ClassVar[TaskState]
+    REFUSED: _ClassVar[TaskState]
+    FAILED: _ClassVar[TaskState]
+TASK_STATE_UNSPECIFIED: TaskState
+DOWNLOADING: TaskState
+LOADING: TaskState
+TRAINING: TaskState
+UPLOADING: TaskState
+REFUSED: TaskState
+FAILED: TaskState
+
+class TaskKey(_message.Message):
+    __slots__ = ("run", "round", "attempt")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    round: int
+    attempt: int
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class EnrolRequest(_message.Message):
+    __slots__ = ("version", "policy", "examples")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    policy: str
+    examples: int
+    def __init__(self, version: _Optional[str] = ..., policy: _Optional[str] = ..., examples: _Optional[int] = ...) -> None: ...
+
+class EnrolReply(_message.Message):
+    __slots__ = ("site", "report_every_s")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    REPORT_EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    report_every_s: float
+    def __init__(self, site: _Optional[str] = ..., report_every_s: _Optional[float] = ...) -> None: ...
+
+class PullTaskRequest(_message.Message):
+    __slots__ = ("wait_s",)
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    wait_s: float
+    def __init__(self, wait_s: _Optional[float] = ...) -> None: ...
+
+class PullTaskReply(_message.Message):
+    __slots__ = ("task", "signature")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    task: bytes
+    signature: bytes
+    def __init__(self, task: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("key", "digest", "size", "metrics")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    key: TaskKey
+    digest: str
+    size: int
+    metrics: str
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., metrics: _Optional[str] = ...) -> None: ...
+
+class UploadOffset(_message.Message):
+    __slots__ = ("offset", "complete")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    complete: bool
+    def __init__(self, offset: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class UploadPart(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    chunk: _transfer_pb2.Chunk
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[_transfer_pb2.Chunk, _Mapping]] = ...) -> None: ...
+
+class UploadReceipt(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("key", "state", "step", "steps", "loss", "message", "bytes_down")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    key: TaskKey
+    state: TaskState
+    step: int
+    steps: int
+    loss: float
+    message: str
+    bytes_down: int
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., message: _Optional[str] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("stop",)
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    stop: bool
+    def __init__(self, stop: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,24 @@
+"""Accounting of wall-clock time: both ends record spans, the report adds them up without counting a moment twice."""
+
+from collections.abc import Iterable
+from typing import Any
+
+USEFUL = ("training", "evaluation", "loading", "download")  # everything else a run does is its own overhead
+
+
+def covered(spans: Iterable[dict[str, Any]], kinds: Iterable[str]) -> float:
+    """Seconds during which at least one span of the given kinds was under way, in any process."""
+    wanted = set(kinds)
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted((span["start"], span["end"]) for span in spans if span["kind"] in wanted):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def seconds(spans: list[dict[str, Any]], *, start: float, end: float) -> dict[str, float]:
+    """Split the time between two moments by what was done; overhead is what no useful kind covers."""
+    kinds = ("training", "evaluation", "loading", "download", "building", "transfer", "aggregation")
+    total = end - start
+    split = {kind: covered(spans, [kind]) for kind in kinds}
+    return {"total": total, **split, "overhead": total - covered(spans, USEFUL)}

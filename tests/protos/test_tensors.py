@@ -1,0 +1,73 @@
+"""Tensor files: whole or absent, and nothing but what was agreed gets in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offsite.protos import tensors
+from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, is_digest, read_chunks
+from offsite.protos.errors import MismatchError
+
+GOOD = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2)}
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, tensors.Entry]:
+    tensors.save(tmp_path / "good", GOOD)
+    return tensors.header(tmp_path / "good")
+
+
+def test_tensors_come_back_as_they_were(tmp_path: Path, expected: dict[str, tensors.Entry]) -> None:
+    found = tensors.check(tmp_path / "good", expected, what="update")
+    assert found.keys() == GOOD.keys() and all(torch.equal(found[key], GOOD[key]) for key in GOOD)
+    assert expected["0.q.A"] == tensors.Entry(dtype="F32", shape=(2, 3))
+
+
+def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
+    tensors.save(tmp_path / "one", GOOD)
+    tensors.save(tmp_path / "two", dict(reversed(GOOD.items())))
+    assert digest_file(tmp_path / "one") == digest_file(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"0.q.A": GOOD["0.q.A"]}, "tensor 0.q.B is missing"),
+        (GOOD | {"1.q.A": torch.zeros(1)}, "tensor 1.q.A was not asked for"),
+        (GOOD | {"0.q.B": torch.zeros(2, 4)}, r"tensor 0.q.B is F32 \[2, 4\], expected F32 \[4, 2\]"),
+        (GOOD | {"0.q.B": torch.zeros(4, 2).half()}, r"tensor 0.q.B is F16 \[4, 2\], expected F32"),
+        (GOOD | {"0.q.B": torch.full((4, 2), float("nan"))}, "tensor 0.q.B holds 8 values that are not finite"),
+        (GOOD | {"0.q.A": torch.tensor([[0.0, 1, float("inf")], [0, 0, 0]])}, "tensor 0.q.A holds 1 values"),
+    ],
+)
+def test_what_does_not_match_is_named(
+    tmp_path: Path, expected: dict[str, tensors.Entry], bad: dict[str, torch.Tensor], words: str
+) -> None:
+    tensors.save(tmp_path / "bad", bad)
+    with pytest.raises(MismatchError, match=f"update: {words}"):
+        tensors.check(tmp_path / "bad", expected, what="update")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x04.", b"PK\x03\x04" + bytes(100), (2).to_bytes(8, "little") + b"[]", b"\xff" * 64]
+)
+def test_other_files_are_refused(tmp_path: Path, expected: dict[str, tensors.Entry], data: bytes) -> None:
+    (tmp_path / "odd").write_bytes(data)
+    with pytest.raises(MismatchError):
+        tensors.check(tmp_path / "odd", expected, what="update")
+
+
+def test_chunks_cover_a_file_from_any_offset(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (CHUNK_BYTES // 128)
+    (tmp_path / "file").write_bytes(data)
+    for offset in (0, 1, CHUNK_BYTES, len(data) - 1, len(data)):
+        pieces = list(read_chunks(tmp_path / "file", offset=offset))
+        assert b"".join(piece for _, piece in pieces) == data[offset:]
+        assert all(data[at : at + len(piece)] == piece for at, piece in pieces)
+    assert digest_bytes(data) == digest_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["", "sha256:", "sha256:" + "G" * 64, "sha256:" + "a" * 63, "../" + "a" * 68])
+def test_only_digests_are_digests(text: str) -> None:
+    assert not is_digest(text) and is_digest(digest_bytes(b""))
