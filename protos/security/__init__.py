@@ -1,0 +1,1 @@
+"""Who is who, and who said what: certificates, mutual TLS and signatures."""

@@ -1,0 +1,165 @@
+"""The three X.509 documents Offsite makes, and the one thing it reads from a certificate: whose it is.
+
+A certificate says whose it is in a URI among its alternative names, `offsite://<role>/<name>`.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Literal, NamedTuple, get_args
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from offsite.protos.errors import IdentityError, InputError
+
+Role = Literal["coordinator", "site", "person"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?)*"
+)
+_URI = re.compile(rf"offsite://({'|'.join(ROLES)})/({_NAME.pattern})")
+_BACKDATED = timedelta(minutes=5)  # another machine's clock may be this much behind
+
+_USES = {
+    "coordinator": [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
+    "site": [ExtendedKeyUsageOID.CLIENT_AUTH],
+    "person": [ExtendedKeyUsageOID.CLIENT_AUTH],
+}
+
+
+class Issuer(NamedTuple):
+    """An authority's certificate and the key that signs for it."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def subject(certificate: x509.Certificate) -> tuple[Role, str]:
+    """Read the role and the name a certificate was issued to; raises IdentityError where it holds none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        names = x509.SubjectAlternativeName([])
+    found = [_URI.fullmatch(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
+    if len(found) != 1 or found[0] is None:
+        raise IdentityError("the certificate names no role: it was not issued by `offsite pki issue`")
+    role = next(role for role in ROLES if role == found[0][1])
+    return role, found[0][2]
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that could not be part of a path and a URI; raises InputError."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} is not a name: write 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+        )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            raise InputError(
+                f"{host!r} is not a host: write a DNS name or an IP address, without port or scheme"
+            ) from None
+        return x509.DNSName(host)
+
+
+def _key_usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _unsigned(
+    common_name: str,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    *,
+    start: datetime,
+    end: datetime,
+    authority: bool,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_distinguished(common_name))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - _BACKDATED)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(_key_usage(authority=authority), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _distinguished(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _authority_key_identifier(issuer: Issuer) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
+
+
+def new_issuer(name: str, *, start: datetime, end: datetime) -> Issuer:
+    """Make an authority: an EC P-256 key and a certificate it signs itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    unsigned = _unsigned(name, _distinguished(name), key.public_key(), start=start, end=end, authority=True)
+    return Issuer(unsigned.sign(key, hashes.SHA256()), key)
+
+
+def new_certificate(
+    issuer: Issuer,
+    key: ec.EllipticCurvePublicKey,
+    role: Role,
+    name: str,
+    *,
+    hosts: Sequence[str],
+    start: datetime,
+    end: datetime,
+) -> x509.Certificate:
+    """Certify that a key belongs to a role and a name, and answers at these hosts; raises InputError for a host."""
+    uri = x509.UniformResourceIdentifier(f"offsite://{role}/{name}")
+    names = x509.SubjectAlternativeName([uri, *(_host(host) for host in hosts)])
+    return (
+        _unsigned(name, issuer.certificate.subject, key, start=start, end=end, authority=False)
+        .add_extension(names, critical=False)
+        .add_extension(x509.ExtendedKeyUsage(_USES[role]), critical=False)
+        .add_extension(_authority_key_identifier(issuer), critical=False)
+        .sign(issuer.key, hashes.SHA256())
+    )
+
+
+def new_revocation_list(
+    issuer: Issuer, revoked: Iterable[tuple[int, datetime]], *, now: datetime
+) -> x509.CertificateRevocationList:
+    """List revoked certificates by serial number and moment; it holds until the next one, as long as its issuer."""
+    entries = [
+        x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment).build()
+        for serial, moment in revoked
+    ]
+    return (
+        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
+        .issuer_name(issuer.certificate.subject)
+        .last_update(now - _BACKDATED)
+        .next_update(issuer.certificate.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(len(entries)), critical=False)
+        .add_extension(_authority_key_identifier(issuer), critical=False)
+        .sign(issuer.key, hashes.SHA256())
+    )

@@ -1,0 +1,115 @@
+"""One's own kit, checked when it is read rather than when a handshake fails far away."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from offsite.protos.errors import IdentityError
+from offsite.protos.security.certificates import Role, subject
+
+WARNING_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this process is: a kit whose parts belong together and hold now."""
+
+    role: Role
+    name: str
+    expires: datetime
+    folder: Path
+    certificate: bytes = field(repr=False)  # PEM, as checked: a later change on disk is not picked up unchecked
+    key: bytes = field(repr=False)
+    authority: bytes = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: Path, *, expect: Role | None = None) -> Self:
+        """Read a kit and check it, for use in one role; raises IdentityError that names the file and what to do."""
+        files = {file: _read(folder / file) for file in ("tls.crt", "tls.key", "ca.crt", "owner.pub")}
+        certificate = _certificate(folder / "tls.crt", files["tls.crt"])
+        _check_key(folder / "tls.key", files["tls.key"], certificate)
+        _check_issuer(folder / "tls.crt", certificate, _certificate(folder / "ca.crt", files["ca.crt"]))
+        try:
+            role, name = subject(certificate)
+        except IdentityError as error:
+            raise IdentityError(f"{folder / 'tls.crt'}: {error}") from None
+        _check_dates(folder / "tls.crt", certificate, f"{role} {name!r}")
+        if expect is not None and role != expect:
+            raise IdentityError(
+                f"{folder}: this is the kit of {role} {name!r}, but a {expect}'s is needed here; use another kit"
+            )
+        for file in ("owner.key", "crl.pem") if role == "coordinator" else ():
+            _read(folder / file)
+        expires = certificate.not_valid_after_utc
+        return cls(role, name, expires, folder, files["tls.crt"], files["tls.key"], files["ca.crt"])
+
+    @property
+    def warning(self) -> str | None:
+        """Say that the certificate ends within two weeks; None while there is time."""
+        left = self.expires - datetime.now(UTC)
+        if left.days >= WARNING_DAYS:
+            return None
+        return (
+            f"{self.folder / 'tls.crt'}: the certificate of {self.role} {self.name!r} expires on "
+            f"{self.expires:%Y-%m-%d}, in {max(left.days, 0)} days; ask the model owner for a new kit"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise IdentityError(
+            f"{path}: no such file; name the folder of a whole kit, as `offsite pki issue` wrote it"
+        ) from None
+    except OSError as error:
+        raise IdentityError(
+            f"{path}: cannot be read: {error.strerror}; give this account the right to read its kit"
+        ) from None
+
+
+def _certificate(path: Path, data: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(data)
+    except ValueError:
+        raise IdentityError(f"{path}: not a certificate in PEM form; copy the kit again from the model owner") from None
+
+
+def _check_key(path: Path, data: bytes, certificate: x509.Certificate) -> None:
+    try:
+        key = load_pem_private_key(data, password=None)
+    except (ValueError, TypeError):
+        raise IdentityError(
+            f"{path}: not an unencrypted private key in PEM form; copy the kit again from the model owner"
+        ) from None
+    if key.public_key() != certificate.public_key():
+        raise IdentityError(f"{path}: the key does not belong to tls.crt; take both from the same kit")
+
+
+def _check_issuer(path: Path, certificate: x509.Certificate, authority: x509.Certificate) -> None:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise IdentityError(
+            f"{path}: the certificate was not issued by this kit's ca.crt; take both from the same kit"
+        ) from None
+
+
+def _check_dates(path: Path, certificate: x509.Certificate, whose: str) -> None:
+    now = datetime.now(UTC)
+    if certificate.not_valid_after_utc < now:
+        raise IdentityError(
+            f"{path}: the certificate of {whose} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; "
+            "ask the model owner for a new kit (`offsite pki issue`)"
+        )
+    if certificate.not_valid_before_utc > now:
+        raise IdentityError(
+            f"{path}: the certificate of {whose} is not valid before "
+            f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this machine's clock "
+            f"({now:%Y-%m-%d %H:%M} UTC)"
+        )

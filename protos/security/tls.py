@@ -1,0 +1,136 @@
+"""Mutual TLS over gRPC: credentials from a kit, who the other end is, and why no connection came about."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from offsite.protos.errors import IdentityError, OffsiteError, UnreachableError
+from offsite.protos.security.certificates import Role, subject
+from offsite.protos.security.identity import Identity
+
+__all__ = ["Identity", "Peer", "Revocations", "channel_credentials", "explain", "peer", "server_credentials"]
+
+
+def server_credentials(identity: Identity) -> grpc.ServerCredentials:
+    """Credentials of a server that lets in only those its own authority has certified."""
+    pair = (identity.key, identity.certificate)
+    return grpc.ssl_server_credentials([pair], root_certificates=identity.authority, require_client_auth=True)
+
+
+def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """Credentials of a client that shows its certificate and trusts only its own authority."""
+    return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who the other end of a connection has proved to be."""
+
+    role: Role
+    name: str
+    serial: int
+
+
+def peer(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
+    """Read who is calling from a gRPC auth context; raises IdentityError for one whose certificate does not hold."""
+    for pem in auth_context.get("x509_pem_cert", ()):
+        certificate = x509.load_pem_x509_certificate(pem)
+        role, name = subject(certificate)
+        # The handshake checked this once, but a connection may outlive its certificate.
+        if certificate.not_valid_after_utc < datetime.now(UTC):
+            raise IdentityError(
+                f"the certificate of {role} {name!r} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; "
+                "ask the model owner for a new kit"
+            )
+        return Peer(role, name, certificate.serial_number)
+    raise IdentityError("the caller showed no certificate; connect over TLS with a kit from the model owner")
+
+
+class Revocations:
+    """The revocation list in a coordinator's kit, read again whenever the file changes."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the list; raises IdentityError where the authority beside it has not signed it."""
+        self._path = path
+        self._version = (0, 0, 0)
+        self._serials: frozenset[int] = frozenset()
+        self._refresh()
+
+    def check(self, peer: Peer) -> None:
+        """Refuse a revoked certificate; raises IdentityError, for every caller while the list cannot be trusted."""
+        self._refresh()
+        if peer.serial in self._serials:
+            raise IdentityError(
+                f"the certificate of {peer.role} {peer.name!r} is revoked; ask the model owner for a new kit"
+            )
+
+    def _refresh(self) -> None:
+        try:
+            stat = self._path.stat()
+            version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if version != self._version:
+                self._serials, self._version = self._read(), version
+        except OSError as error:
+            raise IdentityError(
+                f"{error.filename}: cannot be read: {error.strerror}; nobody is let in without the revocation list"
+            ) from None
+
+    def _read(self) -> frozenset[int]:
+        try:
+            authority = x509.load_pem_x509_certificate(self._path.with_name("ca.crt").read_bytes()).public_key()
+            revoked = x509.load_pem_x509_crl(self._path.read_bytes())
+            signed = isinstance(authority, ec.EllipticCurvePublicKey) and revoked.is_signature_valid(authority)
+        except ValueError:
+            signed = False
+        if not signed:
+            raise IdentityError(
+                f"{self._path}: not a revocation list signed by the ca.crt beside it; nobody is let in without one, "
+                "copy crl.pem again from the authority's folder"
+            )
+        return frozenset(entry.serial_number for entry in revoked)
+
+
+# What the details of an UNAVAILABLE call hold, and what it means. A server never says why it refuses a client: in
+# TLS 1.3 the client's own handshake is over by then, and gRPC sends no alert: a closed socket is all the client sees.
+_NOT_ACCEPTED = {
+    r"certificate has expired": "the coordinator's certificate has expired; its owner issues a new kit with "
+    "`offsite pki issue`",
+    r"certificate is not yet valid": "the coordinator's certificate is not valid yet; check this machine's clock",
+    r"unsupported certificate purpose": "by its certificate, what answers is not a coordinator; check the address",
+    r"CERTIFICATE_VERIFY_FAILED|BAD_SIGNATURE": "the coordinator's certificate was not issued by this kit's ca.crt; "
+    "check the address, or ask the model owner for a kit of the same authority",
+    r"Hostname Verification Check failed": "the coordinator's certificate does not name this host; its owner issues "
+    "one that does with `offsite pki issue --host`",
+    r"WRONG_VERSION_NUMBER": "what answers there does not speak TLS, so it cannot prove who it is; check the address",
+    r"Tls handshake failed": "the TLS handshake failed; check the address and the kit",
+    r"last error: UNAVAILABLE: \S+: Socket closed$": "the coordinator closed the "
+    "connection instead of accepting this kit's certificate: it has expired or is of another authority; "
+    "the coordinator's log says which",
+}
+_NOT_REACHED = {
+    r"Connection refused": "nothing listens there; check the address and that the coordinator is up",
+    r"errors resolving|DNS resolution failed": "the host name is not known; check the address",
+    r"Handshake read failed": "the connection was closed before the coordinator showed a certificate; check the "
+    "address and any proxy on the way",
+}
+
+
+def explain(details: str, target: str) -> OffsiteError:
+    """Turn the details of a call that ended UNAVAILABLE into the error to raise, one sentence on the likely cause.
+
+    IdentityError where one end did not accept the other's certificate, UnreachableError otherwise. A coordinator
+    killed at the moment it is dialled can look like one that refuses: a client that was let in before should ask again.
+    """
+    for pattern, cause in _NOT_ACCEPTED.items():
+        if re.search(pattern, details):
+            return IdentityError(f"{target}: {cause}")
+    for pattern, cause in _NOT_REACHED.items():
+        if re.search(pattern, details):
+            return UnreachableError(f"{target}: {cause}")
+    return UnreachableError(f"{target}: the coordinator does not answer: {details}")
