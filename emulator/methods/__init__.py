@@ -1,0 +1,17 @@
+"""Methods: what of a model is trained, and how it is written down."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offsite.emulator import family
+from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.methods.lora import Lora
+
+METHODS: dict[str, type[Method]] = {Lora.name: Lora}
+
+__all__ = ["METHODS", "Adapter", "Method", "make"]
+
+
+def make(name: str, settings: Mapping[str, Any]) -> Method:
+    """Make a method; raises ValueError on an unknown name or setting."""
+    return family.make("method", METHODS, name, settings)
