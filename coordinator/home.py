@@ -1,0 +1,55 @@
+"""The coordinator's folder on disk: journal, blobs, half-done uploads, scratch space, and its identity."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.journal import Journal
+
+STALE_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths under one root; `identity` is the kit with the owner's signing key."""
+
+    root: Path
+    identity: Path
+
+    def prepare(self) -> "Home":
+        """Make the folders; idempotent."""
+        for folder in (self.root, self.spool, self.scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def sweep(self) -> None:
+        """Remove what kills left behind: scratch files and half uploads that nobody has touched for a day."""
+        for folder in (self.scratch, self.spool):
+            for path in folder.iterdir():
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @property
+    def spool(self) -> Path:
+        """Uploads that are not complete."""
+        return self.root / "spool"
+
+    @property
+    def scratch(self) -> Path:
+        """Files under construction."""
+        return self.root / "scratch"
+
+    @property
+    def owner_key(self) -> Path:
+        """The model owner's signing key."""
+        return self.identity / "owner.key"
+
+    def journal(self) -> Journal:
+        """Open the journal."""
+        return Journal(self.root / "journal.db")
+
+    def blobs(self) -> Blobs:
+        """Open the blobs."""
+        return Blobs(self.root / "blobs")

@@ -1,0 +1,1 @@
+"""What survives: the journal (every state change) and the blobs (every file)."""
