@@ -1,0 +1,47 @@
+"""What a submitted run may ask for; judged before anything is trained."""
+
+from pathlib import Path
+from re import fullmatch
+
+from offsite.coordinator import aggregation
+from offsite.emulator import builders, methods, zoo
+from offsite.emulator.examples import read
+from offsite.protos.errors import InputError
+from offsite.protos.spec import RunSpec
+
+
+def judge(spec: RunSpec) -> None:
+    """Raise InputError with one sentence if the run cannot be done as it is written."""
+    try:
+        builders.make(spec.builder.name, spec.builder.settings)
+        method = methods.make(spec.method.name, spec.method.settings)
+        if spec.model not in zoo.ZOO and not is_hub_id(spec.model):  # those may take long to fetch; a step does it
+            zoo.locate(spec.model, cache=zoo.cache_folder())
+        for path in (*spec.evaluation.values(), *([spec.calibration] if spec.calibration else [])):
+            read(Path(path))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
+    if method.kind not in strategy.kinds:
+        fitting = sorted(name for name, other in aggregation.STRATEGIES.items() if method.kind in other.kinds)
+        raise InputError(
+            f"strategy {spec.strategy.name} cannot average method {spec.method.name} (kind {method.kind}); "
+            f"use one of: {', '.join(fitting)}"
+        )
+    named = spec.sites or ("", *spec.method.settings.get("ranks", ()))  # "": any site that is not named
+    ranks = {method.rank_at(site) for site in named}
+    if len(ranks) > 1 and not strategy.mixed_ranks:
+        raise InputError(
+            f"strategy {spec.strategy.name} needs equal ranks, the sites have {sorted(ranks)}; use low-rank"
+        )
+    if spec.builder.name == "crash" and not spec.calibration:
+        raise InputError("the crash builder looks at hidden states: give public text as calibration")
+    if len(spec.sites) != len(set(spec.sites)):
+        raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
+    if spec.sites and len(spec.sites) < spec.min_sites:
+        raise InputError(f"min_sites is {spec.min_sites}, but only {len(spec.sites)} sites are named")
+
+
+def is_hub_id(model: str) -> bool:
+    """Tell a hub id, org/name, from a local path."""
+    return fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not Path(model).exists()

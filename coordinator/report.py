@@ -1,0 +1,105 @@
+"""The report of a run: the figures of its tuning, what it moved, and where its time went."""
+
+import json
+import time
+from typing import Any
+
+from offsite.coordinator.store.journal import Journal
+from offsite.protos.documents import from_json, to_plain
+from offsite.protos.figures import perplexity
+from offsite.protos.spec import RunSpec, UpdateMetrics
+from offsite.protos.timeline import seconds
+
+FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
+UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly guides training
+
+
+def assemble(journal: Journal, run: str) -> str:
+    """Return the report of a run as JSON, from nothing but the journal."""
+    row, steps, tasks = journal.run(run), journal.steps(run), journal.tasks(run)
+    spec = from_json(RunSpec, row.spec, where="run spec")
+    accepted = [(task, from_json(UpdateMetrics, task.metrics, where="metrics")) for task in tasks if task.metrics]
+    spans = [
+        {"who": "coordinator", "step": name, **span} for name, step in steps.items() for span in step.get("spans", ())
+    ]
+    spans += [
+        {"who": task.site, "step": f"round {task.round + 1}", **to_plain(span)}
+        for task, metrics in accepted
+        for span in metrics.spans
+    ]
+    overall, sites = perplexities({name: steps[name]["sets"] for name in FIGURES if name in steps})
+    built = steps["version:0"]
+    report = {
+        "run": run,
+        "name": spec.name,
+        "model": spec.model,
+        "base": built["base"],
+        "bundle": {
+            key: built["bundle"][key] for key in ("layers", "trainable", "parameters", "bytes", "disclosed", "builder")
+        },
+        "method": to_plain(spec.method),
+        "strategy": to_plain(spec.strategy),
+        "training": to_plain(spec.training),
+        "rounds": [_round(number, steps, accepted) for number in range(spec.rounds)],
+        "overall": overall,
+        "sites": sites,
+        "tokens": {name: value["tokens"] for name, value in steps.get("base_zero_shot", {"sets": {}})["sets"].items()},
+        "bytes": {"down": sum(task.bytes_down for task in tasks), "up": sum(task.bytes_up for task in tasks)},
+        "seconds": seconds(spans, start=row.submitted_at, end=time.time()),
+        "spans": spans,
+        "left_out": [
+            {"round": task.round + 1, "site": task.site, "state": task.state, "message": task.message}
+            for task in {(task.round, task.site): task for task in tasks}.values()  # the last attempt of each
+            if task.state != "uploaded"
+        ],
+        "warnings": warnings(overall),
+    }
+    return json.dumps(report)
+
+
+def perplexities(evaluated: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Turn {figure: {set: {nll, tokens}}} into perplexities over all sets and per set."""
+    overall: dict[str, float] = {}
+    sites: dict[str, dict[str, float]] = {}
+    for figure, sets in evaluated.items():
+        overall[figure] = perplexity(sets.values())
+        for name, one in sets.items():
+            sites.setdefault(name, {})[figure] = perplexity([one])
+    return overall, sites
+
+
+def warnings(overall: dict[str, float]) -> list[str]:
+    """Say what a careful reader would object to."""
+    found = []
+    base, emulator = overall.get("base_zero_shot"), overall.get("emulator_zero_shot")
+    if base and emulator and emulator > UNUSABLE * base:
+        found.append(
+            f"the emulator is too small to be useful: its zero-shot perplexity {emulator:.0f} is "
+            f"{emulator / base:.0f} times the base's {base:.1f} (limit {UNUSABLE:.0f}); keep more layers"
+        )
+    plug_in = overall.get("plug_in")
+    if base and plug_in and plug_in >= base:
+        found.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
+    return found
+
+
+def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateMetrics]]) -> dict[str, Any]:
+    version = steps[f"version:{number + 1}"]
+    plugged = steps.get(f"plug_in:{number + 1}")
+    return {
+        "round": number + 1,
+        "sites": {
+            task.site: {
+                "losses": metrics.losses,
+                "examples": metrics.examples,
+                "weight": version["lineage"].get(task.site, {}).get("weight", 0.0),
+                "bytes_up": task.bytes_up,
+                "bytes_down": task.bytes_down,
+                "engine": metrics.engine,
+                "peak_memory_bytes": metrics.peak_memory_bytes,
+            }
+            for task, metrics in accepted
+            if task.round == number
+        },
+        "figures": version["figures"] | ({"plug_in": perplexity(plugged["sets"].values())} if plugged else {}),
+    }
