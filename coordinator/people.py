@@ -1,0 +1,109 @@
+"""What people call: submit, look, cancel, fetch."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from offsite.coordinator.answer import Gate
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.journal import LIVE, Journal, Row
+from offsite.protos import runs_pb2 as pb
+from offsite.protos import runs_pb2_grpc, transfer_pb2
+from offsite.protos.chunks import read_chunks
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import NotFoundError
+from offsite.protos.spec import RunSpec
+
+POLL_S = 0.1
+
+
+def _judge(spec: RunSpec) -> None:
+    """Import what judges in the thread that judges: it brings torch, and sites need not wait for that to enrol."""
+    from offsite.coordinator.legality import judge
+
+    judge(spec)
+
+
+class RunsService(runs_pb2_grpc.RunsServicer):
+    """The Runs service."""
+
+    def __init__(self, journal: Journal, blobs: Blobs, gate: Gate, supervise: Callable[[str], None]) -> None:
+        self._journal, self._blobs, self._gate, self._supervise = journal, blobs, gate, supervise
+
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
+        """Check the spec, make the run durable, start its supervisor."""
+        async with self._gate(context, "person") as person:
+            spec = from_json(RunSpec, request.spec, where="run spec")
+            await asyncio.to_thread(_judge, spec)
+            run = secrets.token_hex(4)
+            row = self._journal.add_run(run, token=request.token or run, owner=person.name, spec=to_json(spec))
+            await asyncio.to_thread(self._supervise, row.id)
+            return self._status(row)
+
+    async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
+        """Return one run."""
+        async with self._gate(context, "person"):
+            return self._status(self._journal.run(request.id))
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
+        """Return all runs, oldest first."""
+        async with self._gate(context, "person"):
+            return pb.ListReply(runs=[self._status(row, brief=True) for row in self._journal.runs()])
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
+        """Stream events until the run is over and all were sent."""
+        async with self._gate(context, "person"):
+            after, live = request.after, True
+            while live:
+                live = (
+                    self._journal.run(request.id).state in LIVE
+                )  # before the events: none written at the end is missed
+                for row in self._journal.events(request.id, after=after):
+                    after = row.seq
+                    yield pb.Event(
+                        seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=json.dumps(row.data)
+                    )
+                if live:
+                    await asyncio.sleep(POLL_S)
+
+    async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
+        """End a run; one that is over stays as it ended."""
+        async with self._gate(context, "person") as person:
+            self._journal.run(request.id)
+            self._journal.end_run(request.id, "cancelled", error=f"cancelled by {person.name}")
+            return self._status(self._journal.run(request.id))
+
+    async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> AsyncIterator[transfer_pb2.Chunk]:
+        """Send a published file; nothing else can be had."""
+        async with self._gate(context, "person"):
+            if not self._journal.is_artifact(request.digest):
+                raise NotFoundError(f"{request.digest} is not a published file")
+            for offset, data in read_chunks(self._blobs.path(request.digest), offset=request.offset):
+                yield transfer_pb2.Chunk(offset=offset, data=data)
+
+    async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
+        """Return the enrolled sites."""
+        async with self._gate(context, "person"):
+            rows = self._journal.sites()
+            return pb.SitesReply(
+                sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
+            )
+
+    def _status(self, row: Row, *, brief: bool = False) -> pb.RunStatus:
+        spec = from_json(RunSpec, row.spec, where="run spec")
+        done = sum(name.startswith("version:") for name in self._journal.steps(row.id)) - 1
+        return pb.RunStatus(
+            id=row.id,
+            name=spec.name,
+            state=row.state,
+            round=max(0, done),
+            rounds=spec.rounds,
+            error=row.error,
+            submitted_at=row.submitted_at,
+            finished_at=row.finished_at,
+            spec=row.spec,
+            report="" if brief else row.report,
+            artifacts=[pb.Artifact(name=a.name, digest=a.digest, size=a.size) for a in self._journal.artifacts(row.id)],
+        )

@@ -1,0 +1,128 @@
+"""Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
+
+import json
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.store.blobs import Blobs, room
+from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
+from offsite.protos.chunks import is_digest
+from offsite.protos.documents import from_json, plain
+from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
+from offsite.protos.fleet_pb2 import TaskKey, UploadHeader
+from offsite.protos.spec import RunSpec, TaskSpec, UpdateMetrics
+
+HEADER_BYTES = 1 << 20  # more than any safetensors header of an adapter takes beyond the broadcast's
+
+
+class Upload:
+    """One update on its way in, of one task."""
+
+    def __init__(self, home: Home, journal: Journal, blobs: Blobs, site: str, header: UploadHeader) -> None:
+        self._journal, self._blobs, self._header = journal, blobs, header
+        self._key = key_of(header.key, site)
+        self._task = journal.task(self._key)
+        self._spec = from_json(TaskSpec, self._task.spec, where="task")
+        if not is_digest(header.digest):
+            raise InputError(f"{self._what()}: {header.digest!r} is not a digest")
+        self._stem = f"{header.key.run}-{header.key.round}-{site}-{header.key.attempt}-"
+        self._file = home.spool / (self._stem + header.digest[7:])
+        self._run = journal.run(header.key.run)
+
+    @property
+    def complete(self) -> bool:
+        """Whether this very update was accepted before; another one for the same task is refused."""
+        if self._task.state == "uploaded" and self._task.update != self._header.digest:
+            raise MismatchError(f"{self._what()}: an update was accepted before, with digest {self._task.update}")
+        return bool(self._task.state == "uploaded")
+
+    def _what(self) -> str:
+        return f"update of {self._key.site}, round {self._key.round + 1}"
+
+    def offset(self) -> int:
+        """Bytes that are kept already; raises when the update is not wanted or cannot fit."""
+        if self._task.state not in OPEN or self._run.state not in LIVE:
+            state = self._task.state if self._run.state in LIVE else f"run {self._run.state}"
+            raise RefusedError(f"{self._what()}: the task is closed ({state}); the update is not wanted")
+        for other in self._file.parent.glob(self._stem + "*"):  # one half upload per task: disks are finite
+            if other != self._file:
+                other.unlink()
+        limit = self._spec.adapter_size + HEADER_BYTES
+        if not 0 < self._header.size <= limit:
+            raise MismatchError(f"{self._what()}: {self._header.size} bytes announced, at most {limit} can be right")
+        room(self._file.parent, self._header.size)
+        return self._file.stat().st_size if self._file.exists() else 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Append a chunk; raises MismatchError unless it goes on where the last one ended."""
+        with self._file.open("ab") as file:
+            if file.tell() != offset:
+                # Of a stream that lost the race with its own successor: the site asks again where to go on.
+                raise UnreachableError(f"{self._what()}: chunk at byte {offset}, expected at {file.tell()}; resume")
+            if offset + len(data) > self._header.size:
+                raise MismatchError(f"{self._what()}: more bytes than the {self._header.size} announced")
+            file.write(data)
+
+    def finish(self) -> str:
+        """Check the whole update, make it durable, close the task; return the digest."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        if size < self._header.size:
+            raise InputError(f"{self._what()}: {size} of {self._header.size} bytes came; resume the upload")
+        from offsite.protos import tensors  # brings torch, which a server that only waits does not need
+
+        try:
+            metrics = self._check_metrics()
+            self._check_origin(tensors.about(self._file))
+            broadcast = tensors.load(self._blobs.path(self._spec.adapter))
+            expected = tensors.header(self._blobs.path(self._spec.adapter))
+            update = tensors.check(self._file, expected, what=self._what())
+            norm = sum(float((update[name] - broadcast[name]).double().square().sum()) for name in update) ** 0.5
+            most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
+            if not norm <= most:
+                raise MismatchError(f"{self._what()}: changed by a norm of {norm:.3g}, the run allows {most:g}")
+            digest, _ = self._blobs.take(self._file, digest=self._header.digest)
+        except (InputError, MismatchError) as error:
+            self._file.unlink(missing_ok=True)
+            self.fail(str(error))
+            raise
+        values = {"state": "uploaded", "update": digest, "metrics": self._header.metrics, "bytes_up": size}
+        if self._journal.set_task(self._key, **values):
+            site, number = self._key.site, self._key.round + 1
+            data = {"loss": metrics.losses[-1], "bytes": size, "examples": metrics.examples}
+            self._journal.add_event(self._key.run, "update", round=number, site=site, **data)
+        return digest
+
+    def _check_metrics(self) -> UpdateMetrics:
+        """Read what the site tells of itself; its weight is bounded by what it was asked to see."""
+        metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
+        training = self._spec.training
+        most = training.steps * training.batch_size
+        if metrics.examples > most:
+            raise MismatchError(
+                f"{self._what()}: says it saw {metrics.examples} examples, {most} at most were asked for"
+            )
+        if len(metrics.losses) != training.steps:
+            raise MismatchError(f"{self._what()}: tells {len(metrics.losses)} losses of {training.steps} steps")
+        return metrics
+
+    def _check_origin(self, about: dict[str, str]) -> None:
+        """Refuse an update that starts from another broadcast, or comes from another method."""
+        try:
+            told = json.loads(about.get("offsite", "{}"))
+            told = told if isinstance(told, dict) else {}
+        except ValueError:
+            told = {}
+        for name, wanted in (("broadcast", self._spec.adapter), ("method_hash", self._spec.method_hash)):
+            if told.get(name) != wanted:
+                raise MismatchError(f"{self._what()}: its {name} is {told.get(name)}, expected {wanted}")
+
+    def fail(self, message: str) -> None:
+        """Close the attempt; the supervisor may offer another."""
+        message = plain(message)  # it may quote names from the file
+        if self._journal.set_task(self._key, state="failed", message=message):
+            site, number = self._key.site, self._key.round + 1
+            self._journal.add_event(self._key.run, "site", round=number, site=site, state="failed", message=message)
+
+
+def key_of(key: TaskKey, site: str) -> Key:
+    """Return the journal's key of a task of a site."""
+    return Key(run=key.run, round=key.round, site=site, attempt=key.attempt)
