@@ -1,0 +1,50 @@
+"""`offsite coordinator`: run the owner's end."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `up` a subcommand."""
+
+
+@app.command()
+def up(
+    identity: Annotated[Path, typer.Option(help="The coordinator's kit, from `offsite pki issue --role coordinator`.")],
+    home: Annotated[Path, typer.Option(help="Folder of the journal and the blobs; made if missing.")] = Path(
+        "offsite-home"
+    ),
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:8443",
+    executor: Annotated[Literal["ray", "threads"], typer.Option(help="Where supervisors and their steps run.")] = "ray",
+    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
+    format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
+) -> None:
+    """Serve sites and people until interrupted; unfinished runs go on where they were."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from offsite.coordinator.executor import Executor, InProcess
+    from offsite.coordinator.home import Home
+    from offsite.coordinator.server import run
+
+    def make(home: Home) -> Executor:
+        if executor == "threads":
+            return InProcess(home)
+        from offsite.coordinator.workers import OnRay
+
+        return OnRay(home, address=ray_address or None, threads=threads)
+
+    def ready(port: int) -> None:
+        host = listen.rpartition(":")[0]
+        if format == "json":
+            print(json.dumps({"event": "ready", "address": f"{host}:{port}"}), flush=True)
+        else:
+            print(f"coordinator ready on {host}:{port}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
+
+    run(Home(home.resolve(), identity.resolve()), listen, make, ready=ready)

@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from offsite.coordinator.commands.pki import app
+from offsite.protos.errors import ConflictError
+from offsite.protos.security.identity import Identity
+
+
+def run(*arguments: str | Path) -> str:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False).output
+
+
+def test_a_fleet_is_set_up_and_a_site_leaves_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pki"
+    assert "back it up" in run("init", folder, "--name", "acme")
+    assert str(folder / "hub") in run("issue", folder, "hub", "--role", "coordinator", "--host", "tune.acme.org")
+    assert "tls.key" in run("issue", folder, "--role", "site", "berlin", "--days", "30")
+    assert Identity.load(folder / "berlin", expect="site").warning is None
+    assert str(folder / "hub" / "crl.pem") in run("revoke", folder, "berlin")
+    listed = json.loads(run("list", folder, "--format", "json"))
+    assert [(entry["name"], entry["role"], entry["status"]) for entry in listed] == [
+        ("hub", "coordinator", "valid"),
+        ("berlin", "site", "revoked"),
+    ]
+    table = [line.split()[:3] for line in run("list", folder).splitlines()[1:]]
+    assert table == [["hub", "coordinator", "valid"], ["berlin", "site", "revoked"]]
+
+
+def test_a_coordinator_without_hosts_is_said_to_be_local(tmp_path: Path) -> None:
+    run("init", tmp_path)
+    assert "same machine only" in run("issue", tmp_path, "hub", "--role", "coordinator")
+
+
+def test_a_fault_is_raised_for_the_program_to_print(tmp_path: Path) -> None:
+    run("init", tmp_path)
+    with pytest.raises(ConflictError):
+        run("init", tmp_path)
+
+
+def test_an_unknown_role_is_a_usage_error(tmp_path: Path) -> None:
+    run("init", tmp_path)
+    assert CliRunner().invoke(app, ["issue", str(tmp_path), "x", "--role", "boss"]).exit_code == 2
