@@ -1,0 +1,107 @@
+"""What all engines share, so that a run's arithmetic depends neither on the engine nor on the number of processes.
+
+Every process holds the whole batch's ids and computes the loss of its own rows, weighted by their target tokens: the
+mean over the processes is then the mean over the batch's target tokens, and so is the gradient.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import AdamW, Optimizer
+
+from offsite.client.site.job import EngineSpec
+from offsite.emulator import fidelity
+from offsite.emulator.batches import Batch
+from offsite.emulator.methods import Adapter, Method
+from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, seen from one of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Engine(Protocol):
+    """Runs training steps; every process enters every call."""
+
+    def step(self, batch: Batch) -> float:
+        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        ...
+
+    def gather(self, method: Method, places: Mapping[int, int]) -> Adapter:
+        """Read the adapter off the model, whole."""
+        ...
+
+
+def join(spec: EngineSpec, rendezvous: Path) -> Ranks:
+    """Meet the other processes of this job through a file that is not there yet; raises ResourceError, InputError."""
+    rank = int(os.environ.get("RANK", "0"))
+    device = _device(spec, int(os.environ.get("LOCAL_RANK", str(rank))))
+    if spec.processes > 1 or spec.name == "deepspeed":
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous.absolute().as_uri(),
+            rank=rank,
+            world_size=spec.processes,
+        )
+    return Ranks(rank, spec.processes, device)
+
+
+def _device(spec: EngineSpec, index: int) -> torch.device:
+    count = torch.cuda.device_count() if spec.device != "cpu" else 0
+    if spec.device == "cpu" or (spec.device == "auto" and not count):
+        return torch.device("cpu")
+    if spec.processes > count:
+        raise ResourceError(
+            f"the engine asks for {spec.processes} processes on one GPU each, but torch sees {count} GPUs here; "
+            "ask for fewer processes or for device 'cpu'"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def check_rows(training: TrainingSpec, ranks: Ranks) -> None:
+    """Raise InputError if some process would have no row of a batch."""
+    if training.batch_size < ranks.world:
+        raise InputError(
+            f"a batch of {training.batch_size} sequences cannot be split over {ranks.world} processes; "
+            "the site should use fewer processes or the run a larger batch_size"
+        )
+
+
+def optimizer(parameters: list[nn.Parameter], training: TrainingSpec) -> AdamW:
+    """Return a fresh AdamW (Loshchilov and Hutter, arXiv 1711.05101) with torch's default moments."""
+    return AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def warm_up(optimizer: Optimizer, training: TrainingSpec, step: int) -> None:
+    """Set the learning rate of a step of this round, from 0: linear over the warm-up, then constant."""
+    share = min(1.0, (step + 1) / (training.warmup_steps + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate * share
+
+
+def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
+    """Loss of this process's rows; its mean over the processes is the batch's mean per target token."""
+    rows = Batch(
+        *(part.tensor_split(ranks.world)[ranks.rank] for part in (batch.input_ids, batch.attention_mask, batch.labels))
+    )
+    return fidelity.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
+
+
+def mean(loss: Tensor, ranks: Ranks) -> float:
+    """Mean of a number over the processes."""
+    total = loss.detach().clone()
+    if ranks.world > 1:
+        distributed.all_reduce(total)
+    return float(total) / ranks.world

@@ -1,0 +1,61 @@
+"""Plain torch: the whole model in every process, and one sum of the few trained gradients in each step."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import distributed, nn
+from torch.nn.utils import clip_grad_norm_
+
+from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer, own_loss, warm_up
+from offsite.client.site.job import EngineSpec
+from offsite.emulator.batches import Batch
+from offsite.emulator.methods import Adapter, Method
+from offsite.protos.spec import TrainingSpec
+
+
+class Plain:
+    """The reference that every other engine must agree with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        training: TrainingSpec,
+        spec: EngineSpec,
+        ranks: Ranks,
+    ) -> None:
+        """Take a model with its adapter attached; raises InputError."""
+        check_rows(training, ranks)
+        self._model = model.to(ranks.device)
+        self._parameters = list(trained.values())
+        self._training, self._ranks = training, ranks
+        self._optimizer = optimizer(self._parameters, training)
+        self._steps = 0
+
+    def step(self, batch: Batch) -> float:
+        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        warm_up(self._optimizer, self._training, self._steps)
+        loss = own_loss(self._model, batch, self._ranks)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        if self._ranks.world > 1:
+            self._average_gradients()
+        clip_grad_norm_(self._parameters, self._training.gradient_clipping)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+        return mean(loss, self._ranks)
+
+    def _average_gradients(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # here, though maybe not in the other processes
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self._ranks.world
+        for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def gather(self, method: Method, places: Mapping[int, int]) -> Adapter:
+        """Read the adapter off the model."""
+        return method.state(self._model, places)

@@ -1,0 +1,94 @@
+"""DeepSpeed ZeRO (Rajbhandari et al., arXiv 1910.02054), stages 0 to 3. The one file that opens deepspeed.
+
+Neither its fp16 nor its bf16 mode is on: the frozen weights come in their own precision, what trains stays fp32.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer, own_loss, warm_up
+from offsite.client.site.job import EngineSpec
+from offsite.emulator.batches import Batch
+from offsite.emulator.methods import Adapter, Method
+from offsite.protos.errors import InputError
+from offsite.protos.spec import TrainingSpec
+
+
+class Zero:
+    """Spreads optimiser, gradients and parameters over the processes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        training: TrainingSpec,
+        spec: EngineSpec,
+        ranks: Ranks,
+    ) -> None:
+        """Take a model with its adapter attached; raises InputError."""
+        check_rows(training, ranks)
+        self._deepspeed = _import()
+        self._training, self._ranks, self._spec = training, ranks, spec
+        self._optimizer = optimizer(list(trained.values()), training)
+        config = configuration(spec, training, ranks)
+        if spec.zero_stage == 3:
+            # Before the engine would move the whole model to the device, which is what stage 3 is there to avoid.
+            self._deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            model_parameters=list(trained.values()),
+            config=config,
+            dist_init_required=False,
+        )
+        self._steps = 0
+
+    def step(self, batch: Batch) -> float:
+        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        warm_up(self._optimizer, self._training, self._steps)
+        loss = own_loss(self._engine, batch, self._ranks)
+        self._engine.backward(loss)
+        self._engine.step()
+        self._steps += 1
+        return mean(loss, self._ranks)
+
+    def gather(self, method: Method, places: Mapping[int, int]) -> Adapter:
+        """Read the adapter off the model; in stage 3 every process holds it whole for a moment."""
+        model = self._engine.module
+        trained = list(method.named_parameters(model, places).values())
+        with self._deepspeed.zero.GatheredParameters(trained, enabled=self._spec.zero_stage == 3):
+            return method.state(model, places)
+
+
+def configuration(spec: EngineSpec, training: TrainingSpec, ranks: Ranks) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a job."""
+    zero: dict[str, Any] = {"stage": spec.zero_stage}
+    if spec.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if spec.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": training.batch_size // ranks.world,  # only for its own reports
+        "gradient_clipping": training.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW in all stages; DeepSpeed's own would be compiled here
+    }
+
+
+def _import() -> Any:
+    """Import deepspeed, seconds slow and not installed at every site, so that nothing of it is compiled or printed."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise InputError(
+            f"the engine 'deepspeed' is not installed here ({error}); the engine 'plain' needs no more"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It would be compiled for minutes, and a process killed meanwhile leaves a lock on which all later ones hang.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,44 @@
+"""What the agent asks a trainer process to do. Imports no tensor library."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from offsite.protos.documents import document
+from offsite.protos.spec import Manifest, Positive, TaskSpec
+
+
+@document
+class EngineSpec:
+    """How a site runs its training steps; the result is the same, the memory and the speed are not."""
+
+    name: Literal["plain", "deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 2  # what deepspeed spreads: 1 optimiser, 2 and gradients, 3 and parameters
+    offload: bool = False  # deepspeed only, from stage 1: keep what is spread in main memory
+    processes: Positive = 1  # one for each GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPUs if there are any
+    threads: Annotated[int, Field(ge=0)] = 0  # of each process; 0: as the environment says
+
+    def __post_init__(self) -> None:
+        """Refuse an offload that would do nothing."""
+        if self.offload and (self.name != "deepspeed" or self.zero_stage == 0):
+            raise ValueError("offload needs the engine 'deepspeed' with zero_stage 1, 2 or 3")
+
+    @property
+    def title(self) -> str:
+        """The engine in a few words, as metrics name it."""
+        stage = f" zero-{self.zero_stage}{' offload' if self.offload else ''}" if self.name == "deepspeed" else ""
+        return f"{self.name}{stage}, processes: {self.processes}"
+
+
+@document
+class TrainerJob:
+    """One task, with everything it needs on local disk. Paths are absolute."""
+
+    bundle: str  # folder
+    manifest: Manifest
+    adapter: str  # the broadcast, a safetensors file
+    data: str  # a file or folder of examples
+    task: TaskSpec
+    engine: EngineSpec = EngineSpec()
+    out: str  # folder, made by the trainer: update.safetensors and metrics.json

@@ -1,0 +1,160 @@
+"""Starts a task's trainer processes and follows them. Imports no tensor library: the agent stays small."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from offsite.client.site.job import TrainerJob
+from offsite.protos.documents import to_json
+from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
+
+POLL_S = 1.0  # how soon a process is missed that died without a word
+GRACE_S = 5.0  # between asking a process to end and ending it
+
+
+def launch(job: TrainerJob, folder: Path) -> "Trainer":
+    """Start one process per rank in a folder of the task's own, where each leaves its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = folder / "job.json"
+    document.write_bytes(to_json(job))
+    (folder / "rendezvous").unlink(missing_ok=True)  # of an attempt that was killed; the ranks would wait for it
+    leash_read, leash = os.pipe()
+    events, events_write = os.pipe()
+    processes: list[subprocess.Popen[bytes]] = []
+    logs = [folder / f"rank-{rank}.log" for rank in range(job.engine.processes)]
+    try:
+        for rank, path in enumerate(logs):
+            with path.open("wb") as log:
+                process = subprocess.Popen(
+                    # -P: a file in the folder where the agent runs must not stand in for a library
+                    [sys.executable, "-P", "-m", "offsite.client.site.trainer", str(document)],
+                    stdin=leash_read,
+                    stdout=events_write,
+                    stderr=log,
+                    env=os.environ | _environment(job, folder, rank),
+                    start_new_session=True,  # an interrupt at the agent's terminal is the agent's to handle
+                )
+            processes.append(process)
+    finally:
+        os.close(leash_read)
+        os.close(events_write)
+    return Trainer(processes, logs, leash=leash, events=events)
+
+
+def _environment(job: TrainerJob, folder: Path, rank: int) -> dict[str, str]:
+    engine = job.engine
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(engine.processes),
+        "LOCAL_WORLD_SIZE": str(engine.processes),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other processes
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed earns one at every collective, each a line in the log
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),  # a killed compilation's lock must not outlive the task
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it the sums of cuBLAS differ from run to run
+    }
+    if engine.threads:
+        variables["OMP_NUM_THREADS"] = str(engine.threads)
+    if engine.device == "cpu":
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if sys.platform == "linux":  # the ranks talk within this machine, whatever its host name resolves to
+        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return variables
+
+
+class Trainer:
+    """The processes of one task. They end when this process does, however it does: it holds their standard input."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]], logs: list[Path], *, leash: int, events: int) -> None:
+        """Take running processes, their logs, and our ends of the pipes to their input and from their output."""
+        self._processes, self._logs = processes, logs
+        self._events = events
+        self._leash: int | None = leash
+        self._lock = threading.Lock()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield what the trainer tells until it is done, and then nothing of it runs any more.
+
+        Raises the trainer's own error, ResourceError if a process was killed, RunError if it ended without a word.
+        """
+        told: OffsiteError | None = None
+        try:
+            for event in self._listen():
+                if event["event"] == "error":
+                    told = from_status(event["status"], event["message"])
+                    break
+                yield event
+            self._wait(GRACE_S)
+            codes = [process.poll() for process in self._processes]
+        finally:
+            stopped = self._leash is None
+            self.stop()
+        if stopped:
+            raise RunError("the trainer was stopped")
+        # A process that was killed could not tell; what the others tell is only that it is gone.
+        if error := _killed(codes) or told:
+            raise error
+        if any(codes):
+            raise RunError(f"the trainer ended with exit codes {codes}\n{self._last_words()}")
+
+    def _listen(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of all ranks; end when all have closed their output, or one has died and no more comes."""
+        with os.fdopen(self._events, "rb", buffering=0) as pipe:
+            rest = b""
+            while True:
+                ready, _, _ = select.select([pipe], [], [], POLL_S)
+                if ready:
+                    data = pipe.read(1 << 16)
+                    if not data:
+                        return
+                    *lines, rest = (rest + data).split(b"\n")
+                    yield from map(json.loads, lines)
+                elif any(process.poll() for process in self._processes):
+                    return
+
+    def stop(self) -> None:
+        """End all processes and wait for them; may be called from any thread, and again."""
+        with self._lock:
+            if self._leash is None:
+                return
+            os.close(self._leash)
+            self._leash = None
+            for process in self._processes:
+                process.terminate()
+            self._wait(GRACE_S)
+            for process in self._processes:
+                process.kill()
+                process.wait()
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until all processes have ended, or for so long."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+    def _last_words(self) -> str:
+        """The end of the log of a process that failed, or of the first."""
+        failed = [at for at, process in enumerate(self._processes) if process.poll()]
+        text = self._logs[failed[0] if failed else 0].read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-5:])
+
+
+def _killed(codes: Sequence[int | None]) -> ResourceError | None:
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            return ResourceError(
+                f"the trainer's process {rank} was killed by signal {-code}; the machine may be out of memory: "
+                "use fewer processes, a higher zero_stage, or a smaller batch_size or max_length"
+            )
+    return None

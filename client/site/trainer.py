@@ -1,0 +1,95 @@
+"""A trainer process, one per rank: ``python -m offsite.client.site.trainer JOB.json``.
+
+It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "step", "step", "steps",
+"loss", "tokens"}, {"event": "done"}, or {"event": "error", "status", "message"}. The first rank tells everything, the
+others their errors. The exit code is that of the error. If standard input is a pipe, its end ends the process.
+"""
+
+import errno
+import json
+import os
+import stat
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from offsite.client.site.job import TrainerJob
+from offsite.protos.documents import from_json
+from offsite.protos.errors import OffsiteError, ResourceError
+
+MESSAGE_LENGTH = 900  # a line stays under PIPE_BUF, so that lines of several ranks do not mix
+
+
+class Speaker:
+    """The events of this process; what anything else prints on standard output goes to standard error."""
+
+    def __init__(self) -> None:
+        """Take standard output for the events alone."""
+        self._pipe = os.dup(1)
+        os.dup2(2, 1)
+        self.first = os.environ.get("RANK", "0") == "0"
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Tell an event, if this is the first rank."""
+        if self.first:
+            self._write({"event": event, **fields})
+
+    def error(self, error: OffsiteError) -> None:
+        """Tell why this rank ends."""
+        self._write({"event": "error", "status": error.status, "message": str(error)[:MESSAGE_LENGTH]})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        os.write(self._pipe, json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def main(path: Path) -> int:
+    """Do a job and return the exit code."""
+    say = Speaker()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        job = from_json(TrainerJob, path.read_bytes(), where=str(path))
+        say("loading")
+        from offsite.client.site import training  # after the first event, for it takes seconds
+
+        training.train(job, say=say, rendezvous=path.with_name("rendezvous"))
+    except Exception as fault:  # the process's border: everything becomes an event and an exit code
+        traceback.print_exc()
+        error = explain(fault)
+        say.error(error)
+        return error.exit_code
+    say("done")
+    return 0
+
+
+def _end_with_parent() -> None:
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+
+def explain(error: Exception) -> OffsiteError:
+    """Turn any error into one for a person at the other end of a pipe, in one line."""
+    if isinstance(error, OffsiteError):
+        return error
+    text = next(iter(str(error).splitlines()), "")
+    lower = text.lower()
+    if isinstance(error, MemoryError) or any(
+        words in lower for words in ("out of memory", "allocate memory", "not enough memory")
+    ):
+        return ResourceError(
+            f"the training ran out of memory; lower batch_size or max_length, or raise the site's zero_stage ({text})"
+        )
+    # safetensors has an error of its own for what the system says
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "no space left on device" in lower:
+        return ResourceError(f"the disk is full; make room where the site keeps its work ({text})")
+    return OffsiteError(f"{type(error).__name__}: {text}")
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # threads of a collective that another rank never enters would hold the process

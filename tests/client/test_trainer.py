@@ -1,0 +1,254 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.launch import Trainer, launch
+from offsite.client.site.trainer import explain
+from offsite.emulator import examples
+from offsite.emulator.batches import encode, training_batches
+from offsite.protos import tensors
+from offsite.protos.documents import from_json, parse, to_json
+from offsite.protos.errors import InputError, MismatchError, ResourceError, RunError
+from offsite.protos.spec import UpdateMetrics
+
+Jobs = Any
+ENDLESS = {"steps": 100_000}
+
+
+def finish(job: TrainerJob, folder: Path) -> list[dict[str, Any]]:
+    return list(launch(job, folder).events())
+
+
+def until_training(trainer: Trainer) -> Any:
+    events = trainer.events()
+    assert next(event for event in events if event["event"] == "step")["step"] == 1
+    return events
+
+
+def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """LoRA as anybody would write it with peft and torch, on the layers at both ends of the stored model."""
+    training = job.task.training
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.bundle, dtype=torch.float32)
+    linear = [f"{kind}_proj" for kind in (*"qkvo", "gate", "up", "down")]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=linear, layers_to_transform=[0, 3])
+    model = peft.get_peft_model(model, config).train()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.bundle)
+    names = {
+        f"{layer}.{path}.{factor}": f"base_model.model.model.layers.{position}.{path}.lora_{factor}.default.weight"
+        for position, layer in ((0, 0), (3, 5))
+        for path in [f"self_attn.{k}_proj" for k in "qkvo"] + [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
+        for factor in "AB"
+    }
+    model.load_state_dict({names[key]: value for key, value in tensors.load(Path(job.adapter)).items()}, strict=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (training.warmup_steps + 1))
+    )
+    encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=training.max_length)
+    losses = []
+    for batch in training_batches(
+        encoded, batch_size=training.batch_size, steps=training.steps, first_step=0, seed=training.seed
+    ):
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.gradient_clipping)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    state = model.state_dict()
+    return {key: state[name] for key, name in names.items()}, losses
+
+
+def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, tmp_path: Path) -> None:
+    one = job(training={"warmup_steps": 2, "weight_decay": 0.1, "gradient_clipping": 0.05})
+    events = finish(one, tmp_path / "task")
+    update = tensors.load(tmp_path / "out" / "update.safetensors")
+    expected, losses = plain_local_training(one)
+    assert update.keys() == expected.keys()
+    assert all(torch.equal(update[key], expected[key]) for key in expected)
+    assert all(float(value.norm()) > 0 for value in update.values())
+    assert [event["event"] for event in events] == ["loading", *["step"] * 6, "done"]
+    told = tuple(event["loss"] for event in events[1:-1])
+    assert told == pytest.approx(losses, rel=1e-6)  # the sum over positions has another order there
+    with safe_open(tmp_path / "out" / "update.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["offsite"])
+    assert about == {
+        "format": 1,
+        "run": "run-1",
+        "round": 0,
+        "site": "clinic",
+        "attempt": 0,
+        "broadcast": one.task.adapter,
+        "method_hash": one.task.method_hash,
+    }
+    metrics = from_json(UpdateMetrics, (tmp_path / "out" / "metrics.json").read_bytes(), where="metrics")
+    assert (metrics.examples, metrics.losses, metrics.engine) == (22, told, "plain, processes: 1, cpu")
+    assert metrics.tokens == sum(event["tokens"] for event in events[1:-1])
+    assert metrics.peak_memory_bytes > 50_000_000
+    loading, training = metrics.spans
+    assert (loading.kind, training.kind) == ("loading", "training")
+    assert loading.start < loading.end <= training.start < training.end
+
+
+def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: Jobs, tmp_path: Path) -> None:
+    again = job(training={"steps": 3, "precision": "bf16", "warmup_steps": 2, "weight_decay": 0.1})
+    later = replace(again, task=replace(again.task, round=1))
+    updates = [tmp_path / name / "update.safetensors" for name in ("once", "twice", "later")]
+    trainers = [
+        launch(replace(one, out=str(update.parent)), update.parent)
+        for one, update in zip((again, again, later), updates, strict=True)
+    ]
+    for trainer in trainers:
+        assert list(trainer.events())[-1] == {"event": "done"}
+    assert updates[0].read_bytes() == updates[1].read_bytes()
+    first, last = tensors.load(updates[0]), tensors.load(updates[2])
+    assert not any(torch.equal(first[key], last[key]) for key in first)
+
+
+def test_a_broken_line_of_data_is_one_error_that_names_it(job: Jobs, tmp_path: Path) -> None:
+    data = tmp_path / "notes.jsonl"
+    data.write_text('{"prompt": "w1", "completion": "w2"}\n{"question": "w1"}\n')
+    (tmp_path / "job.json").write_bytes(to_json(job(data=data)))
+    command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
+    ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+    loading, error = map(json.loads, ended.stdout.splitlines())
+    assert loading == {"event": "loading"}
+    assert (error["event"], error["status"]) == ("error", "INVALID_ARGUMENT")
+    assert "notes.jsonl, line 2: found the columns ['question']" in error["message"]
+    assert ended.returncode == 3
+    assert b"Traceback" in ended.stderr and b"Traceback" not in ended.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "wanted.json").write_bytes(to_json(job(training=ENDLESS, processes=2)))
+    agent = """if True:
+        import sys
+        from pathlib import Path
+        from offsite.client.site.job import TrainerJob
+        from offsite.client.site.launch import launch
+        from offsite.protos.documents import from_json
+        job = from_json(TrainerJob, Path(sys.argv[1]).read_bytes(), where="job")
+        for event in launch(job, Path(sys.argv[2])).events():
+            print(event["event"], flush=True)
+    """
+    command = [sys.executable, "-c", agent, str(tmp_path / "wanted.json"), str(tmp_path / "task")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert next(line for line in parent.stdout if line == "step\n")
+        trainers = psutil.Process(parent.pid).children()
+        parent.kill()
+    assert len(trainers) == 2
+    _, alive = psutil.wait_procs(trainers, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_trainer_ends_when_its_input_does(job: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_bytes(to_json(job(training=ENDLESS)))
+    command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
+    # A file takes the events, so that nothing but the input can end it.
+    with (tmp_path / "events").open("w+") as events:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=events, stderr=subprocess.DEVNULL) as trainer:
+            try:
+                while '"step"' not in (tmp_path / "events").read_text():
+                    assert trainer.poll() is None
+                    time.sleep(0.1)
+                assert trainer.stdin is not None
+                trainer.stdin.close()
+                assert trainer.wait(timeout=60) == 1
+            finally:
+                trainer.kill()
+
+
+def test_a_stopped_trainer_is_gone_and_says_so(job: Jobs, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    trainer = launch(job(training=ENDLESS), tmp_path / "task")
+    events = until_training(trainer)
+    trainer.stop()
+    assert set(psutil.Process().children()) == before
+    with pytest.raises(RunError, match="stopped"):
+        list(events)
+    trainer.stop()
+
+
+def test_a_killed_process_is_told_apart_from_a_fault(job: Jobs, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    trainer = launch(job(training=ENDLESS, processes=2), tmp_path / "task")
+    events = until_training(trainer)
+    ranks = [one for one in psutil.Process().children() if one not in before]
+    os.kill(next(one.pid for one in ranks if one.environ()["RANK"] == "1"), signal.SIGKILL)
+    with pytest.raises(ResourceError, match="process 1 was killed by signal 9"):
+        list(events)
+    assert set(psutil.Process().children()) == before
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A maker of a program that runs in the trainer's place."""
+
+    def make(program: str) -> None:
+        (tmp_path / "offsite.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return make
+
+
+def test_a_trainer_that_cannot_start_is_told_with_the_end_of_its_log(job: Jobs, tmp_path: Path, stand_in: Any) -> None:
+    stand_in("raise SystemExit('a broken installation')")
+    with pytest.raises(RunError, match=r"exit codes \[1\]\n.*a broken installation"):
+        finish(job(), tmp_path / "task")
+
+
+def test_an_error_that_is_told_is_raised_once_whichever_process_tells_it(
+    job: Jobs, tmp_path: Path, stand_in: Any
+) -> None:
+    stand_in("""if True:
+        import os, time
+        if os.environ["RANK"] == "0":
+            time.sleep(1000)
+        print('{"event": "error", "status": "DATA_LOSS", "message": "not what was agreed"}')
+        raise SystemExit(7)
+    """)
+    before = set(psutil.Process().children())
+    with pytest.raises(MismatchError, match="^not what was agreed$"):
+        finish(job(processes=2), tmp_path / "task")
+    assert set(psutil.Process().children()) == before
+
+
+def test_running_out_is_told_as_such() -> None:
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "disk is full" in str(explain(full))
+    assert explain(OSError(28, "No space left on device")).exit_code == ResourceError.exit_code
+    with pytest.raises(RuntimeError) as memory:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    assert "ran out of memory" in str(explain(memory.value))
+    assert str(explain(KeyError("two\nlines"))) == "KeyError: 'two\\nlines'"
+    assert explain(KeyError("x")).status == "INTERNAL"
+
+
+def test_an_offload_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="offload needs the engine 'deepspeed'"):
+        parse(EngineSpec, {"offload": True, "zero_stage": 0}, where="engine")
+
+
+def test_the_agent_starts_trainers_without_loading_torch() -> None:
+    code = "import sys, offsite.client.site.launch; print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
