@@ -1,0 +1,169 @@
+"""A gRPC channel over mutual TLS: errors in our words, retries with jitter, downloads and uploads that resume."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from offsite.protos.chunks import digest_file, is_digest, read_chunks
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
+from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
+from offsite.protos.security.identity import Identity
+from offsite.protos.security.tls import channel_credentials, explain
+from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+
+T = TypeVar("T")
+
+CALL_S = 60.0  # deadline of a unary call that does not wait on purpose
+OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),  # a long run's report
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+class Channel:
+    """One connection to one coordinator.
+
+    `patience_s` is how long a call goes on trying while the coordinator does not answer. Every call of the protocol
+    may be repeated, so retrying is always safe.
+    """
+
+    def __init__(self, target: str, identity: Identity, *, patience_s: float = 10.0) -> None:
+        host, _, port = target.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InputError(f"{target!r} is not an address; expected HOST:PORT")
+        self.target = target
+        self.patience_s = patience_s
+        self.grpc = grpc.secure_channel(target, channel_credentials(identity), options=OPTIONS)
+        self._met = False  # whether the coordinator has ever answered on this channel
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.grpc.close()
+
+    def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S) -> Any:
+        """Make a unary call, retrying while the coordinator is away; raises the error the coordinator raised."""
+        return self.patiently(lambda: method(request, timeout=timeout_s))
+
+    def once(self, method: Any, request: Any, *, timeout_s: float) -> Any:
+        """Make a unary call without retrying; raises the error the coordinator raised, or UnreachableError."""
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._translate(error) from None
+
+    def patiently(self, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0) -> T:
+        """Run an attempt until it succeeds, fails for good, or patience ends; progress renews patience."""
+        deadline, reached, pause = time.monotonic() + self.patience_s, progress(), 0.2
+        while True:
+            try:
+                result = attempt()
+                self._met = True
+                return result
+            except grpc.RpcError as error:
+                translated = self._translate(error)
+                if progress() > reached:
+                    deadline, reached, pause = time.monotonic() + self.patience_s, progress(), 0.2
+                if not isinstance(translated, UnreachableError) or time.monotonic() > deadline:
+                    raise translated from None
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 5.0)
+
+    def _translate(self, error: grpc.RpcError) -> OffsiteError:
+        status, details = error.code(), error.details() or ""
+        if status == grpc.StatusCode.UNAVAILABLE:
+            cause = explain(details, self.target)
+            # A coordinator that let us in before is away, whatever a handshake that broke meanwhile looks like.
+            return UnreachableError(str(cause)) if self._met else cause
+        if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return UnreachableError(f"{self.target}: the coordinator did not answer in time")
+        if status == grpc.StatusCode.UNIMPLEMENTED:
+            return InputError(
+                f"{self.target}: the coordinator does not know this call; it runs another version of offsite"
+            )
+        return from_status(status.name, details)
+
+    def stream(self, method: Any, request: Any) -> Iterator[Any]:
+        """Yield the answers of a streaming call; raises the error the coordinator raised."""
+        try:
+            yield from method(request)
+        except grpc.RpcError as error:
+            raise self._translate(error) from None
+
+    def download(
+        self,
+        method: Any,
+        digest: str,
+        path: Path,
+        *,
+        size: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> int:
+        """Fetch a blob to a path unless it is there, resuming what is half there; return the bytes received.
+
+        The file appears under its name only when its digest is right. Not a byte more than `size` is written.
+        Raises MismatchError, ResourceError.
+        """
+        if not is_digest(digest):
+            raise MismatchError(f"{digest!r} is not a digest")
+        if path.exists() and digest_file(path) == digest:
+            return 0
+        partial = path.with_name(f"{path.name}.{digest[7:19]}.partial")
+        received = 0
+
+        def attempt() -> None:
+            nonlocal received
+            with partial.open("ab") as file:
+                for chunk in method(DownloadRequest(digest=digest, offset=file.tell())):
+                    if chunk.offset != file.tell():
+                        raise MismatchError(f"{path.name}: chunk at byte {chunk.offset}, expected at {file.tell()}")
+                    if size is not None and chunk.offset + len(chunk.data) > size:
+                        raise MismatchError(f"{path.name}: more than the {size} bytes that were announced")
+                    file.write(chunk.data)
+                    received += len(chunk.data)
+                    progress(len(chunk.data))
+
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.patiently(attempt, progress=lambda: received)
+        if (found := digest_file(partial)) != digest:
+            partial.unlink()
+            raise MismatchError(f"{path.name}: its digest is {found}, expected {digest}; what came was thrown away")
+        os.replace(partial, path)
+        return received
+
+    def upload(self, fleet: Any, header: UploadHeader, path: Path) -> None:
+        """Send an update from where the coordinator has it; returns once it is durable there."""
+
+        def parts(offset: int) -> Iterable[UploadPart]:
+            yield UploadPart(header=header)
+            for at, data in read_chunks(path, offset=offset):
+                yield UploadPart(chunk=Chunk(offset=at, data=data))
+
+        kept = 0
+
+        def attempt() -> None:
+            nonlocal kept
+            known = fleet.ResumeUpload(header, timeout=CALL_S)
+            kept = known.offset
+            if not known.complete:
+                fleet.Upload(parts(known.offset))
+
+        self.patiently(attempt, progress=lambda: kept)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}; what came is kept and resumed") from None
