@@ -1,0 +1,86 @@
+"""`offsite`: one command line; its groups come from the entry points `offsite.commands` and load when used."""
+
+import signal
+import sys
+from importlib.metadata import entry_points
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from offsite.protos.errors import OffsiteError, from_system
+
+EXTRAS = {
+    "coordinator": "coordinator",
+    "emulator": "coordinator",
+    "pki": "coordinator",
+    "site": "client",
+    "demo": "all",
+}
+
+
+class Commands(TyperGroup):
+    """Groups of the installed ends; one that is missing is not an error until it is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the groups' names."""
+        return sorted(entry.name for entry in entry_points(group="offsite.commands"))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Load one group."""
+        for entry in entry_points(group="offsite.commands", name=cmd_name):
+            command = typer.main.get_command(entry.load())
+            command.name = cmd_name
+            return command
+        return None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Tune a language model that may not leave its owner on data that may not leave its sites.",
+    epilog="Exit codes: 0 done, 1 internal, 2 usage, 3 bad input, 4 identity, 5 refused, 6 not found, 7 mismatch, "
+    "8 missing resource, 9 unreachable, 10 run failed, 11 conflict, 130 interrupted.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Hold the groups together."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; not a KeyboardInterrupt, which the command-line library would turn into exit code 1."""
+
+
+def main() -> None:
+    """Run the command line; every error is one sentence on stderr and a documented exit code."""
+    # Set even where they are ignored: a shell starts its background jobs that way.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        app(prog_name="offsite")
+    except OffsiteError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        known = from_system(error)
+        _fail(str(known), known.exit_code)
+    except Interrupted:
+        _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        group = sys.argv[1] if len(sys.argv) > 1 else ""
+        extra = EXTRAS.get(group, "all")
+        _fail(f"{error.name} is not installed; `offsite {group}` needs: pip install 'offsite[{extra}]'", 8)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that child processes are ended."""
+    raise Interrupted
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"offsite: {message}", file=sys.stderr)
+    sys.exit(code)

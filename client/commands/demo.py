@@ -1,0 +1,87 @@
+"""`offsite demo`: the main job on this machine, from nothing to an adapter and a report."""
+
+import json
+from pathlib import Path
+from re import fullmatch
+from typing import Annotated, Literal
+
+import typer
+
+RESERVED = ("coordinator", "researcher", "bound")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the report and the logs.")] = Path("offsite-demo"),
+    model: Annotated[str, typer.Option(help="A path, a hub id, or a name from the zoo.")] = "smollm2-135m-instruct",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: a site and its examples (JSONL, Parquet, text or folder). Repeat for more."),
+    ] = None,
+    public: Annotated[Path | None, typer.Option(help="Public text for the emulator's calibration.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Local steps a round.")] = 8,
+    keep: Annotated[
+        int | None, typer.Option(min=5, help="Layers the emulator keeps; four fifths if not given.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW at the sites.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
+    examples: Annotated[int, typer.Option(min=1, help="Training examples of a built-in site.")] = 72,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples of each site.")] = 32,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the frozen weights.")] = "bf16",
+    engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains at the sites.")] = "deepspeed",
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of data order and adapter start.")] = 0,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write the merged model.")] = False,
+    format: Annotated[Literal["text", "json"], typer.Option(help="For people, or JSON lines for programs.")] = "text",
+) -> None:
+    """Fetch a model and private data of four sites, tune it without any site holding it, and report.
+
+    Starts a coordinator (Ray) and the sites as processes on loopback with certificates of their own, submits a run
+    through the SDK, and writes the adapter in peft format, report.json and report.html.
+    """
+    from rich.console import Console
+
+    from offsite.client.demo.play import Demo, Settings
+    from offsite.client.figures import table
+    from offsite.protos.errors import InputError
+
+    sites: dict[str, Path] = {}
+    for pair in site or []:
+        name, equals, file = pair.partition("=")
+        if not equals or name in sites or not fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise InputError(f"--site {pair}: expected NAME=FILE, each name once, of letters, digits, '.', '_', '-'")
+        if name in RESERVED:
+            raise InputError(f"--site {pair}: {name} is the name of another part of the demo; take another")
+        sites[name] = Path(file).resolve()
+    settings = Settings(
+        out=out,
+        model=model,
+        sites=sites,
+        public=public,
+        rounds=rounds,
+        steps=steps,
+        keep=keep,
+        rank=rank,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        examples=examples,
+        held_out=held_out,
+        precision=precision,
+        engine=engine,
+        zero_stage=zero_stage,
+        seed=seed,
+        merge=merge,
+    )
+    console = Console(highlight=False, quiet=format == "json")
+    report = Demo(settings, console, format=format).play()
+    if format == "json":
+        print(json.dumps({"event": "report", **report}), flush=True)
+        return
+    console.print(table(report))
+    console.print(f"adapter: {out / 'adapter'}   report: {out / 'report.html'}, {out / 'report.json'}")

@@ -1,0 +1,168 @@
+"""`offsite run`: submit federated runs and look after them."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit federated runs and look after them.")
+
+RESTART_S = 120.0  # how long a command that waits for a run waits for a coordinator that is being restarted
+
+Coordinator = Annotated[str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator.")]
+Kit = Annotated[Path, typer.Option("--identity", envvar="OFFSITE_IDENTITY", help="A person's kit.")]
+Format = Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")]
+Id = Annotated[str, typer.Argument(help="The run's id.")]
+
+
+@app.command()
+def submit(
+    coordinator: Coordinator,
+    identity: Kit,
+    spec: Annotated[Path | None, typer.Argument(help="The run in TOML; see docs/run.toml.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="A field, NAME=VALUE, such as training.steps=20.")] = None,
+    token: Annotated[str, typer.Option(help="Repeating a submission with the same token gives the same run.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
+    format: Format = "text",
+) -> None:
+    """Submit a run and print its id."""
+    from offsite.client.session import connect
+    from offsite.protos.documents import assign, parse, read_toml
+    from offsite.protos.spec import RunSpec
+
+    wanted = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}), where=str(spec or "run"))
+    with connect(coordinator, identity=identity) as session:
+        run = session.submit(wanted, token=token)
+        print(json.dumps({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
+        if watch:
+            _follow(run, format)
+
+
+@app.command("list")
+def list_(coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """List all runs, oldest first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        runs = session.runs()
+    if format == "json":
+        print(json.dumps([_plain(run) for run in runs], indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("id", "name", "state", "round", "submitted", "why"):
+        table.add_column(column)
+    for run in runs:
+        status = run.status
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.submitted_at))
+        table.add_row(run.id, Text(status.name), run.state, f"{status.round}/{status.rounds}", when, Text(run.error))
+    Console().print(table if runs else "no runs yet; `offsite run submit` makes one")
+
+
+@app.command()
+def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """Show one run: its state, its figures, its files."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from offsite.client.figures import table
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        run = session.run(id)
+    if format == "json":
+        print(json.dumps(_plain(run) | {"spec": json.loads(run.status.spec), "report": run.report}, indent=2))
+        return
+    console = Console()
+    status = run.status
+    console.print(Text(f"run {run.id} {status.name}: {run.state}, round {status.round} of {status.rounds} {run.error}"))
+    if run.report:
+        console.print(table(run.report))
+    for artifact in status.artifacts:
+        console.print(f"{artifact.name}  {artifact.size / 1e6:.2f} MB  {artifact.digest}")
+
+
+@app.command()
+def watch(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """Follow a run until it ends; exit code 10 if it failed or was cancelled."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
+        _follow(session.run(id), format)
+
+
+@app.command()
+def cancel(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """Cancel a run; sites stop at their next report. A run that is over stays as it ended."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        run = session.run(id).cancel()
+    print(json.dumps(_plain(run)) if format == "json" else f"run {run.id} is {run.state}")
+
+
+@app.command()
+def fetch(
+    id: Id, out: Annotated[Path, typer.Argument(help="Folder for the files.")], coordinator: Coordinator, identity: Kit
+) -> None:
+    """Wait for a run and download its files: the adapter, and the merged model if it was asked for."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
+        print(session.run(id).result(out))
+
+
+@app.command()
+def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """List the enrolled sites and when each was last heard."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        found = session.sites()
+    if format == "json":
+        print(
+            json.dumps(
+                [{"name": s.name, "seen_at": s.seen_at, "examples": s.examples, "version": s.version} for s in found]
+            )
+        )
+        return
+    for site in found:
+        print(
+            f"{site.name}  {site.examples} examples  heard {time.time() - site.seen_at:.0f} s ago  "
+            f"offsite {site.version}"
+        )
+
+
+def _follow(run: Any, format: str) -> None:
+    from rich.console import Console
+
+    from offsite.client.figures import table
+    from offsite.client.progress import follow
+    from offsite.protos.errors import RunError
+
+    console = Console()
+    follow(run.watch(), run.spec, console=console, format=format)
+    if run.state != "completed":
+        raise RunError(f"run {run.id} {run.state}: {run.error}")
+    if format == "text":
+        console.print(table(run.report))
+
+
+def _plain(run: Any) -> dict[str, Any]:
+    status = run.status
+    return {
+        "id": run.id,
+        "name": status.name,
+        "state": run.state,
+        "round": status.round,
+        "rounds": status.rounds,
+        "error": run.error,
+        "submitted_at": status.submitted_at,
+        "finished_at": status.finished_at,
+        "artifacts": [{"name": a.name, "digest": a.digest, "size": a.size} for a in status.artifacts],
+    }

@@ -1,0 +1,85 @@
+"""`offsite site`: let a data site take part."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `join` a subcommand."""
+
+
+@app.command()
+def join(
+    coordinator: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator. The site only ever dials out.")],
+    identity: Annotated[Path, typer.Option(help="The site's kit, from the model owner.")],
+    policy: Annotated[Path, typer.Option(help="The site's policy file (TOML): what may run here.")],
+    data: Annotated[Path, typer.Option(help="Private examples: JSONL, Parquet, text, or a folder of these.")],
+    work: Annotated[Path, typer.Option(help="Folder for downloads and half-done work.")] = Path("offsite-site"),
+    engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains.")] = "deepspeed",
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
+    offload: Annotated[
+        bool, typer.Option(help="Keep optimiser state and parameters in CPU memory (ZeRO 1 to 3).")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes, one a GPU.")] = 1,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of a training process; 0 leaves it to torch.")] = 0,
+    format: Annotated[Literal["text", "json"], typer.Option(help="How to log.")] = "text",
+) -> None:
+    """Pull tasks, train on this site's data within its policy, and upload the updates, until interrupted."""
+    from offsite.client.channel import Channel
+    from offsite.client.site.agent import Agent, SiteConfig, policy_digest
+    from offsite.client.site.job import EngineSpec
+    from offsite.client.site.policy import Policy
+    from offsite.emulator.examples import read
+    from offsite.protos.documents import parse, to_plain
+    from offsite.protos.errors import InputError
+    from offsite.protos.security.identity import Identity
+
+    kit = Identity.load(identity, expect="site")
+    rules = Policy.load(policy)
+    rules.check_data(data)
+    try:
+        examples = len(read(data))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if format == "json":
+        _log_json("policy", to_plain(rules) | {"file": str(policy), "training_on": str(data), "examples": examples})
+    else:
+        _show_policy(kit.name, rules.describe(), policy, data, examples)
+    wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
+    spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
+    config = SiteConfig(kit, rules, policy_digest(policy), data, examples, work.resolve(), spec)
+    channel = Channel(coordinator, kit, patience_s=60.0)
+    try:
+        Agent(channel, config, say=_log_json if format == "json" else _log_text).run()
+    finally:
+        channel.close()
+
+
+def _show_policy(site: str, rows: list[tuple[str, str]], policy: Path, data: Path, examples: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"site {site}: policy of {policy}", show_header=False, title_justify="left")
+    for bound, value in rows:
+        table.add_row(bound, value)
+    table.add_row("training on", f"{data} ({examples:,} examples)")
+    Console().print(table)
+
+
+def _log_json(kind: str, data: dict[str, Any]) -> None:
+    print(json.dumps({"event": kind, "at": time.time(), **data}), flush=True)
+
+
+def _log_text(kind: str, data: dict[str, Any]) -> None:
+    told = " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in data.items()
+    )
+    print(f"{time.strftime('%H:%M:%S')} {kind:9} {told}", flush=True)

@@ -1,0 +1,172 @@
+"""What a person sees of a run under way: one live screen on a terminal, plain lines elsewhere, or JSON lines."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from offsite.client.session import Event
+from offsite.protos.figures import perplexity
+from offsite.protos.spec import RunSpec
+
+PHASES = {
+    "build": "building the emulator",
+    "version:0": "building the emulator",
+    "base_zero_shot": "measuring the base",
+    "emulator_zero_shot": "measuring the emulator",
+    "emulator_tuned": "measuring the tuned emulator",
+    "plug_in": "measuring the plug-in",
+    "publish": "writing the adapter",
+}
+LINE_EVERY_S = 10.0  # where there is no live screen
+
+
+@dataclass
+class SiteView:
+    """What is known of a site."""
+
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass
+class RunView:
+    """What is known of a run, built up from its events."""
+
+    spec: RunSpec
+    phase: str = "waiting for sites"
+    round: int = 0
+    started: float = field(default_factory=time.time)
+    training_since: float | None = None
+    steps_done: int = 0
+    sites: dict[str, SiteView] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def take(self, event: Event) -> str:
+        """Add an event; return a line that tells it, or an empty one for what is only progress."""
+        teller = getattr(self, f"_on_{event.kind}", None)
+        return teller(event) if teller else ""
+
+    def _on_selected(self, event: Event) -> str:
+        self.sites = {name: SiteView() for name in event.data["sites"]}
+        return f"sites: {', '.join(self.sites)}"
+
+    def _on_step(self, event: Event) -> str:
+        name = event.data["step"]
+        self.phase = PHASES.get(name.partition(":")[0] if name.startswith("plug_in") else name, "averaging the updates")
+        return self.phase
+
+    def _on_bundle(self, event: Event) -> str:
+        layers, size = len(event.data["layers"]), event.data["bytes"] / 1e6
+        return f"emulator: {layers} layers, {size:.0f} MB, {event.data['disclosed']:.0%} of the base's parameters"
+
+    def _on_figure(self, event: Event) -> str:
+        value = perplexity(event.data["sets"].values())
+        self.figures[event.data["name"]] = value
+        return f"{event.data['name'].replace('_', ' ')}: perplexity {value:.2f}"
+
+    def _on_waiting(self, event: Event) -> str:
+        here = ", ".join(event.data["present"]) or "nobody"
+        return f"waiting for {', '.join(event.data['sites']) or 'more sites'} (here: {here})"
+
+    def _on_warning(self, event: Event) -> str:
+        return f"warning: {event.data['message']}"
+
+    def _on_site(self, event: Event) -> str:
+        site, data = self.sites.setdefault(event.site, SiteView()), event.data
+        before = site.state
+        self.round, site.state = event.round, data["state"]
+        if site.state in ("downloading", "loading"):
+            self.phase = "training at the sites"
+        if site.state == "training" and data["step"]:
+            self.training_since = self.training_since or event.at
+            self.steps_done += max(0, data["step"] - site.step) if before == "training" else data["step"]
+            site.step, site.steps, site.loss = data["step"], data["steps"], data["loss"]
+        site.bytes_down = max(site.bytes_down, data.get("bytes_down", 0))
+        if site.state in ("refused", "failed", "stalled"):
+            return f"round {event.round}: {event.site} {site.state}: {data['message']}"
+        return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
+
+    def _on_update(self, event: Event) -> str:
+        site = self.sites.setdefault(event.site, SiteView())
+        site.state, site.bytes_up = "done", site.bytes_up + event.data["bytes"]
+        size, examples, loss = event.data["bytes"] / 1e6, event.data["examples"], event.data["loss"]
+        return f"round {event.round}: {event.site} uploaded {size:.2f} MB after {examples} examples, loss {loss:.3f}"
+
+    def _on_round(self, event: Event) -> str:
+        error = event.data["figures"].get("factor_mean_error")
+        told = f" (averaging factors instead of products would have been {error:.1%} off)" if error else ""
+        for site in self.sites.values():
+            site.state, site.step = "waiting", 0
+        return f"round {event.round}: {event.data['sites']} updates averaged{told}"
+
+    def time_left(self) -> float | None:
+        """Seconds of training left at the pace so far; None before there is a pace."""
+        total = self.spec.rounds * self.spec.training.steps * max(1, len(self.sites))
+        if self.training_since is None or not self.steps_done:
+            return None
+        return (time.time() - self.training_since) / self.steps_done * max(0, total - self.steps_done)
+
+    def steps_line(self) -> str:
+        """Say in a line how far the sites are."""
+        sites = ", ".join(f"{name} {site.step}/{site.steps}" for name, site in self.sites.items() if site.steps)
+        return f"round {self.round}: steps {sites}; about {self.time_left() or 0:.0f} s of training left"
+
+    def __rich__(self) -> RenderableType:
+        """Draw the run as it stands."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("site", "state", "step", "loss", "MB down", "MB up"):
+            table.add_column(
+                column,
+                justify="left" if column in ("site", "state") else "right",
+                style="bold" if column == "site" else "",
+            )
+        for name, site in self.sites.items():
+            step = f"{site.step}/{site.steps}" if site.steps else ""
+            loss = f"{site.loss:.3f}" if site.loss is not None else ""
+            table.add_row(name, site.state, step, loss, f"{site.bytes_down / 1e6:.1f}", f"{site.bytes_up / 1e6:.2f}")
+        left = self.time_left()
+        clock = f"{time.time() - self.started:.0f} s" + (f", about {left:.0f} s of training left" if left else "")
+        head = Text(f"round {max(1, self.round)} of {self.spec.rounds} - {self.phase} - {clock}", style="bold cyan")
+        return Group(head, table)
+
+
+@contextmanager
+def screen(console: Console, view: RenderableType) -> Iterator[None]:
+    """Keep a view on the screen while the body runs; nothing on a console that is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with Live(view, console=console, refresh_per_second=4, transient=True):
+        yield
+
+
+def follow(events: Iterable[Event], spec: RunSpec, *, console: Console, format: str = "text") -> RunView:
+    """Show events as they come, until they end; `format` is text or json (one event a line)."""
+    view = RunView(spec)
+    if format == "json":
+        for event in events:
+            view.take(event)
+            print(json.dumps(vars(event)), flush=True)
+        return view
+    told = 0.0
+    with screen(console, view):
+        for event in events:
+            line = view.take(event)
+            if not line and not console.is_terminal and event.at - told > LINE_EVERY_S and view.steps_done:
+                line = view.steps_line()
+            if line:
+                told = event.at
+                stamp = time.strftime("%H:%M:%S", time.localtime(event.at))
+                console.print(Text.assemble((stamp, "dim"), "  ", line))
+    return view

@@ -1,0 +1,116 @@
+"""The report of a run as one HTML file that needs nothing else: tables, and plots as inline SVG."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from offsite.client.figures import FIGURES
+
+COLOURS = {
+    "base_zero_shot": "#8c96a3",
+    "emulator_zero_shot": "#e0b37a",
+    "emulator_tuned": "#c8803c",
+    "plug_in": "#1b7f5c",
+    "base_tuned": "#3f6fb5",
+}
+KINDS = {
+    "download": "#d5dbe2",
+    "transfer": "#8c96a3",
+    "loading": "#e0b37a",
+    "building": "#9b7bb8",
+    "training": "#1b7f5c",
+    "aggregation": "#b5473f",
+    "evaluation": "#3f6fb5",
+}
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8c96a3",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "offsite",
+}
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write a run's report as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("offsite.client", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    with matplotlib.rc_context(STYLE):
+        plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
+    heads = {figure: head.replace("\n", " ") for figure, head in FIGURES.items()}
+    page = environment.get_template("report.html.j2").render(report=report, plots=plots, figures=heads)
+    path.write_text(page, encoding="utf-8")
+
+
+def _svg(draw: Callable[[Figure, dict[str, Any]], None], report: dict[str, Any]) -> str:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    draw(figure, report)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+
+
+def _bars(figure: Figure, report: dict[str, Any]) -> None:
+    """Perplexities per site and over all, on a log scale."""
+    axes = figure.subplots()
+    groups = {**report["sites"], "all": report["overall"]}
+    shown = [name for name in FIGURES if any(row.get(name) is not None for row in groups.values())]
+    width = 0.8 / max(1, len(shown))
+    for index, name in enumerate(shown):
+        places = [group + index * width for group in range(len(groups))]
+        values = [row.get(name) for row in groups.values()]
+        bars = axes.bar(places, values, width * 0.92, label=FIGURES[name].replace("\n", " "), color=COLOURS[name])
+        axes.bar_label(bars, [f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in values], fontsize=7, padding=1)
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity (log scale)")
+    axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _losses(figure: Figure, report: dict[str, Any]) -> None:
+    """Training loss of every site over all rounds."""
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    begin = 1
+    for round_ in report["rounds"]:
+        longest = 0
+        for site, told in round_["sites"].items():
+            curves.setdefault(site, []).extend((begin + step, loss) for step, loss in enumerate(told["losses"]))
+            longest = max(longest, len(told["losses"]))
+        begin += longest
+        axes.axvline(begin - 0.5, color="#d5dbe2", linewidth=1)
+    for site, points in sorted(curves.items()):
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
+    axes.set_xlabel("local step (a line ends each round)")
+    axes.set_ylabel("training loss (nats)")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _times(figure: Figure, report: dict[str, Any]) -> None:
+    """What each process was doing, over the wall clock."""
+    axes = figure.subplots()
+    spans = report["spans"]
+    who = list(dict.fromkeys(span["who"] for span in sorted(spans, key=lambda span: span["start"])))
+    begin = min((span["start"] for span in spans), default=0.0)
+    for kind, colour in KINDS.items():
+        mine = [span for span in spans if span["kind"] == kind]
+        if mine:
+            axes.barh(
+                [who.index(span["who"]) for span in mine],
+                [span["end"] - span["start"] for span in mine],
+                left=[span["start"] - begin for span in mine],
+                color=colour,
+                label=kind,
+                height=0.6,
+            )
+    axes.set_yticks(range(len(who)), who)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds since the first of them")
+    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,182 @@
+"""The SDK: submit a run, watch it, wait for it, take what it gave.
+
+from offsite.client import RunSpec, connect
+
+with connect("coordinator:8443", identity="kits/alice") as session:
+    run = session.submit(RunSpec(model="smollm2-135m-instruct", rounds=2, calibration="/data/public.jsonl"))
+    for event in run.watch():
+        print(event)
+    run.result("outcome")
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from offsite.client.channel import Channel
+from offsite.protos import runs_pb2 as pb
+from offsite.protos import runs_pb2_grpc
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import IdentityError, InputError, RunError, UnreachableError
+from offsite.protos.security.identity import Identity
+from offsite.protos.spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run. `round` is 0 where it does not apply; `at` is in seconds since the epoch."""
+
+    seq: int
+    at: float
+    kind: str
+    round: int
+    site: str
+    data: dict[str, Any]
+
+
+class Run:
+    """A submitted run."""
+
+    def __init__(self, session: "Session", status: pb.RunStatus) -> None:
+        self._session = session
+        self._status = status
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return self._status.id
+
+    @property
+    def state(self) -> str:
+        """queued, running, completed, failed or cancelled, as last seen."""
+        return self._status.state
+
+    @property
+    def error(self) -> str:
+        """Why it failed, as last seen."""
+        return self._status.error
+
+    @property
+    def spec(self) -> RunSpec:
+        """What was submitted, with all defaults filled in."""
+        return from_json(RunSpec, self._status.spec, where="run spec")
+
+    @property
+    def status(self) -> pb.RunStatus:
+        """Everything the coordinator said of it, as last seen."""
+        return self._status
+
+    def refresh(self) -> Self:
+        """Ask the coordinator again."""
+        self._status = self._session.call("Get", pb.RunId(id=self.id))
+        return self
+
+    def watch(self, *, after: int = 0) -> Iterator[Event]:
+        """Yield the run's events after a sequence number until it ends; goes on after a coordinator's restart."""
+        ended = False
+        while not ended:
+            try:
+                for event in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after)):
+                    after = event.seq
+                    yield Event(
+                        event.seq, event.at, event.kind, event.round, event.site, json.loads(event.data or "{}")
+                    )
+                ended = True
+            except (UnreachableError, IdentityError):
+                self.refresh()  # waits for the coordinator with the channel's patience, then raises
+        self.refresh()
+
+    def wait(self) -> Self:
+        """Return when the run is completed; raises RunError if it failed or was cancelled."""
+        for _ in self.watch():
+            pass
+        if self.state != "completed":
+            raise RunError(f"run {self.id} {self.state}: {self.error}")
+        return self
+
+    def cancel(self) -> Self:
+        """End the run; sites stop at their next report."""
+        self._status = self._session.call("Cancel", pb.RunId(id=self.id))
+        return self
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The figures of a completed run; empty before."""
+        return json.loads(self._status.report) if self._status.report else {}
+
+    def result(self, folder: str | Path) -> Path:
+        """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for."""
+        self.wait()
+        folder = Path(folder)
+        for artifact in self._status.artifacts:
+            relative = Path(artifact.name)
+            if relative.is_absolute() or ".." in relative.parts:
+                raise InputError(f"the coordinator named a file outside the folder: {artifact.name!r}")
+            self._session.download(artifact.digest, folder / relative)
+        return folder
+
+
+class Session:
+    """An open coordinator; a context manager."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._runs = runs_pb2_grpc.RunsStub(channel.grpc)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; runs go on."""
+        self._channel.close()
+
+    def call(self, name: str, request: Any) -> Any:
+        """Make one call of the Runs service."""
+        return self._channel.call(getattr(self._runs, name), request)
+
+    def stream(self, name: str, request: Any) -> Iterator[Any]:
+        """Make one streaming call of the Runs service."""
+        return self._channel.stream(getattr(self._runs, name), request)
+
+    def download(self, digest: str, path: Path) -> int:
+        """Fetch one published file."""
+        return self._channel.download(self._runs.Fetch, digest, path)
+
+    def submit(self, spec: RunSpec, *, token: str = "") -> Run:
+        """Submit a run. The same token with the same spec gives the same run, so a submission may be repeated."""
+        request = pb.SubmitRequest(token=token or secrets.token_hex(16), spec=to_json(spec))
+        return Run(self, self.call("Submit", request))
+
+    def run(self, id: str) -> Run:
+        """Return a run by id; raises NotFoundError."""
+        return Run(self, self.call("Get", pb.RunId(id=id)))
+
+    def runs(self) -> list[Run]:
+        """Return all runs, oldest first."""
+        return [Run(self, status) for status in self.call("List", pb.ListRequest()).runs]
+
+    def sites(self) -> list[pb.Site]:
+        """Return the enrolled sites."""
+        return list(self.call("Sites", pb.SitesRequest()).sites)
+
+
+def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> Session:
+    """Open a coordinator at HOST:PORT with a person's kit.
+
+    Raises:
+        IdentityError: the kit is broken, expired, or of another authority.
+        InputError: the address is not HOST:PORT.
+    """
+    kit = Identity.load(Path(identity), expect="person")
+    if kit.warning:
+        log.warning(kit.warning)
+    return Session(Channel(address, kit, patience_s=patience_s))

@@ -1,0 +1,96 @@
+"""The command line: every group answers, every mistake is one sentence and its exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offsite.protos.security.pki import Authority
+
+
+def offsite(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFSITE_")} | {"COLUMNS": "200"}
+    command = [sys.executable, "-m", "offsite.client", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("group", ["", "coordinator", "demo", "emulator", "pki", "run", "site"])
+def test_every_group_explains_itself(group: str) -> None:
+    told = offsite(*([group] if group else []), "--help")
+    assert told.returncode == 0 and "Usage: offsite" in told.stdout, told.stderr
+    if not group:
+        assert all(name in told.stdout for name in ("coordinator", "demo", "emulator", "pki", "run", "site"))
+        assert "130 interrupted" in told.stdout
+
+
+def refused(told: subprocess.CompletedProcess[str], code: int, words: str) -> None:
+    """One sentence on stderr, no traceback, the documented exit code."""
+    assert (told.returncode, told.stderr.count("\n")) == (code, 1), told.stderr
+    assert told.stderr.startswith("offsite: ") and words in told.stderr
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Path:
+    authority = Authority.create(tmp_path / "pki")
+    for role, name in (("site", "bank"), ("person", "alice")):
+        authority.issue(role, name)  # type: ignore[arg-type]
+    (tmp_path / "policy.toml").write_text(f'bases = ["any"]\ndata = ["{tmp_path}"]\n')
+    (tmp_path / "good.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (tmp_path / "columns.jsonl").write_text('{"question": "one", "reply": "two"}\n')
+    return tmp_path
+
+
+def join(kits: Path, *, kit: str = "bank", data: str = "good.jsonl", policy: str = "policy.toml") -> list[str]:
+    return [
+        *("site", "join", "127.0.0.1:1", "--identity", str(kits / "pki" / kit), "--policy", str(kits / policy)),
+        *("--data", str(kits / data), "--work", str(kits / "work")),
+    ]
+
+
+def test_data_that_cannot_be_read_is_named_with_its_line(kits: Path) -> None:
+    refused(offsite(*join(kits, data="broken.jsonl")), 3, "broken.jsonl, line 2: not JSON")
+    refused(offsite(*join(kits, data="columns.jsonl")), 3, "columns.jsonl, line 1")
+    refused(offsite(*join(kits, data="none.jsonl")), 3, "none.jsonl: no such file")
+
+
+def test_data_outside_the_policy_is_refused(kits: Path) -> None:
+    (kits / "narrow.toml").write_text(f'bases = ["any"]\ndata = ["{kits / "pki"}"]\n')
+    refused(offsite(*join(kits, policy="narrow.toml")), 5, "the policy allows data only in")
+
+
+def test_a_policy_with_a_mistake_is_named_by_field(kits: Path) -> None:
+    (kits / "odd.toml").write_text('bases = ["any"]\ndata = []\nmax_step = 5\n')
+    refused(offsite(*join(kits, policy="odd.toml")), 3, "odd.toml: max_step")
+
+
+def test_a_kit_of_another_role_or_none_is_refused(kits: Path) -> None:
+    refused(offsite(*join(kits, kit="alice")), 4, "alice")
+    refused(offsite(*join(kits, kit="nobody")), 4, "nobody")
+
+
+def test_a_coordinator_that_is_not_there_has_its_exit_code(kits: Path) -> None:
+    alice = str(kits / "pki" / "alice")
+    refused(offsite("run", "list", "--coordinator", "127.0.0.1:1", "--identity", alice), 9, "nothing listens there")
+    refused(offsite("run", "list", "--coordinator", "nowhere", "--identity", alice), 3, "expected HOST:PORT")
+
+
+def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
+    (kits / "run.toml").write_text('model = "m"\nround = 3\n')
+    where = ["--coordinator", "127.0.0.1:1", "--identity", str(kits / "pki" / "alice")]
+    refused(offsite("run", "submit", str(kits / "run.toml"), *where), 3, "run.toml: round: Unexpected keyword")
+    refused(offsite("run", "submit", "--set", "rounds", *where), 3, "--set rounds: expected NAME=VALUE")
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    told = offsite("run", "list", "--nonsense")
+    assert told.returncode == 2 and "Traceback" not in told.stderr
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    refused(offsite("demo", "--out", str(tmp_path)), 11, "not empty, and not made by a demo")
+    assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
+    refused(offsite("demo", "--out", str(tmp_path / "x"), "--site", "bank"), 3, "expected NAME=FILE")
