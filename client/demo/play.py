@@ -1,0 +1,253 @@
+"""The main job end to end on one machine: sites, coordinator and researcher as separate processes over mutual TLS.
+
+Everything goes the way it would between machines. What only a demonstration can do is said where it is done: it
+hands each site its data, and it computes the bound.
+"""
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from offsite.client.demo.bound import BoundJob
+from offsite.client.demo.data import SiteData
+from offsite.client.demo.processes import Processes
+from offsite.client.progress import follow
+from offsite.client.session import Event, Run, connect
+from offsite.protos.documents import to_json
+from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
+from offsite.protos.figures import perplexity
+from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+from offsite.protos.timeline import seconds
+
+MARK = ".offsite-demo"  # says that a folder is ours to empty
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin while they wait starve the other processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a demo is run with."""
+
+    out: Path
+    model: str = "smollm2-135m-instruct"
+    sites: dict[str, Path] = field(default_factory=dict)  # empty: the built-in ones
+    public: Path | None = None
+    rounds: int = 2
+    steps: int = 8
+    keep: int | None = None  # four fifths
+    rank: int = 8
+    learning_rate: float = 3e-3
+    batch_size: int = 4
+    max_length: int = 128
+    examples: int = 72
+    held_out: int = 32
+    precision: str = "bf16"
+    engine: str = "deepspeed"
+    zero_stage: int = 2
+    seed: int = 0
+    merge: bool = False
+
+
+class Demo:
+    """One demonstration."""
+
+    def __init__(self, settings: Settings, console: Console, *, format: str) -> None:
+        self._settings, self._console, self._format = settings, console, format
+        self._out = settings.out.resolve()
+        self._work = self._out / "work"
+        self._spans: list[dict[str, Any]] = []
+
+    def play(self) -> dict[str, Any]:
+        """Do it all and return the report; no process is left, however this ends."""
+        started = time.time()
+        self._claim()
+        model, sites, public = self._materials()
+        with Processes(self._out / "logs") as processes:
+            address = self._start(processes, sites)
+            with connect(address, identity=self._work / "pki" / "researcher") as session:
+                run = session.submit(self._spec(model, sites, public))
+                self._say(f"run {run.id} submitted: {run.spec.rounds} rounds of {run.spec.training.steps} steps")
+                follow(_guarded(run, processes), run.spec, console=self._console, format=self._format)
+                if run.state != "completed":
+                    raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
+                run.result(self._out)
+            self._bound(processes, run, sites)
+        return self._report(run, started)
+
+    def _claim(self) -> None:
+        """Make the output folder, or empty one that an earlier demo made; leave any other alone."""
+        if self._out.exists() and any(self._out.iterdir()) and not (self._out / MARK).exists():
+            raise ConflictError(f"{self._out}: not empty, and not made by a demo; name another folder with --out")
+        self._out.mkdir(parents=True, exist_ok=True)
+        (self._out / MARK).touch()
+        for name in ("work", "logs", "adapter", "merged"):
+            shutil.rmtree(self._out / name, ignore_errors=True)
+        self._work.mkdir()
+
+    def _materials(self) -> tuple[str, list[SiteData], Path]:
+        """Fetch or find the model, and lay out each site's private data and the owner's exam."""
+        from offsite.client.demo.data import prepare, split
+        from offsite.emulator import zoo
+
+        settings, cache = self._settings, zoo.cache_folder()
+        self._say(f"model {settings.model} (cache: {cache})")
+        layout = {"held_out": settings.held_out, "seed": settings.seed}
+        with self._span("download"):
+            try:
+                located = zoo.locate(settings.model, cache=cache)
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            needs_ours = not settings.sites or settings.public is None
+            ours = prepare(self._work, cache=cache, examples=settings.examples, **layout) if needs_ours else []
+        sites = [split(name, file, self._work, **layout) for name, file in settings.sites.items()] or ours
+        public = settings.public or self._work / "public.jsonl"
+        for site in sites:
+            self._say(f"site {site.name}: {site.source}")
+        return str(located), sites, public.resolve()
+
+    def _start(self, processes: Processes, sites: list[SiteData]) -> str:
+        """Issue certificates, start the coordinator and the sites, wait until all are there."""
+        from offsite.protos.security.pki import Authority
+
+        authority = Authority.create(self._work / "pki")
+        kits = {site.name: authority.issue("site", site.name) for site in sites}
+        authority.issue("person", "researcher")
+        owner = authority.issue("coordinator", "coordinator")
+        home = ["--home", str(self._work / "home"), "--identity", str(owner)]
+        listen = ["--listen", "127.0.0.1:0", "--format", "json"]
+        processes.start("coordinator", "coordinator", "up", *home, *listen, environment=PASSIVE)
+        address = str(processes.wait_for("coordinator", "ready")["address"])
+        for site in sites:
+            policy = self._policy(site)
+            processes.start(
+                site.name,
+                *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(policy)),
+                *("--data", str(site.train), "--work", str(self._work / "sites" / site.name / "work")),
+                *("--engine", self._settings.engine, "--zero-stage", str(self._settings.zero_stage)),
+                *("--format", "json"),
+                environment=PASSIVE | {"OMP_NUM_THREADS": "1"},
+            )
+        for site in sites:
+            processes.wait_for(site.name, "enrolled")
+        self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
+        return address
+
+    def _policy(self, site: SiteData) -> Path:
+        """Write the site's own policy: only its data, only LoRA, small updates."""
+        folder = site.train.parent
+        path = self._work / "sites" / site.name / "policy.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"# What site {site.name} allows on its machines.\n"
+            'bases = ["any"]\nmethods = ["lora"]\n'
+            f"data = [{json.dumps(str(folder))}]\nmax_steps = 1000\nmax_upload_mib = 64\n"
+        )
+        return path
+
+    def _spec(self, model: str, sites: list[SiteData], public: Path) -> RunSpec:
+        settings = self._settings
+        training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
+        return RunSpec(
+            name="offsite demo",
+            model=model,
+            builder=Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),
+            method=Choice(name="lora", settings={"rank": settings.rank, "alpha": 2.0 * settings.rank}),
+            training=TrainingSpec(
+                **training,
+                learning_rate=settings.learning_rate,
+                max_length=settings.max_length,
+                precision="bf16" if settings.precision == "bf16" else "fp32",
+            ),
+            rounds=settings.rounds,
+            sites=tuple(site.name for site in sites),
+            min_sites=len(sites),
+            calibration=str(public),
+            evaluation={site.name: str(site.held_out) for site in sites},
+            merge=settings.merge,
+        )
+
+    def _bound(self, processes: Processes, run: Run, sites: list[SiteData]) -> None:
+        """Compute the bound in a process of its own and keep what it gave."""
+        spec = run.spec
+        steps = spec.rounds * spec.training.steps * len(sites)
+        self._say(f"the bound: {steps} steps on the base itself with all data pooled, which only a demo can do")
+        data = {site.name: str(site.train) for site in sites}
+        job = BoundJob(spec=spec, trainable=tuple(run.report["bundle"]["trainable"]), data=data, steps=steps)
+        (self._work / "bound-job.json").write_bytes(to_json(job))
+        paths = (str(self._work / "bound-job.json"), str(self._work / "bound.json"))
+        processes.start("bound", *paths, module="offsite.client.demo.bound", environment=PASSIVE)
+        with self._console.status("loading the base") as status:
+            for line in processes.follow("bound"):
+                if line["event"] == "done":
+                    return
+                if line["step"] == 1:
+                    begun = time.time()
+                left = (time.time() - begun) / max(1, line["step"] - 1) * (steps - line["step"])
+                told = f"the bound: step {line['step']} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
+                status.update(told)
+                if self._format == "json":
+                    print(json.dumps({**line, "event": "bound", "steps": steps}), flush=True)
+                elif not self._console.is_terminal and line["step"] % 16 == 0:
+                    self._say(told)
+
+    def _report(self, run: Run, started: float) -> dict[str, Any]:
+        """Join the coordinator's report, the bound and the demo's own times; write it as JSON and HTML."""
+        from offsite.client.report import write
+
+        report = run.report
+        bound = json.loads((self._work / "bound.json").read_text())
+        sets = bound["sets"]
+        for name, found in sets.items():
+            report["sites"][name]["base_tuned"] = perplexity([found])
+        report["overall"]["base_tuned"] = perplexity(sets.values())
+        mine = [{"who": "demo", "step": "materials", **span} for span in self._spans]
+        report["spans"] += mine + [{"who": "demo", "step": "bound", **span} for span in bound["spans"]]
+        report["seconds"] = seconds(report["spans"], start=started, end=time.time())
+        (self._out / "report.json").write_text(json.dumps(report, indent=2))
+        write(report, self._out / "report.html")
+        return report
+
+    @contextlib.contextmanager
+    def _span(self, kind: str) -> Iterator[None]:
+        start = time.time()
+        yield
+        self._spans.append({"kind": kind, "start": start, "end": time.time()})
+
+    def _say(self, line: str) -> None:
+        if self._format == "json":
+            print(json.dumps({"event": "demo", "message": line, "at": time.time()}), flush=True)
+        else:
+            self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/]  {line}", highlight=False)
+
+
+def _guarded(run: Run, processes: Processes) -> Iterator[Event]:
+    """Yield the run's events; if a process of the demo dies, cancel the run and raise that process's last words."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1.0):
+            try:
+                processes.check()
+            except OffsiteError:
+                with contextlib.suppress(OffsiteError):
+                    run.cancel()
+                return
+
+    watchdog = threading.Thread(target=look, daemon=True)
+    watchdog.start()
+    try:
+        yield from run.watch()
+    except UnreachableError:
+        processes.check()
+        raise
+    finally:
+        over.set()
+        watchdog.join()
+    processes.check()

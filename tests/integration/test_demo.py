@@ -1,0 +1,97 @@
+"""`offsite demo`: on a tiny model for everyone, on the real one where there is time."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+FIGURES = ("base_tuned", "plug_in", "base_zero_shot", "emulator_tuned", "emulator_zero_shot")
+
+
+def demo(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "offsite.client", "demo", "--out", str(out), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def tiny(material: Path) -> list[str]:
+    """The demo's arguments for the tiny model and two sites."""
+    sites = [f"--site={name}={material / name}.jsonl" for name in ("hospital", "bank")]
+    model = ["--model", str(material / "model"), "--public", str(material / "public.jsonl"), "--keep", "5"]
+    return [*model, *sites, "--steps", "3", "--max-length", "32", "--precision", "fp32", "--learning-rate", "0.01"]
+
+
+def check_report(out: Path, *, sites: set[str]) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    assert report["sites"].keys() == sites
+    for row in (report["overall"], *report["sites"].values()):
+        assert all(math.isfinite(row[figure]) for figure in FIGURES)
+    assert report["bytes"]["down"] > 0 < report["bytes"]["up"]
+    time = report["seconds"]
+    assert all(time[kind] > 0 for kind in ("total", "training", "evaluation", "loading"))
+    assert time["training"] + time["evaluation"] + time["loading"] < 3 * time["total"]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3 and all(name in page for name in sites)
+    return report
+
+
+def interrupt(out: Path, material: Path, *, moment: str, rounds: str = "50") -> None:
+    """Send a Ctrl-C at a moment of the run; nothing that was started may be left."""
+    running = demo(out, *tiny(material), "--rounds", rounds, "--format", "json")
+    assert running.stdout is not None
+    assert any(moment in line for line in running.stdout), "the moment came"
+    family = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130 and errors.strip().endswith("offsite: interrupted")
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp_path: Path, material: Path) -> None:
+    out = tmp_path / "out"
+    interrupt(out, material, moment='"state": "training"')
+    running = demo(out, *tiny(material), "--rounds", "1", "--merge", "--format", "json")
+    told, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert lines[-1]["event"] == "report" and {"update", "round", "completed"} <= {line.get("kind") for line in lines}
+    report = check_report(out, sites={"hospital", "bank"})
+    assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]
+    base = AutoModelForCausalLM.from_pretrained(material / "model")
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, out / "adapter")(ids).logits
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["site hospital", "submitted", '"kind": "selected"', '"kind": "round"', "the bound"])
+def test_an_interrupt_at_any_other_moment_leaves_nothing_behind(tmp_path: Path, material: Path, moment: str) -> None:
+    interrupt(tmp_path / "out", material, moment=moment, rounds="1" if moment == "the bound" else "50")
+
+
+@pytest.mark.slow
+def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
+    running = demo(tmp_path / "out", "--format", "json")
+    _, errors = running.communicate(timeout=1500)
+    assert running.returncode == 0, errors
+    report = check_report(tmp_path / "out", sites={"hospital", "bank", "helpdesk", "school"})
+    figures = report["overall"]
+    in_order = [figures[name] for name in FIGURES]
+    assert all(low < high for low, high in zip(in_order, in_order[1:], strict=False)), figures
+    assert figures["emulator_zero_shot"] < 50 * figures["base_zero_shot"] and report["warnings"] == []
+    gained = math.log(figures["base_zero_shot"] / figures["plug_in"])
+    assert gained >= 0.3 * math.log(figures["base_zero_shot"] / figures["base_tuned"])
+    assert math.log(figures["emulator_tuned"] / figures["plug_in"]) >= 0.5
