@@ -1,0 +1,182 @@
+"""A federation of real processes on loopback: certificates, a coordinator, site agents, a tiny model, data."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from offsite.client import Choice, RunSpec, Session, TrainingSpec, connect
+from offsite.protos.security.pki import Authority
+
+DEADLINE_S = 180.0  # of a wait for something that takes seconds: a test that hangs must fail
+WORDS = [f"w{n}" for n in range(120)]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def wait_until(true: Callable[[], Any], what: str) -> Any:
+    """Return the first true value of a question asked again and again."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if value := true():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {DEADLINE_S:.0f} s")
+
+
+class Federation:
+    """Processes under one folder; none outlives the test."""
+
+    def __init__(self, folder: Path, material: Path) -> None:
+        self.folder, self.material = folder, material
+        self.authority = Authority.create(folder / "pki")
+        self.authority.issue("coordinator", "coordinator")
+        self.researcher = self.authority.issue("person", "alice")
+        self.address = ""
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Run `offsite ARGUMENTS`, output to a log of its own that later starts append to."""
+        with self.log(name).open("ab") as log:
+            self._children[name] = subprocess.Popen(
+                [sys.executable, "-m", "offsite.client", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ENVIRONMENT,
+            )
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        lines = self.log(name).read_text().splitlines() if self.log(name).exists() else []
+        told = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [line for line in told if line["event"] == event]
+
+    def expect(self, name: str, event: str, *, count: int = 1) -> dict[str, Any]:
+        """Wait for a process to say something for the count-th time."""
+
+        def said() -> Any:
+            found = self.events(name, event)
+            if len(found) >= count:
+                return found[count - 1]
+            assert self._children[name].poll() is None, f"{name} ended:\n{self.log(name).read_text()}"
+            return None
+
+        return dict(wait_until(said, f"{name}: {event}"))
+
+    def coordinate(self, *, executor: str = "threads") -> str:
+        """Start the coordinator, on the port it had before if it was started before."""
+        ready = len(self.events("coordinator", "ready"))
+        kit = str(self.folder / "pki" / "coordinator")
+        self.start(
+            "coordinator",
+            *("coordinator", "up", "--home", str(self.folder / "home"), "--identity", kit, "--executor", executor),
+            *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1"),
+        )
+        self.address = str(self.expect("coordinator", "ready", count=ready + 1)["address"])
+        return self.address
+
+    def join(self, name: str, *, data: Path | None = None, policy: str = "", engine: str = "plain") -> None:
+        """Start a site's agent; `policy` is TOML added to a permissive one."""
+        if name not in {entry.name for entry in self.authority.entries()}:
+            self.authority.issue("site", name)
+        file = self.folder / f"{name}.toml"
+        file.write_text(f'data = ["{self.material}", "{self.folder}"]\n' + (policy or 'bases = ["any"]\n'))
+        enrolled = len(self.events(name, "enrolled"))
+        self.start(
+            name,
+            *("site", "join", self.address, "--identity", str(self.folder / "pki" / name), "--policy", str(file)),
+            *("--data", str(data or self.material / f"{name}.jsonl"), "--work", str(self.folder / "work" / name)),
+            *("--engine", engine, "--format", "json"),
+        )
+        self.expect(name, "enrolled", count=enrolled + 1)
+
+    def ended(self, name: str) -> int:
+        """Wait for a process to end by itself; return its exit code."""
+        return self._children[name].wait(timeout=DEADLINE_S)
+
+    def kill(self, name: str) -> None:
+        """End a process as a power cut would."""
+        self._children[name].send_signal(signal.SIGKILL)
+        self._children[name].wait()
+
+    def stop(self) -> None:
+        """End what runs, politely first."""
+        for child in self._children.values():
+            child.terminate()
+        for child in self._children.values():
+            try:
+                child.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def connect(self) -> Session:
+        return connect(self.address, identity=self.researcher, patience_s=60)
+
+    def spec(self, **changes: Any) -> RunSpec:
+        """A short run on the tiny model."""
+        fields: dict[str, Any] = {
+            "model": str(self.material / "model"),
+            "builder": Choice(name="crash", settings={"keep": 5, "bottom": 1, "top": 1}),
+            "method": Choice(name="lora", settings={"rank": 4, "alpha": 8.0}),
+            "training": TrainingSpec(steps=4, learning_rate=0.01, max_length=32, seed=3),
+            "calibration": str(self.material / "public.jsonl"),
+        }
+        return RunSpec(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model/` (a random Llama of 6 layers), sites' data, held-out data and public text."""
+    folder = tmp_path_factory.mktemp("material")
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "?", *WORDS])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="?"
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.LlamaConfig(vocab_size=len(words), num_hidden_layers=6, **shape, **special)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for seed, name in enumerate(["hospital", "bank", "held-out", "public"]):
+        draw = random.Random(seed)
+        rows = []
+        for _ in range(30):
+            start = draw.randrange(60)
+            prompt, completion = WORDS[start : start + 5], WORDS[start + 5 : start + 11]
+            text = {"text": " ".join(prompt + completion)}
+            rows.append(text if name == "public" else {"prompt": " ".join(prompt), "completion": " ".join(completion)})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def wait() -> Callable[[Callable[[], Any], str], Any]:
+    """The question asked again and again."""
+    return wait_until
+
+
+@pytest.fixture
+def federation(tmp_path: Path, material: Path) -> Iterator[Federation]:
+    """A federation with nothing started."""
+    made = Federation(tmp_path, material)
+    try:
+        yield made
+    finally:
+        made.stop()

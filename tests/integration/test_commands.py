@@ -1,0 +1,80 @@
+"""What people type, against a coordinator that runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from offsite.protos.security.pki import Authority
+
+
+def offsite(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, "-m", "offsite.client", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tmp_path: Path, material: Path) -> None:
+    authority = Authority.create(tmp_path / "pki")
+    kit = authority.issue("coordinator", "owner")
+    out = tmp_path / "bundle"
+    calibration = ["--calibration", str(material / "public.jsonl"), "--identity", str(kit)]
+    build = ["emulator", "build", str(material / "model"), "--out", str(out), *calibration]
+    made = offsite(*build, "--set", "keep=5", "--set", "bottom=1", "--set", "top=1")
+    assert made.returncode == 0, made.stderr
+    assert "5" in made.stdout and "disclosed verbatim" in made.stdout
+
+    told = offsite("emulator", "inspect", str(out), "--owner", str(kit / "owner.pub"), "--format", "json")
+    figures = json.loads(told.stdout)
+    assert figures["trainable"] == [0, 5] and len(figures["layers"]) == 5 and 0.5 < figures["disclosed"] < 1
+    assert figures["base"]["layers"] == 6 and figures["base"]["digest"].startswith("sha256:")
+
+    again = offsite(*build)
+    assert (again.returncode, "not empty" in again.stderr) == (11, True)
+    other = Authority.create(tmp_path / "other").issue("coordinator", "owner")
+    foreign = offsite("emulator", "inspect", str(out), "--owner", str(other / "owner.pub"))
+    assert foreign.returncode == 7 and "signature" in foreign.stderr
+    weights = out / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = offsite("emulator", "inspect", str(out))
+    assert changed.returncode == 7 and "its digest is" in changed.stderr
+    wrong = offsite("emulator", "build", str(material / "model"), "--out", str(tmp_path / "w"), "--builder", "uniform")
+    assert wrong.returncode == 0, wrong.stderr
+    wrong = offsite("emulator", "build", str(tmp_path), "--out", str(tmp_path / "x"), "--builder", "uniform")
+    assert wrong.returncode == 3 and "config.json" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, tmp_path: Path) -> None:
+    federation.coordinate()
+    federation.join("hospital")
+    where = ["--coordinator", federation.address, "--identity", str(federation.researcher)]
+    (tmp_path / "run.toml").write_text(
+        f'model = "{federation.material}/model"\nname = "first"\n'
+        f'[builder]\nname = "uniform"\nsettings = {{ keep = 5, bottom = 1, top = 1 }}\n'
+        f'[evaluation]\nexam = "{federation.material}/held-out.jsonl"\n'
+        "[training]\nsteps = 2\nmax_length = 32\n"
+    )
+    submitted = offsite("run", "submit", str(tmp_path / "run.toml"), *where, "--set", "rounds=1", "--watch")
+    assert submitted.returncode == 0, submitted.stderr
+    run = submitted.stdout.split()[0]
+    assert "plug in: perplexity" in submitted.stdout and "emulator: 5 layers" in submitted.stdout
+
+    (listed,) = json.loads(offsite("run", "list", *where, "--format", "json").stdout)
+    assert (listed["id"], listed["name"], listed["state"], listed["round"]) == (run, "first", "completed", 1)
+    shown = json.loads(offsite("run", "show", run, *where, "--format", "json").stdout)
+    assert shown["spec"]["training"]["steps"] == 2 and shown["report"]["overall"]["plug_in"] > 1
+    assert "hospital" in offsite("run", "sites", *where).stdout
+    assert offsite("run", "fetch", run, str(tmp_path / "out"), *where).returncode == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    unknown = offsite("run", "show", "nothing", *where)
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (6, 1) and "no run 'nothing'" in unknown.stderr
+
+    more = ["--set", "rounds=1", "--set", 'sites=["school"]', "--format", "json"]
+    second = json.loads(offsite("run", "submit", str(tmp_path / "run.toml"), *where, *more).stdout)["id"]
+    assert "is cancelled" in offsite("run", "cancel", second, *where).stdout
+    watched = offsite("run", "watch", second, *where)
+    assert watched.returncode == 10 and "cancelled by alice" in watched.stderr

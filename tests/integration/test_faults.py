@@ -1,0 +1,95 @@
+"""Processes killed for real: a run ends with the bytes of an undisturbed one, and nothing is left behind."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from offsite.client import RunSpec
+from offsite.protos.errors import RunError
+from offsite.protos.security.pki import Authority
+from offsite.protos.spec import TrainingSpec
+
+
+def digests(run: Any) -> dict[str, str]:
+    return {artifact.name: artifact.digest for artifact in run.status.artifacts}
+
+
+def trainers(federation: Any) -> list[int]:
+    """Trainer processes of this federation."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if "offsite.client.site.trainer" in line and str(federation.folder) in line:
+            found.append(process.info["pid"])
+    return found
+
+
+def test_a_killed_coordinator_and_a_killed_site_finish_with_the_same_bytes(federation: Any, wait: Any) -> None:
+    spec: RunSpec = federation.spec(rounds=2)
+    federation.coordinate()
+    federation.join("hospital")
+    with federation.connect() as session:
+        undisturbed = digests(session.submit(spec).wait())
+
+    with federation.connect() as session:
+        run = session.submit(spec)
+        wait(lambda: [t for t in federation.events("hospital", "task") if t["run"] == run.id], "the task")
+        wait(lambda: trainers(federation), "a trainer")
+        federation.kill("hospital")
+        wait(lambda: not trainers(federation), "the end of an orphaned trainer")
+        federation.kill("coordinator")
+        federation.coordinate()
+        federation.join("hospital")
+        wait(lambda: federation.events("hospital", "uploaded"), "an upload")
+        federation.kill("coordinator")  # somewhere between an upload and the next task
+        federation.coordinate()
+        steps = [event.data["step"] for event in run.watch() if event.kind == "step"]
+        assert digests(run.refresh()) == undisturbed
+        assert steps.count("version:0") == 1, "what was done is not done again"
+
+
+def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(federation: Any, wait: Any) -> None:
+    federation.coordinate()
+    federation.join("hospital")
+    with federation.connect() as session:
+        run = session.submit(federation.spec(training=TrainingSpec(steps=100_000, max_length=32)))
+        with pytest.raises(RunError, match="refuses the task .max_steps.: 100000 steps"):
+            run.wait()
+        run = session.submit(federation.spec(training=TrainingSpec(steps=1000, max_length=32)))
+        wait(lambda: federation.events("hospital", "step"), "a training step")
+        assert run.cancel().state == "cancelled"
+        wait(lambda: not trainers(federation), "the end of the trainer")
+        federation.expect("hospital", "stopped")
+        with pytest.raises(RunError, match="cancelled by alice"):
+            run.wait()
+        assert session.submit(federation.spec()).wait().state == "completed"
+
+
+def test_a_site_does_not_touch_a_task_that_its_owner_has_not_signed(federation: Any, tmp_path: Path) -> None:
+    kit = federation.authority.issue("site", "hospital")
+    Authority.create(tmp_path / "other")
+    (kit / "owner.pub").write_bytes((tmp_path / "other" / "owner.pub").read_bytes())
+    federation.coordinate()
+    federation.join("hospital")
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        assert federation.ended("hospital") == 7
+        assert "signature" in federation.log("hospital").read_text().splitlines()[-1]
+        assert federation.events("hospital", "task") == []
+        run.cancel()
+
+
+def test_a_site_that_fails_is_left_out_and_named(federation: Any, tmp_path: Path) -> None:
+    federation.coordinate()
+    federation.join("hospital")
+    federation.join("bank", policy='bases = ["sha256:0000"]\n')
+    with federation.connect() as session:
+        run = session.submit(federation.spec(min_sites=1, sites=("bank", "hospital"))).wait()
+        assert [left["site"] for left in run.report["left_out"]] == ["bank"]
+        assert "bases" in run.report["left_out"][0]["message"]
+        with pytest.raises(RunError, match="got 1 of at least 2 updates .bank: refused: .*policy"):
+            session.submit(federation.spec(min_sites=2, sites=("bank", "hospital"))).wait()
+        with pytest.raises(RunError, match="sites school did not enrol within 1 s .here: bank, hospital"):
+            session.submit(federation.spec(sites=("school",), stall_s=1.0)).wait()

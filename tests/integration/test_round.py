@@ -1,0 +1,120 @@
+"""Whole runs over real sockets, certificates and processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from offsite.client import Choice
+from offsite.emulator.batches import encode, training_batches
+from offsite.emulator.examples import read
+
+
+def plain_local_training(model_folder: Path, data: Path, spec: Any) -> dict[str, torch.Tensor]:
+    """The same training written down without any of the product's method, engine or trainer."""
+    from offsite.emulator.methods import make
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    start = make("lora", spec.method.settings).start(model, {0: 0, 5: 5}, seed=spec.training.seed)
+    names = [key[:-2] for key in start if key.endswith(".A")]
+    targets = [f"model.layers.{name}" for name in names]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8.0, target_modules=targets))
+    live = dict(model.named_parameters())
+
+    def parameter(name: str, factor: str) -> torch.nn.Parameter:
+        return live[f"base_model.model.model.layers.{name}.lora_{factor}.default.weight"]
+
+    with torch.no_grad():
+        for name in names:
+            for factor in "AB":
+                parameter(name, factor).copy_(start[f"{name}.{factor}"])
+    trained = [parameter(name, factor) for name in names for factor in "AB"]
+    optimizer = torch.optim.AdamW(trained, lr=spec.training.learning_rate, weight_decay=0.0)
+    encoded = encode(read(data), tokenizer, max_length=spec.training.max_length)
+    steps = spec.training.steps
+    model.train()
+    for batch in training_batches(encoded, batch_size=4, steps=steps, first_step=0, seed=spec.training.seed):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, spec.training.gradient_clipping)
+        optimizer.step()
+    return {f"{name}.{factor}": parameter(name, factor).detach() for name in names for factor in "AB"}
+
+
+def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(federation: Any) -> None:
+    torch.set_num_threads(1)
+    federation.coordinate()
+    federation.join("hospital")
+    spec = federation.spec(builder=Choice(name="whole", settings={"bottom": 1, "top": 1}), calibration="")
+    with federation.connect() as session:
+        folder = session.submit(spec).result(federation.folder / "out")
+    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    wanted = plain_local_training(federation.material / "model", federation.material / "hospital.jsonl", spec)
+    assert len(found) == len(wanted)
+    for key, tensor in wanted.items():
+        name, _, factor = key.rpartition(".")
+        assert torch.equal(found[f"base_model.model.model.layers.{name}.lora_{factor}.weight"], tensor), key
+
+
+def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_report(federation: Any) -> None:
+    federation.coordinate()
+    federation.join("hospital")
+    federation.join("bank")
+    held_out = str(federation.material / "held-out.jsonl")
+    spec = federation.spec(
+        rounds=2,
+        method=Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}}),
+        evaluation={"exam": held_out},
+        evaluate_every=1,
+        merge=True,
+        min_sites=2,
+    )
+    with federation.connect() as session:
+        run = session.submit(spec, token="once")
+        assert session.submit(spec, token="once").id == run.id, "a repeated submission makes no second run"
+        kinds = [event.kind for event in run.watch()]
+        folder = run.result(federation.folder / "out")
+        assert [r.id for r in session.runs()] == [run.id]
+        assert {s.name: s.examples for s in session.sites()} == {"hospital": 30, "bank": 30}
+    assert kinds[-1] == "completed" and kinds.count("update") == 4 and kinds.count("round") == 2
+
+    report = run.report
+    assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]
+    assert report["overall"].keys() == {"base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in"}
+    assert report["sites"]["exam"] == pytest.approx(report["overall"])
+    assert report["rounds"][0]["figures"]["plug_in"] < report["overall"]["base_zero_shot"]
+    assert report["bytes"]["down"] > report["bytes"]["up"] > 0
+    assert report["seconds"]["total"] > report["seconds"]["training"] > 0
+    assert {w["weight"] for w in report["rounds"][1]["sites"].values()} == {0.5}
+    json.dumps(report, allow_nan=False)
+
+    model = federation.material / "model"
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder / "adapter")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    assert float((adapted - base).abs().max()) > 0.05
+
+
+def test_ray_and_deepspeed_give_what_threads_and_plain_give(federation: Any) -> None:
+    outcomes = []
+    for executor, trainer in (("threads", "plain"), ("ray", "deepspeed")):
+        federation.coordinate(executor=executor)
+        federation.join("hospital", engine=trainer)
+        with federation.connect() as session:
+            folder = session.submit(federation.spec()).result(federation.folder / executor)
+        outcomes.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+        federation.stop()
+    assert outcomes[0].keys() == outcomes[1].keys()
+    for key, tensor in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][key], tensor, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,268 @@
+"""Who gets in, and what gets in: a hostile site's own calls over real sockets."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.client import connect
+from offsite.client.channel import Channel
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos import fleet_pb2_grpc, runs_pb2, runs_pb2_grpc, tensors
+from offsite.protos.chunks import digest_file
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import (
+    ConflictError,
+    IdentityError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    OffsiteError,
+    RefusedError,
+    UnreachableError,
+)
+from offsite.protos.security.identity import Identity
+from offsite.protos.security.pki import Authority
+from offsite.protos.security.signing import verify
+from offsite.protos.spec import TaskSpec, UpdateMetrics
+from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+
+
+class Rogue:
+    """A site that speaks the protocol by hand."""
+
+    def __init__(self, federation: Any, name: str) -> None:
+        self.kit = federation.authority.issue("site", name)
+        self.name = name
+        self.channel = Channel(federation.address, Identity.load(self.kit), patience_s=5)
+        self.fleet: Any = fleet_pb2_grpc.FleetStub(self.channel.grpc)  # type: ignore[no-untyped-call]
+        self.folder = federation.folder
+        self.channel.call(self.fleet.Enrol, pb.EnrolRequest(version="0", examples=1))
+
+    def pull(self) -> TaskSpec:
+        reply = self.channel.call(self.fleet.PullTask, pb.PullTaskRequest(wait_s=60), timeout_s=90)
+        verify(reply.task, reply.signature, self.kit / "owner.pub", purpose="task")
+        return from_json(TaskSpec, reply.task, where="task")
+
+    def broadcast(self, task: TaskSpec) -> dict[str, torch.Tensor]:
+        path = self.folder / f"{self.name}-broadcast"
+        self.channel.download(self.fleet.Download, task.adapter, path)
+        return tensors.load(path)
+
+    def header(self, task: TaskSpec, path: Path, *, digest: str = "", examples: int = 1) -> pb.UploadHeader:
+        told = UpdateMetrics(examples=examples, tokens=1, losses=(1.0,) * task.training.steps, engine="none")
+        key = pb.TaskKey(run=task.run, round=task.round, attempt=task.attempt)
+        size = path.stat().st_size
+        return pb.UploadHeader(key=key, digest=digest or digest_file(path), size=size, metrics=to_json(told).decode())
+
+    def save(self, task: TaskSpec, update: dict[str, torch.Tensor], **origin: str) -> Path:
+        path = self.folder / f"{self.name}-update"
+        told = {"broadcast": task.adapter, "method_hash": task.method_hash} | origin
+        tensors.save(path, update, metadata={"offsite": json.dumps(told)})
+        return path
+
+    def upload(self, task: TaskSpec, update: dict[str, torch.Tensor], *, digest: str = "", examples: int = 1) -> None:
+        path = self.save(task, update)
+        self.channel.upload(self.fleet, self.header(task, path, digest=digest, examples=examples), path)
+
+
+@pytest.fixture
+def rogue(federation: Any) -> Iterator[Rogue]:
+    federation.coordinate()
+    made = Rogue(federation, "rogue")
+    yield made
+    made.channel.close()
+
+
+def test_updates_that_do_not_match_are_refused_and_named_and_the_next_attempt_counts(
+    federation: Any, rogue: Rogue
+) -> None:
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        good = rogue.broadcast(task)
+        key = next(key for key in good if key.endswith(".B"))
+        with pytest.raises(MismatchError, match=rf"update of rogue, round 1: tensor {key} .* expected F32"):
+            rogue.upload(task, good | {key: good[key].T.contiguous()})
+        with pytest.raises(RefusedError, match="the task is closed .failed."):
+            rogue.upload(task, good)
+        again = rogue.pull()
+        assert (again.round, again.attempt) == (task.round, 1)
+        rogue.upload(again, good)
+        rogue.upload(again, good)  # acknowledged already: nothing happens
+        with pytest.raises(MismatchError, match="an update was accepted before"):
+            rogue.upload(again, good | {key: good[key] + 1})
+        assert run.wait().state == "completed"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda good, key: good | {key: torch.full_like(good[key], float("nan"))}, "values that are not finite"),
+        (lambda good, key: {k: v for k, v in good.items() if k != key}, "is missing"),
+        (lambda good, key: good | {"9.evil.A": torch.zeros(1, 1)}, "9.evil.A was not asked for"),
+        (lambda good, key: good | {key: torch.zeros(3000, 3000)}, "bytes announced, at most"),
+        (
+            lambda good, key: good | {key: torch.full_like(good[key], 1e30)},
+            "a norm of .*, the run allows 1000",
+        ),
+    ],
+)
+def test_bad_values_never_reach_the_sum(federation: Any, rogue: Rogue, spoil: Any, words: str) -> None:
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        good = rogue.broadcast(task)
+        with pytest.raises(MismatchError, match=words):
+            rogue.upload(task, spoil(good, next(iter(good))))
+        run.cancel()
+
+
+def test_an_update_of_another_origin_or_with_too_much_weight_is_refused(federation: Any, rogue: Rogue) -> None:
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        good = rogue.broadcast(task)
+        path = rogue.save(task, good, broadcast="sha256:" + "1" * 64)
+        with pytest.raises(MismatchError, match="its broadcast is sha256:1111.*, expected " + task.adapter):
+            rogue.channel.upload(rogue.fleet, rogue.header(task, path), path)
+        task = rogue.pull()
+        with pytest.raises(MismatchError, match="says it saw 1000000 examples, 16 at most were asked"):
+            rogue.upload(task, good, examples=1_000_000)
+        run.cancel()
+
+
+def test_a_broken_upload_resumes_where_it_ended_and_a_wrong_digest_is_refused(federation: Any, rogue: Rogue) -> None:
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        path = rogue.save(task, rogue.broadcast(task))
+        header = rogue.header(task, path)
+        half = path.stat().st_size // 2
+        data = path.read_bytes()
+
+        def begin() -> Iterator[pb.UploadPart]:
+            yield pb.UploadPart(header=header)
+            yield pb.UploadPart(chunk=Chunk(offset=0, data=data[:half]))
+
+        with pytest.raises(InputError, match=f"{half} of {len(data)} bytes came; resume"):
+            rogue.channel.patiently(lambda: rogue.fleet.Upload(begin()))
+        known = rogue.channel.call(rogue.fleet.ResumeUpload, header)
+        assert (known.offset, known.complete) == (half, False)
+
+        def jump() -> Iterator[pb.UploadPart]:
+            yield pb.UploadPart(header=header)
+            yield pb.UploadPart(chunk=Chunk(offset=half + 1, data=data[half + 1 :]))
+
+        rogue.channel.patience_s = 0.1
+        with pytest.raises(UnreachableError, match=f"chunk at byte {half + 1}, expected at {half}; resume"):
+            rogue.channel.patiently(lambda: rogue.fleet.Upload(jump()))
+        rogue.channel.upload(rogue.fleet, header, path)
+        assert rogue.channel.call(rogue.fleet.ResumeUpload, header).complete
+        assert run.wait().state == "completed"
+
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        with pytest.raises(MismatchError, match="announced was sha256:0000"):
+            rogue.upload(task, rogue.broadcast(task), digest="sha256:" + "0" * 64)
+        run.cancel()
+
+
+def test_a_site_downloads_the_files_of_its_own_task_and_no_other(federation: Any, rogue: Rogue) -> None:
+    with federation.connect() as session:
+        run = session.submit(federation.spec())
+        task = rogue.pull()
+        rogue.upload(task, rogue.broadcast(task))
+        digest = next(a.digest for a in run.wait().status.artifacts if a.name.endswith("safetensors"))
+    for wanted in (digest, task.adapter, "sha256:" + "0" * 64, "../journal.db"):
+        with pytest.raises(NotFoundError):
+            list(rogue.channel.stream(rogue.fleet.Download, DownloadRequest(digest=wanted)))
+
+
+def test_roles_are_kept_apart_and_revoked_or_foreign_kits_get_nowhere(federation: Any, rogue: Rogue) -> None:
+    runs: Any = runs_pb2_grpc.RunsStub(rogue.channel.grpc)  # type: ignore[no-untyped-call]
+    with pytest.raises(RefusedError, match="rogue has a certificate for role site; this call needs role person"):
+        rogue.channel.call(runs.List, runs_pb2.ListRequest())
+    person = Channel(federation.address, Identity.load(federation.researcher), patience_s=5)
+    fleet: Any = fleet_pb2_grpc.FleetStub(person.grpc)  # type: ignore[no-untyped-call]
+    with pytest.raises(RefusedError, match="needs role site"):
+        person.call(fleet.Enrol, pb.EnrolRequest())
+    person.close()
+
+    stranger = Authority.create(federation.folder / "foreign").issue("person", "mallory")
+    with pytest.raises(IdentityError), connect(federation.address, identity=stranger, patience_s=2) as session:
+        session.runs()
+
+    federation.authority.revoke("rogue")
+    with pytest.raises(IdentityError, match="'rogue' is revoked"):
+        rogue.channel.call(rogue.fleet.PullTask, pb.PullTaskRequest(wait_s=0))
+
+
+def test_a_run_that_cannot_be_done_is_refused_before_anything_is_trained(federation: Any, tmp_path: Path) -> None:
+    federation.coordinate()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"txt": "wrong"}\n')
+    choice = federation.spec().method.__class__
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"model": str(tmp_path / "empty")}, r"no \*.safetensors"),
+        ({"model": str(tmp_path / "none")}, "no such folder"),
+        ({"model": "smolm2"}, "a name in the zoo"),
+        ({"evaluation": {"x": str(tmp_path / "broken.jsonl")}}, "broken.jsonl, line 2"),
+        ({"calibration": ""}, "the crash builder looks at hidden states"),
+        ({"builder": choice(name="magic")}, "magic.*crash"),
+        ({"builder": choice(name="crash", settings={"kep": 5})}, "kep"),
+        ({"method": choice(name="lora", settings={"rank": 0})}, "rank"),
+        ({"strategy": choice(name="median")}, "factor-mean, low-rank"),
+        (
+            {
+                "strategy": choice(name="factor-mean"),
+                "sites": ("a", "b"),
+                "method": choice(name="lora", settings={"rank": 4, "ranks": {"a": 2}}),
+            },
+            "needs equal ranks",
+        ),
+        ({"sites": ("a", "a")}, "twice"),
+        ({"sites": ("a",), "min_sites": 2}, "only 1 sites are named"),
+    ]
+    with federation.connect() as session:
+        for changes, words in wrong:
+            with pytest.raises(InputError, match=words):
+                session.submit(federation.spec(**changes))
+        assert session.runs() == []
+        run = session.submit(federation.spec(), token="t")
+        with pytest.raises(ConflictError, match=f"used before, for run {run.id}"):
+            session.submit(federation.spec(rounds=7), token="t")
+        run.cancel()
+
+
+def test_a_taken_port_and_a_taken_folder_are_said_to_be_so(federation: Any) -> None:
+    federation.coordinate()
+    kit = str(federation.folder / "pki" / "coordinator")
+
+    def up(home: str, listen: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "offsite.client", "coordinator", "up", "--identity", kit]
+        more = ["--home", str(federation.folder / home), "--listen", listen, "--executor", "threads"]
+        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+
+    taken = up("other", federation.address)
+    assert taken.returncode == 8 and f"cannot listen on {federation.address}" in taken.stderr
+    assert taken.stderr.count("\n") == 1
+    twice = up("home", "127.0.0.1:0")
+    assert twice.returncode == 8 and "another coordinator is using this folder" in twice.stderr
+
+
+def test_nobody_there_is_said_to_be_so(federation: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with connect(address, identity=federation.researcher, patience_s=0.5) as session:
+        with pytest.raises(OffsiteError, match="nothing listens there") as caught:
+            session.runs()
+    assert caught.value.exit_code == 9
