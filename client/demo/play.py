@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from offsite.client.demo.bound import BoundJob
 from offsite.client.demo.data import SiteData
@@ -191,7 +192,7 @@ class Demo:
                     begun = time.time()
                 left = (time.time() - begun) / max(1, line["step"] - 1) * (steps - line["step"])
                 told = f"the bound: step {line['step']} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
-                status.update(told)
+                status.update(Text(told))
                 if self._format == "json":
                     print(json.dumps({**line, "event": "bound", "steps": steps}), flush=True)
                 elif not self._console.is_terminal and line["step"] % 16 == 0:
@@ -224,7 +225,7 @@ class Demo:
         if self._format == "json":
             print(json.dumps({"event": "demo", "message": line, "at": time.time()}), flush=True)
         else:
-            self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/]  {line}", highlight=False)
+            self._console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), "  ", line))  # a path is not markup
 
 
 def _guarded(run: Run, processes: Processes) -> Iterator[Event]:

@@ -94,3 +94,9 @@ def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None:
     refused(offsite("demo", "--out", str(tmp_path)), 11, "not empty, and not made by a demo")
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
     refused(offsite("demo", "--out", str(tmp_path / "x"), "--site", "bank"), 3, "expected NAME=FILE")
+
+
+def test_a_path_that_looks_like_markup_is_only_a_path(tmp_path: Path) -> None:
+    told = offsite("demo", "--out", str(tmp_path / "x"), "--model", "/none/[/x]")
+    refused(told, 3, "/none/[/x]")
+    assert "model /none/[/x]" in told.stdout
