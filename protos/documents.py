@@ -12,7 +12,6 @@ from typing import Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _dataclass
 
-from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import InputError
 
 T = TypeVar("T")
@@ -103,8 +102,3 @@ def canonical(value: Any) -> bytes:
 def plain(text: str, *, most: int = 2000) -> str:
     """Make another party's text fit for a log and a terminal: one line, no control characters, not without end."""
     return "".join(character if character.isprintable() else " " for character in text)[:most]
-
-
-def fingerprint(value: Any) -> str:
-    """Digest of a document's canonical JSON."""
-    return digest_bytes(to_json(value))

@@ -104,7 +104,7 @@ class TaskSpec:
     adapter: str  # digest of the broadcast adapter
     adapter_size: Positive
     method: Choice
-    method_hash: str  # fingerprint of the method and the layers it trains
+    method_hash: str  # digest of the base, the method and the layers it trains
     training: TrainingSpec
 
 

@@ -14,7 +14,8 @@ from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.emulator import bundle, methods
 from offsite.emulator.builders.base import Outline
 from offsite.protos import tensors
-from offsite.protos.documents import fingerprint
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import to_json
 from offsite.protos.spec import BaseRef, Choice, Manifest, TaskSpec, TrainingSpec
 
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))
@@ -89,7 +90,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             site="clinic",
             attempt=0,
             base=DIGEST,
-            manifest=fingerprint(manifest),
+            manifest=digest_bytes(to_json(manifest)),
             manifest_size=1,
             adapter=DIGEST,
             adapter_size=1,
