@@ -182,7 +182,7 @@ class Supervisor:
 
     def _collect(self, number: int) -> list[dict[str, Any]]:
         """Wait until no task of the round is open; return the updates, or fail the run if they are too few."""
-        while any([self._is_open(number, task) for task in self._latest(number)]):
+        while any([self._is_open(number, task) for task in self._latest(number)]):  # a list: each one is looked at
             self._heed()
             time.sleep(POLL_S)
         tasks = self._latest(number)

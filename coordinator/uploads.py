@@ -53,7 +53,7 @@ class Upload:
         return self._file.stat().st_size if self._file.exists() else 0
 
     def write(self, offset: int, data: bytes) -> None:
-        """Append a chunk; raises MismatchError unless it goes on where the last one ended."""
+        """Append a chunk; raises UnreachableError, to resume, unless it goes on where the last one ended."""
         with self._file.open("ab") as file:
             if file.tell() != offset:
                 # Of a stream that lost the race with its own successor: the site asks again where to go on.
