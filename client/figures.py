@@ -1,4 +1,4 @@
-"""The figures of a run as one table: five per site and over all, then what moved and where the time went."""
+"""The figures of a run as one table, per site and over all, then what moved and where the time went."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ FIGURES = {
     "emulator_tuned": "emulator\ntuned",
     "plug_in": "plug-in",
     "base_tuned": "base tuned\n(bound)",
+    "attack": "attack\n(unfrozen)",
 }
 
 
@@ -26,7 +27,9 @@ def table(report: dict[str, Any]) -> RenderableType:
         grid.add_row(name, *_cells(row), str(report["tokens"].get(name, "")))
     grid.add_section()
     grid.add_row("all", *_cells(report["overall"]), str(sum(report["tokens"].values())), style="bold")
-    return Group(grid, *(Text(f"warning: {warning}") for warning in report["warnings"]), moved(report))
+    said = [f"warning: {warning}" for warning in report["warnings"]]
+    said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
+    return Group(grid, *map(Text, said), moved(report))
 
 
 def moved(report: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ COLOURS = {
     "emulator_tuned": "#c8803c",
     "plug_in": "#1b7f5c",
     "base_tuned": "#3f6fb5",
+    "attack": "#b5473f",
 }
 KINDS = {
     "download": "#d5dbe2",
@@ -71,7 +72,7 @@ def _bars(figure: Figure, report: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, fontsize=8, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _losses(figure: Figure, report: dict[str, Any]) -> None:

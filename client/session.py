@@ -3,7 +3,7 @@
 from offsite.client import RunSpec, connect
 
 with connect("coordinator:8443", identity="kits/alice") as session:
-    run = session.submit(RunSpec(model="smollm2-135m-instruct", rounds=2, calibration="/data/public.jsonl"))
+    run = session.submit(RunSpec(model="smollm2-135m-instruct", rounds=2, public="/data/public.jsonl"))
     for event in run.watch():
         print(event)
     run.result("outcome")

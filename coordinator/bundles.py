@@ -1,78 +1,171 @@
 """Building a bundle: the emulator's files, and a manifest that names, counts and signs them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from offsite.emulator import builders, bundle, zoo
-from offsite.emulator.batches import Batch, encode, evaluation_batches
-from offsite.emulator.builders import Outline
+from offsite.emulator import builders, bundle, placements, zoo
+from offsite.emulator.anatomy import find
+from offsite.emulator.batches import encode, evaluation_batches
+from offsite.emulator.builders import Builder, Draft, Material
+from offsite.emulator.bundle import Layout
+from offsite.emulator.checkpoint import Checkpoint
+from offsite.emulator.disclosure import count, disclosed
 from offsite.emulator.examples import read
-from offsite.emulator.stack import restack
+from offsite.emulator.placements import Placement
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import from_json, to_json, to_plain
 from offsite.protos.errors import InputError, MismatchError, NotFoundError
 from offsite.protos.security.signing import sign, verify
-from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest
+from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest, Packing
 
 CALIBRATION_EXAMPLES = 64  # fewer choose other layers: 32 of 96 tokens doubled the emulator's perplexity
-CALIBRATION_TOKENS = 128
+PUBLIC_TOKENS = 128
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle on disk."""
+    """A bundle on disk; `recovery` is what the owner keeps to bring adapters back to the base."""
 
     folder: Path
     manifest: Manifest
+    recovery: dict[str, Tensor] = field(default_factory=dict)
 
 
-def build(model: str, builder: Choice, folder: Path, *, calibration: Path | None, owner_key: Path | None) -> Built:
+def build(
+    model: str,
+    chain: Sequence[Choice],
+    trainable: Choice,
+    folder: Path,
+    *,
+    public: Path | None,
+    owner_key: Path | None,
+    scratch: Path | None = None,
+    stream: bool | None = None,
+    tell: Tell = lambda what, step, steps: None,
+) -> Built:
     """Build the emulator of a model into a folder.
 
     Args:
         model: a path, a hub id or a name from the model zoo.
-        builder: which builder, and its settings.
+        chain: which builders, in the order they work, and their settings.
+        trainable: which of its layers train.
         folder: where the bundle goes; made if missing.
-        calibration: public text for builders that look at hidden states.
+        public: text for builders that look at hidden states or tune.
         owner_key: Ed25519 key that signs the manifest; None leaves the bundle unsigned.
+        scratch: a folder for the state of builders that tune, so that a killed build goes on where it was.
+        stream: read the base's layers one at a time; None: if they would fill more than half of this machine's memory.
+        tell: hears what is done, which step, and of how many.
 
     Raises:
-        InputError: the model, the builder's settings or the calibration text cannot be used.
+        InputError: the model, the builders' settings or the text cannot be used.
     """
     try:
-        maker = builders.make(builder.name, builder.settings)
+        makers = [builders.make(choice.name, choice.settings) for choice in chain]
+        builders.check(makers)
+        placement = placements.make(trainable.name, trainable.settings)
         source = zoo.locate(model, cache=zoo.cache_folder())
+        checkpoint = Checkpoint.open(source)
+        if checkpoint.bytes > _memory() / 2 if stream is None else stream:
+            return _build_streamed(checkpoint, makers, chain, placement, folder, public=public, owner_key=owner_key)
         base, tokenizer = zoo.load_base(source, dtype="auto")
-        outline = maker.outline(base, _calibration(calibration, tokenizer))
-        emulator = restack(base, outline.layers, outline.shared)
-        folder.mkdir(parents=True, exist_ok=True)
-        bundle.save(emulator, tokenizer, folder, outline=outline)
+        text = material(public, tokenizer, scratch=scratch, tell=tell)
+        draft = builders.run(makers, placement, base, text)
+        return write(draft, tokenizer, folder, base=ref(source, base), chain=chain, owner_key=owner_key)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def write(
+    draft: Draft, tokenizer: Any, folder: Path, *, base: BaseRef, chain: Sequence[Choice], owner_key: Path | None
+) -> Built:
+    """Write an emulator that was built into a folder, with its manifest; raises ValueError."""
+    layout = bundle.layout_of(draft)
+    bundle.save(draft.model, tokenizer, folder, outline=draft.outline)
+    share = disclosed(draft)
+    return _seal(
+        folder,
+        layout,
+        base=base,
+        chain=chain,
+        counts=(count(draft.model), share.verbatim, share.lossy),
+        owner_key=owner_key,
+        recovery=draft.recovery,
+    )
+
+
+def _build_streamed(
+    checkpoint: Checkpoint,
+    makers: Sequence[Builder],
+    chain: Sequence[Choice],
+    placement: Placement,
+    folder: Path,
+    *,
+    public: Path | None,
+    owner_key: Path | None,
+) -> Built:
+    """Build an emulator of a base that is never in memory as a whole."""
+    depth: Any = makers[0]
+    if len(makers) > 1 or depth.stage != "depth":
+        raise ValueError("only crash, uniform and whole, each by itself, build from layers read one at a time")
+    if getattr(depth, "sharing", "off") == "auto":
+        raise ValueError("sharing=auto compares two stacks, which need the model in memory: choose off or on")
+    model, tokenizer = checkpoint.stream(), zoo.load_tokenizer(checkpoint.folder)
+    text = material(public, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
+    outline = depth.outline(model, text.batches, placement)
+    bundle.copy(checkpoint, model, tokenizer, folder, outline=outline)
+    layers = find(model).layers
+    dropped = set(range(len(layers))) - {outline.layers[place] for place in outline.own}
+    kept = count(model) - sum(count(layers[layer]) for layer in dropped)
+    return _seal(
+        folder,
+        Layout(outline),
+        base=ref(checkpoint.folder, model),
+        chain=chain,
+        counts=(kept, kept, 0),
+        owner_key=owner_key,
+        recovery={},
+    )
+
+
+def _seal(
+    folder: Path,
+    layout: Layout,
+    *,
+    base: BaseRef,
+    chain: Sequence[Choice],
+    counts: tuple[int, int, int],
+    owner_key: Path | None,
+    recovery: dict[str, Tensor],
+) -> Built:
+    packed = None
+    if layout.format is not None:
+        format: Any = layout.format
+        packed = Packing(format=Choice(name=format.name, settings=asdict(format)), places=layout.packed)
     manifest = Manifest(
-        base=BaseRef(
-            name=source.name,
-            digest=zoo.digest(source),
-            layers=base.config.num_hidden_layers,
-            parameters=count(base),
-        ),
-        builder=builder,
-        layers=outline.layers,
-        trainable=outline.trainable,
-        shared=outline.shared,
-        parameters=count(emulator),
+        base=base,
+        builders=tuple(chain),
+        layers=layout.outline.layers,
+        trainable=layout.outline.trainable,
+        shared=layout.outline.shared,
+        packed=packed,
+        narrow=layout.narrow,
+        parameters=counts[0],
+        verbatim=counts[1],
+        lossy=counts[2],
         files=tuple(_entries(folder)),
     )
     document = to_json(manifest)
     (folder / MANIFEST).write_bytes(document)
     if owner_key is not None:
         (folder / SIGNATURE).write_bytes(sign(document, owner_key, purpose="bundle"))
-    return Built(folder, manifest)
+    return Built(folder, manifest, recovery)
 
 
 def open_bundle(folder: Path, *, owner_public: Path | None = None) -> Built:
@@ -94,14 +187,36 @@ def open_bundle(folder: Path, *, owner_public: Path | None = None) -> Built:
     return Built(folder, manifest)
 
 
-def outline_of(manifest: Manifest) -> Outline:
-    """Return the emulator's outline that a manifest describes."""
-    return Outline(layers=manifest.layers, trainable=manifest.trainable, shared=manifest.shared)
+def ref(source: Path, base: nn.Module) -> BaseRef:
+    """Name a base model, by the folder it was read from."""
+    depth = len(find(base).layers)
+    return BaseRef(name=source.name, digest=zoo.digest(source), layers=depth, parameters=count(base))
 
 
-def count(model: nn.Module) -> int:
-    """Count a model's parameters, tied and shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def material(
+    public: Path | None,
+    tokenizer: Any,
+    *,
+    scratch: Path | None = None,
+    batch_size: int = 8,
+    tell: Tell = lambda what, step, steps: None,
+) -> Material:
+    """Read the public text that builders may use; raises ValueError."""
+    if public is None:
+        return Material(scratch=scratch, tell=tell)
+    encoded = encode(read(public), tokenizer, max_length=PUBLIC_TOKENS)
+    few = evaluation_batches(encoded[:CALIBRATION_EXAMPLES], batch_size=batch_size)
+    return Material(batches=few, encoded=encoded, scratch=scratch, tell=tell)
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """Return the figures of a bundle that people look at."""
+    told: dict[str, Any] = to_plain(manifest)
+    return told | {
+        "bytes": sum(entry.size for entry in manifest.files),
+        "disclosed": manifest.verbatim / manifest.base.parameters,
+        "disclosed_lossy": manifest.lossy / manifest.base.parameters,
+    }
 
 
 def _entries(folder: Path) -> list[FileEntry]:
@@ -112,18 +227,6 @@ def _entries(folder: Path) -> list[FileEntry]:
     ]
 
 
-def _calibration(path: Path | None, tokenizer: object) -> Sequence[Batch]:
-    if path is None:
-        return ()
-    encoded = encode(read(path)[:CALIBRATION_EXAMPLES], tokenizer, max_length=CALIBRATION_TOKENS)
-    return evaluation_batches(encoded, batch_size=8)
-
-
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """Return the figures of a bundle that people look at."""
-    size = sum(entry.size for entry in manifest.files)
-    plain: dict[str, Any] = to_plain(manifest)
-    return plain | {
-        "bytes": size,
-        "disclosed": manifest.parameters / manifest.base.parameters,
-    }
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,7 +4,7 @@ from pathlib import Path
 from re import fullmatch
 
 from offsite.coordinator import aggregation
-from offsite.emulator import builders, methods, zoo
+from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.examples import read
 from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
@@ -13,11 +13,11 @@ from offsite.protos.spec import RunSpec
 def judge(spec: RunSpec) -> None:
     """Raise InputError with one sentence if the run cannot be done as it is written."""
     try:
-        builders.make(spec.builder.name, spec.builder.settings)
         method = methods.make(spec.method.name, spec.method.settings)
+        _judge_emulator(spec)
         if spec.model not in zoo.ZOO and not is_hub_id(spec.model):  # those may take long to fetch; a step does it
             zoo.locate(spec.model, cache=zoo.cache_folder())
-        for path in (*spec.evaluation.values(), *([spec.calibration] if spec.calibration else [])):
+        for path in (*spec.evaluation.values(), *([spec.public] if spec.public else [])):
             read(Path(path))
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -34,12 +34,25 @@ def judge(spec: RunSpec) -> None:
         raise InputError(
             f"strategy {spec.strategy.name} needs equal ranks, the sites have {sorted(ranks)}; use low-rank"
         )
-    if spec.builder.name == "crash" and not spec.calibration:
-        raise InputError("the crash builder looks at hidden states: give public text as calibration")
     if len(spec.sites) != len(set(spec.sites)):
         raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
     if spec.sites and len(spec.sites) < spec.min_sites:
         raise InputError(f"min_sites is {spec.min_sites}, but only {len(spec.sites)} sites are named")
+
+
+def _judge_emulator(spec: RunSpec) -> None:
+    """Raise ValueError if its emulator cannot be built, or cannot be trained by its method."""
+    chain = [builders.make(choice.name, choice.settings) for choice in spec.builders]
+    builders.check(chain)
+    placements.make(spec.trainable.name, spec.trainable.settings)
+    names = [builder.name for builder in chain]
+    for builder in chain:
+        if builder.reads_text and not spec.public:
+            raise ValueError(f"the builder {builder.name} needs text to look at or to tune on: give some as public")
+    if spec.method.name == "grids" and "sketch" not in names:
+        raise ValueError("the method grids trains the grids of a sketch: put sketch among the builders")
+    if spec.realign_steps and names[-1] != "distilled":
+        raise ValueError("realign_steps goes on with what the builder distilled does: put it last in builders")
 
 
 def is_hub_id(model: str) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import from_json, to_plain
-from offsite.protos.figures import perplexity
+from offsite.protos.figures import perplexity, protection
 from offsite.protos.spec import RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
 FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
+BUNDLE = ("builders", "parameters", "bytes", "disclosed", "disclosed_lossy")
 UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly guides training
 
 
@@ -34,9 +35,7 @@ def assemble(journal: Journal, run: str) -> str:
         "name": spec.name,
         "model": spec.model,
         "base": built["base"],
-        "bundle": {
-            key: built["bundle"][key] for key in ("layers", "trainable", "parameters", "bytes", "disclosed", "builder")
-        },
+        "bundle": {key: built["bundle"][key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),
         "strategy": to_plain(spec.strategy),
         "training": to_plain(spec.training),
@@ -53,6 +52,7 @@ def assemble(journal: Journal, run: str) -> str:
             if task.state != "uploaded"
         ],
         "warnings": warnings(overall),
+        "protection": protection(overall),
     }
     return json.dumps(report)
 

@@ -138,7 +138,8 @@ class Supervisor:
     def _evaluate(self, figure: str, *, manifest: str | None, exact: str | None) -> None:
         if figure not in self._journal.steps(self._run):
             base = self._journal.steps(self._run)["version:0"]["base"]["digest"]
-            gave = self._step(figure, "evaluate", base=base, manifest=manifest, exact=exact)
+            recovery = self._journal.steps(self._run)["version:0"]["recovery"]
+            gave = self._step(figure, "evaluate", base=base, manifest=manifest, exact=exact, recovery=recovery)
             self._journal.add_event(self._run, "figure", name=figure, sets=gave["sets"])
 
     # a round
@@ -157,10 +158,22 @@ class Supervisor:
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and number + 1 < self._spec.rounds:
             self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=gave["exact"])
+        if self._spec.realign_steps and number + 1 < self._spec.rounds:
+            built = steps["version:0"]
+            base, recovery, manifest = built["base"]["digest"], built["recovery"], self._bundle(number)["manifest"]
+            name, exact = f"bundle:{number + 1}", gave["exact"]
+            self._step(name, "realign", base=base, manifest=manifest, exact=exact, recovery=recovery)
+
+    def _bundle(self, number: int) -> dict[str, Any]:
+        """Return the bundle that sites train on in a round: re-aligned to the last, if the run asks for that."""
+        steps = self._journal.steps(self._run)
+        return next(
+            (steps[f"bundle:{at}"] for at in range(number, 0, -1) if f"bundle:{at}" in steps), steps["version:0"]
+        )
 
     def _offer(self, number: int, site: str, *, attempt: int) -> None:
         steps = self._journal.steps(self._run)
-        built, start = steps["version:0"], steps[f"version:{number}"]["broadcast"][site]
+        built, bundle, start = steps["version:0"], self._bundle(number), steps[f"version:{number}"]["broadcast"][site]
         task = TaskSpec(
             run=self._run,
             round=number,
@@ -168,8 +181,8 @@ class Supervisor:
             site=site,
             attempt=attempt,
             base=built["base"]["digest"],
-            manifest=built["manifest"],
-            manifest_size=built["manifest_size"],
+            manifest=bundle["manifest"],
+            manifest_size=bundle["manifest_size"],
             adapter=start["digest"],
             adapter_size=start["size"],
             method=_without_ranks(self._spec.method),
@@ -228,9 +241,10 @@ class Supervisor:
         steps = self._journal.steps(self._run)
         exact = steps[f"version:{self._spec.rounds}"]["exact"]
         if self._spec.evaluation:
-            self._evaluate("emulator_tuned", manifest=steps["version:0"]["manifest"], exact=exact)
+            self._evaluate("emulator_tuned", manifest=self._bundle(self._spec.rounds - 1)["manifest"], exact=exact)
             self._evaluate("plug_in", manifest=None, exact=exact)
-        gave = self._step("publish", "publish", base=steps["version:0"]["base"]["digest"], exact=exact)
+        built = steps["version:0"]
+        gave = self._step("publish", "publish", base=built["base"]["digest"], exact=exact, recovery=built["recovery"])
         for name, file in gave["artifacts"].items():
             self._journal.add_artifact(self._run, name, digest=file["digest"], size=file["size"])
         self._journal.set_run(self._run, report=assemble(self._journal, self._run))

@@ -3,9 +3,11 @@
 A step reads and writes files by digest and returns what the journal keeps. Running one twice gives the same result.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +17,18 @@ import torch
 from offsite.coordinator import aggregation, bundles
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, room
-from offsite.emulator import bundle, methods, plug, zoo
+from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.batches import encode, evaluation_batches
+from offsite.emulator.builders import Draft
+from offsite.emulator.builders import make as make_builder
+from offsite.emulator.builders.distilled import Distilled, realigned
 from offsite.emulator.examples import read
 from offsite.emulator.fidelity import likelihood
+from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.plug import plug
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
-from offsite.protos.documents import canonical, from_json, to_plain
+from offsite.protos.documents import canonical, from_json, to_json, to_plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, from_system
 from offsite.protos.spec import Manifest, RunSpec, Span
 
@@ -44,33 +51,72 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
     timeline = Timeline()
     blobs = home.blobs()
     with TemporaryDirectory(dir=home.scratch) as scratch, timeline.span("building"):
-        folder = Path(scratch) / "bundle"
-        calibration = Path(spec.calibration) if spec.calibration else None
-        built = bundles.build(spec.model, spec.builder, folder, calibration=calibration, owner_key=home.owner_key)
+        built = bundles.build(
+            spec.model,
+            spec.builders,
+            spec.trainable,
+            Path(scratch) / "bundle",
+            public=Path(spec.public) if spec.public else None,
+            owner_key=home.owner_key,
+            scratch=_unfinished(home, spec, "build"),
+        )
         manifest = built.manifest
-        room(home.root, sum(entry.size for entry in manifest.files))
         method = methods.make(spec.method.name, spec.method.settings)
-        emulator, _ = bundle.load(folder, outline=bundles.outline_of(manifest), dtype="auto")
-        trained = bundles.outline_of(manifest).places
+        layout = bundle.described(manifest)
+        emulator, _ = bundle.load(built.folder, layout=layout, dtype="auto")
         adapters = {}
         for rank in sorted({method.rank_at(site) for site in sites}):
-            adapter = method.start(emulator, trained, seed=spec.training.seed, rank=rank)
+            adapter = method.start(emulator, layout.outline.places, seed=spec.training.seed, rank=rank)
+            method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
             adapters[rank] = _store(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
-        for entry in manifest.files:
-            blobs.take(folder / entry.path, digest=entry.digest)
-        blobs.take(folder / bundles.MANIFEST)
+        recovery = None
+        if built.recovery:
+            recovery = _store(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
+        stored = _store_bundle(home, built)
+    shutil.rmtree(_unfinished(home, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
-    return {
-        "manifest": digest_bytes(document := _manifest(manifest)),
-        "manifest_size": len(document),
+    return stored | {
         "base": to_plain(manifest.base),
         "method_hash": digest_bytes(canonical(identity)),
         "broadcast": {site: adapters[method.rank_at(site)] for site in sites},
         "exact": None,
         "residual": {},
-        "bundle": bundles.describe(manifest),
+        "recovery": recovery,
         "spans": timeline,
     }
+
+
+def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, recovery: str | None) -> dict[str, Any]:
+    """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
+    timeline = Timeline()
+    blobs = home.blobs()
+    source = _the_base(spec, base)
+    scratch = _unfinished(home, spec, f"realign {exact}")
+    with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
+        full, tokenizer = zoo.load_base(source, dtype="auto")
+        listed, emulator, _ = _open(blobs, manifest, Path(folder) / "old", dtype="auto")
+        outline = bundle.described(listed).outline
+        method = methods.make(spec.method.name, spec.method.settings)
+        adapter = tensors.load(blobs.path(exact))
+        named = next(choice for choice in spec.builders if choice.name == Distilled.name)
+        settings: Any = make_builder(named.name, named.settings)
+        aligned = realigned(
+            full,
+            emulator,
+            outline,
+            method=method,
+            adapter=adapter,
+            recovered=_recovered(blobs, method, adapter, recovery),
+            material=bundles.material(Path(spec.public), tokenizer, scratch=scratch),
+            settings=replace(settings, steps=spec.realign_steps),
+        )
+        draft = Draft(full, aligned, outline, tuned=tuple(outline.frozen))
+        built = bundles.write(
+            draft, tokenizer, Path(folder) / "new", base=listed.base, chain=listed.builders, owner_key=home.owner_key
+        )
+        stored = _store_bundle(home, built)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return stored | {"spans": timeline}
 
 
 def aggregate(
@@ -111,27 +157,24 @@ def aggregate(
     }
 
 
-def evaluate(home: Home, spec: RunSpec, *, base: str, manifest: str | None, exact: str | None) -> dict[str, Any]:
+def evaluate(
+    home: Home, spec: RunSpec, *, base: str, manifest: str | None, exact: str | None, recovery: str | None = None
+) -> dict[str, Any]:
     """Measure the base (manifest None) or the emulator, with an adapter or without, on the owner's held-out data."""
     timeline = Timeline()
     blobs = home.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
     with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as scratch:
-        outline = None
         if manifest is None:
             model, tokenizer = zoo.load_base(_the_base(spec, base), dtype=dtype_of(spec))
+            if exact is not None:
+                adapter = _recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
+                model = plug(model, method, adapter)
         else:
-            listed = from_json(Manifest, blobs.path(manifest).read_bytes(), where="manifest")
-            for entry in listed.files:
-                link = Path(scratch) / entry.path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(blobs.path(entry.digest).resolve())
-            outline = bundles.outline_of(listed)
-            model, tokenizer = bundle.load(Path(scratch), outline=outline, dtype=dtype_of(spec))
-        if exact is not None:
-            adapter = tensors.load(blobs.path(exact))
-            itself = {layer: layer for layer in {int(key.split(".")[0]) for key in adapter}}
-            model = method.attach(model, outline.places if outline else itself, adapter)
+            listed, model, tokenizer = _open(blobs, manifest, Path(scratch), dtype=dtype_of(spec))
+            if exact is not None:
+                places = bundle.described(listed).outline.places
+                model = method.attach(model, places, tensors.load(blobs.path(exact)))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     figures: dict[str, dict[str, float]] = {}
     for name, path in sorted(spec.evaluation.items()):
@@ -144,21 +187,21 @@ def evaluate(home: Home, spec: RunSpec, *, base: str, manifest: str | None, exac
     return {"sets": figures, "spans": timeline}
 
 
-def publish(home: Home, spec: RunSpec, *, base: str, exact: str) -> dict[str, Any]:
-    """Write the outcome as a standard peft adapter and, if asked for, the merged model."""
+def publish(home: Home, spec: RunSpec, *, base: str, exact: str, recovery: str | None) -> dict[str, Any]:
+    """Write the outcome as an adapter of the base (LoRA as peft does) and, if asked for, the merged model."""
     timeline = Timeline()
     blobs = home.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
     source = _the_base(spec, base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
-    adapter = tensors.load(blobs.path(exact))
+    adapter = _recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
     files: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(dir=home.scratch) as scratch:
-        plug.export_peft(Path(scratch) / "adapter", adapter, scale=method.scale, model=model, base_name=spec.model)
+        method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.model)
         if spec.merge:
             room(home.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
-            plug.merge(model, adapter, scale=method.scale)
+            method.merge(model, adapter)
             model.save_pretrained(Path(scratch) / "merged")
             tokenizer.save_pretrained(Path(scratch) / "merged")
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
@@ -170,6 +213,7 @@ def publish(home: Home, spec: RunSpec, *, base: str, exact: str) -> dict[str, An
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "build": build,
+    "realign": realign,
     "aggregate": aggregate,
     "evaluate": evaluate,
     "publish": publish,
@@ -203,11 +247,42 @@ def _the_base(spec: RunSpec, digest: str) -> Path:
     return source
 
 
-def _manifest(manifest: Manifest) -> bytes:
-    return canonical(to_plain(manifest))
-
-
 def _store(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
     tensors.save(path, adapter)
     digest, size = blobs.take(path)
     return {"digest": digest, "size": size}
+
+
+def _store_bundle(home: Home, built: bundles.Built) -> dict[str, Any]:
+    """Store a bundle's files; return what names them."""
+    blobs, manifest = home.blobs(), built.manifest
+    room(home.root, sum(entry.size for entry in manifest.files))
+    for entry in manifest.files:
+        blobs.take(built.folder / entry.path, digest=entry.digest)
+    blobs.take(built.folder / bundles.MANIFEST)
+    document = canonical(to_plain(manifest))
+    return {
+        "manifest": digest_bytes(document),
+        "manifest_size": len(document),
+        "bundle": bundles.describe(manifest),
+    }
+
+
+def _open(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:
+    """Read a stored bundle: its manifest, emulator and tokenizer."""
+    listed = from_json(Manifest, blobs.path(manifest).read_bytes(), where="manifest")
+    for entry in listed.files:
+        link = folder / entry.path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs.path(entry.digest).resolve())
+    return listed, *bundle.load(folder, layout=bundle.described(listed), dtype=dtype)
+
+
+def _recovered(blobs: Blobs, method: Method, adapter: Adapter, recovery: str | None) -> Adapter:
+    """Bring an adapter back to the base, with what the owner kept when the emulator was built."""
+    return method.recover(adapter, tensors.load(blobs.path(recovery)) if recovery else {})
+
+
+def _unfinished(home: Home, spec: RunSpec, step: str) -> Path:
+    """Where a long step keeps its state, so that it goes on after a kill: the same work finds the same folder."""
+    return home.scratch / f"unfinished-{digest_bytes(to_json(spec) + step.encode())[7:23]}"

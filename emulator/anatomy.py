@@ -22,20 +22,35 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find(model: nn.Module) -> Anatomy:
-    """Find the outermost list of `num_hidden_layers` blocks of one class; raises ValueError unless there is one."""
+    """Find the outermost list of `num_hidden_layers` blocks of one class; raises ValueError unless there is one.
+
+    A model that needs it says where: `config.anatomy["layers"]` is then the list's path, whatever its classes.
+    """
     depth = text_config(model).num_hidden_layers
+    named = described(model).get("layers")
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
-            if len({type(block) for block in module}) == 1:
+            # A wrapper, as peft's, puts its own names before the path.
+            if f".{path}".endswith(f".{named}") if named else len({type(block) for block in module}) == 1:
                 found[path] = module
     if len(found) != 1:
+        what = f"at the path {named!r} (config.anatomy)" if named else "of equal class"
         raise ValueError(
-            f"{type(model).__name__}: looked for one list of {depth} blocks of equal class (config.num_hidden_layers) "
-            f"and found {len(found)}{': ' + ', '.join(found) if found else ''}; models of this build are not supported"
+            f"{type(model).__name__}: looked for one list of {depth} blocks {what} (config.num_hidden_layers) "
+            f"and found {len(found)}{': ' + ', '.join(found) if found else ''}; say where the layers of such a family "
+            'are in its config.json: "anatomy": {"layers": "model.layers"}'
         )
     return Anatomy(*found.popitem())
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's config.json says about its build, under "anatomy"; raises ValueError if it is no table."""
+    table = getattr(model.config, "anatomy", None) or {}
+    if not isinstance(table, dict):
+        raise ValueError(f'config.json: "anatomy" must be a table such as {{"layers": "model.layers"}}, got {table!r}')
+    return table
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

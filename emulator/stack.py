@@ -39,11 +39,11 @@ def restack(model: nn.Module, positions: Sequence[int], shared: Mapping[int, int
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place  # type: ignore[assignment]  # a plain int, which torch's stub does not foresee
     twin.set_submodule(stack.path, nn.ModuleList(blocks))
-    _describe(twin_config, sources, depth)
+    follow(twin_config, sources, depth)
     return twin
 
 
-def _describe(config: Any, sources: Sequence[int], depth: int) -> None:
+def follow(config: Any, sources: Sequence[int], depth: int) -> None:
     """Bring the depth and every list with one entry per layer in line: models read them in their forward pass."""
     for name, value in list(vars(config).items()):
         per_layer = "layer" in name or name.endswith("types")

@@ -84,10 +84,19 @@ def load_base(directory: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMode
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{directory}: not a causal language model that can be loaded: {_one_line(error)}") from None
-    return model.eval(), tokenizer
+    return model.eval(), load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder; raises ValueError."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+    return tokenizer
 
 
 def _checked(folder: Path) -> Path:

@@ -20,6 +20,9 @@ class Choice:
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # builders, in the order they work
+
+
 @document
 class TrainingSpec:
     """Local training of one round at one site."""
@@ -41,7 +44,8 @@ class RunSpec:
 
     model: str  # at the coordinator: a path, a hub id or a name from the model zoo
     name: str = ""
-    builder: Choice = Field(default_factory=lambda: Choice(name="crash"))
+    builders: Chain = (Choice(name="crash"),)
+    trainable: Choice = Field(default_factory=lambda: Choice(name="ends"))  # which layers train
     method: Choice = Field(default_factory=lambda: Choice(name="lora"))
     strategy: Choice = Field(default_factory=lambda: Choice(name="low-rank"))
     training: TrainingSpec = Field(default_factory=TrainingSpec)
@@ -49,7 +53,8 @@ class RunSpec:
     sites: tuple[Name, ...] = ()  # empty: every site that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
     stall_s: Fraction = 900.0  # a task that has got no further for this long is left out of the round
-    calibration: str = ""  # at the coordinator: public text the builder may look at
+    public: str = ""  # at the coordinator: public text that builders may look at and tune on
+    realign_steps: Annotated[int, Field(ge=0)] = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: dict[Name, str] = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     max_update_norm: Fraction = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds between plug-in figures; 0: only at the end
@@ -76,16 +81,28 @@ class FileEntry:
 
 
 @document
+class Packing:
+    """Which layers' linear maps are stored in a format of few bits."""
+
+    format: Choice
+    places: tuple[int, ...]
+
+
+@document
 class Manifest:
     """What is in a bundle. `layers[i]` is the base's layer at position i of the emulator."""
 
     format: Literal[1] = 1
     base: BaseRef
-    builder: Choice
+    builders: Chain
     layers: tuple[int, ...]
     trainable: tuple[int, ...]  # layer ids of the base
     shared: dict[int, int] = Field(default_factory=dict)  # position -> position whose parameters it has
-    parameters: Positive  # stored in the bundle
+    packed: Packing | None = None
+    narrow: dict[int, dict[str, tuple[int, int]]] = Field(default_factory=dict)  # position -> map -> (d_out, d_in)
+    parameters: Positive  # of the emulator, as it computes
+    verbatim: Annotated[int, Field(ge=0)]  # parameters of the base that it holds as they are
+    lossy: Annotated[int, Field(ge=0)]  # and those it holds in a format of few bits
     files: tuple[FileEntry, ...]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-RESERVED = ("coordinator", "researcher", "bound")
+RESERVED = ("coordinator", "researcher", "bound", "attack")
 
 app = typer.Typer(add_completion=False)
 

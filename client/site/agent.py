@@ -165,6 +165,8 @@ class Agent:
             data=str(self._config.data.resolve()),
             task=task,
             engine=self._config.engine,
+            max_emulator_perplexity=self._config.policy.max_emulator_perplexity,
+            suspicious=self._config.policy.suspicious,
             out=str(folder),
         )
         if reporter.stopped:
@@ -176,6 +178,10 @@ class Agent:
                 if event["event"] == "step":
                     reporter.now(pb.TRAINING, step=event["step"], steps=event["steps"], loss=event["loss"])
                     self._say("step", {"round": task.round + 1, **{k: event[k] for k in ("step", "steps", "loss")}})
+                elif event["event"] == "inspected":
+                    self._say("inspected", {"round": task.round + 1, "emulator_perplexity": event["perplexity"]})
+                    for warning in event["warnings"]:
+                        self._say("warning", {"message": warning})
         except OffsiteError:
             if reporter.stopped:
                 raise Stopped from None

@@ -25,6 +25,11 @@ class EngineSpec:
             raise ValueError("offload needs the engine 'deepspeed' with zero_stage 1, 2 or 3")
 
     @property
+    def whole(self) -> bool:
+        """Whether every process holds all parameters of the model."""
+        return self.name != "deepspeed" or self.zero_stage < 3
+
+    @property
     def title(self) -> str:
         """The engine in a few words, as metrics name it."""
         stage = f" zero-{self.zero_stage}{' offload' if self.offload else ''}" if self.name == "deepspeed" else ""
@@ -41,4 +46,6 @@ class TrainerJob:
     data: str  # a file or folder of examples
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
+    max_emulator_perplexity: float | None = None  # as the site's policy says, and so is the next
+    suspicious: Literal["refuse", "warn"] = "refuse"
     out: str  # folder, made by the trainer: update.safetensors and metrics.json

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from re import fullmatch
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,11 +21,18 @@ class Policy:
     data: tuple[str, ...]  # folders whose files may be trained on
     methods: tuple[str, ...] = ("lora",)
     max_steps: Annotated[int, Field(ge=1)] = 1000  # optimiser steps in one round
+    min_steps: Annotated[int, Field(ge=1)] = 1  # the update of few steps is nearly a gradient, which gives text away
+    # Clipped to far below AdamW's epsilon, a step is linear in the gradient, and an update hands it over.
+    min_gradient_clipping: Annotated[float, Field(gt=0)] = 1e-3
     max_batch_size: Annotated[int, Field(ge=1)] = 1024  # sequences of one step
     max_length: Annotated[int, Field(ge=1)] = 131072  # tokens of one sequence
     max_rounds: Annotated[int, Field(ge=1)] = 100  # rounds of one run
     max_upload_mib: Annotated[float, Field(gt=0)] = 64.0  # size of one update
     max_bundle_mib: Annotated[float, Field(gt=0)] = 65536.0  # size of one emulator
+    # Perplexity of an emulator on the site's own text. None: one above the vocabulary's size, which is what guessing
+    # has, is only a warning, for emulators with few layers left have it too and teach nevertheless.
+    max_emulator_perplexity: Annotated[float, Field(gt=1)] | None = None
+    suspicious: Literal["refuse", "warn"] = "refuse"  # what to do with signs of an emulator made to leak
 
     @classmethod
     def load(cls, path: Path) -> "Policy":
@@ -50,6 +57,10 @@ class Policy:
             raise _refused("methods", f"method {task.method.name} is not among {', '.join(self.methods)}")
         if task.training.steps > self.max_steps:
             raise _refused("max_steps", f"{task.training.steps} steps a round are more than {self.max_steps}")
+        if task.training.steps < self.min_steps:
+            raise _refused("min_steps", f"{task.training.steps} steps a round are fewer than {self.min_steps}")
+        if task.training.gradient_clipping < self.min_gradient_clipping:
+            raise _refused("min_gradient_clipping", f"{task.training.gradient_clipping:g} is less than allowed")
         if task.training.batch_size > self.max_batch_size:
             raise _refused("max_batch_size", f"{task.training.batch_size} sequences a step are more than allowed")
         if task.training.max_length > self.max_length:
@@ -88,6 +99,8 @@ class Policy:
             ("most rounds a run", str(self.max_rounds)),
             ("largest update", f"{self.max_upload_mib:g} MiB"),
             ("largest emulator", f"{self.max_bundle_mib:g} MiB"),
+            ("highest perplexity", f"{self.max_emulator_perplexity:g}" if self.max_emulator_perplexity else "any"),
+            ("suspicious emulators", "refused" if self.suspicious == "refuse" else "trained on, with a warning"),
         ]
 
 

@@ -6,17 +6,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from offsite.client.site.engines import ENGINES, join
+from offsite.client.site.inspection import BATCHES, judge, own_start, receive, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.proof import Witness
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import collate, encode, schedule
-from offsite.emulator.builders.base import Outline
-from offsite.emulator.methods import Adapter
+from offsite.emulator.methods import Adapter, Method
 from offsite.protos import tensors
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import InputError, MismatchError, RunError
@@ -31,18 +34,10 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     task, spec = job.task, job.task.training
     ranks = join(job.engine, rendezvous)
     _make_repeatable()
-    broadcast = tensors.load(Path(job.adapter))
-    outline = Outline(job.manifest.layers, job.manifest.trainable, job.manifest.shared)
     with _faults_of_input():
         data = examples.read(Path(job.data))  # before the model: it is quick, and the likeliest to be at fault
-        model, tokenizer = bundle.load(Path(job.bundle), outline=outline, dtype=DTYPES[spec.precision])
-        encoded = encode(data, tokenizer, max_length=spec.max_length)
-        method = methods.make(task.method.name, task.method.settings)
-        model = method.attach(model, outline.places, broadcast)
-    trained = method.named_parameters(model, outline.places)
-    witness = Witness(trained)
-    engine = ENGINES[job.engine.name](model, trained, spec, job.engine, ranks)
-    model.train()
+        ready = _load(job)
+        encoded = encode(data, ready.tokenizer, max_length=spec.max_length)
     order = schedule(
         len(encoded),
         batch_size=spec.batch_size,
@@ -50,6 +45,16 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         first_step=task.round * spec.steps,
         seed=spec.seed,
     )
+    if job.engine.whole:
+        ready.model.to(ranks.device)
+    looked_at = [collate([encoded[row] for row in rows]) for rows in order[:BATCHES]]
+    verdict = judge(job, ready.model, looked_at, ready.places, signs=ready.signs)
+    perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
+    say("inspected", perplexity=perplexity, warnings=verdict.warnings)
+    trained = ready.method.named_parameters(ready.model, ready.places)
+    witness = Witness(trained)
+    engine = ENGINES[job.engine.name](ready.model, trained, spec, job.engine, ranks)
+    ready.model.train()
     torch.manual_seed(spec.seed + task.round * ranks.world + ranks.rank)  # of dropout; different in each process
     losses: list[float] = []
     tokens = 0
@@ -63,7 +68,7 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         if not math.isfinite(losses[-1]):
             raise RunError(f"the loss is {losses[-1]} at step {step} of {spec.steps}; a lower learning_rate may help")
         say("step", step=step, steps=spec.steps, loss=losses[-1], tokens=batch.targets)
-    adapter = engine.gather(method, outline.places)
+    adapter = engine.gather(ready.method, ready.places)
     if ranks.rank == 0:
         metrics = UpdateMetrics(
             examples=len({row for rows in order for row in rows}),
@@ -76,7 +81,32 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
             engine=f"{job.engine.title}, {ranks.device.type}",
             peak_memory_bytes=_peak_memory_bytes(),
         )
-        _write(adapter, broadcast, metrics, task, Path(job.out))
+        _write(adapter, ready.broadcast, metrics, task, Path(job.out))
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An emulator with the adapter that was sent in it, and what is suspicious about that adapter."""
+
+    model: nn.Module
+    tokenizer: Any
+    method: Method
+    places: dict[int, int]
+    broadcast: Adapter
+    signs: list[str]
+
+
+def _load(job: TrainerJob) -> _Ready:
+    """Read the bundle and the broadcast; raises ValueError, and MismatchError for a tensor that is not as agreed."""
+    task, dtype = job.task, DTYPES[job.task.training.precision]
+    layout = bundle.described(job.manifest)
+    places = layout.outline.places
+    model, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=dtype)
+    method = methods.make(task.method.name, task.method.settings)
+    start = own_start(Path(job.adapter), method, model, places, task)
+    broadcast = receive(Path(job.adapter), start)
+    signs = strange_start(broadcast, start, dtype) if task.round == 0 else []  # later ones are averages
+    return _Ready(method.attach(model, places, broadcast), tokenizer, method, places, broadcast, signs)
 
 
 @contextmanager

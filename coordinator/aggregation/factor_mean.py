@@ -6,9 +6,9 @@ The product of the means differs from the mean of the products by the covariance
 
 from typing import ClassVar
 
-from offsite.coordinator.aggregation.base import Adapter, Aggregate
+from offsite.coordinator.aggregation.base import Adapter
+from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.protos.documents import document
-from offsite.protos.errors import InputError
 
 
 @document
@@ -19,20 +19,6 @@ class FactorMean:
     kinds: ClassVar[frozenset[str]] = frozenset({"low-rank"})
     mixed_ranks: ClassVar[bool] = False
 
-    def begin(self, residual: dict[int, Adapter]) -> "_Fold":
+    def begin(self, residual: dict[int, Adapter]) -> TensorMean:
         """Open a round; there is never a residual."""
-        return _Fold()
-
-
-class _Fold:
-    def __init__(self) -> None:
-        self._mean: Adapter = {}
-
-    def add(self, update: Adapter, *, weight: float) -> None:
-        for key, tensor in update.items():
-            if key in self._mean and self._mean[key].shape != tensor.shape:  # torch would broadcast a rank of 1
-                raise InputError(f"factor-mean needs equal ranks, {key} has {list(tensor.shape)}; use low-rank")
-            self._mean[key] = self._mean[key] + weight * tensor if key in self._mean else weight * tensor
-
-    def finish(self, ranks: list[int]) -> Aggregate:
-        return Aggregate(exact=self._mean, broadcast={rank: self._mean for rank in ranks}, residual={})
+        return TensorMean()

@@ -1,13 +1,18 @@
 """`offsite emulator`: build the stand-in of a model, and look into one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from offsite.coordinator.commands.compare import compare
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Build and inspect emulators, the stand-ins that sites get."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Build, compare and inspect emulators, the stand-ins that sites get.",
 )
 
 
@@ -15,32 +20,77 @@ app = typer.Typer(
 def build(
     model: Annotated[str, typer.Argument(help="A path, a hub id, or a name from the model zoo.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundle; new or empty.")],
-    builder: Annotated[str, typer.Option(help="crash, uniform or whole.")] = "crash",
-    set: Annotated[
-        list[str] | None, typer.Option(help="A setting of the builder, NAME=VALUE, such as keep=20.")
-    ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Public text the builder may look at.")] = None,
+    builder: Annotated[
+        str, typer.Option(help="How, such as 'crash(keep=24)+quantised'; `offsite emulator builders` lists them.")
+    ] = "crash",
+    trainable: Annotated[
+        str, typer.Option(help="Which layers train: 'ends(bottom=2,top=2)', 'spread(count=4)' or kept.")
+    ] = "ends",
+    public: Annotated[Path | None, typer.Option(help="Public text the builders may look at and tune on.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="The coordinator's kit; its owner key signs the bundle.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Read the base layer by layer; by default if it would fill half of this machine's memory."),
+    ] = None,
 ) -> None:
     """Build a bundle: the emulator, its tokenizer and a manifest."""
+    from rich.console import Console
+
     from offsite.coordinator.bundles import build as build_bundle
     from offsite.coordinator.bundles import describe
-    from offsite.protos.documents import assign
+    from offsite.coordinator.recipes import parse, parse_one
+    from offsite.protos import tensors
     from offsite.protos.errors import ConflictError
-    from offsite.protos.spec import Choice
 
     if out.exists() and any(out.iterdir()):
         raise ConflictError(f"{out}: not empty; a bundle is everything in its folder, so name a new one")
-    built = build_bundle(
-        model,
-        Choice(name=builder, settings=assign(set or [], {})),
-        out,
-        calibration=calibration,
-        owner_key=identity / "owner.key" if identity else None,
-    )
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with Console(stderr=True).status("building") as status:
+        built = build_bundle(
+            model,
+            parse(builder),
+            parse_one(trainable),
+            out,
+            public=public,
+            owner_key=identity / "owner.key" if identity else None,
+            scratch=unfinished,
+            stream=stream,
+            tell=lambda what, step, steps: status.update(f"{what}: {step} of {steps}"),
+        )
+    shutil.rmtree(unfinished, ignore_errors=True)
+    recovery = out.with_name(f"{out.name}.recovery.safetensors")
+    if built.recovery:
+        tensors.save(recovery, built.recovery)
     _show(describe(built.manifest), str(out), signature="signed" if identity else "none")
+    if built.recovery:
+        Console().print(f"{recovery} brings what is trained back to the base. It is the owner's, not the sites'.")
+
+
+@app.command("builders")
+def list_builders() -> None:
+    """List the builders, what they do and their settings."""
+    from dataclasses import fields
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from offsite.emulator.builders import BUILDERS
+    from offsite.emulator.builders.base import STAGES
+
+    table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
+    for name, kind in sorted(BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
+        plug_in: Any = kind
+        made = plug_in()
+        settings = ", ".join(f"{field.name}={getattr(made, field.name)}" for field in fields(plug_in))
+        first = (plug_in.__doc__ or "").split("\n\n")[0]
+        table.add_row(kind.stage, name, settings, " ".join(first.split()))
+    Console().print(table)
+    Console().print("Builders of several stages are joined by '+', in this order: crash(keep=24)+distilled+quantised.")
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -63,16 +113,20 @@ def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from offsite.coordinator.recipes import render
+    from offsite.protos.spec import Choice
+
     table = Table(title=title, show_header=False, title_justify="left")
     base = figures["base"]
     table.add_row("base", f"{base['name']}: {base['layers']} layers, {base['parameters']:,} parameters")
     table.add_row("base digest", base["digest"])
-    table.add_row("builder", f"{figures['builder']['name']} {figures['builder']['settings'] or ''}")
+    table.add_row("builders", render(tuple(Choice(**choice) for choice in figures["builders"])))
     table.add_row("layers", " ".join(map(str, figures["layers"])))
     table.add_row("trainable", " ".join(map(str, figures["trainable"])))
-    table.add_row(
-        "parameters", f"{figures['parameters']:,} = {figures['disclosed']:.1%} of the base, disclosed verbatim"
-    )
+    table.add_row("parameters", f"{figures['parameters']:,}")
+    lossy = f", {figures['disclosed_lossy']:.1%} in few bits" if figures["lossy"] else ""
+    table.add_row("disclosed", f"{figures['disclosed']:.1%} of the base's parameters verbatim{lossy}")
+    table.add_row("protection", "not protected: no attack was measured; see `offsite emulator compare`")
     table.add_row("size", f"{figures['bytes'] / 1e6:,.1f} MB in {len(figures['files'])} files")
     table.add_row("signature", signature)
     Console().print(table)

@@ -1,13 +1,22 @@
-"""What a builder decides: which layers of the base the emulator has, and which of them train."""
+"""What builders share: the outline of an emulator, an emulator in the making, and what may be used to make it.
+
+A chain of builders makes an emulator. One of the stage "depth" decides which layers stay; then the stages "width",
+"tuning" and "storage" may follow, in this order and each at most once.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from offsite.emulator.batches import Batch
+from offsite.emulator.batches import Batch, Encoded
+from offsite.emulator.placements import Placement
+
+Stage = Literal["depth", "width", "tuning", "storage"]
+STAGES: tuple[Stage, ...] = ("depth", "width", "tuning", "storage")
 
 
 @dataclass(frozen=True)
@@ -24,16 +33,70 @@ class Outline:
     @property
     def places(self) -> dict[int, int]:
         """Place in the emulator -> absolute id, of the layers that train."""
-        return {place: layer for place, layer in enumerate(self.layers) if layer in self.trainable}
+        return {p: layer for p, layer in enumerate(self.layers) if layer in self.trainable and p not in self.shared}
+
+    @property
+    def own(self) -> list[int]:
+        """The places that have parameters of their own."""
+        return [place for place in range(len(self.layers)) if place not in self.shared]
+
+    @property
+    def frozen(self) -> list[int]:
+        """The places that have parameters of their own and do not train."""
+        return [place for place in self.own if place not in self.places]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An emulator in the making.
+
+    `model` has the outline's layers and shares with `base` every tensor that no builder changed; `base` is never
+    changed. `tuned` are the places whose parameters were trained, so that they are no longer the base's. `recovery` is
+    what the owner keeps to bring an adapter back to the base: "<layer>.<path inside the layer>.<part>" -> tensor.
+    """
+
+    base: nn.Module
+    model: nn.Module
+    outline: Outline
+    tuned: tuple[int, ...] = ()
+    recovery: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a builder may use beside the model: public text, a folder to resume from, and an ear for progress."""
+
+    batches: Sequence[Batch] = ()  # calibration text: a few examples, in order of their length
+    encoded: Sequence[Encoded] = ()  # public text to train on, in its own order
+    scratch: Path | None = None  # a folder for the state of a long build, so that it can be resumed
+    tell: Callable[[str, int, int], None] = lambda what, step, steps: None
 
 
 class Builder(Protocol):
-    """A way to build emulators; its fields are its settings."""
+    """A way to build emulators, or a step of it; its fields are its settings."""
 
     name: ClassVar[str]
+    stage: ClassVar[Stage]
 
-    def outline(self, model: nn.Module, batches: Sequence[Batch]) -> Outline:
-        """Decide on the layers, looking at calibration text if need be; raises ValueError if they do not fit."""
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs public text."""
+        ...
+
+
+class DepthBuilder(Builder, Protocol):
+    """A builder of the stage "depth"."""
+
+    def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
+        """Decide which layers stay and which of them train; raises ValueError if the settings do not fit."""
+        ...
+
+
+class ChangeBuilder(Builder, Protocol):
+    """A builder of the stages "width", "tuning" and "storage"."""
+
+    def change(self, draft: Draft, material: Material) -> Draft:
+        """Return the next draft; the given one stays as it was. Raises ValueError if the settings do not fit."""
         ...
 
 
@@ -42,22 +105,11 @@ def kept_of(depth: int, keep: int | None) -> int:
     return math.ceil(0.8 * depth) if keep is None else keep
 
 
-def middle(depth: int, *, keep: int, bottom: int, top: int) -> range:
-    """Return the layers between the ends; raises ValueError unless `keep` holds the ends and one layer more."""
-    ends(depth, bottom=bottom, top=top)
-    if not bottom + top < keep <= depth:
+def droppable(depth: int, *, keep: int, fixed: Sequence[int]) -> list[int]:
+    """Return the layers that may go; raises ValueError unless `keep` holds the `fixed` ones and one layer more."""
+    if not len(fixed) < keep <= depth:
         raise ValueError(
-            f"keep counts all layers the emulator keeps, ends included: it must be in {bottom + top + 1}..{depth} "
-            f"for a base of {depth} layers with {bottom} + {top} at the ends, got {keep}"
+            f"keep counts all layers the emulator keeps, those that train included: it must be in "
+            f"{len(fixed) + 1}..{depth} for a base of {depth} layers with {len(fixed)} fixed, got {keep}"
         )
-    return range(bottom, depth - top)
-
-
-def ends(depth: int, *, bottom: int, top: int) -> tuple[int, ...]:
-    """Return the lowest `bottom` and highest `top` layers; raises ValueError if there is none, or no middle."""
-    if bottom < 0 or top < 0 or not 0 < bottom + top < depth:
-        raise ValueError(
-            f"bottom and top must leave a middle: bottom + top must be in 1..{depth - 1} for a base of {depth} "
-            f"layers, got {bottom} + {top}"
-        )
-    return (*range(bottom), *range(depth - top, depth))
+    return [layer for layer in range(depth) if layer not in fixed]

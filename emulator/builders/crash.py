@@ -5,7 +5,6 @@ segment keeps one layer. The paper merges the most similar neighbours again and 
 layers at the border, and never changes, cutting at the smallest links gives the same segments.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,44 +14,41 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline, ends, kept_of, middle
+from offsite.emulator.builders.base import Outline, Stage, droppable, kept_of
 from offsite.emulator.fidelity import likelihood
+from offsite.emulator.placements import Placement
 from offsite.emulator.stack import restack
-from offsite.kernels.cka import adjacent_cka
+from offsite.kernels.cka import adjacent_cka, linear_cka
 
 GUARD_BATCHES = 2  # on which sharing is judged; where it fails it fails by factors, not by percents
 
 
 @dataclass(frozen=True)
 class Crash:
-    """Keeps `keep` distinct layers in all, one per segment of similar ones; `bottom` + `top` of them train.
+    """Keeps `keep` distinct layers in all: those the placement fixes, and of the rest one per segment of similar ones.
 
-    With train="ends" those are the outermost, and segments are formed of the rest; with "spread" all layers form
-    segments and those that train are spread over the kept ones, as in the paper. Sharing fills the gaps with the
-    nearest kept layer: "off", "on", or "auto" if the calibration text is then better predicted.
+    Reduction "drop" is the paper's other one: of the two neighbours that are most alike the right one goes, again and
+    again. Sharing fills the gaps with the nearest kept layer: "off", "on", or "auto" if the calibration text is then
+    better predicted.
     """
 
-    keep: int | None = None  # distinct layers in all, ends included; None: four fifths
-    bottom: int = 2
-    top: int = 2
-    train: Literal["ends", "spread"] = "ends"
+    keep: int | None = None  # distinct layers in all; None: four fifths
+    reduction: Literal["cluster", "drop"] = "cluster"
     sharing: Literal["off", "auto", "on"] = "off"
 
     name: ClassVar[str] = "crash"
+    stage: ClassVar[Stage] = "depth"
+    reads_text: ClassVar[bool] = True
 
-    def outline(self, model: nn.Module, batches: Sequence[Batch]) -> Outline:
+    def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by how `model` represents the calibration text; raises ValueError if the settings do not fit."""
         depth = len(layers(model))
-        keep = kept_of(depth, self.keep)
-        inner = middle(depth, keep=keep, bottom=self.bottom, top=self.top)
-        links = adjacent_cka(pooled(model, batches)).tolist()
-        if self.train == "ends":
-            trainable = ends(depth, bottom=self.bottom, top=self.top)
-            cut = segments(links[inner.start : inner.stop - 1], keep - len(trainable))
-            kept = sorted({*trainable, *(inner[representative(segment)] for segment in cut)})
-        else:
-            kept = [representative(segment) for segment in segments(links, keep)]
-            trainable = tuple(kept[at] for at in spread(keep, self.bottom + self.top))
+        keep, fixed = kept_of(depth, self.keep), placement.fixed(depth)
+        inner = droppable(depth, keep=keep, fixed=fixed)
+        found = pooled(model, batches)
+        reduce = cluster if self.reduction == "cluster" else drop
+        kept = sorted({*fixed, *(inner[at] for at in reduce(found[inner], keep - len(fixed)))})
+        trainable = placement.choose(kept, depth)
         removed = Outline(tuple(kept), trainable)
         if self.sharing == "off":
             return removed
@@ -65,6 +61,23 @@ class Crash:
         return shared if shared_text.nll < removed_text.nll else removed
 
 
+def cluster(representations: Tensor, keep: int) -> list[int]:
+    """Choose `keep` layers of (layers, n, d): the representatives of the segments between the weakest links."""
+    return [representative(segment) for segment in segments(adjacent_cka(representations).tolist(), keep)]
+
+
+def drop(representations: Tensor, keep: int) -> list[int]:
+    """Choose `keep` layers of (layers, n, d): drop the right one of the most similar neighbours until they are left."""
+    kept = list(range(len(representations)))
+    links = adjacent_cka(representations).tolist()
+    while len(kept) > keep:
+        at = max(range(len(links)), key=links.__getitem__)
+        del kept[at + 1], links[at]
+        if at < len(links):  # the neighbour that is new
+            links[at] = float(linear_cka(representations[kept[at]], representations[kept[at + 1]]))
+    return kept
+
+
 def segments(links: Sequence[float], count: int) -> list[range]:
     """Cut a chain of len(links) + 1 layers at its count - 1 smallest links; of equal ones the first."""
     weakest = sorted(range(len(links)), key=lambda at: links[at])[: count - 1]
@@ -75,11 +88,6 @@ def segments(links: Sequence[float], count: int) -> list[range]:
 def representative(segment: range) -> int:
     """Return the middle layer of a segment, the upper one of two."""
     return segment[len(segment) // 2]
-
-
-def spread(count: int, trained: int) -> list[int]:
-    """Choose `trained` of `count` indices: ceil(i (count-1)/(trained-1))."""
-    return [0] if trained == 1 else [math.ceil(i * (count - 1) / (trained - 1)) for i in range(trained)]
 
 
 def nearest(depth: int, kept: Sequence[int]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Offsite-Tuning (Xiao et al., arXiv 2302.04870): layers of the middle dropped at even distances."""
+"""Offsite-Tuning (Xiao et al., arXiv 2302.04870): layers that do not train dropped at even distances."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from torch import nn
 
 from offsite.emulator.anatomy import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline, ends, kept_of, middle
+from offsite.emulator.builders.base import Outline, Stage, droppable, kept_of
+from offsite.emulator.placements import Placement
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Keeps `keep` layers in all: the lowest `bottom` and the highest `top`, which train, and of the rest evenly."""
+    """Keeps `keep` layers in all: those the placement fixes, and of the rest evenly."""
 
-    keep: int | None = None  # distinct layers in all, ends included; None: four fifths
-    bottom: int = 2
-    top: int = 2
+    keep: int | None = None  # distinct layers in all; None: four fifths
 
     name: ClassVar[str] = "uniform"
+    stage: ClassVar[Stage] = "depth"
+    reads_text: ClassVar[bool] = False
 
-    def outline(self, model: nn.Module, batches: Sequence[Batch]) -> Outline:
+    def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by the layers' numbers alone; raises ValueError if they do not fit the depth."""
         depth = len(layers(model))
-        keep = kept_of(depth, self.keep)
-        inner = middle(depth, keep=keep, bottom=self.bottom, top=self.top)
-        trainable = ends(depth, bottom=self.bottom, top=self.top)
-        kept = [inner[at] for at in even(len(inner), keep - len(trainable))]
-        return Outline(tuple(sorted({*trainable, *kept})), trainable)
+        keep, fixed = kept_of(depth, self.keep), placement.fixed(depth)
+        inner = droppable(depth, keep=keep, fixed=fixed)
+        kept = sorted({*fixed, *(inner[at] for at in even(len(inner), keep - len(fixed)))})
+        return Outline(tuple(kept), placement.choose(kept, depth))
 
 
 def even(n: int, k: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The whole base, nothing removed: for sites that may hold it."""
+"""The whole base, nothing removed: for sites that may hold it, and the start of builders that drop no layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +8,19 @@ from torch import nn
 
 from offsite.emulator.anatomy import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline, ends
+from offsite.emulator.builders.base import Outline, Stage
+from offsite.emulator.placements import Placement
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Trains the lowest `bottom` and the highest `top` layers, or all of them if both are 0."""
-
-    bottom: int = 0
-    top: int = 0
+    """Keeps every layer."""
 
     name: ClassVar[str] = "whole"
+    stage: ClassVar[Stage] = "depth"
+    reads_text: ClassVar[bool] = False
 
-    def outline(self, model: nn.Module, batches: Sequence[Batch]) -> Outline:
+    def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Keep every layer; raises ValueError if there are not as many as are to train."""
         every = tuple(range(len(layers(model))))
-        chosen = self.bottom or self.top
-        return Outline(every, ends(len(every), bottom=self.bottom, top=self.top) if chosen else every)
+        return Outline(every, placement.choose(every, len(every)))

@@ -5,9 +5,11 @@ from typing import Any
 
 from offsite.emulator import family
 from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.methods.blocks import Blocks
+from offsite.emulator.methods.grids import Grids
 from offsite.emulator.methods.lora import Lora
 
-METHODS: dict[str, type[Method]] = {Lora.name: Lora}
+METHODS: dict[str, type[Method]] = {Blocks.name: Blocks, Grids.name: Grids, Lora.name: Lora}
 
 __all__ = ["METHODS", "Adapter", "Method", "make"]
 

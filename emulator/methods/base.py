@@ -1,10 +1,12 @@
 """What a method offers: how an adapter starts, how it is attached to a model, and how it is read back.
 
-An adapter is a dict of fp32 tensors keyed by the base's absolute layer ids: "28.self_attn.q_proj.A" (r, d_in) and
-"28.self_attn.q_proj.B" (d_out, r). It stands for the change scale * B @ A of the map y = W x.
+An adapter is a dict of fp32 tensors keyed by the base's absolute layer ids. Of the kind "low-rank" it has two factors
+for a map y = W x, "28.self_attn.q_proj.A" (r, d_in) and ".B" (d_out, r), which stand for the change scale * B @ A. Of
+the kind "linear" its tensors are such that their mean is the mean of what they do.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -59,32 +61,44 @@ def factors(adapter: Mapping[str, Tensor]) -> dict[Place, Factors]:
 
 
 class Method(Protocol):
-    """A way to train a model; its fields are its settings. `layers` maps a position in `model` to an absolute id."""
+    """A way to train a model; its fields are its settings. `places` maps a place in `model` to an absolute layer id.
+
+    `recovery` is what the builders kept to bring an adapter back to the base (see `builders.base.Draft`); an adapter
+    that was recovered is the base's and no longer the emulator's.
+    """
 
     name: ClassVar[str]
-    kind: ClassVar[str]  # how its adapters may be aggregated
-
-    @property
-    def scale(self) -> float:
-        """The factor of B @ A, the same at every site whatever its rank."""
-        ...
+    kind: ClassVar[str]  # how its adapters may be aggregated: "low-rank" or "linear"
+    rate: ClassVar[float]  # a learning rate to begin with
 
     def rank_at(self, site: str) -> int:
-        """The rank a site trains at."""
+        """The rank a site trains at; 0 for methods without one."""
         ...
 
-    def start(self, model: nn.Module, layers: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
         """Return the adapter that changes nothing; the same for base and emulator, whichever layers train."""
         ...
 
-    def attach(self, model: nn.Module, layers: Mapping[int, int], adapter: Adapter) -> nn.Module:
+    def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put an adapter into a model, in place, so that it trains in fp32 and the rest is frozen."""
         ...
 
-    def state(self, model: nn.Module, layers: Mapping[int, int]) -> Adapter:
+    def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU fp32 copies."""
         ...
 
-    def named_parameters(self, model: nn.Module, layers: Mapping[int, int]) -> dict[str, nn.Parameter]:
+    def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live parameters of an attached model by adapter key."""
+        ...
+
+    def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
+        """Bring an adapter of an emulator back to the base; raises ValueError if it does not fit."""
+        ...
+
+    def merge(self, base: nn.Module, adapter: Adapter) -> None:
+        """Add a recovered adapter to the base's weights, in place; raises ValueError if it does not fit."""
+        ...
+
+    def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
+        """Write a recovered adapter as files that others can load."""
         ...

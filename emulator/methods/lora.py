@@ -3,17 +3,21 @@
 The one file that opens peft.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from offsite.emulator.anatomy import find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
+from offsite.emulator.methods.recovery import widen
 from offsite.emulator.seeds import generator
 
 _ADAPTER = "default"  # peft's own name for the only adapter
@@ -30,6 +34,7 @@ class Lora:
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[str] = "low-rank"
+    rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -48,14 +53,14 @@ class Lora:
         """The rank a site trains at: the common one unless `ranks` names the site."""
         return self.ranks.get(site, self.rank)
 
-    def start(self, model: nn.Module, layers: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
         """Return the adapter that changes nothing; a lower rank gets the first rows of the same A. Raises ValueError.
 
         A is uniform in +-1/sqrt(d_in), as in peft, from a CPU generator of its own for each map.
         """
         stack = find(model).layers
         adapter: Adapter = {}
-        for position, layer in layers.items():
+        for position, layer in places.items():
             for path in self._targets(stack[position]):
                 place = Place(layer, path)
                 d_out, d_in = shape(stack[position].get_submodule(path))
@@ -73,16 +78,16 @@ class Lora:
                 raise ValueError(f"no linear map of a layer ends in {ending!r}; there are {', '.join(paths)}")
         return [path for path in paths if any(f".{path}".endswith(f".{ending}") for ending in self.modules)]
 
-    def attach(self, model: nn.Module, layers: Mapping[int, int], adapter: Adapter) -> nn.Module:
+    def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""
         pairs = factors(adapter)
-        if {place.layer for place in pairs} != set(layers.values()):
+        if {place.layer for place in pairs} != set(places.values()):
             ids = sorted({place.layer for place in pairs})
-            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(layers.values())}")
-        position = {layer: at for at, layer in layers.items()}
+            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
+        position = {layer: at for at, layer in places.items()}
         config = peft_config(model, {Place(position[p.layer], p.path): pair for p, pair in pairs.items()}, self.scale)
         attached: nn.Module = get_peft_model(model, config)
-        live = self.named_parameters(attached, layers)
+        live = self.named_parameters(attached, places)
         if live.keys() != adapter.keys():
             raise ValueError(f"the model does not take the adapter's keys {sorted(live.keys() ^ adapter.keys())[:3]}")
         with torch.no_grad():
@@ -90,22 +95,57 @@ class Lora:
                 parameter.copy_(adapter[key])
         return attached
 
-    def state(self, model: nn.Module, layers: Mapping[int, int]) -> Adapter:
+    def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU fp32 copies."""
-        live = self.named_parameters(model, layers)
+        live = self.named_parameters(model, places)
         return {key: parameter.detach().to("cpu", torch.float32, copy=True) for key, parameter in live.items()}
 
-    def named_parameters(self, model: nn.Module, layers: Mapping[int, int]) -> dict[str, nn.Parameter]:
+    def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live parameters of an attached model by adapter key."""
         stack = find(model).layers
         live: dict[str, nn.Parameter] = {}
-        for position, layer in layers.items():
+        for position, layer in places.items():
             for path, module in stack[position].named_modules():
                 if isinstance(module, LoraLayer):
                     wrapped: Any = module
                     live[Place(layer, path).key("A")] = wrapped.lora_A[_ADAPTER].weight
                     live[Place(layer, path).key("B")] = wrapped.lora_B[_ADAPTER].weight
         return live
+
+    def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
+        """Put rows and columns of zeros where the emulator's maps were narrowed (LoRAM, arXiv 2502.13533)."""
+        return widen(adapter, recovery)
+
+    def merge(self, base: nn.Module, adapter: Adapter) -> None:
+        """Add scale * B @ A to the weights, in place and in fp32; raises ValueError if it does not fit."""
+        pairs = factors(adapter)
+        peft_config(base, pairs, self.scale)  # refuses what does not fit before anything is changed
+        stack = find(base).layers
+        with torch.no_grad():
+            for place, (A, B) in pairs.items():
+                module = stack[place.layer].get_submodule(place.path)
+                weight = module.get_parameter("weight")
+                change = self.scale * (B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32))
+                weight.copy_(weight.float() + (change.T if is_transposed(module) else change))
+
+    def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
+        pairs = factors(adapter)
+        config = peft_config(base, pairs, self.scale)
+        config.base_model_name_or_path = base_name
+        config.inference_mode = True
+        config.save_pretrained(directory)
+        # peft keeps names in a set, whose order differs from process to process; equal adapters get equal files.
+        file = directory / "adapter_config.json"
+        told = json.loads(file.read_text())
+        told["target_modules"] = sorted(told["target_modules"])
+        file.write_text(json.dumps(told, indent=2, sort_keys=True))
+        path = find(base).path
+        tensors: Adapter = {}
+        for place, (A, B) in pairs.items():
+            name = f"base_model.model.{path}.{place.layer}.{place.path}"
+            tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def peft_config(model: nn.Module, pairs: Mapping[Place, Factors], scale: float) -> Any:

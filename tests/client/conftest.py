@@ -55,7 +55,7 @@ def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = emulator()
     bundle.save(model, tokenizer, folder / "bundle", outline=OUTLINE)
     method = methods.make(METHOD.name, METHOD.settings)
-    tensors.save(folder / "adapter.safetensors", method.start(model, OUTLINE.places, seed=3))
+    tensors.save(folder / "adapter.safetensors", method.start(model, OUTLINE.places, seed=0))
     drawn = torch.randint(0, WORDS, (22, 30), generator=torch.Generator().manual_seed(1)).tolist()
     rows = [
         {
@@ -76,11 +76,13 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
         settings = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "max_length": 32} | (training or {})
         manifest = Manifest(
             base=BaseRef(name="tiny", digest=DIGEST, layers=6, parameters=1),
-            builder=Choice(name="uniform"),
+            builders=(Choice(name="uniform"),),
             layers=OUTLINE.layers,
             trainable=OUTLINE.trainable,
             shared=OUTLINE.shared,
             parameters=1,
+            verbatim=1,
+            lossy=0,
             files=(),
         )
         task = TaskSpec(

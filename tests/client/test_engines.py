@@ -33,8 +33,7 @@ class Loaded:
         spec = job.task.training
         self.places = Outline(job.manifest.layers, job.manifest.trainable).places
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision]
-        outline = Outline(job.manifest.layers, job.manifest.trainable)
-        model, tokenizer = bundle.load(Path(job.bundle), outline=outline, dtype=dtype)
+        model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
         self.method = methods.make(job.task.method.name, job.task.method.settings)
         self.broadcast = tensors.load(Path(job.adapter))
         self.model = self.method.attach(model, self.places, self.broadcast).train()

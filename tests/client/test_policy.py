@@ -10,7 +10,10 @@ from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest, TaskSpec, TrainingSpec
 
 BASE, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
-POLICY: dict[str, Any] = {"bases": (BASE,), "data": ("/",), "max_steps": 10, "max_rounds": 3, "max_upload_mib": 1.0}
+POLICY: dict[str, Any] = {
+    **{"bases": (BASE,), "data": ("/",), "min_steps": 2},
+    **{"max_steps": 10, "max_rounds": 3, "max_upload_mib": 1.0},
+}
 
 
 def task(**changes: Any) -> TaskSpec:
@@ -25,10 +28,10 @@ def task(**changes: Any) -> TaskSpec:
 def manifest(*, size: int = 1, path: str = "model.safetensors", **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "base": BaseRef(name="m", digest=BASE, layers=4, parameters=9),
-        "builder": Choice(name="uniform"),
+        "builders": (Choice(name="uniform"),),
         "layers": (0, 2, 3),
         "trainable": (0, 3),
-        "parameters": 7,
+        **{"parameters": 7, "verbatim": 7, "lossy": 0},
         "files": (FileEntry(path=path, digest=OTHER, size=size),),
     }
     return Manifest(**{**fields, **changes})
@@ -48,8 +51,10 @@ def test_what_is_within_every_bound_is_allowed() -> None:
         ({"base": OTHER}, "bases"),
         ({"method": Choice(name="blocks")}, "methods"),
         ({"training": TrainingSpec(steps=11)}, "max_steps"),
-        ({"training": TrainingSpec(steps=1, batch_size=1025)}, "max_batch_size"),
-        ({"training": TrainingSpec(steps=1, max_length=131073)}, "max_length"),
+        ({"training": TrainingSpec(steps=1)}, "min_steps"),
+        ({"training": TrainingSpec(steps=2, gradient_clipping=1e-4)}, "min_gradient_clipping"),
+        ({"training": TrainingSpec(steps=2, batch_size=1025)}, "max_batch_size"),
+        ({"training": TrainingSpec(steps=2, max_length=131073)}, "max_length"),
         ({"rounds": 4}, "max_rounds"),
         ({"adapter_size": (1 << 20) + 1}, "max_upload_mib"),
     ],
@@ -88,6 +93,20 @@ def test_data_is_looked_for_behind_links(tmp_path: Path) -> None:
     policy.check_data(tmp_path / "allowed" / "fine.jsonl")
     with pytest.raises(RefusedError, match="allows data only in"):
         policy.check_data(tmp_path / "allowed" / "link.jsonl")
+
+
+def test_the_policy_of_the_docs_says_what_happens_to_suspicious_emulators(tmp_path: Path) -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "policy.toml").read_text()
+    file = tmp_path / "policy.toml"
+    file.write_text(documented.replace("/srv/offsite/data", str(tmp_path)))
+    policy = Policy.load(file)
+    assert (policy.suspicious, policy.max_emulator_perplexity) == ("refuse", None)
+    file.write_text(file.read_text().replace("# max_emu", "max_emu").replace('"refuse"', '"warn"'))
+    told = dict(Policy.load(file).describe())
+    assert (told["highest perplexity"], told["suspicious emulators"]) == ("5000", "trained on, with a warning")
+    file.write_text(file.read_text().replace('"warn"', '"ignore"'))
+    with pytest.raises(InputError, match="suspicious: Input should be 'refuse' or 'warn'"):
+        Policy.load(file)
 
 
 def test_a_policy_file_needs_its_folders(tmp_path: Path) -> None:

@@ -7,11 +7,18 @@ import torch
 from offsite.emulator.anatomy import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders import BUILDERS, Outline, make
-from offsite.emulator.builders.crash import nearest, pooled, representative, segments, spread
+from offsite.emulator.builders.crash import drop, nearest, pooled, representative, segments
 from offsite.emulator.builders.uniform import even
 from offsite.emulator.fidelity import likelihood
+from offsite.emulator.placements import Ends, Kept, Spread
 from offsite.emulator.stack import restack
-from offsite.kernels.cka import adjacent_cka
+from offsite.kernels.cka import adjacent_cka, linear_cka
+
+
+def outline(name: str, model: Any, text: Any = (), *, placement: Any = None, **settings: Any) -> Outline:
+    builder: Any = make(name, settings)
+    found: Outline = builder.outline(model, text, placement or Ends())
+    return found
 
 
 def merged(links: list[float], count: int) -> list[range]:
@@ -39,9 +46,8 @@ def test_a_segment_keeps_its_upper_median() -> None:
 
 
 def test_the_layers_that_train_are_spread_as_in_the_papers_lists() -> None:
-    assert spread(12, 4) == [0, 4, 8, 11]
-    assert spread(22, 4) == [0, 7, 14, 21]
-    assert spread(5, 1) == [0]
+    for kept, count, expected in ((12, 4, (0, 4, 8, 11)), (22, 4, (0, 7, 14, 21)), (5, 1, (0,))):
+        assert Spread(count).choose(range(kept), 30) == expected
 
 
 def test_a_missing_layer_takes_the_nearest_and_of_two_the_right_one() -> None:
@@ -57,14 +63,15 @@ def test_even_distances_are_those_of_offsite_tuning() -> None:
 
 
 def test_uniform_keeps_the_ends_and_counts_all_layers(tiny: Any) -> None:
-    outline = make("uniform", {"keep": 6}).outline(tiny("llama", 10), [])
-    assert outline == Outline((0, 1, 2, 7, 8, 9), (0, 1, 8, 9))
-    assert make("uniform", {"keep": 4, "bottom": 1}).outline(tiny("llama", 6), []).layers == (0, 2, 4, 5)
+    assert outline("uniform", tiny("llama", 10), keep=6) == Outline((0, 1, 2, 7, 8, 9), (0, 1, 8, 9))
+    assert outline("uniform", tiny(), placement=Ends(1, 2), keep=4).layers == (0, 2, 4, 5)
+    assert outline("uniform", tiny(), placement=Kept(), keep=3) == Outline((0, 2, 5), (0, 2, 5))
+    assert outline("uniform", tiny(), placement=Spread(2), keep=3) == Outline((0, 2, 5), (0, 5))
 
 
 def test_whole_removes_nothing(tiny: Any) -> None:
-    assert make("whole", {}).outline(tiny(), []) == Outline(tuple(range(6)), tuple(range(6)))
-    assert make("whole", {"bottom": 1, "top": 2}).outline(tiny(), []) == Outline(tuple(range(6)), (0, 4, 5))
+    assert outline("whole", tiny(), placement=Kept()) == Outline(tuple(range(6)), tuple(range(6)))
+    assert outline("whole", tiny(), placement=Ends(1, 2)) == Outline(tuple(range(6)), (0, 4, 5))
 
 
 @torch.no_grad()
@@ -97,27 +104,26 @@ def stepwise(model: Any, jumps: set[int]) -> Any:
 
 def test_crash_cuts_where_representations_jump(tiny: Any, text: list[Batch]) -> None:
     model = stepwise(tiny("llama", 9), {3, 6})
-    outline = make("crash", {"keep": 5, "bottom": 1, "top": 1}).outline(model, text)
+    found = outline("crash", model, text, placement=Ends(1, 1), keep=5)
     # Of the middle 1..7 the segments are 1-2, 3-5 and 6-7, of which the upper medians stay.
-    assert outline == Outline((0, 2, 4, 7, 8), (0, 8))
-    spread_out = make("crash", {"keep": 3, "bottom": 1, "top": 1, "train": "spread"}).outline(model, text)
-    assert spread_out == Outline((1, 4, 7), (1, 7))
+    assert found == Outline((0, 2, 4, 7, 8), (0, 8))
+    assert outline("crash", model, text, placement=Spread(2), keep=3) == Outline((1, 4, 7), (1, 7))
+    assert outline("crash", model, text, placement=Kept(), keep=3) == Outline((1, 4, 7), (1, 4, 7))
 
 
 def test_crash_cuts_at_the_weakest_links_of_the_model(family: str, tiny: Any, text: list[Batch]) -> None:
     model = tiny(family)
     links = adjacent_cka(pooled(model, text))
     weakest = int(links[1:4].argmin()) + 1  # within the middle 1..4
-    outline = make("crash", {"keep": 4, "bottom": 1, "top": 1}).outline(model, text)
+    found = outline("crash", model, text, placement=Ends(1, 1), keep=4)
     halves = range(1, weakest + 1), range(weakest + 1, 5)
-    assert outline.layers == (0, *(half[len(half) // 2] for half in halves), 5)
+    assert found.layers == (0, *(half[len(half) // 2] for half in halves), 5)
 
 
 def test_sharing_fills_the_gaps_with_the_nearest_layer(tiny: Any, text: list[Batch]) -> None:
     model = tiny()
-    settings = {"keep": 3, "bottom": 1, "top": 1}
-    removed = make("crash", settings).outline(model, text)
-    shared = make("crash", settings | {"sharing": "on"}).outline(model, text)
+    removed = outline("crash", model, text, placement=Ends(1, 1), keep=3)
+    shared = outline("crash", model, text, placement=Ends(1, 1), keep=3, sharing="on")
     assert shared.layers == tuple(range(6)) and shared.trainable == removed.trainable == (0, 5)
     assert shared.shared == nearest(6, removed.layers)
     assert shared.places == {0: 0, 5: 5} and removed.places == {0: 0, 2: 5}
@@ -130,9 +136,8 @@ def test_automatic_sharing_takes_the_likelier_stack(tiny: Any, text: list[Batch]
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    settings = {"keep": 3, "bottom": 1, "top": 1}
     plans = {
-        sharing: make("crash", settings | {"sharing": sharing}).outline(model, text)
+        sharing: outline("crash", model, text, placement=Ends(1, 1), keep=3, sharing=sharing)
         for sharing in ("off", "on", "auto")
     }
     nll = {sharing: likelihood(restack(model, plan.layers, plan.shared), text).nll for sharing, plan in plans.items()}
@@ -143,25 +148,30 @@ def test_automatic_sharing_takes_the_likelier_stack(tiny: Any, text: list[Batch]
 @pytest.mark.parametrize("name", ["uniform", "crash"])
 @pytest.mark.parametrize("keep", [4, 7])
 def test_a_number_of_layers_that_does_not_fit_is_refused(tiny: Any, name: str, keep: int) -> None:
-    with pytest.raises(ValueError, match=r"it must be in 5..6 for a base of 6 layers with 2 \+ 2 .*, got " + str(keep)):
-        make(name, {"keep": keep}).outline(tiny(), [])
+    with pytest.raises(ValueError, match=r"it must be in 5..6 for a base of 6 layers with 4 fixed, got " + str(keep)):
+        outline(name, tiny(), keep=keep)
 
 
 def test_ends_without_a_middle_are_refused(tiny: Any) -> None:
-    for settings in ({"bottom": 3, "top": 3}, {"bottom": 0, "top": 0}, {"bottom": -1}):
+    for placement in (Ends(3, 3), Ends(0, 0), Ends(-1)):
         with pytest.raises(ValueError, match="bottom and top must leave a middle"):
-            make("uniform", {"keep": 5} | settings).outline(tiny(), [])
+            outline("uniform", tiny(), placement=placement, keep=5)
+
+
+def test_more_layers_than_are_kept_cannot_train(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"count must be in 1..3, the layers that are kept, got 4"):
+        outline("uniform", tiny(), placement=Spread(4), keep=3)
 
 
 def test_crash_without_text_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="give calibration text"):
-        make("crash", {"keep": 5}).outline(tiny(), [])
+        outline("crash", tiny(), keep=5)
 
 
 def test_unknown_names_and_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no builder 'crush'; known are crash, uniform, whole"):
+    with pytest.raises(ValueError, match=r"no builder 'crush'; known are .*crash"):
         make("crush", {})
-    with pytest.raises(ValueError, match=r"'uniform' has no setting 'kepe'; its settings are keep, bottom, top"):
+    with pytest.raises(ValueError, match=r"'uniform' has no setting 'kepe'; its settings are keep"):
         make("uniform", {"kepe": 3})
     with pytest.raises(ValueError, match=r"builder 'uniform': keep: "):
         make("uniform", {"keep": "many"})
@@ -171,3 +181,14 @@ def test_unknown_names_and_settings_are_refused() -> None:
 
 def test_every_builder_is_listed_under_its_name() -> None:
     assert all(BUILDERS[name].name == name for name in BUILDERS)
+
+
+def test_the_layer_drop_variant_drops_the_right_one_of_the_most_similar_neighbours() -> None:
+    found = torch.randn(7, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found[3] = found[2] + 0.01 * found[3]
+    kept = list(range(7))
+    for keep in range(6, 1, -1):
+        links = [float(linear_cka(found[a], found[b])) for a, b in zip(kept, kept[1:], strict=False)]
+        del kept[links.index(max(links)) + 1]
+        assert drop(found, keep) == kept
+    assert drop(found, 6) == [0, 1, 2, 4, 5, 6]

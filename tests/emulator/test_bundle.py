@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from offsite.emulator import bundle
 from offsite.emulator.anatomy import layers, text_config
 from offsite.emulator.builders import Outline
+from offsite.emulator.bundle import Layout
 from offsite.emulator.stack import restack
 
 REMOVED = Outline((0, 2, 3, 5), (0, 5))
@@ -28,14 +29,14 @@ def test_what_is_loaded_is_what_was_saved(
     family: str, tiny: Any, tokenizer: Any, ids: torch.Tensor, tmp_path: Path, outline: Outline
 ) -> None:
     emulator = saved(tiny(family), tokenizer, tmp_path, outline)
-    loaded, _ = bundle.load(tmp_path, outline=outline, dtype=torch.float32)
+    loaded, _ = bundle.load(tmp_path, layout=Layout(outline), dtype=torch.float32)
     assert torch.equal(loaded.eval()(ids).logits, emulator(ids).logits)
     assert len(layers(loaded)) == text_config(loaded).num_hidden_layers == len(outline.layers)
 
 
 def test_the_tokenizer_comes_with_the_model(tiny: Any, chat: Any, tmp_path: Path) -> None:
     saved(tiny(), chat, tmp_path, REMOVED)
-    _, loaded = bundle.load(tmp_path, outline=REMOVED, dtype="auto")
+    _, loaded = bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")
     assert loaded("w5 w6").input_ids == chat("w5 w6").input_ids == [1, 5, 6]
     assert loaded.chat_template == chat.chat_template
 
@@ -46,7 +47,7 @@ def test_a_bundle_holds_each_kept_layer_once_and_no_tensor_of_a_dropped_one(
 ) -> None:
     model = tiny(family)
     saved(model, tokenizer, tmp_path, outline)
-    stored = load_file(tmp_path / "model.safetensors")
+    stored = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
     kept = {layer for place, layer in enumerate(outline.layers) if place not in outline.shared}
     # The tensors of a random model all differ, so equal bytes are a tensor that was given away.
     given = [tensor.numpy().tobytes() for tensor in stored.values()]
@@ -58,14 +59,14 @@ def test_a_bundle_holds_each_kept_layer_once_and_no_tensor_of_a_dropped_one(
 def test_the_files_are_a_model_folder_without_code(tiny: Any, tokenizer: Any, tmp_path: Path) -> None:
     saved(tiny(), tokenizer, tmp_path, REMOVED)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
 def test_the_type_of_the_weights_is_chosen_at_loading(tiny: Any, tokenizer: Any, tmp_path: Path) -> None:
     saved(tiny().to(torch.bfloat16), tokenizer, tmp_path, SHARED)
     for asked, expected in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
-        loaded, _ = bundle.load(tmp_path, outline=SHARED, dtype=asked)
+        loaded, _ = bundle.load(tmp_path, layout=Layout(SHARED), dtype=asked)
         assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
 
 
@@ -80,11 +81,11 @@ def test_a_folder_that_names_code_is_refused(tiny: Any, tokenizer: Any, tmp_path
         honest = path.read_text()
         path.write_text(json.dumps(json.loads(honest) | entry))
         with pytest.raises(ValueError, match=rf"{name}: '\w+' names code to load"):
-            bundle.load(tmp_path, outline=REMOVED, dtype="auto")
+            bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")
         path.write_text(honest)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="names another model to load"):
-        bundle.load(tmp_path, outline=REMOVED, dtype="auto")
+        bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")
 
 
 def test_weights_that_are_not_the_models_are_refused(tiny: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -94,10 +95,10 @@ def test_weights_that_are_not_the_models_are_refused(tiny: Any, tokenizer: Any, 
     for other in ({"num_hidden_layers": 5}, {"intermediate_size": 40}):
         path.write_text(json.dumps(honest | other))
         with pytest.raises(ValueError, match="the weights do not fill the model"):
-            bundle.load(tmp_path, outline=REMOVED, dtype="auto")
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="not a model folder: "):
-        bundle.load(tmp_path, outline=REMOVED, dtype="auto")
+            bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="not a safetensors file: "):
+        bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")
     path.unlink()
     with pytest.raises(ValueError, match="not a model folder: config.json is missing"):
-        bundle.load(tmp_path, outline=REMOVED, dtype="auto")
+        bundle.load(tmp_path, layout=Layout(REMOVED), dtype="auto")

@@ -130,10 +130,11 @@ class Federation:
         """A short run on the tiny model."""
         fields: dict[str, Any] = {
             "model": str(self.material / "model"),
-            "builder": Choice(name="crash", settings={"keep": 5, "bottom": 1, "top": 1}),
+            "builders": (Choice(name="crash", settings={"keep": 5}),),
+            "trainable": Choice(name="ends", settings={"bottom": 1, "top": 1}),
             "method": Choice(name="lora", settings={"rank": 4, "alpha": 8.0}),
             "training": TrainingSpec(steps=4, learning_rate=0.01, max_length=32, seed=3),
-            "calibration": str(self.material / "public.jsonl"),
+            "public": str(self.material / "public.jsonl"),
         }
         return RunSpec(**{**fields, **changes})
 

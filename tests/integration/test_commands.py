@@ -20,11 +20,11 @@ def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tm
     authority = Authority.create(tmp_path / "pki")
     kit = authority.issue("coordinator", "owner")
     out = tmp_path / "bundle"
-    calibration = ["--calibration", str(material / "public.jsonl"), "--identity", str(kit)]
-    build = ["emulator", "build", str(material / "model"), "--out", str(out), *calibration]
-    made = offsite(*build, "--set", "keep=5", "--set", "bottom=1", "--set", "top=1")
+    public = ["--public", str(material / "public.jsonl"), "--identity", str(kit)]
+    build = ["emulator", "build", str(material / "model"), "--out", str(out), *public]
+    made = offsite(*build, "--builder", "crash(keep=5)", "--trainable", "ends(bottom=1,top=1)")
     assert made.returncode == 0, made.stderr
-    assert "5" in made.stdout and "disclosed verbatim" in made.stdout
+    assert "5" in made.stdout and "not protected" in made.stdout
 
     told = offsite("emulator", "inspect", str(out), "--owner", str(kit / "owner.pub"), "--format", "json")
     figures = json.loads(told.stdout)
@@ -36,7 +36,7 @@ def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tm
     other = Authority.create(tmp_path / "other").issue("coordinator", "owner")
     foreign = offsite("emulator", "inspect", str(out), "--owner", str(other / "owner.pub"))
     assert foreign.returncode == 7 and "signature" in foreign.stderr
-    weights = out / "model.safetensors"
+    weights = next(out.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -54,7 +54,7 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
     where = ["--coordinator", federation.address, "--identity", str(federation.researcher)]
     (tmp_path / "run.toml").write_text(
         f'model = "{federation.material}/model"\nname = "first"\n'
-        f'[builder]\nname = "uniform"\nsettings = {{ keep = 5, bottom = 1, top = 1 }}\n'
+        f'[[builders]]\nname = "uniform"\nsettings = {{ keep = 5 }}\n'
         f'[evaluation]\nexam = "{federation.material}/held-out.jsonl"\n'
         "[training]\nsteps = 2\nmax_length = 32\n"
     )

@@ -53,7 +53,9 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(federation: 
     torch.set_num_threads(1)
     federation.coordinate()
     federation.join("hospital")
-    spec = federation.spec(builder=Choice(name="whole", settings={"bottom": 1, "top": 1}), calibration="")
+    spec = federation.spec(
+        builders=(Choice(name="whole"),), trainable=Choice(name="ends", settings={"bottom": 1, "top": 1}), public=""
+    )
     with federation.connect() as session:
         folder = session.submit(spec).result(federation.folder / "out")
     found = load_file(folder / "adapter" / "adapter_model.safetensors")

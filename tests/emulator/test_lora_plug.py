@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from offsite.emulator.anatomy import find, layers, linears
 from offsite.emulator.methods import Adapter, make
-from offsite.emulator.plug import export_peft, merge
 
 PLACES = {0: 0, 4: 4}
 METHOD = make("lora", {"rank": 4, "alpha": 6})
@@ -28,14 +27,14 @@ def test_merged_weights_give_what_the_attached_adapter_gives(family: str, tiny: 
     adapter = adapter_for(model)
     before = model(ids).logits
     attached = METHOD.attach(tiny(family), PLACES, adapter)(ids).logits
-    merge(model, adapter, scale=METHOD.scale)
+    METHOD.merge(model, adapter)
     torch.testing.assert_close(model(ids).logits, attached, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, attached, atol=1e-2)
 
 
 def test_merging_changes_the_layers_of_the_adapter_and_no_other(family: str, tiny: Any) -> None:
     model, untouched = tiny(family), tiny(family)
-    merge(model, adapter_for(model), scale=METHOD.scale)
+    METHOD.merge(model, adapter_for(model))
     changed = {
         name for name, value in model.state_dict().items() if not torch.equal(value, untouched.state_dict()[name])
     }
@@ -53,7 +52,7 @@ def test_merging_is_computed_in_fp32(tiny: Any) -> None:
     adapter = adapter_for(model)
     change = METHOD.scale * (adapter["0.self_attn.q_proj.B"] @ adapter["0.self_attn.q_proj.A"])
     expected = (weight.float() + change).to(torch.bfloat16)
-    merge(model, adapter, scale=METHOD.scale)
+    METHOD.merge(model, adapter)
     assert torch.equal(weight, expected)
 
 
@@ -63,7 +62,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tiny: Any) -> None:
     adapter = adapter_for(model)
     beyond = adapter | {"9" + key[1:]: value for key, value in adapter.items() if key.startswith("4.")}
     with pytest.raises(ValueError, match="the adapter is for layer 9, the model has 6 layers"):
-        merge(model, beyond, scale=1.0)
+        METHOD.merge(model, beyond)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -74,7 +73,7 @@ def test_peft_loads_the_export_on_the_base(
 ) -> None:
     model = tiny(family)
     adapter = adapter_for(model, mixed=mixed)
-    export_peft(tmp_path, adapter, scale=METHOD.scale, model=model, base_name="owner/base")
+    METHOD.export(tmp_path, adapter, base=model, base_name="owner/base")
     attached = METHOD.attach(tiny(family), PLACES, adapter)(ids).logits
     loaded = PeftModel.from_pretrained(model, tmp_path)
     assert torch.equal(loaded(ids).logits, attached)

@@ -1,0 +1,96 @@
+"""What a site looks at before it trains: the adapter it was sent, and the emulator with that adapter in it.
+
+A signature says who made them, not that they are harmless. The owner chooses the frozen layers and the adapter, and
+both together can make the adapter's change give the text away (PEFTLeak, arXiv 2506.04453).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offsite.client.site.job import TrainerJob
+from offsite.emulator.batches import Batch
+from offsite.emulator.inspection import inspect
+from offsite.emulator.methods import Adapter, Method
+from offsite.protos import tensors
+from offsite.protos.errors import MismatchError, RefusedError
+from offsite.protos.spec import TaskSpec
+from offsite.protos.tensors import Entry
+
+BATCHES = 2  # of the task's own size: forward passes alone, about as much work as one of its steps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of an emulator that may be trained on; the warnings are sentences."""
+
+    perplexity: float
+    warnings: tuple[str, ...]
+
+
+def own_start(path: Path, method: Method, model: nn.Module, places: Mapping[int, int], task: TaskSpec) -> Adapter:
+    """Derive what a run starts from, at the rank of the adapter that was sent but no higher than the task's method."""
+    ranks = [entry.shape[0] for key, entry in tensors.header(path).items() if key.endswith(".A") and entry.shape]
+    rank = min([method.rank_at(task.site), *ranks])  # a site is told its own rank only by what it is sent
+    return method.start(model, places, seed=task.training.seed, rank=rank)
+
+
+def receive(path: Path, start: Adapter) -> Adapter:
+    """Read the adapter that was sent; raises MismatchError unless it has the start's tensors, all finite."""
+    expected = {key: Entry("F32", tuple(tensor.shape)) for key, tensor in start.items()}
+    return tensors.check(path, expected, what="the adapter to start from")
+
+
+def strange_start(sent: Adapter, start: Adapter, dtype: torch.dtype) -> list[str]:
+    """Return a sentence if a run's first adapter is not the start that the site derives itself, bit for bit.
+
+    `dtype` is that of the site's copy of the emulator, to which a start that was read off the emulator is rounded.
+    """
+    strange = [
+        key
+        for key, own in start.items()
+        if not torch.equal(sent[key], own) and not torch.equal(sent[key].to(dtype).float(), own)
+    ]
+    if not strange:
+        return []
+    return [
+        f"the run's first adapter is not the start that the task's method and seed give ({strange[0]} and "
+        f"{len(strange) - 1} other tensors): one of the owner's choice can make its change give the text away"
+    ]
+
+
+def judge(
+    job: TrainerJob, model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int], *, signs: Sequence[str]
+) -> Verdict:
+    """Inspect an emulator on the batches that it would train on first, and hold it against the site's policy.
+
+    `signs` are what was found suspicious before. Cost: one forward pass a batch. Raises MismatchError for a tensor
+    that is not finite, whatever the policy says, and RefusedError.
+    """
+    found = inspect(model, batches[:BATCHES], places)
+    if found.infinite:
+        raise MismatchError(f"the emulator: tensor {found.infinite[0]} holds values that are not finite")
+    if signs := [*signs, *found.suspicions()]:
+        if job.suspicious == "refuse":
+            raise RefusedError(f"this site's policy refuses the emulator (suspicious): {_first(signs)}")
+        signs = [f"the emulator is suspicious: {_first(signs)}"]
+    most = job.max_emulator_perplexity
+    measured = f"its perplexity on this site's own text is {found.perplexity:.4g}"
+    if most is not None and not found.perplexity <= most:
+        raise RefusedError(
+            f"this site's policy refuses the emulator (max_emulator_perplexity): {measured}, more than {most:g}"
+        )
+    if found.perplexity > found.vocabulary:
+        signs.append(
+            f"the emulator predicts worse than guessing: {measured}, that of guessing {found.vocabulary}; it may have "
+            "too few layers to teach anything"
+        )
+    return Verdict(found.perplexity, tuple(signs))
+
+
+def _first(sentences: Sequence[str]) -> str:
+    more = f" (and {len(sentences) - 1} more)" if len(sentences) > 1 else ""
+    return f"{sentences[0]}{more}"

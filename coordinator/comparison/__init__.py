@@ -1,0 +1,1 @@
+"""Comparing emulators: several ways to tune offsite, measured side by side."""

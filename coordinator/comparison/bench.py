@@ -1,0 +1,125 @@
+"""What all candidates of a comparison are measured with, and what is the same for many of them."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offsite.coordinator.comparison.finished import Finished
+from offsite.coordinator.comparison.plan import Plan
+from offsite.coordinator.comparison.rows import Answered, Predicted, Score
+from offsite.coordinator.comparison.texts import Texts
+from offsite.emulator import methods
+from offsite.emulator.anatomy import layers
+from offsite.emulator.batches import Batch
+from offsite.emulator.fidelity import likelihood
+from offsite.emulator.methods import Method
+from offsite.emulator.stack import restack
+from offsite.emulator.tasks import LocalTask
+from offsite.emulator.tuning import Schedule, tune
+from offsite.protos.documents import to_plain
+from offsite.protos.figures import perplexity
+from offsite.protos.spec import Choice, TrainingSpec
+
+Tell = Callable[[str, int, int], None]  # what, step, of how many
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The plan, the base as it is trained on, its texts, and what was measured before."""
+
+    plan: Plan
+    folder: Path
+    base: nn.Module
+    tokenizer: Any
+    texts: Texts
+    tasks: tuple[LocalTask, ...]
+    finished: Finished
+    identity: dict[str, Any]  # all that any figure depends on, beside the candidate
+    tell: Tell
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are."""
+        return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights."""
+        return dtype_of(self.plan.training)
+
+    def own(self) -> nn.Module:
+        """Return the base with modules of its own, of the same tensors."""
+        return restack(self.base, range(len(layers(self.base))))
+
+    def train(self, model: nn.Module, parameters: dict[str, nn.Parameter], method: Method, what: str) -> None:
+        """Train as a site does, on what a site would have."""
+        rate = self.plan.learning_rate or method.rate
+        tune(
+            model,
+            parameters,
+            self.texts.train,
+            schedule(self.plan.training, steps=self.plan.training.steps, rate=rate),
+            tell=lambda step, steps, loss: self.tell(what, step, steps),
+        )
+
+    def score(self, model: nn.Module) -> Score:
+        """Measure what a model can do; raises ValueError if what it predicts is not finite."""
+        answers: dict[str, Answered] = {}
+        if self.tasks:
+            from offsite.emulator.accuracy import accuracy
+
+            self.tell("asking the tasks' questions", 0, 1)
+            found = accuracy(model, self.tokenizer, self.tasks, limit=self.plan.limit)
+            answers = {name: Answered(**asdict(one)) for name, one in found.items()}
+        return Score(
+            held_out=_predicted(model, self.texts.held_out),
+            general=_predicted(model, self.texts.general),
+            accuracy=answers,
+        )
+
+    def zero_shot(self) -> Score:
+        """Measure the base as it is, once."""
+        return self.finished(Score, self.identity | {"figure": "base_zero_shot"}, lambda: self.score(self.base))
+
+    def bound(self, method: Choice, trained: Iterable[int]) -> Score:
+        """Measure the base tuned itself, once for all candidates that train the same in the same layers.
+
+        Where a method trains only what a builder makes, the bound is LoRA.
+        """
+        choice = Choice(name="lora") if method.name == "grids" else method
+        places = {layer: layer for layer in trained}
+
+        def tuned() -> Score:
+            way = methods.make(choice.name, choice.settings)
+            model = self.own()
+            model = way.attach(model, places, way.start(model, places, seed=self.plan.training.seed))
+            self.train(model, way.named_parameters(model, places), way, "tuning the base, the bound")
+            return self.score(model)
+
+        depends = self.identity | {"figure": "base_tuned", "method": to_plain(choice), "trained": list(places)}
+        return self.finished(Score, depends, tuned)
+
+
+def schedule(spec: TrainingSpec, *, steps: int, rate: float) -> Schedule:
+    """Return the schedule of a site's training, with other steps and another learning rate."""
+    named = {name: value for name, value in asdict(spec).items() if name in Schedule.__dataclass_fields__}
+    return Schedule(**named | {"steps": steps, "learning_rate": rate})
+
+
+def dtype_of(spec: TrainingSpec) -> torch.dtype:
+    """Return the dtype of frozen weights."""
+    return torch.bfloat16 if spec.precision == "bf16" else torch.float32
+
+
+def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:
+    found = likelihood(model, batches)
+    if not math.isfinite(found.nll):
+        raise ValueError(f"the model predicts held-out text with a loss of {found.nll}; a lower learning rate may help")
+    return Predicted(
+        nll=found.nll, tokens=found.tokens, perplexity=perplexity([{"nll": found.nll, "tokens": found.tokens}])
+    )

@@ -1,0 +1,141 @@
+"""What is measured of one candidate: the emulator is built, read and trained as at a site, plugged in, and attacked."""
+
+import copy
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from offsite.coordinator import bundles
+from offsite.coordinator.bundles import Built
+from offsite.coordinator.comparison.bench import Bench, schedule
+from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
+from offsite.coordinator.recipes import render
+from offsite.emulator import bundle, methods
+from offsite.emulator.anatomy import layers
+from offsite.emulator.attack import attack
+from offsite.emulator.batches import training_batches
+from offsite.emulator.cost import Cost, costs
+from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.plug import plug
+from offsite.protos import tensors
+from offsite.protos.documents import to_plain
+
+
+def measured(candidate: Candidate, bench: Bench) -> Measured:
+    """Measure a candidate, or return what was measured of it before; raises InputError and ValueError."""
+    depends = bench.identity | {"candidate": to_plain(candidate)}
+    return bench.finished(Measured, depends, lambda: _measure(candidate, bench))
+
+
+def unfinished(candidate: Candidate, bench: Bench) -> Path:
+    """Return the folder of a candidate's bundle while it is needed: the same for all that build the same."""
+    return bench.folder / "unfinished" / bench.finished.name(_build(candidate, bench))
+
+
+def _measure(candidate: Candidate, bench: Bench) -> Measured:
+    start = time.time()
+    method = methods.make(candidate.method.name, candidate.method.settings)
+    built = _built(candidate, bench)
+    layout = bundle.described(built.manifest)
+    emulator, _ = bundle.load(built.folder, layout=layout, dtype=bench.dtype)  # as a site reads it
+    emulator.to(bench.device).eval()
+    emulated = bench.finished(Emulated, _build(candidate, bench), lambda: _emulated(bench, built, emulator))
+
+    places = layout.outline.places
+    tuned = method.attach(emulator, places, method.start(emulator, places, seed=bench.plan.training.seed))
+    trained = method.named_parameters(tuned, places)
+    bench.train(tuned, trained, method, "tuning the emulator")
+    emulator_tuned = bench.score(tuned)
+    adapter = method.recover(method.state(tuned, places), built.recovery)
+    step = _costs(bench, tuned, trained, method)
+
+    return Measured(
+        emulated=emulated,
+        figures={
+            "base_zero_shot": bench.zero_shot(),
+            "emulator_zero_shot": emulated.zero_shot,
+            "emulator_tuned": emulator_tuned,
+            "plug_in": bench.score(_plugged(bench, method, adapter)),
+            "base_tuned": bench.bound(candidate.method, layout.outline.trainable),
+        },
+        client=ClientStep(**asdict(step["client"])),
+        full=ClientStep(**asdict(step["full"])),
+        seconds=time.time() - start,
+    )
+
+
+def _build(candidate: Candidate, bench: Bench) -> dict[str, object]:
+    """Return all that a candidate's emulator depends on; the method is none of it."""
+    return bench.identity | {"builders": to_plain(candidate.builders), "trainable": to_plain(candidate.trainable)}
+
+
+def _built(candidate: Candidate, bench: Bench) -> Built:
+    """Build a candidate's bundle, unless one that builds the same has done it."""
+    scratch = unfinished(candidate, bench)
+    folder, partial, recovery = scratch / "bundle", scratch / "partial", scratch / "recovery.safetensors"
+    if folder.exists():
+        kept = tensors.load(recovery) if recovery.exists() else {}
+        return Built(folder, bundles.open_bundle(folder).manifest, kept)
+    shutil.rmtree(partial, ignore_errors=True)
+    bench.tell(f"building {render(candidate.builders)}", 0, 1)
+    built = bundles.build(
+        bench.plan.model,
+        candidate.builders,
+        candidate.trainable,
+        partial,
+        public=bench.texts.public_path,
+        owner_key=None,
+        scratch=scratch,
+        tell=bench.tell,
+    )
+    if built.recovery:
+        tensors.save(recovery, built.recovery)
+    partial.rename(folder)  # last, so that a bundle that is there is whole
+    return replace(built, folder=folder)
+
+
+def _emulated(bench: Bench, built: Built, emulator: nn.Module) -> Emulated:
+    """Measure an emulator, then attack it by training all of it: "unfreeze" on a site's data, "heal" on public text."""
+    plan = bench.plan
+    way = schedule(plan.training, steps=plan.attack_steps, rate=plan.attack_learning_rate)
+    zero_shot = bench.score(emulator)
+    attacks = {}
+    for name, text in zip(ATTACKS, (bench.texts.train, bench.texts.public), strict=True):
+        bench.tell(f"attack: {name}", 0, 1)
+        attacks[name] = bench.score(attack(emulator, text, way))
+    manifest = built.manifest
+    return Emulated(
+        layers=manifest.layers,
+        trained=manifest.trainable,
+        zero_shot=zero_shot,
+        attacks=attacks,
+        verbatim=manifest.verbatim,
+        lossy=manifest.lossy,
+        parameters=manifest.base.parameters,
+        bytes=sum(entry.size for entry in manifest.files),
+    )
+
+
+def _plugged(bench: Bench, method: Method, adapter: Adapter) -> nn.Module:
+    """Return the base with an adapter in it; the base itself stays as it is."""
+    model = bench.own()
+    stack = layers(model)
+    for layer in {int(key.partition(".")[0]) for key in adapter}:
+        stack[layer] = copy.deepcopy(stack[layer])  # a merge writes into these
+    return plug(model, method, adapter)
+
+
+def _costs(bench: Bench, tuned: nn.Module, trained: Mapping[str, nn.Parameter], method: Method) -> dict[str, Cost]:
+    """Measure a client's step beside one of LoRA on every layer of the base."""
+    bench.tell("measuring a client's step", 0, 1)
+    full = method if method.name == "lora" else methods.make("lora", {})
+    base = bench.own()
+    everywhere = {layer: layer for layer in range(len(layers(base)))}
+    base = full.attach(base, everywhere, full.start(base, everywhere, seed=bench.plan.training.seed))
+    batch_size, seed = bench.plan.training.batch_size, bench.plan.training.seed
+    (batch,) = training_batches(bench.texts.train, batch_size=batch_size, steps=1, first_step=0, seed=seed)
+    return costs({"client": (tuned, trained), "full": (base, full.named_parameters(base, everywhere))}, batch)

@@ -1,0 +1,142 @@
+"""What a comparison measures and says, as documents: a row for each candidate, then what follows from all rows."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from offsite.coordinator.recipes import render
+from offsite.protos.documents import document
+from offsite.protos.spec import Chain, Choice, Finite
+
+Count = Annotated[int, Field(ge=0)]
+FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned")
+ATTACKS = ("unfreeze", "heal")
+
+
+@document
+class Candidate:
+    """One way to tune offsite: how the emulator is built, which of its layers train, and what trains in them."""
+
+    builders: Chain
+    trainable: Choice
+    method: Choice
+
+    @property
+    def name(self) -> str:
+        """All three as recipes."""
+        return f"{render(self.builders)}, {render([self.trainable])}, {render([self.method])}"
+
+
+@document
+class Predicted:
+    """How well a text was predicted."""
+
+    nll: Finite  # nats, over all tokens
+    tokens: Count
+    perplexity: Finite
+
+
+@document
+class Answered:
+    """How many of `n` questions with several choices were answered right, with the standard errors of the shares."""
+
+    accuracy: Finite
+    stderr: Finite
+    normalised: Finite  # by the choices' lengths in characters
+    normalised_stderr: Finite
+    n: Count
+
+
+@document
+class Score:
+    """What a model can do: on held-out text of the task, on general text, and at tasks of lm-eval."""
+
+    held_out: Predicted
+    general: Predicted
+    accuracy: dict[str, Answered] = Field(default_factory=dict)
+
+
+@document
+class ClientStep:
+    """What one optimiser step costs a site."""
+
+    flops: Count
+    peak_bytes: Count  # weights, activations, gradients and moments
+    cpu_s: Finite  # of all threads
+
+
+@document
+class Emulated:
+    """What was measured of an emulator, whatever trains in it."""
+
+    layers: tuple[int, ...]
+    trained: tuple[int, ...]  # layer ids of the base
+    zero_shot: Score
+    attacks: dict[str, Score]
+    verbatim: Count  # parameters of the base that the bundle holds as they are
+    lossy: Count  # and in a format of few bits
+    parameters: Count  # of the base
+    bytes: Count  # of the bundle
+
+
+@document
+class Measured:
+    """What was measured of a candidate; no judgement in it."""
+
+    emulated: Emulated
+    figures: dict[str, Score]  # the five
+    client: ClientStep  # on the emulator
+    full: ClientStep  # LoRA on every layer of the base, in the same run
+    seconds: Finite
+
+    @property
+    def plug_in(self) -> float:
+        """Perplexity of the plug-in on held-out text, by which candidates are compared."""
+        return self.figures["plug_in"].held_out.perplexity
+
+    @property
+    def disclosed(self) -> float:
+        """Share of the base's parameters that the bundle holds verbatim."""
+        return self.emulated.verbatim / self.emulated.parameters
+
+
+@document
+class Protection:
+    """How far the best attack stays behind what the owner keeps, and whether that is called protected."""
+
+    margin: Finite  # nats a token
+    label: Literal["protected", "not protected"]
+    reason: str
+
+
+@document
+class Row:
+    """A candidate, and what was found or why nothing was."""
+
+    number: int
+    label: str  # the parts of its name in which candidates differ
+    candidate: Candidate
+    fault: str = ""
+    measured: Measured | None = None
+    protection: Protection | None = None
+    warnings: tuple[str, ...] = ()
+    frontier: bool = False
+
+
+@document
+class Comparison:
+    """The whole report."""
+
+    format: Literal[1] = 1
+    model: str
+    base: dict[str, Any]
+    settings: dict[str, Any]  # what all candidates have in common
+    public: str  # the file of public text that the emulators were built with
+    rows: tuple[Row, ...]
+    recommended: int | None  # a row's number
+    reason: str
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks whose questions were asked."""
+        return sorted({task for row in self.rows if row.measured for task in row.measured.figures["plug_in"].accuracy})

@@ -1,0 +1,139 @@
+"""A comparison in the terminal."""
+
+import shlex
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from offsite.coordinator.comparison.rows import ATTACKS, FIGURES, Comparison, Row
+from offsite.coordinator.recipes import render
+
+HEADS = {
+    "base_zero_shot": "base\nzero-\nshot",
+    "emulator_zero_shot": "emulator\nzero-\nshot",
+    "emulator_tuned": "emulator\ntuned",
+    "plug_in": "plug-in",
+    "base_tuned": "base\ntuned\n(bound)",
+}
+
+
+def table(found: Comparison) -> RenderableType:
+    """Draw a comparison: what each is worth, gives away and costs, what is wrong with it, and the recommendation."""
+    faults = [
+        Text(f"{row.number}: {text}", style="yellow")
+        for row in found.rows
+        for text in ([f"not measured: {row.fault}"] if row.fault else row.warnings)
+    ]
+    tasks = [_answers(found)] if found.tasks else []
+    return Group(
+        _figures(found), _given_away(found), _costs(found), *tasks, *faults, Text(verdict(found), "bold"), *_next(found)
+    )
+
+
+def verdict(found: Comparison) -> str:
+    """Say the recommendation and its reason."""
+    row = _recommended(found)
+    return f"Recommended: number {row.number}, {row.candidate.name}. {found.reason}" if row else found.reason
+
+
+def next_step(found: Comparison) -> str:
+    """Return the command that builds the recommended emulator, or nothing."""
+    row = _recommended(found)
+    if row is None:
+        return ""
+    words = ["offsite", "emulator", "build", found.model, "--builder", render(row.candidate.builders)]
+    words += ["--trainable", render([row.candidate.trainable]), "--public", found.public, "--out", "bundle"]
+    return shlex.join(words)
+
+
+def _next(found: Comparison) -> list[Text]:
+    step = next_step(found)
+    return [Text(f"Next: {step}")] if step else []
+
+
+def _recommended(found: Comparison) -> Row | None:
+    return next((row for row in found.rows if row.number == found.recommended), None)
+
+
+def _figures(found: Comparison) -> Table:
+    grid = _grid("perplexity on held-out text (lower is better); * on the frontier, > recommended")
+    grid.add_column("candidate", overflow="fold")
+    for name in FIGURES:
+        grid.add_column(HEADS[name], justify="right", style="bold green" if name == "plug_in" else "")
+    for row in found.rows:
+        cells = [short(row.measured.figures[name].held_out.perplexity) for name in FIGURES if row.measured]
+        grid.add_row(_number(found, row), Text(row.label), *cells or ["failed"])
+    return grid
+
+
+def _given_away(found: Comparison) -> Table:
+    grid = _grid("what a site can make of it (perplexity, and on general text), and what it is told")
+    for name in ATTACKS:
+        grid.add_column(f"attack:\n{name}", justify="right", style="red")
+        grid.add_column("on\ngeneral", justify="right", style="dim")
+    for head in ("margin\n(nats)", "pro-\ntected", "ver-\nbatim", "lossy"):
+        grid.add_column(head, justify="right")
+    for row in found.rows:
+        if row.measured and row.protection:
+            one = row.measured.emulated
+            scores = [one.attacks[name] for name in ATTACKS]
+            cells = [short(text.perplexity) for score in scores for text in (score.held_out, score.general)]
+            cells += [f"{row.protection.margin:.2f}", "yes" if row.protection.label == "protected" else "no"]
+            cells += [share(one.verbatim, one.parameters), share(one.lossy, one.parameters)]
+            grid.add_row(_number(found, row), *cells)
+    return grid
+
+
+def _costs(found: Comparison) -> Table:
+    grid = _grid("the bundle, and a client step against LoRA on the whole base")
+    for head in ("MB to\ndownload", "GFLOPs", "of full", "peak MB", "of full", "CPU s", "of full"):
+        grid.add_column(head, justify="right", style="dim" if head == "of full" else "")
+    for row in found.rows:
+        if row.measured:
+            client, full = row.measured.client, row.measured.full
+            grid.add_row(
+                _number(found, row),
+                f"{row.measured.emulated.bytes / 1e6:,.1f}",
+                f"{client.flops / 1e9:,.1f}",
+                share(client.flops, full.flops),
+                f"{client.peak_bytes / 1e6:,.1f}",
+                share(client.peak_bytes, full.peak_bytes),
+                f"{client.cpu_s:.2f}",
+                share(client.cpu_s, full.cpu_s),
+            )
+    return grid
+
+
+def _answers(found: Comparison) -> Table:
+    grid = _grid("accuracy at tasks")
+    grid.add_column("task")
+    for name in FIGURES:
+        grid.add_column(HEADS[name], justify="right", style="bold green" if name == "plug_in" else "")
+    for row in found.rows:
+        if row.measured:
+            for task in found.tasks:
+                answers = [row.measured.figures[name].accuracy[task] for name in FIGURES]
+                grid.add_row(_number(found, row), task, *(f"{one.accuracy:.1%}" for one in answers))
+    return grid
+
+
+def _grid(title: str) -> Table:
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("", justify="right")
+    return grid
+
+
+def _number(found: Comparison, row: Row) -> str:
+    mark = ">" if row.number == found.recommended else "*" if row.frontier else ""
+    return f"{mark}{row.number}"
+
+
+def short(value: float) -> str:
+    """Write a perplexity in few characters."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def share(part: float, whole: float) -> str:
+    """Write a part of a whole."""
+    return f"{part / whole:.0%}" if whole else ""

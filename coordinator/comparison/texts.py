@@ -1,0 +1,78 @@
+"""The texts of a comparison, encoded once for all candidates."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offsite.coordinator.comparison.plan import Plan
+from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
+from offsite.emulator.examples import Example, read
+from offsite.protos.chunks import digest_file
+from offsite.protos.errors import InputError
+
+EVALUATION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What trains, what measures, and what anybody may read."""
+
+    train: list[Encoded]
+    held_out: list[Batch]
+    general: list[Batch]
+    public: list[Encoded]
+    public_path: Path  # the same as a file, for the builders
+
+    @classmethod
+    def read(cls, plan: Plan, tokenizer: Any, folder: Path) -> "Texts":
+        """Read and encode them; a half of the public text is written into `folder`. Raises InputError."""
+        try:
+            public_path, public = Path(plan.public), read(Path(plan.public))
+            if plan.general:
+                general = read(Path(plan.general))
+            else:
+                half = len(public) // 2
+                if half < 1:
+                    raise ValueError(f"{plan.public}: one example cannot be halved; give general text")
+                public, general = public[:half], public[half:]
+                public_path = _write(public, folder / "public.jsonl")
+
+            def encoded(examples: Sequence[Example]) -> list[Encoded]:
+                return encode(examples, tokenizer, max_length=plan.training.max_length)
+
+            return cls(
+                train=encoded(read(Path(plan.train))),
+                held_out=evaluation_batches(encoded(read(Path(plan.held_out))), batch_size=EVALUATION_BATCH),
+                general=evaluation_batches(encoded(general), batch_size=EVALUATION_BATCH),
+                public=encoded(public),
+                public_path=public_path,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def digests(plan: Plan) -> dict[str, str]:
+    """Digest each file of text, so that a text that changed is not taken for the same; raises system errors."""
+    files = {"train": plan.train, "held_out": plan.held_out, "public": plan.public, "general": plan.general}
+    found: dict[str, str] = {}
+    for name, text in files.items():
+        path = Path(text)
+        for file in sorted(path.iterdir()) if text and path.is_dir() else [path] if text else []:
+            found[f"{name} {file.name}"] = digest_file(file)
+    return found
+
+
+def _write(examples: Sequence[Example], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(_plain(example), ensure_ascii=False) + "\n" for example in examples), "utf-8")
+    return path
+
+
+def _plain(example: Example) -> dict[str, Any]:
+    if example.messages:
+        return {"messages": list(example.messages)}
+    if example.prompt:
+        return {"prompt": example.prompt, "completion": example.completion}
+    return {"text": example.completion}

@@ -1,0 +1,53 @@
+"""What the linear maps of a model are fed."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite.emulator.anatomy import layers
+from offsite.emulator.batches import Batch
+
+Map = tuple[int, str]  # the place of a layer, and the path of a linear map inside it
+
+
+@torch.no_grad()
+def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[Batch]) -> dict[Map, Tensor]:
+    """Return the mean square of each input of linear maps over all tokens, (d_in,) fp64 on the CPU.
+
+    `wanted` says for each map under which place it counts: that whose parameters it uses. Raises ValueError without
+    batches.
+    """
+    if not batches:
+        raise ValueError("to see what the linear maps are fed takes calibration text; give some")
+    device = next(model.parameters()).device
+    sums: dict[Map, Tensor] = {}
+    tokens: Counter[Map] = Counter()
+    real = torch.empty(0, dtype=torch.bool)  # which positions of a batch are not padding
+
+    def listen(of: Map) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            rows = arguments[0].flatten(0, -2)[real].double()
+            sums[of] = sums.get(of, 0.0) + rows.square().sum(dim=0).cpu()
+            tokens[of] += len(rows)
+
+        return hook
+
+    stack = layers(model)
+    handles = [
+        stack[place].get_submodule(path).register_forward_pre_hook(listen((source, path)))
+        for (place, path), source in wanted.items()
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for batch in (batch.to(device) for batch in batches):
+            real = batch.attention_mask.flatten().bool()
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {of: total / tokens[of] for of, total in sums.items()}

@@ -1,0 +1,108 @@
+"""Storage in 2 bits: additive codebooks (AQLM, arXiv 2401.06118), tuned on public text (PV, arXiv 2405.14852)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+from torch import nn
+
+from offsite.emulator import pv
+from offsite.emulator.activations import Map, mean_squares
+from offsite.emulator.anatomy import layers, linears, shape
+from offsite.emulator.batches import training_batches
+from offsite.emulator.builders.base import Draft, Material, Stage
+from offsite.emulator.formats.additive import Additive
+from offsite.emulator.formats.base import Parts
+from offsite.emulator.packed import PackedLinear, dense, pack
+from offsite.emulator.seeds import generator
+from offsite.emulator.stack import restack
+
+
+@dataclass(frozen=True)
+class AdditiveCodebooks:
+    """Packs the linear maps of the frozen layers or of all, then tunes them to predict what the base does.
+
+    Each of `steps` descends on the codebooks and changes at most `code_fraction` of the codes; with 0 steps the maps
+    are only encoded. Embeddings and head are not packed.
+    """
+
+    group: int = 8  # entries of a row that are encoded together
+    codebooks: int = 2
+    bits: Literal[4, 8] = 8  # of a code; codebooks * bits / group is the cost of an entry
+    layers: Literal["frozen", "all"] = "frozen"
+    steps: int = 200
+    batch_size: int = 4
+    learning_rate: float = 3e-3  # relative to the size of the codebooks
+    code_fraction: float = 0.01
+    seed: int = 0
+
+    name: ClassVar[str] = "additive"
+    stage: ClassVar[Stage] = "storage"
+    reads_text: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        self._format()
+        if self.steps < 0 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.code_fraction <= 1:
+            raise ValueError(
+                "steps must not be negative, batch_size be at least 1, learning_rate positive and code_fraction in "
+                f"0..1, got {self.steps}, {self.batch_size}, {self.learning_rate} and {self.code_fraction}"
+            )
+
+    def _format(self, precision: Literal["float16", "float32"] = "float16") -> Additive:
+        return Additive(self.group, self.codebooks, self.bits, precision)
+
+    def change(self, draft: Draft, material: Material) -> Draft:
+        """Return the draft with packed and tuned maps.
+
+        Raises ValueError without text, or if there is no layer to pack or a map that does not fit.
+        """
+        parts = self._encoded(draft, material)
+        model = pack(draft.model, parts, self._format("float32"))
+        if self.steps:
+            self._tune(model, draft.base, material)
+        stored = self._format()
+        for place, path in parts:
+            linear = layers(model)[place].get_submodule(path)
+            dtypes = stored.shapes(*shape(linear))
+            found = cast(PackedLinear, linear).parts
+            parts[place, path] = {name: part.detach().to(dtypes[name][1]) for name, part in found.items()}
+        return replace(draft, model=pack(draft.model, parts, stored))
+
+    def _encoded(self, draft: Draft, material: Material) -> dict[Map, Parts]:
+        """Encode every map; an error counts by the mean square of its input on the calibration text."""
+        outline, format, stack = draft.outline, self._format("float32"), layers(draft.model)
+        places = outline.own if self.layers == "all" else outline.frozen
+        if not places:
+            raise ValueError('there is nothing to pack: every layer of the emulator trains; say layers="all"')
+        if self.steps and not material.encoded:
+            raise ValueError("tuning codebooks takes public text; give some, or say steps=0")
+        for place in places:
+            for path in linears(stack[place]):
+                format.shapes(*shape(stack[place].get_submodule(path)))  # refuses before the long work
+        source = {place: outline.shared.get(place, place) for place in range(len(stack))}
+        wanted = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
+        squares = mean_squares(draft.model, wanted, material.batches)
+        parts: dict[Map, Parts] = {}
+        for step, place in enumerate(places, start=1):
+            for path in linears(stack[place]):
+                matrix = dense(stack[place].get_submodule(path))
+                drawn = generator(self.seed, f"codebooks {outline.layers[place]} {path}")
+                parts[place, path] = format.encode(matrix, squares[place, path].to(matrix.device), drawn)
+            material.tell(self.name, step, len(places))
+        return parts
+
+    def _tune(self, model: nn.Module, base: nn.Module, material: Material) -> None:
+        """Bring a model's packed maps, in place, nearer to the base's distribution of the next token."""
+        model.eval()
+        teacher = restack(base, range(len(layers(base)))).eval()
+        batches = training_batches(
+            material.encoded, batch_size=self.batch_size, steps=self.steps, first_step=0, seed=self.seed
+        )
+        pv.tune(
+            [m for m in layers(model).modules() if isinstance(m, PackedLinear) and isinstance(m.format, Additive)],
+            pv.divergences(model, teacher, batches),
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            fraction=self.code_fraction,
+            tell=lambda step, steps: material.tell("pv", step, steps),
+        )

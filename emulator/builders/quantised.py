@@ -1,0 +1,44 @@
+"""Storage in 4 bits, as in QLoRA (Dettmers et al., arXiv 2305.14314): what does not train is rounded and packed."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from offsite.emulator.anatomy import layers, linears
+from offsite.emulator.builders.base import Draft, Material, Stage
+from offsite.emulator.builders.storage import Which, chosen
+from offsite.emulator.formats.base import Parts
+from offsite.emulator.formats.blockwise import Blockwise
+from offsite.emulator.formats.int4 import Int4
+from offsite.emulator.formats.nf4 import NF4
+from offsite.emulator.packed import dense, pack
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Packs the linear maps of the frozen layers, or of all: then LoRA trains on packed maps, as in QLoRA."""
+
+    format: Literal["nf4", "int4"] = "nf4"
+    block: int = 64  # entries of a row that share a scale
+    layers: Which = "frozen"
+
+    name: ClassVar[str] = "quantised"
+    stage: ClassVar[Stage] = "storage"
+    reads_text: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the settings, which are the format's."""
+        self._packing()
+
+    def _packing(self) -> Blockwise:
+        return NF4(self.block) if self.format == "nf4" else Int4(self.block)
+
+    def change(self, draft: Draft, material: Material) -> Draft:
+        """Return the draft with packed maps; raises ValueError if no layer is to be packed."""
+        places = chosen(draft.outline, self.layers)
+        format, stack = self._packing(), layers(draft.model)
+        parts: dict[tuple[int, str], Parts] = {}
+        for step, place in enumerate(places, start=1):
+            for path in linears(stack[place]):
+                parts[place, path] = format.encode(dense(stack[place].get_submodule(path)))
+            material.tell(self.name, step, len(places))
+        return replace(draft, model=pack(draft.model, parts, format))

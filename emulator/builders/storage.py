@@ -1,0 +1,40 @@
+"""What builders of the stage "storage" share: which layers they pack, and how much each input of a map matters."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from offsite.emulator.activations import Map, mean_squares
+from offsite.emulator.anatomy import layers, linears, shape
+from offsite.emulator.batches import Batch
+from offsite.emulator.builders.base import Draft, Outline
+from offsite.emulator.formats import Format
+
+Which = Literal["frozen", "all"]
+
+
+def chosen(outline: Outline, which: Which) -> list[int]:
+    """Return the places to pack, each with parameters of its own; raises ValueError if there is none."""
+    places = outline.own if which == "all" else outline.frozen
+    if not places:
+        raise ValueError(
+            'there is nothing to pack: every layer of the emulator trains; say layers="all" to train on packed layers, '
+            "as QLoRA does, or let fewer layers train"
+        )
+    return places
+
+
+def importance(draft: Draft, places: Sequence[int], format: Format, batches: Sequence[Batch]) -> dict[Map, Tensor]:
+    """Return the mean square of each input of the maps to pack, (d_in,) fp64 on the CPU.
+
+    A place that shares its parameters counts for the one it has them from. Raises ValueError without text, and if a map
+    does not fit the format.
+    """
+    shared, stack = draft.outline.shared, layers(draft.model)
+    for place in places:
+        for path in linears(stack[place]):
+            format.shapes(*shape(stack[place].get_submodule(path)))  # refuses before the long work
+    source = {place: shared.get(place, place) for place in range(len(stack))}
+    wanted = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
+    return mean_squares(draft.model, wanted, batches)

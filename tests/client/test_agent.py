@@ -1,0 +1,75 @@
+"""What the agent hands a trainer of the site's policy, and what it says of what the trainer tells."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from offsite.client.site import agent
+from offsite.client.site.job import TrainerJob
+from offsite.client.site.policy import Policy
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import RefusedError
+from offsite.protos.spec import UpdateMetrics
+
+STEP = {"event": "step", "step": 1, "steps": 6, "loss": 4.0, "tokens": 9}
+WARNINGS = ["the emulator predicts worse than guessing", "another"]
+REFUSED = RefusedError("this site's policy refuses the emulator (suspicious): a sign")
+
+
+class Trainer:
+    """Tells of an inspection and a step, or refuses."""
+
+    def __init__(self, job: TrainerJob, refused: bool) -> None:
+        self.job, self._refused = job, refused
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        yield {"event": "loading"}
+        if self._refused:
+            raise REFUSED
+        yield {"event": "inspected", "perplexity": 7.5e4, "warnings": WARNINGS}
+        yield STEP
+        metrics = UpdateMetrics(examples=1, tokens=9, losses=(4.0,), engine="none")
+        (Path(self.job.out) / "metrics.json").write_bytes(to_json(metrics))
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    started: list[TrainerJob] = []
+
+    def launch(wanted: TrainerJob, folder: Path) -> Trainer:
+        started.append(from_json(TrainerJob, to_json(wanted), where="job"))
+        return Trainer(wanted, refused)
+
+    monkeypatch.setattr(agent, "launch", launch)
+    one, said = job(), []
+    policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
+    config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=tmp_path)
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+    )
+    site = agent.Agent(channel, config, say=lambda kind, data: said.append((kind, data)))
+    monkeypatch.setattr(site, "_fetch", lambda task, reporter: (one.manifest, tmp_path, tmp_path / "adapter"))
+    reporter: Any = SimpleNamespace(now=lambda *_, **__: None, on_stop=id, stopped=False, bytes_down=0)
+    if refused:
+        with pytest.raises(RefusedError, match="a sign"):
+            site._train(one.task, tmp_path, reporter)
+        return
+    site._train(one.task, tmp_path, reporter)
+    assert (started[0].max_emulator_perplexity, started[0].suspicious) == (5e4, "warn")
+    assert said == [
+        ("inspected", {"round": 1, "emulator_perplexity": 7.5e4}),
+        *[("warning", {"message": warning}) for warning in WARNINGS],
+        ("step", {"round": 1, "step": 1, "steps": 6, "loss": 4.0}),
+    ]
+
+
+def id_stub(*_: Any, **__: Any) -> None:
+    """A call that is never made."""

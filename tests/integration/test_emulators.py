@@ -1,0 +1,148 @@
+"""Every kind of emulator through a whole round: built, trained at two sites, averaged, measured and published."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from offsite.client import Choice, RunSpec, TrainingSpec
+from offsite.client.site.engines.base import EngineSpec
+from offsite.client.site.job import TrainerJob
+from offsite.client.site.training import train
+from offsite.coordinator.home import Home
+from offsite.coordinator.recipes import parse, parse_one
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.work import perform
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.figures import perplexity
+from offsite.protos.security.pki import Authority
+from offsite.protos.spec import Manifest, TaskSpec, UpdateMetrics
+
+SITES = ["bank", "hospital"]
+
+
+class Round:
+    """One run's steps in this process, one after the other, without the journal between them."""
+
+    def __init__(self, folder: Path, material: Path, *, builder: str, method: str, **changes: Any) -> None:
+        self.kit = Authority.create(folder / "pki").issue("coordinator", "owner")
+        self.home = Home(folder / "home", self.kit).prepare()
+        self.blobs: Blobs = self.home.blobs()
+        self.folder, self.material = folder, material
+        fields: dict[str, Any] = {
+            "model": str(material / "model"),
+            "builders": parse(builder),
+            "trainable": Choice(name="ends", settings={"bottom": 1, "top": 1}),
+            "method": parse_one(method),
+            "training": TrainingSpec(steps=4, learning_rate=0.01, max_length=32, seed=3),
+            "public": str(material / "public.jsonl"),
+            "evaluation": {"exam": str(material / "held-out.jsonl")},
+            "merge": True,
+        }
+        self.spec = RunSpec(**{**fields, **changes})
+        self.built = self.do("build", sites=SITES)
+
+    def do(self, step: str, **arguments: Any) -> dict[str, Any]:
+        gave = perform(step, str(self.home.root), str(self.home.identity), to_json(self.spec), arguments)
+        assert "error" not in gave, gave
+        return gave
+
+    def train(self, site: str, manifest: str) -> dict[str, Any]:
+        listed = from_json(Manifest, self.blobs.path(manifest).read_bytes(), where="manifest")
+        bundle = self.folder / f"bundle-{manifest[7:15]}"
+        for entry in listed.files:
+            (bundle / entry.path).parent.mkdir(parents=True, exist_ok=True)
+            (bundle / entry.path).write_bytes(self.blobs.path(entry.digest).read_bytes())
+        sent = self.built["broadcast"][site]
+        task = TaskSpec(
+            **{"run": "r", "round": 0, "rounds": 1, "site": site, "attempt": 0, "base": listed.base.digest},
+            **{"manifest": manifest, "manifest_size": 1, "adapter": sent["digest"], "adapter_size": 1},
+            **{"method": self.spec.method, "method_hash": self.built["method_hash"], "training": self.spec.training},
+        )
+        job = TrainerJob(
+            bundle=str(bundle),
+            manifest=listed,
+            adapter=str(self.blobs.path(sent["digest"])),
+            data=str(self.material / f"{site}.jsonl"),
+            task=task,
+            engine=EngineSpec(name="plain", device="cpu"),
+            suspicious="warn",
+            out=str(self.folder / site),
+        )
+        train(job, say=lambda event, **fields: None, rendezvous=self.folder / "rendezvous")
+        metrics = from_json(UpdateMetrics, (self.folder / site / "metrics.json").read_bytes(), where="metrics")
+        assert metrics.losses[-1] < metrics.losses[0]
+        digest, _ = self.blobs.take(self.folder / site / "update.safetensors")
+        return {"site": site, "digest": digest, "examples": metrics.examples}
+
+    def figure(self, **arguments: Any) -> float:
+        gave = self.do("evaluate", base=self.built["base"]["digest"], recovery=self.built["recovery"], **arguments)
+        return perplexity(gave["sets"].values())
+
+
+RECIPES = [
+    ("crash(keep=5,sharing=on)", "blocks", "mean"),
+    ("crash(keep=5)+distilled(steps=3)+quantised(format=int4,block=16)", "lora(rank=4)", "low-rank"),
+    ("loram(mlp=0.25,attention=0.5,first=1,last=1)+quantised(layers=all)", "lora(rank=4)", "low-rank"),
+    ("whole+additive(group=4,bits=4,steps=2)", "lora(rank=4)", "low-rank"),
+    ("sketch(groups=2)", "grids", "mean"),
+]
+
+
+@pytest.mark.parametrize(("builder", "method", "strategy"), RECIPES)
+def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
+    tmp_path: Path, material: Path, builder: str, method: str, strategy: str
+) -> None:
+    torch.set_num_threads(1)
+    extra = {"trainable": Choice(name="kept")} if "sketch" in builder or "loram" in builder else {}
+    run = Round(tmp_path, material, builder=builder, method=method, strategy=Choice(name=strategy), **extra)
+    manifest, base = run.built["manifest"], run.built["base"]["digest"]
+    updates = [run.train(site, manifest) for site in SITES]
+    version = run.do("aggregate", residual={}, updates=updates, sites=SITES)
+    exact = version["exact"]
+    assert run.figure(manifest=manifest, exact=exact) < run.figure(manifest=manifest, exact=None)
+    plug_in = run.figure(manifest=None, exact=exact)
+    assert plug_in < run.figure(manifest=None, exact=None)
+
+    files = run.do("publish", base=base, exact=exact, recovery=run.built["recovery"])["artifacts"]
+    for name, file in files.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(run.blobs.path(file["digest"]).read_bytes())
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+        original = AutoModelForCausalLM.from_pretrained(material / "model")
+        assert float((merged(ids).logits - original(ids).logits).abs().max()) > 0.01
+        if method.startswith("lora"):  # what is published is an ordinary adapter of the full base
+            adapted = PeftModel.from_pretrained(original, tmp_path / "out" / "adapter")
+            torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+        if method == "blocks":
+            (stored,) = (tmp_path / "out" / "adapter").iterdir()
+            state = merged.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in load_file(stored).items())
+
+
+def test_an_emulator_is_realigned_beside_the_adapter_and_its_trainable_layers_stay(
+    tmp_path: Path, material: Path
+) -> None:
+    torch.set_num_threads(1)
+    run = Round(
+        tmp_path, material, builder="uniform(keep=4)+distilled(steps=2)", method="lora(rank=4)", realign_steps=3
+    )
+    first = run.built["manifest"]
+    update = run.train("bank", first)
+    exact = run.do("aggregate", residual={}, updates=[update], sites=SITES)["exact"]
+    settings = {"base": run.built["base"]["digest"], "manifest": first, "exact": exact, "recovery": None}
+    again = run.do("realign", **settings)
+    assert again["manifest"] == run.do("realign", **settings)["manifest"] != first
+    before, after = (
+        from_json(Manifest, run.blobs.path(digest).read_bytes(), where="manifest")
+        for digest in (first, again["manifest"])
+    )
+    assert (before.layers, before.trainable, before.verbatim) == (after.layers, after.trainable, after.verbatim)
+    same = [a.digest == b.digest for a, b in zip(before.files, after.files, strict=True) if a.path.startswith("model-")]
+    assert same == [True, True, False, False, True]  # the rest, layer 0 which trains, two frozen ones, layer 5
