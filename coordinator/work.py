@@ -21,7 +21,7 @@ from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.batches import encode, evaluation_batches
 from offsite.emulator.builders import Draft
 from offsite.emulator.builders import make as make_builder
-from offsite.emulator.builders.distilled import Distilled, realigned
+from offsite.emulator.builders.distilled import Distilled, realigned, tuned_places
 from offsite.emulator.examples import read
 from offsite.emulator.fidelity import likelihood
 from offsite.emulator.methods import Adapter, Method
@@ -110,7 +110,7 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
             material=bundles.material(Path(spec.public), tokenizer, scratch=scratch),
             settings=replace(settings, steps=spec.realign_steps),
         )
-        draft = Draft(full, aligned, outline, tuned=tuple(outline.frozen))
+        draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))
         built = bundles.write(
             draft, tokenizer, Path(folder) / "new", base=listed.base, chain=listed.builders, owner_key=home.owner_key
         )

@@ -45,7 +45,12 @@ def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[
     try:
         for batch in (batch.to(device) for batch in batches):
             real = batch.attention_mask.flatten().bool()
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1, use_cache=False)
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=batch.last,
+                use_cache=False,
+            )
     finally:
         model.train(training)
         for handle in handles:

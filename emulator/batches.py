@@ -35,6 +35,14 @@ class Batch:
         """Number of tokens that are predicted; the first of a sequence never is."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    @property
+    def last(self) -> Tensor:
+        """Index (1,) of the last position, for forward passes whose logits nobody reads.
+
+        The number 1 as `logits_to_keep` would give the head a strided view, and with it a copy of its matrix a row.
+        """
+        return self.input_ids.new_tensor([self.input_ids.shape[1] - 1])
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))

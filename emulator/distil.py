@@ -48,11 +48,12 @@ def loss(
     taught_at, learned_at = [end.layer for end in ends], [end.place for end in ends]
 
     def of(student: nn.Module, batch: Batch) -> Tensor:
-        # Indices and not a number: that would give the head a strided view, and with it one copy of its matrix a row.
-        last = batch.input_ids.new_tensor([batch.input_ids.shape[1] - 1])
         with torch.no_grad(), outputs(teacher, taught_at) as taught:
             teacher(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=last, use_cache=False
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=batch.last,
+                use_cache=False,
             )
         with outputs(student, learned_at) as learned:
             text = fidelity.loss(student, batch)

@@ -4,14 +4,14 @@ The P-step descends on what is continuous, codebooks and scales, with the codes 
 step in few groups may be long enough to reach other vectors, where one in all of them would raise the loss. Unlike
 straight-through estimation it keeps no dense weights, which drift away from what is stored.
 
-Which groups: the paper takes those with the largest gradient. Here each of these aims equally far, relative to its
-map, and of a row the one changes whose way to the vectors it gets lowers the loss most per length, to first order: the
-groups of a row see correlated inputs and would all correct the same error. A V-step is kept only if the loss falls, and
-the next one aims nearer where it did not.
+Which codes: the paper takes the groups with the largest gradient of a large batch. Batches are small here, and a step
+against one's gradient lowers its loss and raises that of others; so the gradient is a running mean, a V-step is judged
+by a batch that mean has not seen, and kept only if its loss falls. Where it did not, the next one aims nearer. Every
+group aims equally far, relative to its map, and of a row that one changes whose way to the vectors it gets lowers the
+loss most per length, to first order: all groups of a row would correct the same error.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -25,6 +25,7 @@ from offsite.kernels import codebook
 
 TRUST = 0.3  # of the first V-step: how far a group aims, relative to the root mean square norm of groups
 FARTHER, NEARER = 1.3, 0.8  # what trust is multiplied with after a V-step that was kept, or undone
+MEMORY = 0.9  # share of the running mean of gradients that is left after a batch
 CANDIDATES = 8  # groups that are encoded for each that may change
 
 Loss = Callable[[], Tensor]
@@ -54,57 +55,30 @@ def tune(
     a V-step changes at most this fraction of a map's groups, none if it is 0. Raises ValueError on a loss that is not
     finite.
     """
+    maps = list(maps)
     optimizer = torch.optim.Adam(_continuous(maps, learning_rate), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    means = [torch.zeros_like(map.weight, requires_grad=False) for map in _distinct(maps)]
     trust, done = TRUST, []
     for number, loss in enumerate(losses, start=1):
-        p_step(optimizer, loss)
+        slopes = p_step(maps, optimizer, loss)
         schedule.step()
         if fraction:
-            step = v_step(maps, loss, fraction=fraction, trust=trust)
+            step = v_step(maps, means, loss, fraction=fraction, trust=trust)
             trust *= FARTHER if step.kept or not step.changed else NEARER
             done.append(step)
+            for mean, slope in zip(means, slopes, strict=True):
+                mean.mul_(MEMORY).add_(slope)
         tell(number, steps)
     return done
 
 
-def p_step(optimizer: torch.optim.Optimizer, loss: Loss) -> float:
-    """Descend on what the optimizer holds; return the loss before. Raises ValueError if it is not finite."""
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = loss()
-    if not torch.isfinite(found):
-        raise ValueError(f"the loss of a step of PV-Tuning is {float(found)}; a lower learning_rate may help")
-    found.backward(inputs=trained)  # type: ignore[no-untyped-call]  # other parameters are left alone
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(found.detach())
+def p_step(maps: Sequence[PackedLinear], optimizer: torch.optim.Optimizer, loss: Loss) -> list[Tensor]:
+    """Descend on what the optimizer holds; return the gradient (d_out, d_in) fp32 by W of each map before the step.
 
-
-def v_step(maps: Sequence[PackedLinear], loss: Loss, *, fraction: float, trust: float, beam: int = 8) -> Step:
-    """Change the codes of at most `fraction` of each map's groups, one a row, and undo it unless the loss falls.
-
-    `trust` is how far a group aims, relative to the root mean square norm of its map's groups.
-    """
-    before, slopes = gradients(maps, loss)
-    found = _distinct(maps)
-    old = [map.parts["codes"].clone() for map in found]
-    changed = sum(
-        _recode(map, slope, fraction=fraction, trust=trust, beam=beam) for map, slope in zip(found, slopes, strict=True)
-    )
-    with torch.no_grad():
-        after = float(loss()) if changed else before
-        kept = after < before
-        if not kept:
-            for map, codes in zip(found, old, strict=True):
-                map.parts["codes"].copy_(codes)
-    return Step(before, after, changed, kept)
-
-
-def gradients(maps: Sequence[PackedLinear], loss: Loss) -> tuple[float, list[Tensor]]:
-    """Return the loss and its gradient (d_out, d_in) fp32 by W of each map, of those that share their codes once.
-
-    W is no tensor that lasts: its gradient is the sum over tokens and uses of the outer products of the gradient of
-    what comes out with what goes in. The codebooks must require gradients.
+    Maps that share their codes count once. W is no tensor that lasts: its gradient is the sum over tokens and uses of
+    the outer products of the gradient of what comes out with what goes in. Raises ValueError on a loss that is not
+    finite.
     """
     found = {id(map.codes): torch.zeros_like(map.weight, requires_grad=False) for map in maps}
 
@@ -116,10 +90,45 @@ def gradients(maps: Sequence[PackedLinear], loss: Loss) -> tuple[float, list[Ten
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    with _listening(maps, listen):
+    handles = [map.register_forward_hook(listen) for map in maps]
+    try:
         value = loss()
-        torch.autograd.grad(value, [map.get_parameter("codebooks") for map in _distinct(maps)])
-    return float(value.detach()), list(found.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not torch.isfinite(value):
+        raise ValueError(f"the loss of a step of PV-Tuning is {float(value)}; a lower learning_rate may help")
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    value.backward(inputs=trained)  # type: ignore[no-untyped-call]  # other parameters are left alone
+    optimizer.step()
+    optimizer.zero_grad()
+    return list(found.values())
+
+
+@torch.no_grad()
+def v_step(
+    maps: Sequence[PackedLinear], slopes: Sequence[Tensor], loss: Loss, *, fraction: float, trust: float, beam: int = 8
+) -> Step:
+    """Change the codes of at most `fraction` of each map's groups, one a row, and undo it unless the loss falls.
+
+    `slopes` are gradients by W as `p_step` returns them; where codes change they are set to 0, as they hold no longer.
+    `trust` is how far a group aims, relative to the root mean square norm of its map's groups.
+    """
+    found = _distinct(maps)
+    old = [map.parts["codes"].clone() for map in found]
+    before = float(loss())
+    chosen = [
+        _recode(map, slope, fraction=fraction, trust=trust, beam=beam) for map, slope in zip(found, slopes, strict=True)
+    ]
+    changed = sum(len(groups) for groups in chosen)
+    after = float(loss()) if changed else before
+    kept = after < before
+    for map, codes, slope, groups in zip(found, old, slopes, chosen, strict=True):
+        if kept:
+            slope.view(-1, cast(Additive, map.format).group)[groups] = 0
+        else:
+            map.parts["codes"].copy_(codes)
+    return Step(before, after, changed, kept)
 
 
 def divergences(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> Iterator[Loss]:
@@ -155,19 +164,9 @@ def _distinct(maps: Sequence[PackedLinear]) -> list[PackedLinear]:
     return list({id(map.codes): map for map in maps}.values())
 
 
-@contextmanager
-def _listening(maps: Sequence[PackedLinear], listen: Callable[..., None]) -> Iterator[None]:
-    handles = [map.register_forward_hook(listen) for map in maps]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
-def _recode(map: PackedLinear, slope: Tensor, *, fraction: float, trust: float, beam: int) -> int:
-    """Encode few groups anew, in place, given the gradient by W; return how many have changed."""
+def _recode(map: PackedLinear, slope: Tensor, *, fraction: float, trust: float, beam: int) -> Tensor:
+    """Encode few groups anew, in place, given the gradient by W; return which have changed."""
     format, parts = cast(Additive, map.format), map.parts
     slopes = slope.view(-1, format.group)
     steepness, allowed = slopes.norm(dim=1), int(fraction * len(slopes))
@@ -187,4 +186,4 @@ def _recode(map: PackedLinear, slope: Tensor, *, fraction: float, trust: float, 
     chosen = rows * (len(slopes) // map.out_features) + column[rows]
     codes[chosen] = fresh[chosen]
     parts["codes"].copy_(format.pack(codes))
-    return len(chosen)
+    return chosen

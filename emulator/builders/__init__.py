@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from offsite.emulator import family
+from offsite.emulator.builders.additive import AdditiveCodebooks
 from offsite.emulator.builders.base import STAGES, Builder, Draft, Material, Outline
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
@@ -18,6 +19,7 @@ from offsite.emulator.placements import Placement
 from offsite.emulator.stack import restack
 
 BUILDERS: dict[str, type[Builder]] = {
+    AdditiveCodebooks.name: AdditiveCodebooks,
     Crash.name: Crash,
     Distilled.name: Distilled,
     Loram.name: Loram,

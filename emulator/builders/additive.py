@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, cast
 from torch import nn
 
 from offsite.emulator import pv
-from offsite.emulator.activations import Map, mean_squares
+from offsite.emulator.activations import Map
 from offsite.emulator.anatomy import layers, linears, shape
 from offsite.emulator.batches import training_batches
 from offsite.emulator.builders.base import Draft, Material, Stage
+from offsite.emulator.builders.storage import Which, chosen, importance
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.packed import PackedLinear, dense, pack
@@ -21,17 +22,17 @@ from offsite.emulator.stack import restack
 class AdditiveCodebooks:
     """Packs the linear maps of the frozen layers or of all, then tunes them to predict what the base does.
 
-    Each of `steps` descends on the codebooks and changes at most `code_fraction` of the codes; with 0 steps the maps
-    are only encoded. Embeddings and head are not packed.
+    Each of `steps` descends on the codebooks and changes at most `code_fraction` of the codes of a map; with 0 steps
+    the maps are only encoded. Embeddings and head are not packed.
     """
 
     group: int = 8  # entries of a row that are encoded together
     codebooks: int = 2
     bits: Literal[4, 8] = 8  # of a code; codebooks * bits / group is the cost of an entry
-    layers: Literal["frozen", "all"] = "frozen"
+    layers: Which = "frozen"
     steps: int = 200
     batch_size: int = 4
-    learning_rate: float = 3e-3  # relative to the size of the codebooks
+    learning_rate: float = 1e-2  # relative to the size of the codebooks
     code_fraction: float = 0.01
     seed: int = 0
 
@@ -71,17 +72,10 @@ class AdditiveCodebooks:
     def _encoded(self, draft: Draft, material: Material) -> dict[Map, Parts]:
         """Encode every map; an error counts by the mean square of its input on the calibration text."""
         outline, format, stack = draft.outline, self._format("float32"), layers(draft.model)
-        places = outline.own if self.layers == "all" else outline.frozen
-        if not places:
-            raise ValueError('there is nothing to pack: every layer of the emulator trains; say layers="all"')
+        places = chosen(outline, self.layers)
         if self.steps and not material.encoded:
             raise ValueError("tuning codebooks takes public text; give some, or say steps=0")
-        for place in places:
-            for path in linears(stack[place]):
-                format.shapes(*shape(stack[place].get_submodule(path)))  # refuses before the long work
-        source = {place: outline.shared.get(place, place) for place in range(len(stack))}
-        wanted = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
-        squares = mean_squares(draft.model, wanted, material.batches)
+        squares = importance(draft, places, format, material.batches)
         parts: dict[Map, Parts] = {}
         for step, place in enumerate(places, start=1):
             for path in linears(stack[place]):

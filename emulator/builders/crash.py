@@ -123,7 +123,12 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
         for batch in (batch.to(device) for batch in batches):
             weights = batch.attention_mask.cumsum(dim=1) * batch.attention_mask.float()
             weights = weights / weights.sum(dim=1, keepdim=True)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1, use_cache=False)
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=batch.last,
+                use_cache=False,
+            )
     finally:
         model.train(training)
         for handle in handles:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.emulator import family
+from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Format, Parts
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.nf4 import NF4
 from offsite.emulator.formats.sketch import Sketch
 
-FORMATS: dict[str, type[Format]] = {Int4.name: Int4, NF4.name: NF4, Sketch.name: Sketch}
+FORMATS: dict[str, type[Format]] = {Additive.name: Additive, Int4.name: Int4, NF4.name: NF4, Sketch.name: Sketch}
 
 __all__ = ["FORMATS", "Format", "Parts", "make"]
 

@@ -16,7 +16,7 @@ from offsite.emulator.placements import Ends
 from offsite.emulator.tuning import Schedule, tune
 
 CHAINS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "additive": [("additive", {"group": 4, "bits": 3, "steps": 1})],
+    "additive": [("additive", {"group": 4, "bits": 4, "steps": 1})],
     "crash": [("crash", {"keep": 4, "sharing": "on"})],
     "distilled": [("uniform", {"keep": 4}), ("distilled", {"steps": 2})],
     "loram": [("loram", {"mlp": 0.25, "first": 1, "last": 1})],

@@ -75,7 +75,6 @@ class Round:
         )
         train(job, say=lambda event, **fields: None, rendezvous=self.folder / "rendezvous")
         metrics = from_json(UpdateMetrics, (self.folder / site / "metrics.json").read_bytes(), where="metrics")
-        assert metrics.losses[-1] < metrics.losses[0]
         digest, _ = self.blobs.take(self.folder / site / "update.safetensors")
         return {"site": site, "digest": digest, "examples": metrics.examples}
 

@@ -1,0 +1,165 @@
+"""What tuning on an emulator does to the real model, in inequalities that hold over three seeds.
+
+The published orders, with bounds calibrated here: docs/emulators.md has the figures and their spread.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from offsite.coordinator.report import warnings
+from offsite.emulator import bundle
+from offsite.emulator.attack import RATE, Attack, attack, protection
+from offsite.emulator.builders import Draft
+from offsite.emulator.fidelity import likelihood
+from offsite.emulator.methods import Lora, Method
+from offsite.emulator.placements import Kept, Spread
+from offsite.emulator.plug import plug
+
+pytestmark = pytest.mark.slow
+Tell = Callable[..., None]
+
+
+@dataclass
+class Story:
+    """Offsite-Tuning's own: 2-20-2 layers, whole layers train."""
+
+    draft: Draft
+    emulator_zero_shot: float
+    emulator_tuned: float
+    plug_in: float
+    base_tuned: float
+    plugged: nn.Module
+
+
+@pytest.fixture(scope="module")
+def story(bench: Any, blocks: Method) -> Story:
+    draft = bench.draft([("uniform", {"keep": 24})])
+    emulator, adapter = bench.tuned(draft.model, draft.outline.places, blocks, RATE)
+    itself = {layer: layer for layer in draft.outline.trainable}
+    bound, _ = bench.tuned(bench.base, itself, blocks, RATE)
+    plugged = plug(copy.deepcopy(bench.base), blocks, adapter)
+    return Story(
+        draft=draft,
+        emulator_zero_shot=bench.perplexity(draft.model),
+        emulator_tuned=bench.perplexity(emulator),
+        plug_in=bench.perplexity(plugged),
+        base_tuned=bench.perplexity(bound),
+        plugged=plugged,
+    )
+
+
+def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: Tell) -> None:
+    """T1."""
+    zero_shot = bench.zero_shot
+    recovered = log(zero_shot / story.plug_in) / log(zero_shot / story.base_tuned)
+    gap = log(story.emulator_tuned / story.plug_in)
+    tell(
+        zero_shot=zero_shot,
+        emulator_zero_shot=story.emulator_zero_shot,
+        emulator_tuned=story.emulator_tuned,
+        plug_in=story.plug_in,
+        base_tuned=story.base_tuned,
+        recovered=recovered,
+        gap=gap,
+    )
+    assert story.base_tuned <= story.plug_in < zero_shot < story.emulator_tuned < story.emulator_zero_shot
+    assert recovered >= 0.1 and gap >= 0.5
+
+
+def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, story: Story, tell: Tell) -> None:
+    """T1b: the same data and steps with everything unfrozen, and an emulator healed on public text."""
+    schedule = bench.schedule(RATE)
+    attacked = {
+        name: attack(story.draft.model, text, schedule)
+        for name, text in (("unfreeze", bench.train), ("heal", bench.public))
+    }
+    found = {
+        name: Attack(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
+        for name, model in attacked.items()
+    }
+    plug_in, base = likelihood(story.plugged, bench.exam), likelihood(bench.base, bench.general)
+    margin = log(found["unfreeze"].task.perplexity / story.plug_in)
+    gap = log(story.emulator_tuned / story.plug_in)
+    tell(
+        margin=margin,
+        gap=gap,
+        unfreeze=found["unfreeze"].task.perplexity,
+        unfreeze_general=found["unfreeze"].general.perplexity,
+        heal=found["heal"].task.perplexity,
+        heal_general=found["heal"].general.perplexity,
+        base_general=base.perplexity,
+    )
+    assert margin < 0.7 * gap
+    judged = protection(found, plug_in=plug_in, base=base, threshold=0.3)
+    assert (judged.label == "protected") == (judged.margin >= 0.3)
+    assert protection(found, plug_in=plug_in, base=base).label == "not protected"
+
+
+def test_an_emulator_of_2_16_2_layers_is_called_unusable(bench: Any, tell: Tell) -> None:
+    """T1c: without distillation."""
+    emulator = bench.perplexity(bench.draft([("uniform", {"keep": 20})]).model)
+    tell(ratio=emulator / bench.zero_shot)
+    (warning,) = warnings({"base_zero_shot": bench.zero_shot, "emulator_zero_shot": emulator})
+    assert "too small to be useful" in warning
+
+
+def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> None:
+    """T2a: zero-shot at 20 of 30 layers, on general text, against the better of both even ones."""
+    found = bench.perplexity(bench.draft([("crash", {"keep": 20})]).model, bench.general)
+    even = bench.perplexity(bench.draft([("uniform", {"keep": 20})]).model, bench.general)
+    over_all = bench.perplexity(bench.draft([("uniform", {"keep": 20})], Spread(4)).model, bench.general)
+    tell(crash=found, uniform_middle=even, uniform_all=over_all, ratio=found / min(even, over_all))
+    assert found <= 0.8 * min(even, over_all)
+
+
+def test_clusters_of_20_layers_do_what_even_distances_need_24_for(
+    bench: Any, story: Story, blocks: Method, tell: Tell
+) -> None:
+    """T2b."""
+    draft = bench.draft([("crash", {"keep": 20})])
+    _, adapter = bench.tuned(draft.model, draft.outline.places, blocks, RATE)
+    plug_in = bench.plugged(blocks, adapter)
+    tell(plug_in=plug_in, uniform_24=story.plug_in, ratio=plug_in / story.plug_in)
+    assert plug_in <= 1.05 * story.plug_in and plug_in < bench.zero_shot
+
+
+def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell: Tell, tmp_path: Path) -> None:
+    """T2c, T2d."""
+    removed = bench.draft([("crash", {"keep": 20, "sharing": "auto"})])
+    assert len(removed.outline.layers) == 20 and not removed.outline.shared
+    shared = bench.draft([("crash", {"keep": 20, "sharing": "on"})])
+    tell(removed=bench.perplexity(removed.model), shared=bench.perplexity(shared.model))
+    assert bench.perplexity(shared.model) > bench.perplexity(removed.model)
+    bundle.save(shared.model, bench.tokenizer, tmp_path, outline=shared.outline)
+    stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    per_layer = sum(p.nbytes for p in bundle.find(bench.base).layers.parameters()) / 30
+    rest = sum(p.nbytes for p in bench.base.parameters()) - 30 * per_layer
+    assert stored <= 1.01 * (20 * per_layer + rest)
+    loaded, _ = bundle.load(tmp_path, layout=bundle.layout_of(shared), dtype="auto")
+    assert len(bundle.find(loaded).layers) == 30
+    assert sum(p.nbytes for p in loaded.parameters()) == 20 * per_layer + rest, "30 places, the tensors of 20"
+
+
+def test_lora_of_a_pruned_model_is_worth_more_in_the_full_one(bench: Any, tell: Tell) -> None:
+    """T3: half of the MLP's channels gone in 26 layers."""
+    lora, rate = Lora(rank=8, alpha=16.0), 1e-3
+    draft = bench.draft([("loram", {"mlp": 0.5})], Kept())
+    small, adapter = bench.tuned(draft.model, draft.outline.places, lora, rate, batch_size=2)
+    recovered = bench.plugged(lora, lora.recover(adapter, draft.recovery))
+    full, _ = bench.tuned(bench.base, {at: at for at in range(30)}, lora, rate, batch_size=2)
+    bound, pruned = bench.perplexity(full), bench.perplexity(small)
+    tell(
+        zero_shot=bench.zero_shot,
+        pruned_zero_shot=bench.perplexity(draft.model),
+        pruned_tuned=pruned,
+        recovered=recovered,
+        bound=bound,
+    )
+    assert bound <= recovered < bench.zero_shot and recovered < pruned
