@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offsite.coordinator.manifests import MANIFEST, SIGNATURE
 from offsite.emulator import builders, bundle, placements, zoo
 from offsite.emulator.anatomy import find
 from offsite.emulator.batches import encode, evaluation_batches
@@ -18,14 +19,13 @@ from offsite.emulator.disclosure import count, disclosed
 from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
 from offsite.protos.chunks import digest_file
-from offsite.protos.documents import from_json, to_json, to_plain
-from offsite.protos.errors import InputError, MismatchError, NotFoundError
-from offsite.protos.security.signing import sign, verify
+from offsite.protos.documents import to_json
+from offsite.protos.errors import InputError
+from offsite.protos.security.signing import sign
 from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest, Packing
 
 CALIBRATION_EXAMPLES = 64  # fewer choose other layers: 32 of 96 tokens doubled the emulator's perplexity
 PUBLIC_TOKENS = 128
-MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 Tell = Callable[[str, int, int], None]
 
 
@@ -168,25 +168,6 @@ def _seal(
     return Built(folder, manifest, recovery)
 
 
-def open_bundle(folder: Path, *, owner_public: Path | None = None) -> Built:
-    """Read a bundle and check every file against its manifest, and the manifest against its signature."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise NotFoundError(f"{folder}: no {MANIFEST} in it; a bundle is made by `offsite emulator build`")
-    document = path.read_bytes()
-    if owner_public is not None:
-        if not (folder / SIGNATURE).is_file():
-            raise MismatchError(f"{folder}: the bundle is not signed; build it with --identity")
-        verify(document, (folder / SIGNATURE).read_bytes(), owner_public, purpose="bundle")
-    manifest = from_json(Manifest, document, where=str(path))
-    for entry in manifest.files:
-        if not (folder / entry.path).is_file():
-            raise MismatchError(f"{folder}: {entry.path} is missing, the manifest names it")
-        if (found := digest_file(folder / entry.path)) != entry.digest:
-            raise MismatchError(f"{folder / entry.path}: its digest is {found}, the manifest says {entry.digest}")
-    return Built(folder, manifest)
-
-
 def ref(source: Path, base: nn.Module) -> BaseRef:
     """Name a base model, by the folder it was read from."""
     depth = len(find(base).layers)
@@ -207,16 +188,6 @@ def material(
     encoded = encode(read(public), tokenizer, max_length=PUBLIC_TOKENS)
     few = evaluation_batches(encoded[:CALIBRATION_EXAMPLES], batch_size=batch_size)
     return Material(batches=few, encoded=encoded, scratch=scratch, tell=tell)
-
-
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """Return the figures of a bundle that people look at."""
-    told: dict[str, Any] = to_plain(manifest)
-    return told | {
-        "bytes": sum(entry.size for entry in manifest.files),
-        "disclosed": manifest.verbatim / manifest.base.parameters,
-        "disclosed_lossy": manifest.lossy / manifest.base.parameters,
-    }
 
 
 def _entries(folder: Path) -> list[FileEntry]:

@@ -16,6 +16,7 @@ import torch
 
 from offsite.coordinator import aggregation, bundles
 from offsite.coordinator.home import Home
+from offsite.coordinator.manifests import MANIFEST, describe
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.batches import encode, evaluation_batches
@@ -259,12 +260,12 @@ def _store_bundle(home: Home, built: bundles.Built) -> dict[str, Any]:
     room(home.root, sum(entry.size for entry in manifest.files))
     for entry in manifest.files:
         blobs.take(built.folder / entry.path, digest=entry.digest)
-    blobs.take(built.folder / bundles.MANIFEST)
+    blobs.take(built.folder / MANIFEST)
     document = canonical(to_plain(manifest))
     return {
         "manifest": digest_bytes(document),
         "manifest_size": len(document),
-        "bundle": bundles.describe(manifest),
+        "bundle": describe(manifest),
     }
 
 

@@ -97,7 +97,7 @@ def p_step(maps: Sequence[PackedLinear], optimizer: torch.optim.Optimizer, loss:
         for handle in handles:
             handle.remove()
     if not torch.isfinite(value):
-        raise ValueError(f"the loss of a step of PV-Tuning is {float(value)}; a lower learning_rate may help")
+        raise ValueError(f"the loss of a step of PV-Tuning is {value.item()}; a lower learning_rate may help")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     value.backward(inputs=trained)  # type: ignore[no-untyped-call]  # other parameters are left alone
     optimizer.step()

@@ -36,22 +36,25 @@ def build(
     ] = None,
 ) -> None:
     """Build a bundle: the emulator, its tokenizer and a manifest."""
+    from offsite.coordinator.recipes import parse, parse_one
+    from offsite.protos.errors import ConflictError
+
+    chain, placement = parse(builder), parse_one(trainable)
+    if out.exists() and any(out.iterdir()):
+        raise ConflictError(f"{out}: not empty; a bundle is everything in its folder, so name a new one")
+
     from rich.console import Console
 
     from offsite.coordinator.bundles import build as build_bundle
-    from offsite.coordinator.bundles import describe
-    from offsite.coordinator.recipes import parse, parse_one
+    from offsite.coordinator.manifests import describe
     from offsite.protos import tensors
-    from offsite.protos.errors import ConflictError
 
-    if out.exists() and any(out.iterdir()):
-        raise ConflictError(f"{out}: not empty; a bundle is everything in its folder, so name a new one")
     unfinished = out.with_name(f"{out.name}.unfinished")
     with Console(stderr=True).status("building") as status:
         built = build_bundle(
             model,
-            parse(builder),
-            parse_one(trainable),
+            chain,
+            placement,
             out,
             public=public,
             owner_key=identity / "owner.key" if identity else None,
@@ -100,9 +103,9 @@ def inspect(
     format: Annotated[Literal["table", "json"], typer.Option(help="How to print it.")] = "table",
 ) -> None:
     """Check a bundle's digests (and signature) and say what it holds."""
-    from offsite.coordinator.bundles import describe, open_bundle
+    from offsite.coordinator.manifests import describe, read
 
-    figures = describe(open_bundle(folder, owner_public=owner).manifest)
+    figures = describe(read(folder, owner_public=owner))
     if format == "json":
         print(json.dumps(figures, indent=2))
     else:

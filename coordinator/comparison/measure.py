@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from offsite.coordinator import bundles
+from offsite.coordinator import bundles, manifests
 from offsite.coordinator.bundles import Built
 from offsite.coordinator.comparison.bench import Bench, schedule
 from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
@@ -79,7 +79,7 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
     folder, partial, recovery = scratch / "bundle", scratch / "partial", scratch / "recovery.safetensors"
     if folder.exists():
         kept = tensors.load(recovery) if recovery.exists() else {}
-        return Built(folder, bundles.open_bundle(folder).manifest, kept)
+        return Built(folder, manifests.read(folder), kept)
     shutil.rmtree(partial, ignore_errors=True)
     bench.tell(f"building {render(candidate.builders)}", 0, 1)
     built = bundles.build(

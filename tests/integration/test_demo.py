@@ -35,7 +35,7 @@ def check_report(out: Path, *, sites: set[str]) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     assert report["sites"].keys() == sites
     for row in (report["overall"], *report["sites"].values()):
-        assert all(math.isfinite(row[figure]) for figure in FIGURES)
+        assert all(math.isfinite(row[figure]) for figure in (*FIGURES, "attack"))
     assert report["bytes"]["down"] > 0 < report["bytes"]["up"]
     time = report["seconds"]
     assert all(time[kind] > 0 for kind in ("total", "training", "evaluation", "loading"))
@@ -95,3 +95,5 @@ def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_prom
     gained = math.log(figures["base_zero_shot"] / figures["plug_in"])
     assert gained >= 0.3 * math.log(figures["base_zero_shot"] / figures["base_tuned"])
     assert math.log(figures["emulator_tuned"] / figures["plug_in"]) >= 0.5
+    assert figures["attack"] < figures["emulator_tuned"], "what a site could do is more than it is asked to"
+    assert report["protection"]["label"] == "not protected"

@@ -1,0 +1,41 @@
+"""A bundle's manifest, read and told without any tensor library."""
+
+from pathlib import Path
+from typing import Any
+
+from offsite.protos.chunks import digest_file
+from offsite.protos.documents import from_json, to_plain
+from offsite.protos.errors import MismatchError, NotFoundError
+from offsite.protos.security.signing import verify
+from offsite.protos.spec import Manifest
+
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+
+
+def read(folder: Path, *, owner_public: Path | None = None) -> Manifest:
+    """Read a bundle's manifest and check every file against it, and it against its signature."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise NotFoundError(f"{folder}: no {MANIFEST} in it; a bundle is made by `offsite emulator build`")
+    document = path.read_bytes()
+    if owner_public is not None:
+        if not (folder / SIGNATURE).is_file():
+            raise MismatchError(f"{folder}: the bundle is not signed; build it with --identity")
+        verify(document, (folder / SIGNATURE).read_bytes(), owner_public, purpose="bundle")
+    manifest = from_json(Manifest, document, where=str(path))
+    for entry in manifest.files:
+        if not (folder / entry.path).is_file():
+            raise MismatchError(f"{folder}: {entry.path} is missing, the manifest names it")
+        if (found := digest_file(folder / entry.path)) != entry.digest:
+            raise MismatchError(f"{folder / entry.path}: its digest is {found}, the manifest says {entry.digest}")
+    return manifest
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """Return the figures of a bundle that people look at."""
+    told: dict[str, Any] = to_plain(manifest)
+    return told | {
+        "bytes": sum(entry.size for entry in manifest.files),
+        "disclosed": manifest.verbatim / manifest.base.parameters,
+        "disclosed_lossy": manifest.lossy / manifest.base.parameters,
+    }
