@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from offsite.coordinator.manifests import MANIFEST, SIGNATURE
 from offsite.emulator import builders, bundle, placements, zoo
-from offsite.emulator.anatomy import find
+from offsite.emulator.anatomy.structure import find
 from offsite.emulator.batches import encode, evaluation_batches
 from offsite.emulator.builders import Builder, Draft, Material
 from offsite.emulator.bundle import Layout
-from offsite.emulator.checkpoint import Checkpoint
-from offsite.emulator.disclosure import count, disclosed
+from offsite.emulator.evaluation.disclosure import count, disclosed
 from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
+from offsite.emulator.zoo.checkpoint import Checkpoint
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError

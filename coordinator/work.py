@@ -23,8 +23,8 @@ from offsite.emulator.batches import encode, evaluation_batches
 from offsite.emulator.builders import Draft
 from offsite.emulator.builders import make as make_builder
 from offsite.emulator.builders.distilled import Distilled, realigned, tuned_places
+from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
-from offsite.emulator.fidelity import likelihood
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
 from offsite.protos import tensors

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 
 Map = tuple[int, str]  # the place of a layer, and the path of a linear map inside it

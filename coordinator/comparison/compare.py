@@ -19,7 +19,7 @@ from offsite.coordinator.comparison.texts import Texts, digests
 from offsite.coordinator.comparison.verdict import frontier, judged, recommend
 from offsite.coordinator.recipes import render
 from offsite.emulator import zoo
-from offsite.emulator.tasks import LocalTask, locate
+from offsite.emulator.zoo.tasks import LocalTask, locate
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_plain
 from offsite.protos.errors import InputError, OffsiteError

@@ -15,10 +15,10 @@ from offsite.coordinator.comparison.bench import Bench, schedule
 from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
 from offsite.coordinator.recipes import render
 from offsite.emulator import bundle, methods
-from offsite.emulator.anatomy import layers
-from offsite.emulator.attack import attack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import training_batches
-from offsite.emulator.cost import Cost, costs
+from offsite.emulator.evaluation.attack import attack
+from offsite.emulator.evaluation.cost import Cost, costs
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
 from offsite.protos import tensors

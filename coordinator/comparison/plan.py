@@ -8,7 +8,7 @@ from pydantic import Field
 from offsite.coordinator.comparison.rows import Candidate
 from offsite.coordinator.recipes import gather, render
 from offsite.emulator import builders, methods, placements
-from offsite.emulator.attack import RATE
+from offsite.emulator.evaluation.attack import RATE
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.spec import Choice, Fraction, Positive, TrainingSpec

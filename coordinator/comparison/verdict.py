@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
 from offsite.coordinator.report import warnings
-from offsite.emulator.attack import Attack, protection
-from offsite.emulator.fidelity import Likelihood
+from offsite.emulator.evaluation.attack import Attack, protection
+from offsite.emulator.evaluation.fidelity import Likelihood
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
 

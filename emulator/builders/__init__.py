@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from offsite.emulator import family
+from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.builders.additive import AdditiveCodebooks
 from offsite.emulator.builders.base import STAGES, Builder, Draft, Material, Outline
 from offsite.emulator.builders.crash import Crash
@@ -16,7 +17,6 @@ from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.builders.uniform import Uniform
 from offsite.emulator.builders.whole import Whole
 from offsite.emulator.placements import Placement
-from offsite.emulator.stack import restack
 
 BUILDERS: dict[str, type[Builder]] = {
     AdditiveCodebooks.name: AdditiveCodebooks,

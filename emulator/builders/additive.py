@@ -5,17 +5,17 @@ from typing import ClassVar, Literal, cast
 
 from torch import nn
 
-from offsite.emulator import pv
 from offsite.emulator.activations import Map
-from offsite.emulator.anatomy import layers, linears, shape
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers, linears, shape
 from offsite.emulator.batches import training_batches
 from offsite.emulator.builders.base import Draft, Material, Stage
 from offsite.emulator.builders.storage import Which, chosen, importance
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
-from offsite.emulator.packed import PackedLinear, dense, pack
+from offsite.emulator.formats.packed import PackedLinear, dense, pack
 from offsite.emulator.seeds import generator
-from offsite.emulator.stack import restack
+from offsite.emulator.tuning import pv
 
 
 @dataclass(frozen=True)

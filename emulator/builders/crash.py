@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders.base import Outline, Stage, droppable, kept_of
-from offsite.emulator.fidelity import likelihood
+from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.placements import Placement
-from offsite.emulator.stack import restack
 from offsite.kernels.cka import adjacent_cka, linear_cka
 
 GUARD_BATCHES = 2  # on which sharing is judged; where it fails it fails by factors, not by percents

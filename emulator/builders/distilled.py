@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from offsite.emulator import distil
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter, Method
-from offsite.emulator.packed import PackedLinear
-from offsite.emulator.stack import restack
-from offsite.emulator.tuning import Schedule, trainable_copy, tune
+from offsite.emulator.tuning import distil
+from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from offsite.emulator.activations import mean_squares
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.masking import prove
+from offsite.emulator.anatomy.narrow import Part, Units, channels, groups, narrow
+from offsite.emulator.anatomy.roles import heads, roles
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Draft, Material, Stage
-from offsite.emulator.masking import prove
-from offsite.emulator.narrow import Part, Units, channels, groups, narrow
-from offsite.emulator.packed import dense
-from offsite.emulator.roles import heads, roles
-from offsite.emulator.stack import restack
+from offsite.emulator.formats.packed import dense
 
 
 @dataclass(frozen=True)

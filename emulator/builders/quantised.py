@@ -3,14 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from offsite.emulator.anatomy import layers, linears
+from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.builders.base import Draft, Material, Stage
 from offsite.emulator.builders.storage import Which, chosen
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.blockwise import Blockwise
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.nf4 import NF4
-from offsite.emulator.packed import dense, pack
+from offsite.emulator.formats.packed import dense, pack
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ SmolLM2-135M that takes two thirds off what clustering costs which counts all co
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from offsite.emulator.anatomy import layers, linears
+from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.builders.base import Draft, Material, Stage
 from offsite.emulator.builders.storage import Which, chosen, importance
 from offsite.emulator.formats.base import Parts
+from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.packed import dense, pack
 from offsite.kernels.sketch import sketch
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from offsite.emulator.activations import Map, mean_squares
-from offsite.emulator.anatomy import layers, linears, shape
+from offsite.emulator.anatomy.structure import layers, linears, shape
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders.base import Draft, Outline
 from offsite.emulator.formats import Format

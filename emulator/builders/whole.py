@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders.base import Outline, Stage
 from offsite.emulator.placements import Placement

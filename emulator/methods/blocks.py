@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy import find
+from offsite.emulator.anatomy.structure import find
+from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter
-from offsite.emulator.packed import PackedLinear
 
 
 @dataclass(frozen=True)

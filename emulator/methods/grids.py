@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy import find, is_transposed, linears, shape
+from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
 from offsite.emulator.methods.base import Adapter
-from offsite.emulator.packed import PackedLinear
 from offsite.kernels.sketch import decode
 
 

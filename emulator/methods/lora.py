@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy import find, is_transposed, linears, shape
+from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
 from offsite.emulator.methods.recovery import widen
 from offsite.emulator.seeds import generator

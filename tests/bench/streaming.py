@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from offsite.emulator import zoo
-from offsite.emulator.anatomy import find
-from offsite.emulator.checkpoint import skeleton
+from offsite.emulator.anatomy.structure import find
+from offsite.emulator.zoo.checkpoint import skeleton
 
 WIDTH = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 4}
 

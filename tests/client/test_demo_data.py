@@ -7,7 +7,7 @@ import pytest
 from offsite.client.demo import data
 from offsite.client.demo.data import SOURCES, prepare, split
 from offsite.emulator.examples import Example, read
-from offsite.emulator.zoo import cache_folder
+from offsite.emulator.zoo.models import cache_folder
 from offsite.protos.errors import InputError
 
 

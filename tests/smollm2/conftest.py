@@ -19,16 +19,16 @@ from torch import nn
 
 from offsite.client.demo import data
 from offsite.emulator import builders, methods, placements, zoo
-from offsite.emulator.anatomy import layers
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Draft, Material
+from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
-from offsite.emulator.fidelity import likelihood
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.placements import Placement
 from offsite.emulator.plug import plug
-from offsite.emulator.stack import restack
-from offsite.emulator.tuning import Schedule, tune
+from offsite.emulator.tuning.loop import Schedule, tune
 
 SEEDS = [int(seed) for seed in os.environ.get("OFFSITE_SEEDS", "0").split(",")]
 STEPS = 40

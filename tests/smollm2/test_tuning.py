@@ -15,9 +15,10 @@ from torch import nn
 
 from offsite.coordinator.report import warnings
 from offsite.emulator import bundle
-from offsite.emulator.attack import RATE, Attack, attack, protection
+from offsite.emulator.anatomy.structure import find
 from offsite.emulator.builders import Draft
-from offsite.emulator.fidelity import likelihood
+from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection
+from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.methods import Lora, Method
 from offsite.emulator.placements import Kept, Spread
 from offsite.emulator.plug import plug
@@ -139,11 +140,11 @@ def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell
     assert bench.perplexity(shared.model) > bench.perplexity(removed.model)
     bundle.save(shared.model, bench.tokenizer, tmp_path, outline=shared.outline)
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    per_layer = sum(p.nbytes for p in bundle.find(bench.base).layers.parameters()) / 30
+    per_layer = sum(p.nbytes for p in find(bench.base).layers.parameters()) / 30
     rest = sum(p.nbytes for p in bench.base.parameters()) - 30 * per_layer
     assert stored <= 1.01 * (20 * per_layer + rest)
     loaded, _ = bundle.load(tmp_path, layout=bundle.layout_of(shared), dtype="auto")
-    assert len(bundle.find(loaded).layers) == 30
+    assert len(find(loaded).layers) == 30
     assert sum(p.nbytes for p in loaded.parameters()) == 20 * per_layer + rest, "30 places, the tensors of 20"
 
 

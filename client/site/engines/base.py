@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import fidelity
 from offsite.emulator.batches import Batch
+from offsite.emulator.evaluation import fidelity
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.spec import TrainingSpec

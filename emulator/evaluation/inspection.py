@@ -1,0 +1,119 @@
+"""What a site can tell of an emulator it was handed, from its tensors and from a few of the site's own texts.
+
+An owner who designs the frozen layers can make an identity pipe of them: they hand the text's embeddings on unchanged
+to layers that train, whose change then gives the text away (PEFTLeak, arXiv 2506.04453). What is looked for are the
+signs of that attack as published. An emulator without them may still be hostile: layers that rotate the embeddings, an
+invertible map, show none. So this is one check beside the site's bounds on steps and rounds, and no proof.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offsite.emulator.anatomy.structure import layers, text_config
+from offsite.emulator.batches import Batch
+from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
+
+# What honest emulators of SmolLM2-135M stay clear of, those too harsh to be of use included, and pipes do not:
+UNCHANGED = 1e-2  # ||layer(h) - h|| / ||h||; theirs is 0.2 and more
+EMBEDDED = 0.99  # cosine of what a layer reads with the embeddings; theirs is 0.05 and less
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured; `change` and `likeness` are medians over the tokens of the texts."""
+
+    infinite: tuple[str, ...]  # parameters and buffers that hold a value that is not finite
+    likelihood: Likelihood  # of the targets of the site's texts
+    vocabulary: int
+    change: dict[int, float]  # frozen place -> ||layer(h) - h|| / ||h||
+    likeness: dict[int, float]  # training place, not 0 -> |cosine| of what it reads with what place 0 reads
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the emulator on the site's texts."""
+        return self.likelihood.perplexity
+
+    def suspicions(self) -> list[str]:
+        """Return a sentence for each sign of a broken or hostile emulator; none if it looks honest.
+
+        A large perplexity is no sign: honest emulators of few layers have up to a thousand times that of guessing.
+        """
+        if self.infinite:
+            return [f"{name} holds values that are not finite" for name in self.infinite]
+        found = [] if math.isfinite(self.likelihood.nll) else ["its loss on the site's own text is not finite"]
+        found += [
+            f"the frozen layer at place {place} hands its input on unchanged: relative change {change:.2g}, "
+            f"expected above {UNCHANGED:g}"
+            for place, change in self.change.items()
+            if not change > UNCHANGED
+        ]
+        found += [
+            f"the training layer at place {place} still reads the embeddings of the text: cosine {cosine:.4f}, "
+            f"expected below {EMBEDDED:g}"
+            for place, cosine in self.likeness.items()
+            if not cosine < EMBEDDED
+        ]
+        return found
+
+
+def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int]) -> Findings:
+    """Measure an emulator on a few texts; the keys of `places` are those that train. Raises ValueError without text.
+
+    The adapter may be attached or not. Cost: one forward pass over the texts.
+    """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    infinite = tuple(name for name, tensor in tensors if not bool(torch.isfinite(tensor).all()))
+    total = Likelihood(0.0, 0)
+    changes: dict[int, list[Tensor]] = {}
+    cosines: dict[int, list[Tensor]] = {}
+    for batch in batches:
+        with _watched(model) as seen:
+            total += likelihood(model, [batch])
+        real = batch.attention_mask.bool().cpu()
+        for place, (change, cosine) in seen.items():
+            if place not in places:
+                changes.setdefault(place, []).append(change[real])
+            elif place:
+                cosines.setdefault(place, []).append(cosine[real])
+    if not total.tokens:
+        raise ValueError("an emulator is inspected on some of the site's own texts, and none was given")
+    return Findings(infinite, total, text_config(model).vocab_size, _medians(changes), _medians(cosines))
+
+
+def _medians(found: Mapping[int, list[Tensor]]) -> dict[int, float]:
+    """A median, because the few tokens that all others attend to have huge states that an honest layer may keep."""
+    return {place: float(torch.cat(values).median()) for place, values in found.items()}
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Note of the next forward pass, place by place, each token's relative change and its cosine, both (b, t)."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    embedded = torch.empty(0)
+
+    def watch(place: int) -> Any:
+        def hook(_module: nn.Module, arguments: Any, named: Mapping[str, Any], output: Any) -> None:
+            nonlocal embedded
+            before = (arguments[0] if arguments else named["hidden_states"]).float()
+            after = (output[0] if isinstance(output, tuple) else output).float()
+            embedded = embedded if place else before
+            change = (after - before).norm(dim=-1) / before.norm(dim=-1)
+            cosine = functional.cosine_similarity(before, embedded, dim=-1)
+            seen[place] = change.cpu(), cosine.abs().cpu()  # a change of sign hides nothing
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(place), with_kwargs=True) for place, layer in enumerate(layers(model))]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Training at the model's owner."""

