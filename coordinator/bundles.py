@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offsite.coordinator.manifests import MANIFEST, SIGNATURE
@@ -17,6 +18,7 @@ from offsite.emulator.bundle import Layout
 from offsite.emulator.evaluation.disclosure import count, disclosed
 from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
+from offsite.emulator.precision import quicken
 from offsite.emulator.zoo.checkpoint import Checkpoint
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_json
@@ -75,19 +77,28 @@ def build(
         if checkpoint.bytes > _memory() / 2 if stream is None else stream:
             return _build_streamed(checkpoint, makers, chain, placement, folder, public=public, owner_key=owner_key)
         base, tokenizer = zoo.load_base(source, dtype="auto")
+        stored = quicken(base)
         text = material(public, tokenizer, scratch=scratch, tell=tell)
         draft = builders.run(makers, placement, base, text)
-        return write(draft, tokenizer, folder, base=ref(source, base), chain=chain, owner_key=owner_key)
+        named = ref(source, base)
+        return write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def write(
-    draft: Draft, tokenizer: Any, folder: Path, *, base: BaseRef, chain: Sequence[Choice], owner_key: Path | None
+    draft: Draft,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    base: BaseRef,
+    chain: Sequence[Choice],
+    owner_key: Path | None,
 ) -> Built:
-    """Write an emulator that was built into a folder, with its manifest; raises ValueError."""
+    """Write an emulator that was built into a folder, in the base's own dtype, with its manifest; raises ValueError."""
     layout = bundle.layout_of(draft)
-    bundle.save(draft.model, tokenizer, folder, outline=draft.outline)
+    bundle.save(draft.model, tokenizer, folder, outline=draft.outline, dtype=dtype)
     share = disclosed(draft)
     return _seal(
         folder,
@@ -116,10 +127,11 @@ def _build_streamed(
         raise ValueError("only crash, uniform and whole, each by itself, build from layers read one at a time")
     if getattr(depth, "sharing", "off") == "auto":
         raise ValueError("sharing=auto compares two stacks, which need the model in memory: choose off or on")
-    model, tokenizer = checkpoint.stream(), zoo.load_tokenizer(checkpoint.folder)
+    model, stored = checkpoint.stream()
+    tokenizer = zoo.load_tokenizer(checkpoint.folder)
     text = material(public, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
     outline = depth.outline(model, text.batches, placement)
-    bundle.copy(checkpoint, model, tokenizer, folder, outline=outline)
+    bundle.copy(checkpoint, model, tokenizer, folder, outline=outline, dtype=stored)
     layers = find(model).layers
     dropped = set(range(len(layers))) - {outline.layers[place] for place in outline.own}
     kept = count(model) - sum(count(layers[layer]) for layer in dropped)

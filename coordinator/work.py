@@ -27,6 +27,7 @@ from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
+from offsite.emulator.precision import DTYPES, quicken
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json, to_plain
@@ -96,6 +97,8 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
     with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
         listed, emulator, _ = _open(blobs, manifest, Path(folder) / "old", dtype="auto")
+        dtype = quicken(full)
+        quicken(emulator)
         outline = bundle.described(listed).outline
         method = methods.make(spec.method.name, spec.method.settings)
         adapter = tensors.load(blobs.path(exact))
@@ -113,7 +116,13 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
         )
         draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))
         built = bundles.write(
-            draft, tokenizer, Path(folder) / "new", base=listed.base, chain=listed.builders, owner_key=home.owner_key
+            draft,
+            tokenizer,
+            Path(folder) / "new",
+            dtype=dtype,
+            base=listed.base,
+            chain=listed.builders,
+            owner_key=home.owner_key,
         )
         stored = _store_bundle(home, built)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -167,12 +176,12 @@ def evaluate(
     method = methods.make(spec.method.name, spec.method.settings)
     with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as scratch:
         if manifest is None:
-            model, tokenizer = zoo.load_base(_the_base(spec, base), dtype=dtype_of(spec))
+            model, tokenizer = zoo.load_base(_the_base(spec, base), dtype=DTYPES[spec.training.precision])
             if exact is not None:
                 adapter = _recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
                 model = plug(model, method, adapter)
         else:
-            listed, model, tokenizer = _open(blobs, manifest, Path(scratch), dtype=dtype_of(spec))
+            listed, model, tokenizer = _open(blobs, manifest, Path(scratch), dtype=DTYPES[spec.training.precision])
             if exact is not None:
                 places = bundle.described(listed).outline.places
                 model = method.attach(model, places, tensors.load(blobs.path(exact)))
@@ -233,11 +242,6 @@ def perform(step: str, root: str, identity: str, spec: bytes, arguments: dict[st
     except OffsiteError as error:
         known = error
     return {"error": {"status": known.status, "message": str(known)}}
-
-
-def dtype_of(spec: RunSpec) -> torch.dtype:
-    """The dtype of frozen weights that a run asks for."""
-    return torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
 
 
 def _the_base(spec: RunSpec, digest: str) -> Path:

@@ -1,7 +1,7 @@
 """An emulator as files: a model folder of its distinct layers, one file each, from which the stack is built again."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,11 +108,16 @@ def layout_of(draft: Draft) -> Layout:
     return Layout(draft.outline, next(iter(formats), None), tuple(sorted(packed_at)), narrow)
 
 
-def save(model: nn.Module, tokenizer: Any, directory: Path, *, outline: Outline) -> None:
-    """Write an emulator: `config.json`, safetensors files with shared tensors once, and the tokenizer's files."""
+def save(
+    model: nn.Module, tokenizer: Any, directory: Path, *, outline: Outline, dtype: torch.dtype | None = None
+) -> None:
+    """Write an emulator: `config.json`, safetensors files with shared tensors once, and the tokenizer's files.
+
+    `dtype` is that of the weights on disk, if they are to have another; it does not concern tensors of a format.
+    """
     distinct: Any = restack(model, outline.own)
     anatomy = find(distinct)
-    once = _once(distinct)
+    once = _cast(_once(distinct), dtype, but=_parts(distinct))
 
     def layer(number: int) -> dict[str, Tensor]:
         prefix = f"{anatomy.path}.{number}."
@@ -122,17 +127,24 @@ def save(model: nn.Module, tokenizer: Any, directory: Path, *, outline: Outline)
     _write(directory, distinct.config, tokenizer, anatomy.path, rest, layer, depth=len(outline.own))
 
 
-def copy(source: Checkpoint, model: nn.Module, tokenizer: Any, directory: Path, *, outline: Outline) -> None:
-    """Write the emulator of a streamed model that only drops or shares layers, reading them one at a time."""
+def copy(
+    source: Checkpoint, model: nn.Module, tokenizer: Any, directory: Path, *, outline: Outline, dtype: torch.dtype
+) -> None:
+    """Write the emulator of a streamed model that only drops or shares layers, reading them one at a time.
+
+    `dtype` is that of the checkpoint.
+    """
     anatomy = find(model)
     config = type(model.config).from_dict(model.config.to_dict())  # type: ignore[operator, union-attr]
     sources = [outline.layers[place] for place in outline.own]
     follow(config.get_text_config(decoder=True), sources, len(anatomy.layers))
+    config.dtype = dtype
 
     def layer(number: int) -> dict[str, Tensor]:
         return source.layer(model, sources[number])
 
     rest = {name: tensor for name, tensor in _once(model).items() if not name.startswith(f"{anatomy.path}.")}
+    rest = _cast(rest, dtype)
     _write(directory, config, tokenizer, anatomy.path, rest, layer, depth=len(sources))
 
 
@@ -164,6 +176,24 @@ def _once(model: nn.Module) -> dict[str, Tensor]:
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if seen.setdefault(id(tensor), name) == name
+    }
+
+
+def _parts(model: nn.Module) -> set[str]:
+    """Return the names of the tensors that matrices in a format are stored as."""
+    return {
+        f"{path}.{part}"
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for part in module.parts
+    }
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, but: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return tensors of which those that are floating and not among `but` have this dtype."""
+    return {
+        name: tensor if name in but or not tensor.is_floating_point() else tensor.to(dtype or tensor.dtype)
+        for name, tensor in tensors.items()
     }
 
 
@@ -233,13 +263,6 @@ def _shape(model: nn.Module, tensors: Mapping[str, Tensor], layout: Layout) -> N
 def _fill(model: Any, tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype | str) -> None:
     expected = model.state_dict()
     fault = f"{directory}: the weights do not fill the model its config.json describes"
-    cast: dict[str, Tensor] = {}
-    kept = {
-        f"{path}.{part}"
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLinear)
-        for part in module.parts
-    }
     for name, tensor in tensors.items():
         if name not in expected:
             raise ValueError(f"{fault}: it has no {name}")
@@ -247,8 +270,7 @@ def _fill(model: Any, tensors: dict[str, Tensor], directory: Path, dtype: torch.
             raise ValueError(f"{fault}: {name} is {tensor.dtype}, not {expected[name].dtype}")
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{fault}: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-        as_it_is = dtype == "auto" or not tensor.is_floating_point() or name in kept
-        cast[name] = tensor if as_it_is else tensor.to(dtype)
+    cast = _cast(tensors, dtype if isinstance(dtype, torch.dtype) else None, but=_parts(model))
     model.load_state_dict(cast, strict=False, assign=True)
     model.tie_weights()
     if missing := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:

@@ -32,7 +32,10 @@ def demo(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
     examples: Annotated[int, typer.Option(min=1, help="Training examples of a built-in site.")] = 72,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out examples of each site.")] = 32,
-    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the frozen weights.")] = "bf16",
+    precision: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="Of the frozen weights. [default: what this machine computes in fastest]"),
+    ] = None,
     engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains at the sites.")] = "deepspeed",
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and adapter start.")] = 0,

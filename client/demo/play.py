@@ -51,7 +51,7 @@ class Settings:
     max_length: int = 128
     examples: int = 72
     held_out: int = 32
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] | None = None  # None: what this machine computes in fastest
     engine: str = "deepspeed"
     zero_stage: int = 2
     seed: int = 0
@@ -76,7 +76,10 @@ class Demo:
             address = self._start(processes, sites)
             with connect(address, identity=self._work / "pki" / "researcher") as session:
                 run = session.submit(self._spec(model, sites, public))
-                self._say(f"run {run.id} submitted: {run.spec.rounds} rounds of {run.spec.training.steps} steps")
+                training = run.spec.training
+                self._say(
+                    f"run {run.id} submitted: {run.spec.rounds} rounds of {training.steps} steps, {training.precision}"
+                )
                 follow(_guarded(run, processes), run.spec, console=self._console, format=self._format)
                 if run.state != "completed":
                     raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
@@ -167,7 +170,7 @@ class Demo:
                 **training,
                 learning_rate=settings.learning_rate,
                 max_length=settings.max_length,
-                precision="bf16" if settings.precision == "bf16" else "fp32",
+                precision=self._precision(),
             ),
             rounds=settings.rounds,
             sites=tuple(site.name for site in sites),
@@ -176,6 +179,15 @@ class Demo:
             evaluation={site.name: str(site.held_out) for site in sites},
             merge=settings.merge,
         )
+
+    def _precision(self) -> Literal["fp32", "bf16"]:
+        """Return what was asked for, else what this machine computes in fastest."""
+        import torch
+
+        from offsite.emulator.precision import fastest
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self._settings.precision or fastest(device)
 
     def _pooled(self, processes: Processes, run: Run, sites: list[SiteData], what: Literal["bound", "attack"]) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""

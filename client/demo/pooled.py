@@ -34,11 +34,11 @@ class PooledJob:
 
 def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, Any]:
     """Train and evaluate; return {"sets": {name: {nll, tokens}}, "spans"}; `tell` gets each step and its loss."""
-    from offsite.client.site.training import DTYPES
     from offsite.emulator import bundle, zoo
     from offsite.emulator.batches import encode, evaluation_batches
     from offsite.emulator.evaluation.fidelity import likelihood
     from offsite.emulator.examples import read
+    from offsite.emulator.precision import DTYPES
 
     marks = [time.time()]
     training = job.spec.training

@@ -20,12 +20,11 @@ from offsite.client.site.proof import Witness
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import collate, encode, schedule
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import InputError, MismatchError, RunError
 from offsite.protos.spec import Span, TaskSpec, UpdateMetrics
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> None:

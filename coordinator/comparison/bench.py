@@ -19,6 +19,7 @@ from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.methods import Method
+from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos.documents import to_plain
@@ -50,7 +51,7 @@ class Bench:
     @property
     def dtype(self) -> torch.dtype:
         """Of frozen weights."""
-        return dtype_of(self.plan.training)
+        return DTYPES[self.plan.training.precision]
 
     def own(self) -> nn.Module:
         """Return the base with modules of its own, of the same tensors."""
@@ -109,11 +110,6 @@ def schedule(spec: TrainingSpec, *, steps: int, rate: float) -> Schedule:
     """Return the schedule of a site's training, with other steps and another learning rate."""
     named = {name: value for name, value in asdict(spec).items() if name in Schedule.__dataclass_fields__}
     return Schedule(**named | {"steps": steps, "learning_rate": rate})
-
-
-def dtype_of(spec: TrainingSpec) -> torch.dtype:
-    """Return the dtype of frozen weights."""
-    return torch.bfloat16 if spec.precision == "bf16" else torch.float32
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from offsite.coordinator import bundles
-from offsite.coordinator.comparison.bench import Bench, Tell, dtype_of
+from offsite.coordinator.comparison.bench import Bench, Tell
 from offsite.coordinator.comparison.finished import Finished
 from offsite.coordinator.comparison.measure import measured, unfinished
 from offsite.coordinator.comparison.plan import Plan
@@ -19,6 +19,7 @@ from offsite.coordinator.comparison.texts import Texts, digests
 from offsite.coordinator.comparison.verdict import frontier, judged, recommend
 from offsite.coordinator.recipes import render
 from offsite.emulator import zoo
+from offsite.emulator.precision import DTYPES
 from offsite.emulator.zoo.tasks import LocalTask, locate
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_plain
@@ -66,7 +67,7 @@ def _bench(plan: Plan, folder: Path, tell: Tell) -> Bench:
         tokenizer = zoo.load_tokenizer(source)
         texts = Texts.read(plan, tokenizer, folder)  # before the model: it is quick, and the likeliest to be at fault
         tasks = _tasks(plan)
-        base, _ = zoo.load_base(source, dtype=dtype_of(plan.training))
+        base, _ = zoo.load_base(source, dtype=DTYPES[plan.training.precision])
     except ValueError as error:
         raise InputError(str(error)) from error
     common = {name: value for name, value in plan.settings.items() if name not in _APART}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import dispatch_model, init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite.emulator.anatomy.stack import follow
 from offsite.emulator.anatomy.structure import find
+from offsite.emulator.precision import quicken
 from offsite.emulator.quiet import quiet
 
 
@@ -66,10 +68,11 @@ class Checkpoint:
         found = self.read(f"{prefix}{number}.{name}" for name in wanted)
         return dict(zip(wanted, found.values(), strict=True))
 
-    def stream(self) -> Any:
-        """Return the model with its layers left on disk: each is read when the forward pass comes to it.
+    def stream(self) -> tuple[Any, torch.dtype]:
+        """Return the model with its layers left on disk, and the dtype they have there.
 
-        Raises ValueError if the files name the layers' tensors otherwise than the model does.
+        Each is read when the forward pass comes to it, and computes in what this machine is fastest in. Raises
+        ValueError if the files name the layers' tensors otherwise than the model does.
         """
         with quiet():
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
@@ -80,6 +83,9 @@ class Checkpoint:
                 self.folder, config=hollow, dtype="auto", local_files_only=True, use_safetensors=True
             )
         model = skeleton(config, dtype=rest.dtype)
+        stored = quicken(rest)
+        if rest.dtype != stored:
+            model.float()  # with its buffers, which came to be in what is stored
         anatomy = find(model)
         model.load_state_dict(rest.state_dict(), strict=False, assign=True)
         model.tie_weights()
@@ -93,7 +99,7 @@ class Checkpoint:
             for name in layer.state_dict()
         }
         with quiet():
-            return dispatch_model(
+            streamed = dispatch_model(
                 model,
                 _places(model, anatomy.path),
                 main_device="cpu",
@@ -101,6 +107,7 @@ class Checkpoint:
                 offload_dir=self.folder,  # required, but not used: the index names the files
                 force_hooks=True,
             )
+        return streamed, stored
 
     def _prefix(self, model: Any) -> str:
         """Return what precedes a layer's number in the files: with or without the model's own first name."""

@@ -16,6 +16,7 @@ from offsite.client.site.proof import Witness
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import Batch, encode, training_batches
 from offsite.emulator.builders.base import Outline
+from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, MismatchError
@@ -32,7 +33,7 @@ class Loaded:
         torch.set_num_threads(1)
         spec = job.task.training
         self.places = Outline(job.manifest.layers, job.manifest.trainable).places
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision]
+        dtype = DTYPES[spec.precision]
         model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
         self.method = methods.make(job.task.method.name, job.task.method.settings)
         self.broadcast = tensors.load(Path(job.adapter))

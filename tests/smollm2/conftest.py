@@ -28,6 +28,7 @@ from offsite.emulator.examples import read
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.placements import Placement
 from offsite.emulator.plug import plug
+from offsite.emulator.precision import DTYPES, fastest
 from offsite.emulator.tuning.loop import Schedule, tune
 
 SEEDS = [int(seed) for seed in os.environ.get("OFFSITE_SEEDS", "0").split(",")]
@@ -82,7 +83,9 @@ class Bench:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     seed, folder, cache = int(request.param), tmp_path_factory.mktemp("texts"), zoo.cache_folder()
     sites = data.prepare(folder, cache=cache, examples=80, held_out=32, seed=seed)
-    base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=cache), torch.bfloat16)
+    base, tokenizer = zoo.load_base(
+        zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
+    )
 
     def encoded(*files: Path) -> list[Encoded]:
         return encode([example for file in files for example in read(file)], tokenizer, max_length=128)

@@ -15,6 +15,7 @@ from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
 from offsite.emulator.methods import Lora
 from offsite.emulator.placements import Ends
+from offsite.emulator.precision import DTYPES, fastest
 from offsite.emulator.tuning.loop import Schedule, tune
 
 LORA = Lora()
@@ -34,7 +35,9 @@ def plugged_in(draft: Draft, private: list[Encoded]) -> nn.Module:
 def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_the_plug_in(tmp_path: Path) -> None:
     """A fifth of the budget of 200 steps does."""
     cache = zoo.cache_folder()
-    base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=cache), torch.bfloat16)
+    base, tokenizer = zoo.load_base(
+        zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
+    )
     sites = data.prepare(tmp_path, cache=cache, examples=24, held_out=8, seed=0)
 
     def encoded(*files: Path) -> list[Encoded]:

@@ -112,12 +112,13 @@ def test_an_emulator_of_2_16_2_layers_is_called_unusable(bench: Any, tell: Tell)
 
 
 def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> None:
-    """T2a: zero-shot at 20 of 30 layers, on general text, against the better of both even ones."""
-    found = bench.perplexity(bench.draft([("crash", {"keep": 20})]).model, bench.general)
-    even = bench.perplexity(bench.draft([("uniform", {"keep": 20})]).model, bench.general)
-    over_all = bench.perplexity(bench.draft([("uniform", {"keep": 20})], Spread(4)).model, bench.general)
-    tell(crash=found, uniform_middle=even, uniform_all=over_all, ratio=found / min(even, over_all))
-    assert found <= 0.8 * min(even, over_all)
+    """T2a: zero-shot at 20 of 30 layers, on general text."""
+    found, published, middle, over_all = (
+        bench.perplexity(bench.draft([(name, {"keep": 20})], placement).model, bench.general)
+        for name, placement in (("crash", None), ("crash", Spread(4)), ("uniform", None), ("uniform", Spread(4)))
+    )
+    tell(crash=found, crash_spread=published, uniform_middle=middle, uniform_all=over_all)
+    assert max(found, published) <= 0.6 * over_all
 
 
 def test_clusters_of_20_layers_do_what_even_distances_need_24_for(

@@ -12,6 +12,7 @@ from torch import Tensor
 from offsite.emulator import zoo
 from offsite.emulator.evaluation.accuracy import Accuracy, accuracy
 from offsite.emulator.methods import make
+from offsite.emulator.precision import DTYPES, fastest
 from offsite.emulator.zoo import tasks
 from offsite.emulator.zoo.tasks import LocalTask
 
@@ -116,7 +117,9 @@ def test_without_the_harness_one_is_told_what_to_install(
 @pytest.mark.slow
 def test_smollm2_answers_piqa_as_well_as_is_known() -> None:
     cache = zoo.cache_folder()
-    model, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=cache), torch.bfloat16)
+    model, tokenizer = zoo.load_base(
+        zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
+    )
     found = accuracy(model, tokenizer, [tasks.locate("piqa", cache=cache)], limit=60)["piqa"]
     assert found.n == 60
     assert found.accuracy == pytest.approx(0.70, abs=0.12)  # twice the standard error of 60 questions

@@ -1,5 +1,6 @@
 """A base that is read layer by layer gives the same emulator as one in memory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,42 +8,55 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offsite.emulator import bundle, placements
+from offsite.emulator import bundle, placements, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders import make
+from offsite.emulator.precision import DTYPES, quicken
 from offsite.emulator.zoo.checkpoint import Checkpoint
 
 
-@pytest.fixture
-def folder(family: str, tiny: Any, tokenizer: Any, tmp_path: Path) -> Path:
-    tiny(family).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+@pytest.fixture(params=["fp32", "bf16", "bf16, emulated"])
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of the base on disk, on a machine that multiplies it in hardware or not."""
+    precision, _, emulated = str(request.param).partition(", ")
+    monkeypatch.setattr("offsite.emulator.precision.fastest", lambda device: "fp32" if emulated else precision)
+    return DTYPES["fp32" if precision == "fp32" else "bf16"]
 
 
 @torch.no_grad()
 def test_a_base_read_layer_by_layer_gives_the_emulator_that_one_in_memory_gives(
-    family: str, tiny: Any, folder: Path, tokenizer: Any, text: list[Batch], ids: torch.Tensor, tmp_path: Path
+    family: str, stored: torch.dtype, tiny: Any, tokenizer: Any, text: list[Batch], ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    model, source = tiny(family), Checkpoint.open(folder)
-    streamed = source.stream()
+    tiny(family).to(stored).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = zoo.load_base(tmp_path / "base", dtype="auto")
+    assert quicken(model) == stored
+    source = Checkpoint.open(tmp_path / "base")
+    streamed, found = source.stream()
+    assert found == stored
     path = find(streamed).path
     torch.testing.assert_close(streamed(ids).logits, model(ids).logits, rtol=0, atol=0)
     held = {name: tensor.is_meta for name, tensor in streamed.named_parameters()}
     assert all(is_meta == name.startswith(f"{path}.") for name, is_meta in held.items())
+    original = {name: tensor for file in {*source.files.values()} for name, tensor in load_file(file).items()}
     for sharing in ("off", "on") if family == "llama" else ("off",):
         builder: Any = make("crash", {"keep": 4, "sharing": sharing})
         outline = builder.outline(streamed, text, placements.Ends(1, 1))
         assert outline == builder.outline(model, text, placements.Ends(1, 1))
-        bundle.save(restack(model, outline.layers, outline.shared), tokenizer, tmp_path / sharing, outline=outline)
-        bundle.copy(source, streamed, tokenizer, tmp_path / f"{sharing}-streamed", outline=outline)
-        written = [
-            {path.name: path.read_bytes() for path in sorted(tmp_path.glob(f"{sharing}{end}/model*"))}
-            for end in ("", "-streamed")
-        ]
-        assert written[0] and written[0] == written[1]
+        stack = restack(model, outline.layers, outline.shared)
+        whole, parts = tmp_path / sharing, tmp_path / f"{sharing}-streamed"
+        bundle.save(stack, tokenizer, whole, outline=outline, dtype=stored)
+        bundle.copy(source, streamed, tokenizer, parts, outline=outline, dtype=stored)
+        written = [{file.name: file.read_bytes() for file in folder.glob("*.[sj]*")} for folder in (whole, parts)]
+        assert written[0].keys() == written[1].keys()
+        assert all(written[0][name] == written[1][name] for name in written[0] if name != "config.json")
+        told = [json.loads(files["config.json"]) for files in written]
+        assert [one["dtype"] for one in told] == [str(stored).removeprefix("torch.")] * 2
+        for file in whole.glob("model-*.safetensors"):
+            for tensor in load_file(file).values():
+                assert any(tensor.dtype == one.dtype and torch.equal(tensor, one) for one in original.values())
 
 
 def test_files_that_name_their_tensors_otherwise_are_refused(tiny: Any, tmp_path: Path) -> None:
