@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offsite.coordinator.manifests import MANIFEST, SIGNATURE
 from offsite.emulator import builders, bundle, placements, zoo
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.batches import encode, evaluation_batches
+from offsite.emulator.batches import Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Builder, Draft, Material
 from offsite.emulator.bundle import Layout
 from offsite.emulator.evaluation.disclosure import count, disclosed
@@ -47,6 +47,7 @@ def build(
     folder: Path,
     *,
     public: Path | None,
+    calibration: Path | None = None,
     owner_key: Path | None,
     scratch: Path | None = None,
     stream: bool | None = None,
@@ -59,7 +60,8 @@ def build(
         chain: which builders, in the order they work, and their settings.
         trainable: which of its layers train.
         folder: where the bundle goes; made if missing.
-        public: text for builders that look at hidden states or tune.
+        public: text for builders that tune, and for those that look at how the model reads text.
+        calibration: text for the latter to look at instead, such as the task's.
         owner_key: Ed25519 key that signs the manifest; None leaves the bundle unsigned.
         scratch: a folder for the state of builders that tune, so that a killed build goes on where it was.
         stream: read the base's layers one at a time; None: if they would fill more than half of this machine's memory.
@@ -75,10 +77,11 @@ def build(
         source = zoo.locate(model, cache=zoo.cache_folder())
         checkpoint = Checkpoint.open(source)
         if checkpoint.bytes > _memory() / 2 if stream is None else stream:
-            return _build_streamed(checkpoint, makers, chain, placement, folder, public=public, owner_key=owner_key)
+            looked_at = calibration or public
+            return _build_streamed(checkpoint, makers, chain, placement, folder, text=looked_at, owner_key=owner_key)
         base, tokenizer = zoo.load_base(source, dtype="auto")
         stored = quicken(base)
-        text = material(public, tokenizer, scratch=scratch, tell=tell)
+        text = material(public, tokenizer, calibration=calibration, scratch=scratch, tell=tell)
         draft = builders.run(makers, placement, base, text)
         named = ref(source, base)
         return write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
@@ -118,7 +121,7 @@ def _build_streamed(
     placement: Placement,
     folder: Path,
     *,
-    public: Path | None,
+    text: Path | None,
     owner_key: Path | None,
 ) -> Built:
     """Build an emulator of a base that is never in memory as a whole."""
@@ -129,8 +132,8 @@ def _build_streamed(
         raise ValueError("sharing=auto compares two stacks, which need the model in memory: choose off or on")
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
-    text = material(public, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
-    outline = depth.outline(model, text.batches, placement)
+    looked_at = material(text, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
+    outline = depth.outline(model, looked_at.batches, placement)
     bundle.copy(checkpoint, model, tokenizer, folder, outline=outline, dtype=stored)
     layers = find(model).layers
     dropped = set(range(len(layers))) - {outline.layers[place] for place in outline.own}
@@ -190,16 +193,23 @@ def material(
     public: Path | None,
     tokenizer: Any,
     *,
+    calibration: Path | None = None,
     scratch: Path | None = None,
     batch_size: int = 8,
     tell: Tell = lambda what, step, steps: None,
 ) -> Material:
-    """Read the public text that builders may use; raises ValueError."""
-    if public is None:
-        return Material(scratch=scratch, tell=tell)
-    encoded = encode(read(public), tokenizer, max_length=PUBLIC_TOKENS)
-    few = evaluation_batches(encoded[:CALIBRATION_EXAMPLES], batch_size=batch_size)
-    return Material(batches=few, encoded=encoded, scratch=scratch, tell=tell)
+    """Read the text that builders may use: `calibration`, else `public`, to look at, `public` to train on.
+
+    Raises ValueError.
+    """
+
+    def encoded(path: Path | None) -> list[Encoded]:
+        return encode(read(path), tokenizer, max_length=PUBLIC_TOKENS) if path else []
+
+    public_text = encoded(public)
+    looked_at = (encoded(calibration) or public_text)[:CALIBRATION_EXAMPLES]
+    few = evaluation_batches(looked_at, batch_size=batch_size)
+    return Material(batches=few, encoded=public_text, scratch=scratch, tell=tell)
 
 
 def _entries(folder: Path) -> list[FileEntry]:

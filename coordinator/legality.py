@@ -17,7 +17,7 @@ def judge(spec: RunSpec) -> None:
         _judge_emulator(spec)
         if spec.model not in zoo.ZOO and not is_hub_id(spec.model):  # those may take long to fetch; a step does it
             zoo.locate(spec.model, cache=zoo.cache_folder())
-        for path in (*spec.evaluation.values(), *([spec.public] if spec.public else [])):
+        for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
             read(Path(path))
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -47,8 +47,14 @@ def _judge_emulator(spec: RunSpec) -> None:
     placements.make(spec.trainable.name, spec.trainable.settings)
     names = [builder.name for builder in chain]
     for builder in chain:
-        if builder.reads_text and not spec.public:
-            raise ValueError(f"the builder {builder.name} needs text to look at or to tune on: give some as public")
+        if builder.trains_on_text and not spec.public:
+            raise ValueError(f"the builder {builder.name} tunes on public text: give some as public")
+        if builder.looks_at_text and not (spec.public or spec.calibration):
+            raise ValueError(
+                f"the builder {builder.name} looks at how the model reads text: give some as public, or as calibration"
+            )
+    if spec.calibration and not any(builder.looks_at_text for builder in chain):
+        raise ValueError(f"calibration is text to look at, and none of {', '.join(names)} does; leave it out")
     if spec.method.name == "grids" and "sketch" not in names:
         raise ValueError("the method grids trains the grids of a sketch: put sketch among the builders")
     if spec.realign_steps and names[-1] != "distilled":

@@ -59,6 +59,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
             spec.trainable,
             Path(scratch) / "bundle",
             public=Path(spec.public) if spec.public else None,
+            calibration=Path(spec.calibration) if spec.calibration else None,
             owner_key=home.owner_key,
             scratch=_unfinished(home, spec, "build"),
         )

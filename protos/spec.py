@@ -54,6 +54,7 @@ class RunSpec:
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
     stall_s: Fraction = 900.0  # a task that has got no further for this long is left out of the round
     public: str = ""  # at the coordinator: public text that builders may look at and tune on
+    calibration: str = ""  # at the coordinator: text that builders look at instead, such as the task's; never tuned on
     realign_steps: Annotated[int, Field(ge=0)] = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: dict[Name, str] = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     max_update_norm: Fraction = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused

@@ -21,6 +21,10 @@ def compare(
     train: Annotated[Path, typer.Option(help="Examples of the task, such as a site would have.")],
     held_out: Annotated[Path, typer.Option(help="Other examples of the same task, to measure on.")],
     public: Annotated[Path, typer.Option(help="Public text: for builders that read text, and for the attack by it.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text that builders look at, such as the task's. [default: the text of --public]"),
+    ] = None,
     general: Annotated[
         Path | None, typer.Option(help="Text to measure general ability on. [default: the second half of --public]")
     ] = None,
@@ -80,6 +84,7 @@ def compare(
             "train": str(train),
             "held_out": str(held_out),
             "public": str(public),
+            "calibration": str(calibration or ""),
             "general": str(general or ""),
             "training": {
                 "steps": steps,

@@ -27,6 +27,9 @@ def build(
         str, typer.Option(help="Which layers train: 'ends(bottom=2,top=2)', 'spread(count=4)' or kept.")
     ] = "ends",
     public: Annotated[Path | None, typer.Option(help="Public text the builders may look at and tune on.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text the builders look at instead, such as the task's; never tuned on.")
+    ] = None,
     identity: Annotated[
         Path | None, typer.Option(help="The coordinator's kit; its owner key signs the bundle.")
     ] = None,
@@ -57,6 +60,7 @@ def build(
             placement,
             out,
             public=public,
+            calibration=calibration,
             owner_key=identity / "owner.key" if identity else None,
             scratch=unfinished,
             stream=stream,

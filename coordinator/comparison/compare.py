@@ -25,7 +25,14 @@ from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_plain
 from offsite.protos.errors import InputError, OffsiteError
 
-_APART = ("protected_from", "train", "held_out", "public", "general")  # what is judged later, or digested
+_APART = (
+    "protected_from",
+    "train",
+    "held_out",
+    "public",
+    "calibration",
+    "general",
+)  # what is judged later, or digested
 
 
 def compare(plan: Plan, folder: Path, *, tell: Tell) -> Comparison:

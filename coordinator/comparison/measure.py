@@ -88,6 +88,7 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
         candidate.trainable,
         partial,
         public=bench.texts.public_path,
+        calibration=Path(bench.plan.calibration) if bench.plan.calibration else None,
         owner_key=None,
         scratch=scratch,
         tell=bench.tell,

@@ -23,6 +23,7 @@ class Plan:
     train: str  # what a site would have
     held_out: str  # the same kind of text, to measure on
     public: str  # for builders that look at text, and for the attack that heals
+    calibration: str = ""  # for builders to look at, such as the task's; empty: the public text
     general: str = ""  # to measure general ability on; empty: the second half of the public text
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     learning_rate: Fraction | None = None  # of tuning; None: each method's own

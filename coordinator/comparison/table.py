@@ -43,8 +43,10 @@ def next_step(found: Comparison) -> str:
     if row is None:
         return ""
     words = ["offsite", "emulator", "build", found.model, "--builder", render(row.candidate.builders)]
-    words += ["--trainable", render([row.candidate.trainable]), "--public", found.public, "--out", "bundle"]
-    return shlex.join(words)
+    words += ["--trainable", render([row.candidate.trainable]), "--public", found.public]
+    if found.settings["calibration"]:
+        words += ["--calibration", found.settings["calibration"]]
+    return shlex.join([*words, "--out", "bundle"])
 
 
 def _next(found: Comparison) -> list[Text]:

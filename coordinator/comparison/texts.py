@@ -30,6 +30,8 @@ class Texts:
         """Read and encode them; a half of the public text is written into `folder`. Raises InputError."""
         try:
             public_path, public = Path(plan.public), read(Path(plan.public))
+            if plan.calibration:
+                read(Path(plan.calibration))  # the builders' own, but a fault should show before they begin
             if plan.general:
                 general = read(Path(plan.general))
             else:
@@ -55,7 +57,8 @@ class Texts:
 
 def digests(plan: Plan) -> dict[str, str]:
     """Digest each file of text, so that a text that changed is not taken for the same; raises system errors."""
-    files = {"train": plan.train, "held_out": plan.held_out, "public": plan.public, "general": plan.general}
+    files = {"train": plan.train, "held_out": plan.held_out, "public": plan.public}
+    files |= {"calibration": plan.calibration, "general": plan.general}
     found: dict[str, str] = {}
     for name, text in files.items():
         path = Path(text)

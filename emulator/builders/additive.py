@@ -38,7 +38,7 @@ class AdditiveCodebooks:
 
     name: ClassVar[str] = "additive"
     stage: ClassVar[Stage] = "storage"
-    reads_text: ClassVar[bool] = True
+    looks_at_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -48,6 +48,11 @@ class AdditiveCodebooks:
                 "steps must not be negative, batch_size be at least 1, learning_rate positive and code_fraction in "
                 f"0..1, got {self.steps}, {self.batch_size}, {self.learning_rate} and {self.code_fraction}"
             )
+
+    @property
+    def trains_on_text(self) -> bool:
+        """Whether codebooks and codes are tuned."""
+        return self.steps > 0
 
     def _format(self, precision: Literal["float16", "float32"] = "float16") -> Additive:
         return Additive(self.group, self.codebooks, self.bits, precision)

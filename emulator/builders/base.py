@@ -64,7 +64,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Material:
-    """What a builder may use beside the model: public text, a folder to resume from, and an ear for progress."""
+    """What a builder may use beside the model: text, a folder to resume from, and an ear for progress."""
 
     batches: Sequence[Batch] = ()  # calibration text: a few examples, in order of their length
     encoded: Sequence[Encoded] = ()  # public text to train on, in its own order
@@ -79,8 +79,13 @@ class Builder(Protocol):
     stage: ClassVar[Stage]
 
     @property
-    def reads_text(self) -> bool:
-        """Whether it needs public text."""
+    def looks_at_text(self) -> bool:
+        """Whether it looks at how the model reads calibration text."""
+        ...
+
+    @property
+    def trains_on_text(self) -> bool:
+        """Whether it trains on public text."""
         ...
 
 

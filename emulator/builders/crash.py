@@ -38,7 +38,8 @@ class Crash:
 
     name: ClassVar[str] = "crash"
     stage: ClassVar[Stage] = "depth"
-    reads_text: ClassVar[bool] = True
+    looks_at_text: ClassVar[bool] = True
+    trains_on_text: ClassVar[bool] = False
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by how `model` represents the calibration text; raises ValueError if the settings do not fit."""

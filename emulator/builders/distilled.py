@@ -34,7 +34,8 @@ class Distilled:
 
     name: ClassVar[str] = "distilled"
     stage: ClassVar[Stage] = "tuning"
-    reads_text: ClassVar[bool] = True
+    looks_at_text: ClassVar[bool] = False
+    trains_on_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

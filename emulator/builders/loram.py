@@ -37,6 +37,7 @@ class Loram:
 
     name: ClassVar[str] = "loram"
     stage: ClassVar[Stage] = "width"
+    trains_on_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -49,7 +50,7 @@ class Loram:
             raise ValueError(f"first and last count layers left intact, got {self.first} and {self.last}")
 
     @property
-    def reads_text(self) -> bool:
+    def looks_at_text(self) -> bool:
         """Whether activations decide."""
         return self.score == "activation"
 
@@ -66,7 +67,7 @@ class Loram:
         model = restack(draft.model, every)  # with modules of its own to replace
         units = {place: self._units(model, place) for place in places}
         found: dict[tuple[int, str], Tensor] = {}
-        if self.reads_text:
+        if self.looks_at_text:
             sources = {place: outline.shared.get(place, place) for place in every}
             wanted = {(at, kind.after.path): source for at, source in sources.items() for kind in units.get(source, {})}
             found = mean_squares(draft.model, wanted, material.batches)

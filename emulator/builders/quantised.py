@@ -23,7 +23,8 @@ class Quantised:
 
     name: ClassVar[str] = "quantised"
     stage: ClassVar[Stage] = "storage"
-    reads_text: ClassVar[bool] = False
+    looks_at_text: ClassVar[bool] = False
+    trains_on_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the settings, which are the format's."""

@@ -30,7 +30,8 @@ class Sketched:
 
     name: ClassVar[str] = "sketch"
     stage: ClassVar[Stage] = "storage"
-    reads_text: ClassVar[bool] = True
+    looks_at_text: ClassVar[bool] = True
+    trains_on_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

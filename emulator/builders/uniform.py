@@ -20,7 +20,8 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     stage: ClassVar[Stage] = "depth"
-    reads_text: ClassVar[bool] = False
+    looks_at_text: ClassVar[bool] = False
+    trains_on_text: ClassVar[bool] = False
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by the layers' numbers alone; raises ValueError if they do not fit the depth."""

@@ -18,7 +18,8 @@ class Whole:
 
     name: ClassVar[str] = "whole"
     stage: ClassVar[Stage] = "depth"
-    reads_text: ClassVar[bool] = False
+    looks_at_text: ClassVar[bool] = False
+    trains_on_text: ClassVar[bool] = False
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Keep every layer; raises ValueError if there are not as many as are to train."""

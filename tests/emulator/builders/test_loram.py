@@ -192,7 +192,7 @@ def test_width_follows_depth_in_a_chain(tiny: Any, text: list[Batch]) -> None:
     chain = [make("uniform", {"keep": 4}), make("loram", {"first": 1, "last": 1, "score": "activation"})]
     draft = run(chain, Kept(), tiny("llama", 6), Material(batches=text))
     assert len(layers(draft.model)) == 4 and draft.recovery
-    assert chain[1].reads_text and not make("loram", {}).reads_text
+    assert chain[1].looks_at_text and not make("loram", {}).looks_at_text
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.25, 36), (0.5, 24), (0.99, 1), (0.02, 47)])
