@@ -21,7 +21,7 @@ def fastest(device: torch.device) -> Precision:
 def quicken(model: nn.Module) -> torch.dtype:
     """Turn a model to fp32, in place, if its processor emulates the dtype it has; return that dtype.
 
-    fp32 holds 16-bit values exactly: cast back, what was not trained has the same bytes. Not for maps in a format.
+    fp32 holds 16-bit values exactly: cast back, what was not trained has the same bytes.
     """
     first = next(model.parameters())
     stored = first.dtype

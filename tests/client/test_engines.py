@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ from offsite.client.site.engines import ENGINES, Engine, Ranks
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.launch import launch
 from offsite.client.site.proof import Witness
+from offsite.coordinator import bundles
+from offsite.coordinator.recipes import parse, parse_one
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import Batch, encode, training_batches
 from offsite.emulator.builders.base import Outline
+from offsite.emulator.bundle import Layout
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, MismatchError
 
 Jobs = Any
+OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
 # Steep, clipped and decaying, so that a fault in any of these shows.
 TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clipping": 0.05}
 
@@ -43,12 +49,12 @@ class Loaded:
         self.batches: list[Batch] = list(
             training_batches(encoded, batch_size=spec.batch_size, steps=spec.steps, first_step=0, seed=spec.seed)
         )
-        self._job = job
+        self.job = job
 
     def engine(self) -> Engine:
         ranks = Ranks(0, 1, torch.device("cpu"))
-        spec = self._job.engine
-        return ENGINES[spec.name](self.model, self.trained, self._job.task.training, spec, ranks)
+        spec = self.job.engine
+        return ENGINES[spec.name](self.model, self.trained, self.job.task.training, spec, ranks)
 
 
 def agree(job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
@@ -127,6 +133,94 @@ FROZEN = """if True:
         print(len(frozen), changed, {p.dtype for p in frozen.values()}, file=sys.stderr)
     sys.exit(bool(changed) or not frozen)
 """
+
+
+SPREAD = """if True:
+    import json, sys
+    from pathlib import Path
+    from offsite.client.site.engines import ENGINES, join, zero
+    from offsite.client.site.job import TrainerJob
+    from offsite.protos import tensors
+    from offsite.protos.documents import from_json
+    sys.path.insert(0, sys.argv[2])
+    from test_engines import Loaded
+    usual = zero.configuration
+    def configuration(*arguments):
+        config = usual(*arguments)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+    zero.configuration = configuration
+    folder = Path(sys.argv[1])
+    loaded = Loaded(from_json(TrainerJob, (folder / "job.json").read_bytes(), where="job"))
+    ranks = join(loaded.job.engine, folder / "rendezvous")
+    engine = ENGINES["deepspeed"](loaded.model, loaded.trained, loaded.job.task.training, loaded.job.engine, ranks)
+    assert not any(parameter.numel() for parameter in loaded.model.parameters()), "every one is spread"
+    losses = [engine.step(batch) for batch in loaded.batches]
+    adapter = engine.gather(loaded.method, loaded.places)
+    if ranks.rank == 0:
+        tensors.save(folder / "adapter.safetensors", adapter)
+        (folder / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def emulator_job(job: Jobs, site_files: Path, folder: Path, *, builders: str, method: str, **engine: Any) -> TrainerJob:
+    """Return a job on the same emulator in a format; the first and the last layer train."""
+    base, tokenizer = bundle.load(site_files / "bundle", layout=Layout(OUTLINE), dtype="auto")
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    data = site_files / "data.jsonl"
+    ends = parse_one("ends(bottom=1,top=1)")
+    built = bundles.build(str(folder / "base"), parse(builders), ends, folder / "bundle", public=data, owner_key=None)
+    layout, chosen = bundle.described(built.manifest), parse_one(method)
+    model, _ = bundle.load(folder / "bundle", layout=layout, dtype="auto")
+    start = methods.make(chosen.name, chosen.settings).start(model, layout.outline.places, seed=0)
+    tensors.save(folder / "start.safetensors", start)
+    one = job(training=TRAINING | {"learning_rate": 3e-3}, **engine)
+    return replace(
+        one,
+        bundle=str(folder / "bundle"),
+        manifest=built.manifest,
+        adapter=str(folder / "start.safetensors"),
+        task=replace(one.task, method=chosen),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("builders", "method"),
+    [
+        ("quantised(block=16)", "lora(rank=4)"),
+        ("additive(group=4,bits=4,steps=0)", "blocks"),
+        ("sketch", "grids"),
+    ],
+)
+def test_an_emulator_in_a_format_trains_alike_where_zero_3_spreads_every_parameter(
+    job: Jobs, site_files: Path, tmp_path: Path, builders: str, method: str
+) -> None:
+    """By default DeepSpeed leaves small ones whole, and a tiny model has no others."""
+    (tmp_path / "plain").mkdir()
+    plain = Loaded(emulator_job(job, site_files, tmp_path / "plain", builders=builders, method=method))
+    engine = plain.engine()
+    losses = [engine.step(batch) for batch in plain.batches]
+    expected = engine.gather(plain.method, plain.places)
+    assert losses[-1] < losses[0]
+
+    two = {"name": "deepspeed", "zero_stage": 3, "processes": 2}
+    (tmp_path / "job.json").write_bytes(to_json(replace(plain.job, engine=replace(plain.job.engine, **two))))
+    command = [sys.executable, "-c", SPREAD, str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
+    found = tensors.load(tmp_path / "adapter.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert float((value - plain.broadcast[key]).norm()) > 1e-3
+        torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
