@@ -34,7 +34,7 @@ def demo(
     held_out: Annotated[int, typer.Option(min=1, help="Held-out examples of each site.")] = 32,
     precision: Annotated[
         Literal["bf16", "fp32"] | None,
-        typer.Option(help="Of the frozen weights. [default: what this machine computes in fastest]"),
+        typer.Option(help="Of the frozen weights. (default: what this machine computes in fastest)"),
     ] = None,
     engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains at the sites.")] = "deepspeed",
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,

@@ -23,45 +23,43 @@ def compare(
     public: Annotated[Path, typer.Option(help="Public text: for builders that read text, and for the attack by it.")],
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text that builders look at, such as the task's. [default: the text of --public]"),
+        typer.Option(help="Text that builders look at, such as the task's. (default: the text of --public)"),
     ] = None,
     general: Annotated[
-        Path | None, typer.Option(help="Text to measure general ability on. [default: the second half of --public]")
+        Path | None, typer.Option(help="Text to measure general ability on. (default: the second half of --public)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report; run again, it goes on from what is in it.")],
     trainable: Annotated[
         list[str] | None,
         typer.Option(
-            "--trainable",
-            "--what-trains",
-            help="Layers that train, such as 'ends(bottom=1,top=1)'. Repeatable. [default: ends]",
+            help="Layers that train, such as 'ends(bottom=1,top=1)'. Repeatable. (default: ends)",
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="What trains in them, such as 'lora(rank=4|8)'. Repeatable. [default: lora]"),
+        typer.Option(help="What trains in them, such as 'lora(rank=4|8)'. Repeatable. (default: lora)"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of every tuning.", min=1)] = 40,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of every tuning. [default: what suits each method]")
+        float | None, typer.Option(help="Of every tuning. (default: what suits each method)")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; longer ones are cut.", min=2)] = 256,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of frozen weights.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of starting values and the order of examples.", min=0)] = 0,
-    attack_steps: Annotated[int | None, typer.Option(help="Steps of an attack. [default: --steps]", min=1)] = None,
+    attack_steps: Annotated[int | None, typer.Option(help="Steps of an attack. (default: --steps)", min=1)] = None,
     attack_learning_rate: Annotated[float, typer.Option(help="Of the attacks, which train all of it.")] = 2e-4,
     protected_from: Annotated[
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Call an emulator protected if every attack stays this far behind. [default: none is called so]",
+            help="Call an emulator protected if every attack stays this far behind. (default: none is called so)",
         ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Also measure accuracy at this task of lm-eval. Repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of a task. [default: all]", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of a task. (default: all)", min=1)] = None,
     format: Annotated[Literal["table", "json"], typer.Option(help="How to print the report.")] = "table",
 ) -> None:
     """Build emulators side by side: what the tuned model gains, what they give away, what a site can do with them.
