@@ -2,16 +2,17 @@
 
 An owner who designs the frozen layers can make an identity pipe of them: they hand the text's embeddings on unchanged
 to layers that train, whose change then gives the text away (PEFTLeak, arXiv 2506.04453). What is looked for are the
-signs of that attack as published. An emulator without them may still be hostile: layers that rotate the embeddings, an
-invertible map, show none. So this is one check beside the site's bounds on steps and rounds, and no proof.
+signs of that attack as published, and of its next of kin: layers that turn the embeddings into something else, but each
+word by itself, so that a word can still be told by what becomes of it. An emulator without these signs may still be
+hostile. So this is one check beside the site's bounds on steps and rounds, and no proof.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
 # What honest emulators of SmolLM2-135M stay clear of, those too harsh to be of use included, and pipes do not:
 UNCHANGED = 1e-2  # ||layer(h) - h|| / ||h||; theirs is 0.2 and more
 EMBEDDED = 0.99  # cosine of what a layer reads with the embeddings; theirs is 0.05 and less
+APART = 1e-2  # ||h' - h|| / ||h|| of what a layer reads of a word after other words; theirs is 0.1 and more
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Findings:
     vocabulary: int
     change: dict[int, float]  # frozen place -> ||layer(h) - h|| / ||h||
     likeness: dict[int, float]  # training place, not 0 -> |cosine| of what it reads with what place 0 reads
+    context: dict[int, float]  # the same place -> ||h' - h|| / ||h|| of what it reads of a word after other words
 
     @property
     def perplexity(self) -> float:
@@ -61,31 +64,55 @@ class Findings:
             for place, cosine in self.likeness.items()
             if not cosine < EMBEDDED
         ]
+        found += [
+            f"the training layer at place {place} reads each word apart from those before it: they change what it "
+            f"reads by {change:.2g}, expected above {APART:g}"
+            for place, change in self.context.items()
+            if not change > APART
+        ]
         return found
 
 
 def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int]) -> Findings:
     """Measure an emulator on a few texts; the keys of `places` are those that train. Raises ValueError without text.
 
-    The adapter may be attached or not. Cost: one forward pass over the texts.
+    The adapter may be attached or not. Cost: two forward passes over the texts.
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
     infinite = tuple(name for name, tensor in tensors if not bool(torch.isfinite(tensor).all()))
     total = Likelihood(0.0, 0)
     changes: dict[int, list[Tensor]] = {}
     cosines: dict[int, list[Tensor]] = {}
+    contexts: dict[int, list[Tensor]] = {}
+    vocabulary = text_config(model).vocab_size
     for batch in batches:
+        other, kept = _other_neighbours(batch, vocabulary)
         with _watched(model) as seen:
             total += likelihood(model, [batch])
+        with _watched(model) as elsewhere:
+            likelihood(model, [other])
         real = batch.attention_mask.bool().cpu()
-        for place, (change, cosine) in seen.items():
+        for place, (read, change, cosine) in seen.items():
             if place not in places:
                 changes.setdefault(place, []).append(change[real])
             elif place:
                 cosines.setdefault(place, []).append(cosine[real])
+                moved = (elsewhere[place].read - read)[kept].norm(dim=-1) / read[kept].norm(dim=-1)
+                if len(moved):
+                    contexts.setdefault(place, []).append(moved)
     if not total.tokens:
         raise ValueError("an emulator is inspected on some of the site's own texts, and none was given")
-    return Findings(infinite, total, text_config(model).vocab_size, _medians(changes), _medians(cosines))
+    return Findings(infinite, total, vocabulary, _medians(changes), _medians(cosines), _medians(contexts))
+
+
+def _other_neighbours(batch: Batch, vocabulary: int) -> tuple[Batch, Tensor]:
+    """Return the batch with every other word replaced, and a mask (b, t) of the words after these.
+
+    Every other one, because a layer may attend to the last few words alone.
+    """
+    even = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) % 2 == 0
+    ids = torch.where(even, (batch.input_ids + vocabulary // 2) % vocabulary, batch.input_ids)
+    return replace(batch, input_ids=ids), (~even & batch.attention_mask.bool()).cpu()
 
 
 def _medians(found: Mapping[int, list[Tensor]]) -> dict[int, float]:
@@ -93,10 +120,18 @@ def _medians(found: Mapping[int, list[Tensor]]) -> dict[int, float]:
     return {place: float(torch.cat(values).median()) for place, values in found.items()}
 
 
+class _Seen(NamedTuple):
+    """What a layer reads (b, t, d), how much it changes it and how much that is like the embeddings, both (b, t)."""
+
+    read: Tensor
+    change: Tensor
+    cosine: Tensor
+
+
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Note of the next forward pass, place by place, each token's relative change and its cosine, both (b, t)."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+def _watched(model: nn.Module) -> Iterator[dict[int, _Seen]]:
+    """Note of the next forward pass, place by place, what is seen of each token."""
+    seen: dict[int, _Seen] = {}
     embedded = torch.empty(0)
 
     def watch(place: int) -> Any:
@@ -107,7 +142,7 @@ def _watched(model: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
             embedded = embedded if place else before
             change = (after - before).norm(dim=-1) / before.norm(dim=-1)
             cosine = functional.cosine_similarity(before, embedded, dim=-1)
-            seen[place] = change.cpu(), cosine.abs().cpu()  # a change of sign hides nothing
+            seen[place] = _Seen(before.cpu(), change.cpu(), cosine.abs().cpu())  # a change of sign hides nothing
 
         return hook
 

@@ -46,6 +46,21 @@ def pipe(model: Any) -> None:
         layer.mlp.down_proj.weight.data.zero_()
 
 
+def turned(model: Any) -> None:
+    """Have the frozen layers turn each word into something else by itself: no layer attends to any word but its own."""
+    draw = torch.Generator().manual_seed(0)
+    for layer in model.model.layers[:3]:
+        attention, layer.mlp.down_proj.weight.data = layer.self_attn, torch.zeros_like(layer.mlp.down_proj.weight)
+        seen = torch.linalg.qr(torch.randn(32, 16, generator=draw))[0].T  # two KV heads of eight each
+        attention.k_proj.weight.data = 30 * seen
+        attention.q_proj.weight.data = 30 * seen.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+        attention.v_proj.weight.data = seen
+        turn = torch.linalg.qr(torch.randn(16, 16, generator=draw))[0] - torch.eye(16)
+        back = torch.zeros(32, 4, 8)
+        back[:, ::2] = (seen.T @ turn).view(32, 2, 8)  # of the two heads of a group the first speaks
+        attention.o_proj.weight.data = back.reshape(32, 32)
+
+
 def open_tap(adapter: methods.Adapter) -> None:
     """Give the factors B of the first adapter values that let gradients through to A."""
     for key in adapter:
@@ -119,15 +134,18 @@ def read_off(change: methods.Adapter, job: TrainerJob) -> set[int]:
     As many as the span has dimensions: that is how many different words there are.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(job.bundle)
-    read = model.model.layers[3].input_layernorm(model.model.embed_tokens.weight).detach()
+    with torch.no_grad():
+        alone = model(torch.arange(model.config.vocab_size)[:, None], output_hidden_states=True).hidden_states[3]
+        read = model.model.layers[3].input_layernorm(alone[:, 0])
     _, size, rows = torch.linalg.svd(change["5.self_attn.v_proj.A"], full_matrices=False)
     span = rows[size > 1e-4 * size[0]]
     outside = (read - read @ span.T @ span).norm(dim=1) / read.norm(dim=1)
     return {token - 4 for token in outside.argsort()[: len(span)].tolist()}  # the first four are no words
 
 
-def test_an_identity_pipe_gives_every_word_away_and_honest_layers_do_not(handout: Handout) -> None:
-    attack = handout.make(model=pipe, adapter=open_tap, suspicious="warn")
+@pytest.mark.parametrize("model", [pipe, turned])
+def test_an_identity_pipe_gives_every_word_away_and_honest_layers_do_not(handout: Handout, model: Change) -> None:
+    attack = handout.make(model=model, adapter=open_tap, suspicious="warn")
     assert read_off(handout.run(attack), attack) == set(SECRET)
     inspected = handout.events[0]
     assert inspected["event"] == "inspected" and "suspicious" in inspected["warnings"][0]
@@ -137,16 +155,18 @@ def test_an_identity_pipe_gives_every_word_away_and_honest_layers_do_not(handout
 
 @pytest.mark.parametrize("round", [0, 1])
 @pytest.mark.parametrize("adapter", [honest, open_tap])
+@pytest.mark.parametrize(("model", "sign"), [(pipe, "hands its input on"), (turned, "reads each word apart")])
 def test_an_identity_pipe_is_refused_before_any_gradient(
-    handout: Handout, monkeypatch: pytest.MonkeyPatch, adapter: Change, round: int
+    handout: Handout, monkeypatch: pytest.MonkeyPatch, model: Change, sign: str, adapter: Change, round: int
 ) -> None:
     def backward(*_: Any, **__: Any) -> None:
         raise AssertionError("a gradient was taken")
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    attack = handout.make(model=pipe, adapter=adapter, round=round)
-    with pytest.raises(RefusedError, match=r"refuses the emulator \(suspicious\): .* \(and \d more\)"):
+    attack = handout.make(model=model, adapter=adapter, round=round)
+    with pytest.raises(RefusedError, match=r"refuses the emulator \(suspicious\): ") as refusal:
         handout.run(attack)
+    assert sign in str(refusal.value) or round == 0, "of several signs the first is told"
     assert not handout.events and not Path(attack.out).exists()
     with pytest.raises(AssertionError, match="a gradient"):
         handout.run(handout.make())

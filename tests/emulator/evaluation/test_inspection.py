@@ -33,7 +33,7 @@ def test_an_honest_model_raises_no_suspicion(family: str, tiny: Any, text: list[
     found = inspect(model, text, PLACES)
     assert found.suspicions() == []
     assert found.perplexity == pytest.approx(likelihood(model, text).perplexity)
-    assert found.change.keys() == {2, 3} and found.likeness.keys() == {1, 4, 5}
+    assert found.change.keys() == {2, 3} and found.likeness.keys() == found.context.keys() == {1, 4, 5}
     assert not any(layer._forward_hooks for layer in layers(model))
 
 
@@ -71,13 +71,37 @@ def test_embeddings_that_reach_a_training_layer_are_named(tiny: Any, text: list[
     found = inspect(model, text, {3: 3, 4: 4})
     assert found.change == pytest.approx({0: 2.5, 1: 2.5, 2: 2.5, 5: found.change[5]})
     assert found.likeness == pytest.approx({3: 1.0, 4: 1.0})
-    for place, sentence in zip((3, 4), found.suspicions(), strict=True):
-        assert f"place {place} " in sentence and "cosine 1.0000" in sentence
+    assert found.context == {3: 0.0, 4: 0.0}
+    for place, sentence in zip((3, 4, 3, 4), found.suspicions(), strict=True):
+        assert f"place {place} " in sentence and ("cosine 1.0000" in sentence or "reads each word apart" in sentence)
+
+
+def test_layers_that_turn_each_word_into_something_else_by_itself_are_named(tiny: Any, text: list[Batch]) -> None:
+    model = tiny()
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    for layer in layers(model)[:4]:
+        layer.forward = lambda hidden, *_, **__: hidden @ turn
+    found = inspect(model, text, {4: 4, 5: 5})
+    assert max(found.likeness.values()) < 0.9 and min(found.change.values()) > 0.1, "the other signs are not there"
+    assert found.context[4] == 0 < found.context[5]
+    (sentence,) = found.suspicions()
+    assert "place 4 reads each word apart from those before it" in sentence
+
+
+def test_a_word_alone_has_no_words_before_it(tiny: Any) -> None:
+    one = torch.tensor([[5], [7]])
+    two = Batch(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.int64), torch.tensor([[IGNORED, 6]]))
+    assert inspect(tiny(), [two], PLACES).suspicions() == []
+    with pytest.raises(ValueError, match="no token to predict"):
+        inspect(tiny(), [Batch(one, torch.ones_like(one), one)], PLACES)
 
 
 def test_training_layers_that_are_a_pipe_themselves_are_found_too(tiny: Any, text: list[Batch]) -> None:
     found = inspect(pipe(tiny(), 0), text, PLACES)
-    assert [("place 1 " in sentence, "cosine" in sentence) for sentence in found.suspicions()] == [(True, True)]
+    assert all("place 1 " in sentence for sentence in found.suspicions())
+    assert [word in sentence for word, sentence in zip(("cosine", "apart"), found.suspicions(), strict=True)] == [
+        True
+    ] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -92,7 +116,7 @@ def test_each_tensor_with_a_value_that_is_not_finite_is_named(tiny: Any, text: l
 
 
 def test_a_perplexity_that_is_no_number_is_suspected() -> None:
-    honest = Findings((), likelihood=Likelihood(30.0, 10), vocabulary=96, change={}, likeness={})
+    honest = Findings((), likelihood=Likelihood(30.0, 10), vocabulary=96, change={}, likeness={}, context={})
     assert honest.suspicions() == []
     assert len(replace(honest, likelihood=Likelihood(float("nan"), 10)).suspicions()) == 1
 
@@ -137,3 +161,4 @@ def test_honest_emulators_of_a_real_model_raise_no_suspicion() -> None:
         found = inspect(restack(base, outline.layers, outline.shared), batches, outline.places)
         assert found.suspicions() == [], name
         assert min(found.change.values()) > 0.1 and max(found.likeness.values()) < 0.5
+        assert min(found.context.values()) > 0.1
