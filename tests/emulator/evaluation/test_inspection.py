@@ -98,10 +98,8 @@ def test_a_word_alone_has_no_words_before_it(tiny: Any) -> None:
 
 def test_training_layers_that_are_a_pipe_themselves_are_found_too(tiny: Any, text: list[Batch]) -> None:
     found = inspect(pipe(tiny(), 0), text, PLACES)
-    assert all("place 1 " in sentence for sentence in found.suspicions())
-    assert [word in sentence for word, sentence in zip(("cosine", "apart"), found.suspicions(), strict=True)] == [
-        True
-    ] * 2
+    embedded, apart = found.suspicions()
+    assert "place 1 still reads the embeddings" in embedded and "place 1 reads each word apart" in apart
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
