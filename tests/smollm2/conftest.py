@@ -32,7 +32,8 @@ from offsite.emulator.precision import DTYPES, fastest
 from offsite.emulator.tuning.loop import Schedule, tune
 
 SEEDS = [int(seed) for seed in os.environ.get("OFFSITE_SEEDS", "0").split(",")]
-STEPS = 40
+STEPS = 20
+LENGTH = 96
 Chain = list[tuple[str, dict[str, Any]]]
 
 
@@ -82,13 +83,13 @@ class Bench:
 @pytest.fixture(scope="session", params=SEEDS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     seed, folder, cache = int(request.param), tmp_path_factory.mktemp("texts"), zoo.cache_folder()
-    sites = data.prepare(folder, cache=cache, examples=80, held_out=32, seed=seed)
+    sites = data.prepare(folder, cache=cache, examples=80, held_out=16, seed=seed)
     base, tokenizer = zoo.load_base(
         zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
     )
 
     def encoded(*files: Path) -> list[Encoded]:
-        return encode([example for file in files for example in read(file)], tokenizer, max_length=128)
+        return encode([example for file in files for example in read(file)], tokenizer, max_length=LENGTH)
 
     public = encoded(folder / "public.jsonl")
     return Bench(
@@ -97,7 +98,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         train=encoded(*(site.train for site in sites)),
         exam=evaluation_batches(encoded(*(site.held_out for site in sites)), batch_size=8),
         public=public[:64],
-        general=evaluation_batches(public[64:96], batch_size=8),
+        general=evaluation_batches(public[64:88], batch_size=8),
         seed=seed,
     )
 

@@ -25,6 +25,7 @@ CHAINS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "uniform": [("uniform", {"keep": 4})],
     "whole": [("whole", {})],
 }
+OTHER_FAMILIES = ("qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "opt", "bloom", "gpt_neox")
 
 
 @pytest.fixture
@@ -58,8 +59,13 @@ def test_every_builder_is_held_to_it() -> None:
     assert CHAINS.keys() == BUILDERS.keys()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, family) for name in sorted(BUILDERS) for family in ("llama", "gpt2")),
+        *(("quantised", family) for family in OTHER_FAMILIES),
+    ],
+)
 def test_an_emulator_is_repeatable_travels_whole_and_trains_nothing_but_its_adapter(
     name: str, family: str, tiny: Any, tokenizer: Any, material: Material, ids: torch.Tensor, tmp_path: Path
 ) -> None:

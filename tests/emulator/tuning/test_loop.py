@@ -55,10 +55,7 @@ def test_tuning_is_plain_adamw_on_the_seeded_batches(tiny: Any, encoded: list[En
         torch.testing.assert_close(value, expected[name].detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("llama", torch.float32), *((family, torch.bfloat16) for family in ("llama", "gemma3", "gpt2", "opt", "bloom"))],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_given_parameters_change(tiny: Any, family: str, dtype: torch.dtype, encoded: list[Encoded]) -> None:
     base = tiny(family).to(dtype)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
