@@ -1,11 +1,12 @@
-"""What the linear maps of a model are fed."""
+"""What goes on inside a model while it reads."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
@@ -14,6 +15,31 @@ Map = tuple[int, str]  # the place of a layer, and the path of a linear map insi
 
 
 @torch.no_grad()
+def read(
+    model: nn.Module, batches: Iterable[Batch], hooks: Sequence[RemovableHandle], *, note: Callable[[Batch], None]
+) -> None:
+    """Have a model read batches, for what its hooks hear, and remove them; nobody reads its logits.
+
+    `note` hears each batch, on the model's device, before the model does.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in (batch.to(device) for batch in batches):
+            note(batch)
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=batch.last,
+                use_cache=False,
+            )
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
 def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[Batch]) -> dict[Map, Tensor]:
     """Return the mean square of each input of linear maps over all tokens, (d_in,) fp64 on the CPU.
 
@@ -22,7 +48,6 @@ def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[
     """
     if not batches:
         raise ValueError("to see what the linear maps are fed takes calibration text; give some")
-    device = next(model.parameters()).device
     sums: dict[Map, Tensor] = {}
     tokens: Counter[Map] = Counter()
     real = torch.empty(0, dtype=torch.bool)  # which positions of a batch are not padding
@@ -35,24 +60,14 @@ def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[
 
         return hook
 
+    def note(batch: Batch) -> None:
+        nonlocal real
+        real = batch.attention_mask.flatten().bool()
+
     stack = layers(model)
-    handles = [
+    hooks = [
         stack[place].get_submodule(path).register_forward_pre_hook(listen((source, path)))
         for (place, path), source in wanted.items()
     ]
-    training = model.training
-    model.eval()
-    try:
-        for batch in (batch.to(device) for batch in batches):
-            real = batch.attention_mask.flatten().bool()
-            model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.last,
-                use_cache=False,
-            )
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    read(model, batches, hooks, note=note)
     return {of: total / tokens[of] for of, total in sums.items()}

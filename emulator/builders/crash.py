@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator.activations import read
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
@@ -97,7 +98,6 @@ def nearest(depth: int, kept: Sequence[int]) -> dict[int, int]:
     return {layer: min(kept, key=lambda other: (abs(other - layer), -other)) for layer in missing}
 
 
-@torch.no_grad()
 def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """Return each layer's output for each example, (layers, n, d) fp32 on the CPU. Raises ValueError without examples.
 
@@ -106,7 +106,6 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     if sum(len(batch.input_ids) for batch in batches) < 2:
         raise ValueError("comparing layers needs at least two calibration examples; give calibration text")
     stack = layers(model)
-    device = next(model.parameters()).device
     found: list[list[Tensor]] = [[] for _ in stack]
     weights = torch.empty(0)
 
@@ -117,21 +116,10 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
         return hook
 
-    handles = [layer.register_forward_hook(keep(at)) for at, layer in enumerate(stack)]
-    training = model.training
-    model.eval()
-    try:
-        for batch in (batch.to(device) for batch in batches):
-            weights = batch.attention_mask.cumsum(dim=1) * batch.attention_mask.float()
-            weights = weights / weights.sum(dim=1, keepdim=True)
-            model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.last,
-                use_cache=False,
-            )
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    def note(batch: Batch) -> None:
+        nonlocal weights
+        weights = batch.attention_mask.cumsum(dim=1) * batch.attention_mask.float()
+        weights = weights / weights.sum(dim=1, keepdim=True)
+
+    read(model, batches, [layer.register_forward_hook(keep(at)) for at, layer in enumerate(stack)], note=note)
     return torch.stack([torch.cat(examples) for examples in found])
