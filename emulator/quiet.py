@@ -11,15 +11,18 @@ from transformers.utils import logging
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice of libraries off the screen."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    deepspeed = getLogger("DeepSpeed")  # saving a model imports it where it is installed, and it talks meanwhile
-    before = deepspeed.disabled
+    # Saving a model imports DeepSpeed where it is installed, and it talks meanwhile; reading one in layers, accelerate.
+    talkers = [getLogger("DeepSpeed"), getLogger("accelerate.big_modeling")]
+    before = [talker.disabled for talker in talkers]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    deepspeed.disabled = True
+    for talker in talkers:
+        talker.disabled = True
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-        deepspeed.disabled = before
+        for talker, disabled in zip(talkers, before, strict=True):
+            talker.disabled = disabled

@@ -33,6 +33,7 @@ def write_base(folder: Path, *, layers: int) -> None:
     config = LlamaConfig(**WIDTH, num_hidden_layers=layers, vocab_size=len(tokenizer), tie_word_embeddings=True)
     config.dtype = torch.bfloat16
     model = skeleton(config, dtype=torch.bfloat16)
+    model.tie_weights()
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -49,6 +50,8 @@ def write_base(folder: Path, *, layers: int) -> None:
             for name, shape in shapes.items()
         }
         save_file(drawn, folder / f"model-{group}.safetensors", metadata={"format": "pt"})
+    index = {name: f"model-{group}.safetensors" for group, shapes in groups.items() for name in shapes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def main() -> None:
