@@ -80,7 +80,7 @@ def report(*rows: Row, protected_from: float | None = None) -> Comparison:
     return Comparison(
         model="base",
         base={},
-        settings={"protected_from": protected_from},
+        settings={"protected_from": protected_from, "calibration": "task.jsonl"},
         public="public.jsonl",
         rows=tuple(replace(one, frontier=one.number in best) for one in found),
         recommended=number,
@@ -167,3 +167,4 @@ def test_the_table_shows_every_row_what_is_wrong_and_what_to_do() -> None:
         "crash(keep=2)[b]" in text and "2: the emulator is too small" in text and "3: not measured: it did not" in text
     )
     assert "Next: offsite emulator build base --builder 'crash(keep=1)' --trainable ends --public public.jsonl" in text
+    assert "--calibration task.jsonl --out bundle" in text

@@ -215,7 +215,7 @@ def test_a_run_that_cannot_be_done_is_refused_before_anything_is_trained(federat
         ({"model": str(tmp_path / "none")}, "no such folder"),
         ({"model": "smolm2"}, "a name in the zoo"),
         ({"evaluation": {"x": str(tmp_path / "broken.jsonl")}}, "broken.jsonl, line 2"),
-        ({"public": ""}, "the builder crash needs text"),
+        ({"public": ""}, "the builder crash looks at how the model reads text"),
         ({"builders": (choice(name="magic"),)}, "magic.*crash"),
         ({"builders": (choice(name="crash", settings={"kep": 5}),)}, "kep"),
         ({"builders": (choice(name="quantised"), choice(name="crash"))}, "crash cannot follow quantised"),
