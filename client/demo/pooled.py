@@ -90,11 +90,12 @@ def _bound(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float]
 
 def _attack(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float], None]) -> Any:
     """Train all of the emulator, at a rate that suits whole layers."""
-    from offsite.emulator.evaluation.attack import attack, schedule
+    from offsite.emulator.evaluation.attack import RATE, attack
+    from offsite.emulator.tuning.loop import Schedule
 
     training = job.spec.training
-    way = schedule(job.steps, batch_size=training.batch_size, seed=training.seed)
-    return attack(model, encoded, way, tell=lambda step, _, loss: tell(step, loss))
+    schedule = Schedule(job.steps, RATE, batch_size=training.batch_size, seed=training.seed)
+    return attack(model, encoded, schedule, tell=lambda step, _, loss: tell(step, loss))
 
 
 def main(job: Path, out: Path) -> None:

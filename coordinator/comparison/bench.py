@@ -24,7 +24,7 @@ from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos.documents import to_plain
 from offsite.protos.figures import perplexity
-from offsite.protos.spec import Choice
+from offsite.protos.spec import Choice, TrainingSpec
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
 
@@ -60,13 +60,11 @@ class Bench:
     def train(self, model: nn.Module, parameters: dict[str, nn.Parameter], method: Method, what: str) -> None:
         """Train as a site does, on what a site would have."""
         rate = self.plan.learning_rate or method.rate
-        settings = asdict(self.plan.training)
-        named = {name: value for name, value in settings.items() if name in Schedule.__dataclass_fields__}
         tune(
             model,
             parameters,
             self.texts.train,
-            Schedule(**named | {"learning_rate": rate}),
+            schedule(self.plan.training, steps=self.plan.training.steps, rate=rate),
             tell=lambda step, steps, loss: self.tell(what, step, steps),
         )
 
@@ -106,6 +104,12 @@ class Bench:
 
         depends = self.identity | {"figure": "base_tuned", "method": to_plain(choice), "trained": list(places)}
         return self.finished(Score, depends, tuned)
+
+
+def schedule(spec: TrainingSpec, *, steps: int, rate: float) -> Schedule:
+    """Return the schedule of a site's training, with other steps and another learning rate."""
+    named = {name: value for name, value in asdict(spec).items() if name in Schedule.__dataclass_fields__}
+    return Schedule(**named | {"steps": steps, "learning_rate": rate})
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:

@@ -11,13 +11,13 @@ from torch import nn
 
 from offsite.coordinator import bundles, manifests
 from offsite.coordinator.bundles import Built
-from offsite.coordinator.comparison.bench import Bench
+from offsite.coordinator.comparison.bench import Bench, schedule
 from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
 from offsite.coordinator.recipes import render
 from offsite.emulator import bundle, methods
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import training_batches
-from offsite.emulator.evaluation.attack import attack, schedule
+from offsite.emulator.evaluation.attack import attack
 from offsite.emulator.evaluation.cost import Cost, costs
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
@@ -102,8 +102,7 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
 def _emulated(bench: Bench, built: Built, emulator: nn.Module) -> Emulated:
     """Measure an emulator, then attack it by training all of it: "unfreeze" on a site's data, "heal" on public text."""
     plan = bench.plan
-    rate, batch_size, seed = plan.attack_learning_rate, plan.training.batch_size, plan.training.seed
-    way = schedule(plan.attack_steps, rate=rate, batch_size=batch_size, seed=seed)
+    way = schedule(plan.training, steps=plan.attack_steps, rate=plan.attack_learning_rate)
     zero_shot = bench.score(emulator)
     attacks = {}
     for name, text in zip(ATTACKS, (bench.texts.train, bench.texts.public), strict=True):

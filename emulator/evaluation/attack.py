@@ -73,18 +73,10 @@ def unfrozen(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     return twin.float(), dict(twin.named_parameters())  # the buffers as well
 
 
-def schedule(steps: int, *, rate: float = RATE, batch_size: int = 4, seed: int = 0) -> Schedule:
-    """Return a schedule that suits an attack, whatever the tuning's is: warmed up, and falling to 0.
-
-    Without that the first steps can knock an emulator off that the owner tuned well, which would pass for protection.
-    """
-    return Schedule(steps, rate, batch_size=batch_size, warmup_steps=steps // 10, decay="cosine", seed=seed)
-
-
 def attack(
     emulator: nn.Module,
     encoded: Sequence[Encoded],
-    way: Schedule,
+    schedule: Schedule,
     *,
     tell: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
@@ -100,7 +92,7 @@ def attack(
         with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return fidelity.loss(model, batch)
 
-    tune(twin, parameters, encoded, way, loss=loss, tell=tell)
+    tune(twin, parameters, encoded, schedule, loss=loss, tell=tell)
     return twin
 
 

@@ -48,7 +48,6 @@ class Bench:
     public: list[Encoded]
     general: list[Batch]
     seed: int
-    steps: int = STEPS
 
     @cached_property
     def material(self) -> Material:
@@ -66,7 +65,7 @@ class Bench:
         return builders.run(made, placement or placements.Ends(2, 2), self.base, self.material)
 
     def schedule(self, rate: float, batch_size: int = 4) -> Schedule:
-        return Schedule(self.steps, rate, batch_size=batch_size, decay="cosine", seed=self.seed)
+        return Schedule(STEPS, rate, batch_size=batch_size, decay="cosine", seed=self.seed)
 
     def tuned(
         self, model: nn.Module, places: dict[int, int], method: Method, rate: float, batch_size: int = 4

@@ -17,7 +17,7 @@ from offsite.coordinator.report import warnings
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.builders import Draft
-from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection, schedule
+from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection
 from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.methods import Lora, Method
 from offsite.emulator.placements import Kept, Spread
@@ -76,9 +76,10 @@ def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: T
 
 def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, story: Story, tell: Tell) -> None:
     """T1b: the same data and steps with everything unfrozen, and an emulator healed on public text."""
-    way = schedule(bench.steps, seed=bench.seed)
+    schedule = bench.schedule(RATE)
     attacked = {
-        name: attack(story.draft.model, text, way) for name, text in (("unfreeze", bench.train), ("heal", bench.public))
+        name: attack(story.draft.model, text, schedule)
+        for name, text in (("unfreeze", bench.train), ("heal", bench.public))
     }
     found = {
         name: Attack(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
