@@ -25,7 +25,10 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     """Return a row with its protection and the warnings that it calls for."""
     if row.measured is None:
         return row
-    figures, attacks = row.measured.figures, row.measured.emulated.attacks
+    figures = row.measured.figures
+    # Training can make an emulator worse; nobody who attacks is bound to keep what it gave.
+    without = {"leave it as it is": figures["emulator_zero_shot"], "tune it as asked": figures["emulator_tuned"]}
+    attacks = row.measured.emulated.attacks | without
     found = protection(
         {name: Attack(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
         plug_in=_likelihood(figures["plug_in"].held_out),

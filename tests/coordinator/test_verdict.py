@@ -39,12 +39,13 @@ def row(
     zero_shot: float = 300.0,
     unfreeze: float = 30.0,
     heal: float = 60.0,
+    tuned: float = 100.0,
     general: float = 40.0,
     megabytes: int = 100,
     verbatim: int = 80,
     flops: int = 10,
 ) -> Row:
-    figures = dict(zip(FIGURES, (BASE, zero_shot, 100.0, plug_in, 23.0), strict=True))
+    figures = dict(zip(FIGURES, (BASE, zero_shot, tuned, plug_in, 23.0), strict=True))
     measured = Measured(
         emulated=Emulated(
             layers=(0, 1, 3),
@@ -56,7 +57,7 @@ def row(
             parameters=100,
             bytes=megabytes * 10**6,
         ),
-        figures={name: score(value) for name, value in figures.items()},
+        figures={name: score(value, 400.0 if "emulator" in name else 20.0) for name, value in figures.items()},
         client=ClientStep(flops=flops, peak_bytes=50, cpu_s=0.1),
         full=ClientStep(flops=20, peak_bytes=100, cpu_s=0.2),
         seconds=1.0,
@@ -92,6 +93,14 @@ def test_the_margin_is_that_of_the_best_attack_on_either_text() -> None:
     near_task, near_base = judge(row(1, plug_in=27.0, unfreeze=30.0), row(2, unfreeze=90.0, heal=80.0, general=21.0))
     assert near_task.protection and near_task.protection.margin == pytest.approx(math.log(30 / 27))
     assert near_base.protection and near_base.protection.margin == pytest.approx(math.log(21 / 20))
+
+
+def test_an_attack_that_does_harm_is_given_up() -> None:
+    found = judge(row(1, unfreeze=900.0, heal=900.0, tuned=33.0), row(2, unfreeze=900.0, heal=900.0, zero_shot=28.0))
+    (tuned, untouched) = (one.protection for one in found)
+    assert tuned and tuned.margin == pytest.approx(math.log(33 / 27)) and "'tune it as asked'" in tuned.reason
+    assert untouched and untouched.margin == pytest.approx(math.log(28 / 27))
+    assert "'leave it as it is' comes within 0.04 nats of the plug-in" in untouched.reason
 
 
 def test_protected_is_what_keeps_a_stated_threshold_and_nothing_without_one() -> None:
