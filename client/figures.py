@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,14 +12,15 @@ FIGURES = {
     "emulator_zero_shot": "emulator\nzero-shot",
     "emulator_tuned": "emulator\ntuned",
     "plug_in": "plug-in",
-    "base_tuned": "base tuned\n(bound)",
-    "attack": "attack\n(unfrozen)",
+    "base_tuned": "base\ntuned",
+    "attack": "attack",
 }
 
 
 def table(report: dict[str, Any]) -> RenderableType:
     """Draw a report; figures that a run could not measure are left blank."""
-    grid = Table(title="perplexity on held-out data (lower is better)", title_justify="left")
+    title = "perplexity on held-out data (lower is better)"
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
     grid.add_column("")
     for figure, head in FIGURES.items():
         grid.add_column(head, justify="right", style="bold green" if figure == "plug_in" else "")

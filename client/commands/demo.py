@@ -22,16 +22,16 @@ def demo(
     ] = None,
     public: Annotated[Path | None, typer.Option(help="Public text for the emulator's calibration.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Local steps a round.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Local steps a round.")] = 6,
     keep: Annotated[
         int | None, typer.Option(min=5, help="Layers the emulator keeps; four fifths if not given.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW at the sites.")] = 3e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 96,
     examples: Annotated[int, typer.Option(min=1, help="Training examples of a built-in site.")] = 72,
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples of each site.")] = 32,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples of each site.")] = 16,
     precision: Annotated[
         Literal["bf16", "fp32"] | None,
         typer.Option(help="Of the frozen weights. (default: what this machine computes in fastest)"),

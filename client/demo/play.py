@@ -43,14 +43,14 @@ class Settings:
     sites: dict[str, Path] = field(default_factory=dict)  # empty: the built-in ones
     public: Path | None = None
     rounds: int = 2
-    steps: int = 8
+    steps: int = 6
     keep: int | None = None  # four fifths
     rank: int = 8
     learning_rate: float = 3e-3
     batch_size: int = 4
-    max_length: int = 128
+    max_length: int = 96
     examples: int = 72
-    held_out: int = 32
+    held_out: int = 16
     precision: Literal["fp32", "bf16"] | None = None  # None: what this machine computes in fastest
     engine: str = "deepspeed"
     zero_stage: int = 2
