@@ -77,7 +77,7 @@ def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["site hospital", "submitted", '"kind": "selected"', '"kind": "round"', "the bound"])
+@pytest.mark.parametrize("moment", ["site hospital", "submitted", '"kind": "round"', "the bound"])
 def test_an_interrupt_at_any_other_moment_leaves_nothing_behind(tmp_path: Path, material: Path, moment: str) -> None:
     interrupt(tmp_path / "out", material, moment=moment, rounds="1" if moment == "the bound" else "50")
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 from offsite.coordinator.report import warnings
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.builders import Draft
 from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection
-from offsite.emulator.evaluation.fidelity import likelihood
+from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
 from offsite.emulator.methods import Lora, Method
 from offsite.emulator.placements import Kept, Spread
 from offsite.emulator.plug import plug
@@ -34,9 +33,8 @@ class Story:
     draft: Draft
     emulator_zero_shot: float
     emulator_tuned: float
-    plug_in: float
+    plug_in: Likelihood
     base_tuned: float
-    plugged: nn.Module
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +43,30 @@ def story(bench: Any, blocks: Method) -> Story:
     emulator, adapter = bench.tuned(draft.model, draft.outline.places, blocks, RATE)
     itself = {layer: layer for layer in draft.outline.trainable}
     bound, _ = bench.tuned(bench.base, itself, blocks, RATE)
-    plugged = plug(copy.deepcopy(bench.base), blocks, adapter)
     return Story(
         draft=draft,
         emulator_zero_shot=bench.perplexity(draft.model),
         emulator_tuned=bench.perplexity(emulator),
-        plug_in=bench.perplexity(plugged),
+        plug_in=likelihood(plug(copy.deepcopy(bench.base), blocks, adapter), bench.exam),
         base_tuned=bench.perplexity(bound),
-        plugged=plugged,
     )
 
 
 def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: Tell) -> None:
     """T1."""
-    zero_shot = bench.zero_shot
-    recovered = log(zero_shot / story.plug_in) / log(zero_shot / story.base_tuned)
-    gap = log(story.emulator_tuned / story.plug_in)
+    zero_shot, plug_in = bench.zero_shot, story.plug_in.perplexity
+    recovered = log(zero_shot / plug_in) / log(zero_shot / story.base_tuned)
+    gap = log(story.emulator_tuned / plug_in)
     tell(
         zero_shot=zero_shot,
         emulator_zero_shot=story.emulator_zero_shot,
         emulator_tuned=story.emulator_tuned,
-        plug_in=story.plug_in,
+        plug_in=plug_in,
         base_tuned=story.base_tuned,
         recovered=recovered,
         gap=gap,
     )
-    assert story.base_tuned <= story.plug_in < zero_shot < story.emulator_tuned < story.emulator_zero_shot
+    assert story.base_tuned <= plug_in < zero_shot < story.emulator_tuned < story.emulator_zero_shot
     assert recovered >= 0.05 and gap >= 0.5
 
 
@@ -85,9 +81,9 @@ def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, st
         name: Attack(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
         for name, model in attacked.items()
     }
-    plug_in, base = likelihood(story.plugged, bench.exam), likelihood(bench.base, bench.general)
-    margin = log(found["unfreeze"].task.perplexity / story.plug_in)
-    gap = log(story.emulator_tuned / story.plug_in)
+    plug_in, base = story.plug_in, likelihood(bench.base, bench.general)
+    margin = log(found["unfreeze"].task.perplexity / plug_in.perplexity)
+    gap = log(story.emulator_tuned / plug_in.perplexity)
     tell(
         margin=margin,
         gap=gap,
@@ -132,8 +128,9 @@ def test_clusters_of_20_layers_do_what_even_distances_need_24_for(
     draft = bench.draft([("crash", {"keep": 20})])
     _, adapter = bench.tuned(draft.model, draft.outline.places, blocks, RATE)
     plug_in = bench.plugged(blocks, adapter)
-    tell(plug_in=plug_in, uniform_24=story.plug_in, ratio=plug_in / story.plug_in)
-    assert plug_in <= 1.05 * story.plug_in and plug_in < bench.zero_shot
+    uniform = story.plug_in.perplexity
+    tell(plug_in=plug_in, uniform_24=uniform, ratio=plug_in / uniform)
+    assert plug_in <= 1.05 * uniform and plug_in < bench.zero_shot
 
 
 def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell: Tell, tmp_path: Path) -> None:
@@ -141,8 +138,9 @@ def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell
     removed = bench.draft([("crash", {"keep": 20, "sharing": "auto"})])
     assert len(removed.outline.layers) == 20 and not removed.outline.shared
     shared = bench.draft([("crash", {"keep": 20, "sharing": "on"})])
-    tell(removed=bench.perplexity(removed.model), shared=bench.perplexity(shared.model))
-    assert bench.perplexity(shared.model) > bench.perplexity(removed.model)
+    without, filled = bench.perplexity(removed.model), bench.perplexity(shared.model)
+    tell(removed=without, shared=filled)
+    assert filled > without
     bundle.save(shared.model, bench.tokenizer, tmp_path, outline=shared.outline)
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     per_layer = sum(p.nbytes for p in find(bench.base).layers.parameters()) / 30
