@@ -23,6 +23,7 @@ from offsite.emulator.placements import Kept, Spread
 from offsite.emulator.plug import plug
 
 pytestmark = pytest.mark.slow
+with_story = pytest.mark.xdist_group("story")  # on one worker, as telling it takes minutes
 Tell = Callable[..., None]
 
 
@@ -52,6 +53,7 @@ def story(bench: Any, blocks: Method) -> Story:
     )
 
 
+@with_story
 def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: Tell) -> None:
     """T1."""
     zero_shot, plug_in = bench.zero_shot, story.plug_in.perplexity
@@ -70,6 +72,7 @@ def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: T
     assert recovered >= 0.05 and gap >= 0.5
 
 
+@with_story
 def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, story: Story, tell: Tell) -> None:
     """T1b: the same data and steps with everything unfrozen, and an emulator healed on public text."""
     schedule = bench.schedule(RATE)
@@ -121,6 +124,7 @@ def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> 
     assert max(found, published) <= 0.8 * over_all
 
 
+@with_story
 def test_clusters_of_20_layers_do_what_even_distances_need_24_for(
     bench: Any, story: Story, blocks: Method, tell: Tell
 ) -> None:
