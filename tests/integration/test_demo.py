@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.xdist_group("demo")  # first, where groups are: one of them takes longest
 FIGURES = ("base_tuned", "plug_in", "base_zero_shot", "emulator_tuned", "emulator_zero_shot")
 
 
@@ -59,6 +58,23 @@ def interrupt(out: Path, material: Path, *, moment: str, rounds: str = "50") -> 
     assert alive == []
 
 
+@pytest.mark.slow
+def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
+    running = demo(tmp_path / "out", "--format", "json")
+    _, errors = running.communicate(timeout=1500)
+    assert running.returncode == 0, errors
+    report = check_report(tmp_path / "out", sites={"hospital", "bank", "helpdesk", "school"})
+    figures = report["overall"]
+    in_order = [figures[name] for name in FIGURES]
+    assert all(low < high for low, high in zip(in_order, in_order[1:], strict=False)), figures
+    assert figures["emulator_zero_shot"] < 50 * figures["base_zero_shot"] and report["warnings"] == []
+    gained = math.log(figures["base_zero_shot"] / figures["plug_in"])
+    assert gained >= 0.3 * math.log(figures["base_zero_shot"] / figures["base_tuned"])
+    assert math.log(figures["emulator_tuned"] / figures["plug_in"]) >= 0.5
+    assert figures["attack"] < figures["emulator_tuned"], "what a site could do is more than it is asked to"
+    assert report["protection"]["label"] == "not protected"
+
+
 def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp_path: Path, material: Path) -> None:
     out = tmp_path / "out"
     interrupt(out, material, moment="submitted")
@@ -81,20 +97,3 @@ def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp
 @pytest.mark.parametrize("moment", ["site hospital", '"state": "training"', '"kind": "round"', "the bound"])
 def test_an_interrupt_at_any_other_moment_leaves_nothing_behind(tmp_path: Path, material: Path, moment: str) -> None:
     interrupt(tmp_path / "out", material, moment=moment, rounds="1" if moment == "the bound" else "50")
-
-
-@pytest.mark.slow
-def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
-    running = demo(tmp_path / "out", "--format", "json")
-    _, errors = running.communicate(timeout=1500)
-    assert running.returncode == 0, errors
-    report = check_report(tmp_path / "out", sites={"hospital", "bank", "helpdesk", "school"})
-    figures = report["overall"]
-    in_order = [figures[name] for name in FIGURES]
-    assert all(low < high for low, high in zip(in_order, in_order[1:], strict=False)), figures
-    assert figures["emulator_zero_shot"] < 50 * figures["base_zero_shot"] and report["warnings"] == []
-    gained = math.log(figures["base_zero_shot"] / figures["plug_in"])
-    assert gained >= 0.3 * math.log(figures["base_zero_shot"] / figures["base_tuned"])
-    assert math.log(figures["emulator_tuned"] / figures["plug_in"]) >= 0.5
-    assert figures["attack"] < figures["emulator_tuned"], "what a site could do is more than it is asked to"
-    assert report["protection"]["label"] == "not protected"
