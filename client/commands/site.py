@@ -2,10 +2,14 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from offsite.emulator.examples import Census
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
 
@@ -37,7 +41,7 @@ def join(
     from offsite.client.site.agent import Agent, SiteConfig, policy_digest
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
-    from offsite.emulator.examples import read
+    from offsite.emulator.examples import collect
     from offsite.protos.documents import parse, to_plain
     from offsite.protos.errors import InputError
     from offsite.protos.security.identity import Identity
@@ -46,16 +50,17 @@ def join(
     rules = Policy.load(policy)
     rules.check_data(data)
     try:
-        examples = len(read(data))
+        folders = [Path(folder) for folder in rules.data]
+        census = collect(data, folders=folders, odd_rows=rules.odd_rows).census
     except ValueError as error:
         raise InputError(str(error)) from None
     if format == "json":
-        _log_json("policy", to_plain(rules) | {"file": str(policy), "training_on": str(data), "examples": examples})
+        _log_json("policy", to_plain(rules) | {"file": str(policy), "training_on": str(data), **asdict(census)})
     else:
-        _show_policy(kit.name, rules.describe(), policy, data, examples)
+        _show_policy(kit.name, rules.describe(), policy, data, census)
     wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
     spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
-    config = SiteConfig(kit, rules, policy_digest(policy), data, examples, work.resolve(), spec)
+    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, work.resolve(), spec)
     channel = Channel(coordinator, kit, patience_s=60.0)
     try:
         Agent(channel, config, say=_log_json if format == "json" else _log_text).run()
@@ -63,14 +68,16 @@ def join(
         channel.close()
 
 
-def _show_policy(site: str, rows: list[tuple[str, str]], policy: Path, data: Path, examples: int) -> None:
+def _show_policy(site: str, rows: list[tuple[str, str]], policy: Path, data: Path, census: "Census") -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"site {site}: policy of {policy}", show_header=False, title_justify="left")
     for bound, value in rows:
         table.add_row(bound, value)
-    table.add_row("training on", f"{data} ({examples:,} examples)")
+    table.add_row("training on", str(data))
+    for what, count in census.describe():
+        table.add_row(what, count)
     Console().print(table)
 
 

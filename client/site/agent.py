@@ -163,6 +163,8 @@ class Agent:
             manifest=manifest,
             adapter=str(adapter),
             data=str(self._config.data.resolve()),
+            folders=tuple(str(Path(folder).resolve()) for folder in self._config.policy.data),
+            odd_rows=self._config.policy.odd_rows,
             task=task,
             engine=self._config.engine,
             max_emulator_perplexity=self._config.policy.max_emulator_perplexity,

@@ -44,6 +44,8 @@ class TrainerJob:
     manifest: Manifest
     adapter: str  # the broadcast, a safetensors file
     data: str  # a file or folder of examples
+    folders: tuple[str, ...] = ()  # out of which no link in the data may lead, as the site's policy says
+    odd_rows: Literal["skip", "refuse"] = "skip"
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
     max_emulator_perplexity: float | None = None  # as the site's policy says, and so is the next

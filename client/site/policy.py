@@ -33,6 +33,7 @@ class Policy:
     # has, is only a warning, for emulators with few layers left have it too and teach nevertheless.
     max_emulator_perplexity: Annotated[float, Field(gt=1)] | None = None
     suspicious: Literal["refuse", "warn"] = "refuse"  # what to do with signs of an emulator made to leak
+    odd_rows: Literal["skip", "refuse"] = "skip"  # what to do with rows that cannot be learned from; both say them
 
     @classmethod
     def load(cls, path: Path) -> "Policy":
@@ -101,6 +102,7 @@ class Policy:
             ("largest emulator", f"{self.max_bundle_mib:g} MiB"),
             ("highest perplexity", f"{self.max_emulator_perplexity:g}" if self.max_emulator_perplexity else "any"),
             ("suspicious emulators", "refused" if self.suspicious == "refuse" else "trained on, with a warning"),
+            ("odd rows of data", "refused" if self.odd_rows == "refuse" else "left out and counted"),
         ]
 
 

@@ -34,7 +34,7 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     ranks = join(job.engine, rendezvous)
     _make_repeatable()
     with _faults_of_input():
-        data = examples.read(Path(job.data))  # before the model: it is quick, and the likeliest to be at fault
+        data = _read(job).examples  # before the model: it is quick, and the likeliest to be at fault
         ready = _load(job)
         encoded = encode(data, ready.tokenizer, max_length=spec.max_length)
     order = schedule(
@@ -81,6 +81,11 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
             peak_memory_bytes=_peak_memory_bytes(),
         )
         _write(adapter, ready.broadcast, metrics, task, Path(job.out))
+
+
+def _read(job: TrainerJob) -> examples.Reading:
+    folders = [Path(folder) for folder in job.folders]
+    return examples.collect(Path(job.data), folders=folders, odd_rows=job.odd_rows)
 
 
 @dataclass(frozen=True)

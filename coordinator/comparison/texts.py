@@ -8,7 +8,7 @@ from typing import Any
 
 from offsite.coordinator.comparison.plan import Plan
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
-from offsite.emulator.examples import Example, read
+from offsite.emulator.examples import Example, paths, read
 from offsite.protos.chunks import digest_file
 from offsite.protos.errors import InputError
 
@@ -61,21 +61,12 @@ def digests(plan: Plan) -> dict[str, str]:
     files |= {"calibration": plan.calibration, "general": plan.general}
     found: dict[str, str] = {}
     for name, text in files.items():
-        path = Path(text)
-        for file in sorted(path.iterdir()) if text and path.is_dir() else [path] if text else []:
-            found[f"{name} {file.name}"] = digest_file(file)
+        for file in (file for file, fault in paths(Path(text)) if not fault) if text else ():
+            found[f"{name} {file.relative_to(Path(text).parent)}"] = digest_file(file)
     return found
 
 
 def _write(examples: Sequence[Example], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(_plain(example), ensure_ascii=False) + "\n" for example in examples), "utf-8")
+    path.write_text("".join(json.dumps(example.row, ensure_ascii=False) + "\n" for example in examples), "utf-8")
     return path
-
-
-def _plain(example: Example) -> dict[str, Any]:
-    if example.messages:
-        return {"messages": list(example.messages)}
-    if example.prompt:
-        return {"prompt": example.prompt, "completion": example.completion}
-    return {"text": example.completion}

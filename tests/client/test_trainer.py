@@ -126,7 +126,7 @@ def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: 
 def test_a_broken_line_of_data_is_one_error_that_names_it(job: Jobs, tmp_path: Path) -> None:
     data = tmp_path / "notes.jsonl"
     data.write_text('{"prompt": "w1", "completion": "w2"}\n{"question": "w1"}\n')
-    (tmp_path / "job.json").write_bytes(to_json(job(data=data)))
+    (tmp_path / "job.json").write_bytes(to_json(replace(job(data=data), odd_rows="refuse")))
     command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
     ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
     loading, error = map(json.loads, ended.stdout.splitlines())

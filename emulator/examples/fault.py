@@ -1,0 +1,30 @@
+"""Why a row, a file or the rest of one cannot be learned from."""
+
+from typing import Any
+
+QUOTED = 200  # characters of a value that a message repeats at most
+
+
+class Fault(ValueError):
+    """A sentence for the data's owner, and a reason without a word of the data by which faults are counted.
+
+    Args:
+        reason: what is left out, in the plural: "rows that are not JSON".
+        sentence: what is wrong here.
+        count: how many are left out with it.
+    """
+
+    def __init__(self, reason: str, sentence: str, *, count: int = 1) -> None:
+        super().__init__(sentence)
+        self.reason, self.count = reason, count
+
+    def at(self, place: str) -> "Fault":
+        """Return the same with the place where it is."""
+        return Fault(self.reason, f"{place}: {self}", count=self.count)
+
+
+def quoted(value: Any) -> str:
+    """Show a value, or the beginning of a long one."""
+    shown = value[: QUOTED + 1] if isinstance(value, str | bytes | list | tuple) else value
+    text = repr(shown)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]} ..."
