@@ -93,7 +93,7 @@ class RunView:
             self.steps_done += max(0, data["step"] - site.step) if before == "training" else data["step"]
             site.step, site.steps, site.loss = data["step"], data["steps"], data["loss"]
         site.bytes_down = max(site.bytes_down, data.get("bytes_down", 0))
-        if site.state in ("refused", "failed", "stalled"):
+        if site.state in ("refused", "failed", "stalled", "left out"):
             return f"round {event.round}: {event.site} {site.state}: {data['message']}"
         return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
 

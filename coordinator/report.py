@@ -50,6 +50,11 @@ def assemble(journal: Journal, run: str) -> str:
             {"round": task.round + 1, "site": task.site, "state": task.state, "message": task.message}
             for task in {(task.round, task.site): task for task in tasks}.values()  # the last attempt of each
             if task.state != "uploaded"
+        ]
+        + [
+            {"round": number + 1, "site": site, "state": "left out", "message": why}
+            for number in range(spec.rounds)
+            for site, why in steps[f"version:{number + 1}"].get("left_out", {}).items()
         ],
         "warnings": warnings(overall),
         "protection": protection(overall),

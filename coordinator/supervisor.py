@@ -152,9 +152,12 @@ class Supervisor:
             for site in sites:
                 self._offer(number, site, attempt=0)
             updates = self._collect(number)
-            residual = steps[f"version:{number}"]["residual"]
-            gave = self._step(f"version:{number + 1}", "aggregate", residual=residual, updates=updates, sites=sites)
-            self._journal.add_event(self._run, "round", round=number + 1, sites=len(updates), figures=gave["figures"])
+            start = {name: steps[f"version:{number}"][name] for name in ("residual", "broadcast")}
+            gave = self._step(f"version:{number + 1}", "aggregate", **start, updates=updates, sites=sites)
+            for site, why in gave["left_out"].items():
+                self._journal.add_event(self._run, "site", round=number + 1, site=site, state="left out", message=why)
+            weighed = len(gave["lineage"])
+            self._journal.add_event(self._run, "round", round=number + 1, sites=weighed, figures=gave["figures"])
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and number + 1 < self._spec.rounds:
             self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=gave["exact"])

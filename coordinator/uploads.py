@@ -75,7 +75,7 @@ class Upload:
             broadcast = tensors.load(self._blobs.path(self._spec.adapter))
             expected = tensors.header(self._blobs.path(self._spec.adapter))
             update = tensors.check(self._file, expected, what=self._what())
-            norm = sum(float((update[name] - broadcast[name]).double().square().sum()) for name in update) ** 0.5
+            norm = tensors.distance(update, broadcast)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
             if not norm <= most:
                 raise MismatchError(f"{self._what()}: changed by a norm of {norm:.3g}, the run allows {most:g}")

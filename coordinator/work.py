@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from offsite.coordinator import aggregation, bundles
+from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.coordinator.home import Home
 from offsite.coordinator.manifests import MANIFEST, describe
 from offsite.coordinator.store.blobs import Blobs, room
@@ -31,7 +32,7 @@ from offsite.emulator.precision import DTYPES, quicken
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json, to_plain
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, from_system
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, RunError, from_system
 from offsite.protos.spec import Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
@@ -131,14 +132,34 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
 
 
 def aggregate(
-    home: Home, spec: RunSpec, *, residual: dict[str, str], updates: list[dict[str, Any]], sites: list[str]
+    home: Home,
+    spec: RunSpec,
+    *,
+    residual: dict[str, str],
+    broadcast: dict[str, dict[str, Any]],
+    updates: list[dict[str, Any]],
+    sites: list[str],
 ) -> dict[str, Any]:
-    """Fold the updates of a round, in the order of the sites' names, and store the next version."""
+    """Fold the updates of a round, in the order of the sites' names, and store the next version.
+
+    Those far larger than the others are left out, and named; raises RunError if too few are left.
+    """
     timeline = Timeline()
     blobs = home.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
     with timeline.span("aggregation"), TemporaryDirectory(dir=home.scratch) as scratch:
+        changes = {
+            str(update["site"]): Change(
+                _distance(blobs, update["digest"], broadcast[update["site"]]["digest"]), method.rank_at(update["site"])
+            )
+            for update in updates
+        }
+        left_out = outliers(changes, ratio=spec.max_update_ratio)
+        updates = [update for update in updates if update["site"] not in left_out]
+        if len(updates) < spec.min_sites:
+            why = "; ".join(f"{site}: {reason}" for site, reason in left_out.items())
+            raise RunError(f"{len(updates)} of at least {spec.min_sites} updates are left in the round ({why})")
         kept = {int(rank): tensors.load(blobs.path(digest)) for rank, digest in residual.items()}
         fold = strategy.begin(kept)
         total = sum(update["examples"] for update in updates)
@@ -154,15 +175,16 @@ def aggregate(
                 for rank, adapter in adapters.items()
             }
 
-        broadcast, rest = store("broadcast", outcome.broadcast), store("residual", outcome.residual)
+        sent, rest = store("broadcast", outcome.broadcast), store("residual", outcome.residual)
         exact = _store(blobs, Path(scratch) / "exact.safetensors", outcome.exact)
     return {
-        "broadcast": {site: broadcast[method.rank_at(site)] for site in sites},
+        "broadcast": {site: sent[method.rank_at(site)] for site in sites},
         "exact": exact["digest"],
         "residual": {str(rank): stored["digest"] for rank, stored in rest.items()},
         "lineage": {
             update["site"]: {"update": update["digest"], "weight": update["examples"] / total} for update in updates
         },
+        "left_out": left_out,
         "figures": outcome.figures,
         "spans": timeline,
     }
@@ -251,6 +273,12 @@ def _the_base(spec: RunSpec, digest: str) -> Path:
     if (found := zoo.digest(source)) != digest:
         raise MismatchError(f"model {spec.model} has changed since the run began: {found}, it was {digest}")
     return source
+
+
+def _distance(blobs: Blobs, update: str, broadcast: str) -> float:
+    """L2 norm of an update's change since the broadcast, over all of its tensors."""
+    start = tensors.load(blobs.path(broadcast))
+    return tensors.distance(tensors.load(blobs.path(update)), start)
 
 
 def _store(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class RunSpec:
     realign_steps: Annotated[int, Field(ge=0)] = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: dict[Name, str] = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     max_update_norm: Fraction = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
+    max_update_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = (
+        5.0  # to the round's median; larger: left out
+    )
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds between plug-in figures; 0: only at the end
     merge: bool = False  # also publish the merged model
 

@@ -1,5 +1,6 @@
 """Named tensors as safetensors files: the only form in which tensors cross a border."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,3 +84,9 @@ def check(path: Path, expected: Mapping[str, Entry], *, what: str) -> Tensors:
             bad = int((~torch.isfinite(tensor)).sum())
             raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not finite")
     return tensors
+
+
+def distance(tensors: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> float:
+    """L2 norm, over all tensors together, of how far these are from those of the same names."""
+    squares = (float((tensors[name] - start[name]).double().square().sum()) for name in sorted(tensors))
+    return math.sqrt(sum(squares))

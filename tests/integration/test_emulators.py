@@ -101,7 +101,7 @@ def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
     run = Round(tmp_path, material, builder=builder, method=method, strategy=Choice(name=strategy), **extra)
     manifest, base = run.built["manifest"], run.built["base"]["digest"]
     updates = [run.train(site, manifest) for site in SITES]
-    version = run.do("aggregate", residual={}, updates=updates, sites=SITES)
+    version = run.do("aggregate", residual={}, broadcast=run.built["broadcast"], updates=updates, sites=SITES)
     exact = version["exact"]
     assert run.figure(manifest=manifest, exact=exact) < run.figure(manifest=manifest, exact=None)
     plug_in = run.figure(manifest=None, exact=exact)
@@ -134,7 +134,7 @@ def test_an_emulator_is_realigned_beside_the_adapter_and_its_trainable_layers_st
     )
     first = run.built["manifest"]
     update = run.train("bank", first)
-    exact = run.do("aggregate", residual={}, updates=[update], sites=SITES)["exact"]
+    exact = run.do("aggregate", residual={}, broadcast=run.built["broadcast"], updates=[update], sites=SITES)["exact"]
     settings = {"base": run.built["base"]["digest"], "manifest": first, "exact": exact, "recovery": None}
     again = run.do("realign", **settings)
     assert again["manifest"] == run.do("realign", **settings)["manifest"] != first

@@ -1,0 +1,32 @@
+"""Updates that are far larger than the others of their round, which would drown them in the average."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import NamedTuple
+
+FEWEST = 3  # updates whose median says what is usual; two cannot outvote each other
+
+
+class Change(NamedTuple):
+    """How much an update changed the broadcast, in L2 norm, and the rank it was trained at."""
+
+    norm: float
+    rank: int
+
+
+def outliers(changes: Mapping[str, Change], *, ratio: float) -> dict[str, str]:
+    """Say which sites' updates are larger than `ratio` times the median of their rank's, each with the reason.
+
+    A rank with fewer than FEWEST updates is not judged, nor one of which most changed nothing. What is left out is
+    left out whole: scaled down it would still point where its site wants it to.
+    """
+    reasons: dict[str, str] = {}
+    for site, change in sorted(changes.items()):
+        norms = [other.norm for other in changes.values() if other.rank == change.rank]
+        usual = median(norms)
+        if len(norms) >= FEWEST and usual > 0 and change.norm > ratio * usual:
+            reasons[site] = (
+                f"its update changed by a norm of {change.norm:.3g}, more than {ratio:g} times the round's median of "
+                f"{usual:.3g} (max_update_ratio)"
+            )
+    return reasons
