@@ -68,7 +68,8 @@ class RunView:
 
     def _on_bundle(self, event: Event) -> str:
         layers, size = len(event.data["layers"]), event.data["bytes"] / 1e6
-        return f"emulator: {layers} layers, {size:.0f} MB, {event.data['disclosed']:.0%} of the base's parameters"
+        rate, share = event.data["learning_rate"], event.data["disclosed"]
+        return f"emulator: {layers} layers, {size:.0f} MB, {share:.0%} of the base's parameters; learning rate {rate:g}"
 
     def _on_figure(self, event: Event) -> str:
         value = perplexity(event.data["sets"].values())

@@ -7,7 +7,7 @@ from typing import Any
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import from_json, to_plain
 from offsite.protos.figures import perplexity, protection
-from offsite.protos.spec import RunSpec, UpdateMetrics
+from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
 FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
@@ -38,7 +38,7 @@ def assemble(journal: Journal, run: str) -> str:
         "bundle": {key: built["bundle"][key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),
         "strategy": to_plain(spec.strategy),
-        "training": to_plain(spec.training),
+        "training": to_plain(training(spec, built)),
         "rounds": [_round(number, steps, accepted) for number in range(spec.rounds)],
         "overall": overall,
         "sites": sites,
@@ -60,6 +60,11 @@ def assemble(journal: Journal, run: str) -> str:
         "protection": protection(overall),
     }
     return json.dumps(report)
+
+
+def training(spec: RunSpec, built: dict[str, Any]) -> LocalTraining:
+    """Return how the sites of a run train, with what was chosen when its emulator was built."""
+    return LocalTraining(**to_plain(spec.training) | {"learning_rate": built["learning_rate"]})
 
 
 def perplexities(evaluated: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offsite.coordinator.home import Home
-from offsite.coordinator.report import assemble, perplexities, warnings
+from offsite.coordinator.report import assemble, perplexities, training, warnings
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import OffsiteError, RunError, from_status
@@ -122,7 +122,10 @@ class Supervisor:
     def _baselines(self) -> None:
         built = self._journal.steps(self._run)["version:0"]
         self._journal.add_event(
-            self._run, "bundle", **{key: built["bundle"][key] for key in ("layers", "bytes", "disclosed")}
+            self._run,
+            "bundle",
+            learning_rate=built["learning_rate"],
+            **{key: built["bundle"][key] for key in ("layers", "bytes", "disclosed")},
         )
         if not self._spec.evaluation:
             return
@@ -190,7 +193,7 @@ class Supervisor:
             adapter_size=start["size"],
             method=_without_ranks(self._spec.method),
             method_hash=built["method_hash"],
-            training=self._spec.training,
+            training=training(self._spec, built),
         )
         document = to_json(task)
         signature = sign(document, self._home.owner_key, purpose="task")

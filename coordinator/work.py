@@ -29,6 +29,7 @@ from offsite.emulator.examples import read
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES, quicken
+from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json, to_plain
@@ -73,6 +74,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
             adapter = method.start(emulator, layout.outline.places, seed=spec.training.seed, rank=rank)
             method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
             adapters[rank] = _store(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
+        rate = spec.training.learning_rate or suited(method.rate, emulator)
         recovery = None
         if built.recovery:
             recovery = _store(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
@@ -83,6 +85,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
         "base": to_plain(manifest.base),
         "method_hash": digest_bytes(canonical(identity)),
         "broadcast": {site: adapters[method.rank_at(site)] for site in sites},
+        "learning_rate": rate,
         "exact": None,
         "residual": {},
         "recovery": recovery,

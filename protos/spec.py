@@ -25,17 +25,24 @@ Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # buil
 
 @document
 class TrainingSpec:
-    """Local training of one round at one site."""
+    """Local training of one round at one site, as it is asked for."""
 
     steps: Positive = 20  # optimiser steps
     batch_size: Positive = 4  # sequences per step, over all processes of the site
-    learning_rate: Fraction = 5e-4
+    learning_rate: Fraction | None = None  # None: what suits the method and the model
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clipping: Fraction = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
     precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen weights; what trains is always fp32
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+@document
+class LocalTraining(TrainingSpec):
+    """Local training of one round at one site, with nothing left to choose."""
+
+    learning_rate: Fraction
 
 
 @document
@@ -58,9 +65,7 @@ class RunSpec:
     realign_steps: Annotated[int, Field(ge=0)] = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: dict[Name, str] = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     max_update_norm: Fraction = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
-    max_update_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = (
-        5.0  # to the round's median; larger: left out
-    )
+    max_update_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0  # to the round's median, else left out
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds between plug-in figures; 0: only at the end
     merge: bool = False  # also publish the merged model
 
@@ -126,7 +131,7 @@ class TaskSpec:
     adapter_size: Positive
     method: Choice
     method_hash: str  # digest of the base, the method and the layers it trains
-    training: TrainingSpec
+    training: LocalTraining
 
 
 @document

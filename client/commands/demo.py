@@ -27,7 +27,9 @@ def demo(
         int | None, typer.Option(min=5, help="Layers the emulator keeps; four fifths if not given.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW at the sites.")] = 3e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW at the sites. (default: what suits the model)")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 96,
     examples: Annotated[int, typer.Option(min=1, help="Training examples of a built-in site.")] = 72,

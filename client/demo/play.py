@@ -22,10 +22,10 @@ from offsite.client.demo.pooled import PooledJob
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
-from offsite.protos.documents import from_json, to_json
+from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
 from offsite.protos.figures import perplexity, protection
-from offsite.protos.spec import Choice, Manifest, RunSpec, TrainingSpec
+from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
 
 MARK = ".offsite-demo"  # says that a folder is ours to empty
@@ -46,7 +46,7 @@ class Settings:
     steps: int = 6
     keep: int | None = None  # four fifths
     rank: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None  # what suits the model
     batch_size: int = 4
     max_length: int = 96
     examples: int = 72
@@ -198,6 +198,7 @@ class Demo:
         job = PooledJob(
             what=what,
             spec=spec,
+            training=parse(LocalTraining, run.report["training"], where="report: training"),
             manifest=from_json(Manifest, document.read_bytes(), where=str(document)),
             bundle=str(document.with_suffix("")),
             data={site.name: str(site.train) for site in sites},

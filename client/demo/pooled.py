@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.protos.documents import document, from_json, to_plain
-from offsite.protos.spec import Manifest, Name, Positive, RunSpec, Span
+from offsite.protos.spec import LocalTraining, Manifest, Name, Positive, RunSpec, Span
 
 EVALUATION_BATCH = 8
 
@@ -26,6 +26,7 @@ class PooledJob:
 
     what: Literal["bound", "attack"]
     spec: RunSpec
+    training: LocalTraining  # as the sites trained
     manifest: Manifest
     bundle: str  # a site's copy of the emulator
     data: dict[Name, str]  # every site's training examples
@@ -41,7 +42,7 @@ def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, 
     from offsite.emulator.precision import DTYPES
 
     marks = [time.time()]
-    training = job.spec.training
+    training = job.training
     dtype = DTYPES[training.precision]
     if job.what == "attack":
         model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
@@ -73,7 +74,7 @@ def _bound(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float]
     from offsite.emulator import methods
     from offsite.emulator.batches import training_batches
 
-    training, engine_spec = job.spec.training, EngineSpec(name="plain")
+    training, engine_spec = job.training, EngineSpec(name="plain")
     places = {layer: layer for layer in job.manifest.trainable}
     method = methods.make(job.spec.method.name, job.spec.method.settings)
     model = method.attach(model, places, method.start(model, places, seed=training.seed))
@@ -92,9 +93,10 @@ def _attack(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float
     """Train all of the emulator, at a rate that suits whole layers."""
     from offsite.emulator.evaluation.attack import RATE, attack
     from offsite.emulator.tuning.loop import Schedule
+    from offsite.emulator.tuning.rates import suited
 
-    training = job.spec.training
-    schedule = Schedule(job.steps, RATE, batch_size=training.batch_size, seed=training.seed)
+    training = job.training
+    schedule = Schedule(job.steps, suited(RATE, model), batch_size=training.batch_size, seed=training.seed)
     return attack(model, encoded, schedule, tell=lambda step, _, loss: tell(step, loss))
 
 

@@ -42,13 +42,15 @@ def compare(
     steps: Annotated[int, typer.Option(help="Optimiser steps of every tuning.", min=1)] = 40,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of every tuning. (default: what suits each method)")
+        float | None, typer.Option(help="Of every tuning. (default: what suits each method and the model)")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; longer ones are cut.", min=2)] = 256,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of frozen weights.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of starting values and the order of examples.", min=0)] = 0,
     attack_steps: Annotated[int | None, typer.Option(help="Steps of an attack. (default: --steps)", min=1)] = None,
-    attack_learning_rate: Annotated[float, typer.Option(help="Of the attacks, which train all of it.")] = 2e-4,
+    attack_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the attacks, which train all of it. (default: what suits the model)")
+    ] = None,
     protected_from: Annotated[
         float | None,
         typer.Option(

@@ -21,6 +21,7 @@ from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos.documents import to_plain
 from offsite.protos.figures import perplexity
@@ -59,7 +60,7 @@ class Bench:
 
     def train(self, model: nn.Module, parameters: dict[str, nn.Parameter], method: Method, what: str) -> None:
         """Train as a site does, on what a site would have."""
-        rate = self.plan.learning_rate or method.rate
+        rate = self.plan.learning_rate or suited(method.rate, model)
         tune(
             model,
             parameters,

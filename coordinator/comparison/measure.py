@@ -17,10 +17,11 @@ from offsite.coordinator.recipes import render
 from offsite.emulator import bundle, methods
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import training_batches
-from offsite.emulator.evaluation.attack import attack
+from offsite.emulator.evaluation.attack import RATE, attack
 from offsite.emulator.evaluation.cost import Cost, costs
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
+from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
 
@@ -102,7 +103,7 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
 def _emulated(bench: Bench, built: Built, emulator: nn.Module) -> Emulated:
     """Measure an emulator, then attack it by training all of it: "unfreeze" on a site's data, "heal" on public text."""
     plan = bench.plan
-    way = schedule(plan.training, steps=plan.attack_steps, rate=plan.attack_learning_rate)
+    way = schedule(plan.training, steps=plan.attack_steps, rate=plan.attack_learning_rate or suited(RATE, emulator))
     zero_shot = bench.score(emulator)
     attacks = {}
     for name, text in zip(ATTACKS, (bench.texts.train, bench.texts.public), strict=True):

@@ -8,7 +8,6 @@ from pydantic import Field
 from offsite.coordinator.comparison.rows import Candidate
 from offsite.coordinator.recipes import gather, render
 from offsite.emulator import builders, methods, placements
-from offsite.emulator.evaluation.attack import RATE
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.spec import Choice, Fraction, Positive, TrainingSpec
@@ -26,9 +25,9 @@ class Plan:
     calibration: str = ""  # for builders to look at, such as the task's; empty: the public text
     general: str = ""  # to measure general ability on; empty: the second half of the public text
     training: TrainingSpec = Field(default_factory=TrainingSpec)
-    learning_rate: Fraction | None = None  # of tuning; None: each method's own
+    learning_rate: Fraction | None = None  # of tuning; None: what suits each method and the model
     attack_steps: Positive
-    attack_learning_rate: Fraction = RATE
+    attack_learning_rate: Fraction | None = None  # None: what suits whole layers of the model
     protected_from: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # nats
     tasks: tuple[str, ...] = ()  # of lm-eval
     limit: Positive | None = None  # questions of a task

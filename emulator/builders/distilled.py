@@ -13,8 +13,10 @@ from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Draft, Material, Outline, Stage
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter, Method
-from offsite.emulator.tuning import distil
+from offsite.emulator.tuning import distil, rates
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
+
+RATE = 3e-4
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Distilled:
     """
 
     steps: int = 200
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None  # None: RATE, as it suits the model
     batch_size: int = 4
     kd_weight: float = 30.0  # of the distance between hidden states
     lm_weight: float = 1.0  # of the loss of the text
@@ -43,13 +45,13 @@ class Distilled:
             raise ValueError(
                 f"kd_weight and lm_weight must not be negative, nor both 0, got {self.kd_weight} and {self.lm_weight}"
             )
-        self.schedule()
+        self.schedule(RATE)
 
-    def schedule(self) -> Schedule:
-        """Return how it trains; raises ValueError."""
+    def schedule(self, suited: float) -> Schedule:
+        """Return how it trains, at its own rate or at the one that suits the model; raises ValueError."""
         return Schedule(
             self.steps,
-            self.learning_rate,
+            suited if self.learning_rate is None else self.learning_rate,
             batch_size=self.batch_size,
             warmup_steps=min(self.warmup_steps, self.steps),  # realignment takes few steps
             decay="cosine",
@@ -143,7 +145,7 @@ def _distil(
         attach(tuned),
         parameters,
         material.encoded,
-        settings.schedule(),
+        settings.schedule(rates.suited(RATE, model)),
         loss=distil.loss(teacher.eval(), ends, kd_weight=settings.kd_weight, lm_weight=settings.lm_weight),
         state=material.scratch and material.scratch / f"distilled-{work[:16]}.safetensors",
         tell=lambda step, steps, _: material.tell(settings.name, step, steps),

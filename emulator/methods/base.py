@@ -69,7 +69,7 @@ class Method(Protocol):
 
     name: ClassVar[str]
     kind: ClassVar[str]  # how its adapters may be aggregated: "low-rank" or "linear"
-    rate: ClassVar[float]  # a learning rate to begin with
+    rate: ClassVar[float]  # the learning rate that `tuning.rates` begins with
 
     def rank_at(self, site: str) -> int:
         """The rank a site trains at; 0 for methods without one."""

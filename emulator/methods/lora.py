@@ -34,7 +34,7 @@ class Lora:
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[str] = "low-rank"
-    rate: ClassVar[float] = 1e-3
+    rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
 
     def __post_init__(self) -> None:
         """Check the ranges."""

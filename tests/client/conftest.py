@@ -16,7 +16,7 @@ from offsite.emulator.builders.base import Outline
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import to_json
-from offsite.protos.spec import BaseRef, Choice, Manifest, TaskSpec, TrainingSpec
+from offsite.protos.spec import BaseRef, Choice, LocalTraining, Manifest, TaskSpec
 
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))
 METHOD = Choice(name="lora", settings={"rank": 4, "alpha": 8.0})
@@ -98,7 +98,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             adapter_size=1,
             method=METHOD,
             method_hash=DIGEST,
-            training=TrainingSpec(**settings),
+            training=LocalTraining(**settings),
         )
         return TrainerJob(
             bundle=str(site_files / "bundle"),

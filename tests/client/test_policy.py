@@ -7,7 +7,7 @@ import pytest
 
 from offsite.client.site.policy import Policy
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest, TaskSpec, TrainingSpec
+from offsite.protos.spec import BaseRef, Choice, FileEntry, LocalTraining, Manifest, TaskSpec
 
 BASE, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 POLICY: dict[str, Any] = {
@@ -20,7 +20,7 @@ def task(**changes: Any) -> TaskSpec:
     fields: dict[str, Any] = {
         **{"run": "r", "round": 0, "rounds": 3, "site": "bank", "attempt": 0, "base": BASE},
         **{"manifest": OTHER, "manifest_size": 1, "adapter": OTHER, "adapter_size": 1 << 20, "method_hash": OTHER},
-        **{"method": Choice(name="lora"), "training": TrainingSpec(steps=10)},
+        **{"method": Choice(name="lora"), "training": LocalTraining(learning_rate=1e-3, steps=10)},
     }
     return TaskSpec(**{**fields, **changes})
 
@@ -50,11 +50,11 @@ def test_what_is_within_every_bound_is_allowed() -> None:
     [
         ({"base": OTHER}, "bases"),
         ({"method": Choice(name="blocks")}, "methods"),
-        ({"training": TrainingSpec(steps=11)}, "max_steps"),
-        ({"training": TrainingSpec(steps=1)}, "min_steps"),
-        ({"training": TrainingSpec(steps=2, gradient_clipping=1e-4)}, "min_gradient_clipping"),
-        ({"training": TrainingSpec(steps=2, batch_size=1025)}, "max_batch_size"),
-        ({"training": TrainingSpec(steps=2, max_length=131073)}, "max_length"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=11)}, "max_steps"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=1)}, "min_steps"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, gradient_clipping=1e-4)}, "min_gradient_clipping"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, batch_size=1025)}, "max_batch_size"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, max_length=131073)}, "max_length"),
         ({"rounds": 4}, "max_rounds"),
         ({"adapter_size": (1 << 20) + 1}, "max_upload_mib"),
     ],

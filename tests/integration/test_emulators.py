@@ -15,6 +15,7 @@ from offsite.client.site.job import TrainerJob
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.recipes import parse, parse_one
+from offsite.coordinator.report import training
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.work import perform
 from offsite.protos.documents import from_json, to_json
@@ -61,7 +62,11 @@ class Round:
         task = TaskSpec(
             **{"run": "r", "round": 0, "rounds": 1, "site": site, "attempt": 0, "base": listed.base.digest},
             **{"manifest": manifest, "manifest_size": 1, "adapter": sent["digest"], "adapter_size": 1},
-            **{"method": self.spec.method, "method_hash": self.built["method_hash"], "training": self.spec.training},
+            **{
+                "method": self.spec.method,
+                "method_hash": self.built["method_hash"],
+                "training": training(self.spec, self.built),
+            },
         )
         job = TrainerJob(
             bundle=str(bundle),

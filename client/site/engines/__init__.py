@@ -8,10 +8,10 @@ from offsite.client.site.engines.base import Engine, Ranks, join
 from offsite.client.site.engines.plain import Plain
 from offsite.client.site.engines.zero import Zero
 from offsite.client.site.job import EngineSpec
-from offsite.protos.spec import TrainingSpec
+from offsite.protos.spec import LocalTraining
 
 # Called with the attached model, its trained parameters by adapter key, and how and by whom they are trained.
-ENGINES: dict[str, Callable[[nn.Module, Mapping[str, nn.Parameter], TrainingSpec, EngineSpec, Ranks], Engine]] = {
+ENGINES: dict[str, Callable[[nn.Module, Mapping[str, nn.Parameter], LocalTraining, EngineSpec, Ranks], Engine]] = {
     "plain": Plain,
     "deepspeed": Zero,
 }

@@ -19,7 +19,7 @@ from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation import fidelity
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos.errors import InputError, ResourceError
-from offsite.protos.spec import TrainingSpec
+from offsite.protos.spec import LocalTraining
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _device(spec: EngineSpec, index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_rows(training: TrainingSpec, ranks: Ranks) -> None:
+def check_rows(training: LocalTraining, ranks: Ranks) -> None:
     """Raise InputError if some process would have no row of a batch."""
     if training.batch_size < ranks.world:
         raise InputError(
@@ -79,12 +79,12 @@ def check_rows(training: TrainingSpec, ranks: Ranks) -> None:
         )
 
 
-def optimizer(parameters: list[nn.Parameter], training: TrainingSpec) -> AdamW:
+def optimizer(parameters: list[nn.Parameter], training: LocalTraining) -> AdamW:
     """Return a fresh AdamW (Loshchilov and Hutter, arXiv 1711.05101) with torch's default moments."""
     return AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
-def warm_up(optimizer: Optimizer, training: TrainingSpec, step: int) -> None:
+def warm_up(optimizer: Optimizer, training: LocalTraining, step: int) -> None:
     """Set the learning rate of a step of this round, from 0: linear over the warm-up, then constant."""
     share = min(1.0, (step + 1) / (training.warmup_steps + 1))
     for group in optimizer.param_groups:

@@ -10,7 +10,7 @@ from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer,
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
-from offsite.protos.spec import TrainingSpec
+from offsite.protos.spec import LocalTraining
 
 
 class Plain:
@@ -20,7 +20,7 @@ class Plain:
         self,
         model: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        training: TrainingSpec,
+        training: LocalTraining,
         spec: EngineSpec,
         ranks: Ranks,
     ) -> None:

@@ -14,7 +14,7 @@ from offsite.client.site.job import EngineSpec
 from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos.errors import InputError
-from offsite.protos.spec import TrainingSpec
+from offsite.protos.spec import LocalTraining
 
 
 class Zero:
@@ -24,7 +24,7 @@ class Zero:
         self,
         model: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        training: TrainingSpec,
+        training: LocalTraining,
         spec: EngineSpec,
         ranks: Ranks,
     ) -> None:
@@ -63,7 +63,7 @@ class Zero:
             return method.state(model, places)
 
 
-def configuration(spec: EngineSpec, training: TrainingSpec, ranks: Ranks) -> dict[str, Any]:
+def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a job."""
     zero: dict[str, Any] = {"stage": spec.zero_stage}
     if spec.offload:
