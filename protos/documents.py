@@ -4,60 +4,87 @@ Canonical JSON (sorted keys, no spaces) gives equal documents equal bytes, so a 
 """
 
 import json
+import reprlib
 import tomllib
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _dataclass
+from pydantic_core import from_json as _read_json
+from pydantic_core import to_jsonable_python
 
 from offsite.protos.errors import InputError
+from offsite.protos.ranges import check_plain
 
 T = TypeVar("T")
+
+TOML_BYTES = 1 << 20
+_MEANT = {
+    "Input should be a valid array": "expected a list",
+    "Input should be an object": "expected a table",
+    "Input should be a valid tuple": "expected a list",
+    "Input should be a valid dictionary": "expected a table",
+}
+_adapter: Any = cache(TypeAdapter)
+_quoting = reprlib.Repr()
+_quoting.maxstring = _quoting.maxother = 120
+_quoting.maxlevel, _quoting.maxlong = 3, 40
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def document(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only dataclass whose fields are checked and whose unknown keys are refused."""
+    """Make a frozen, keyword-only dataclass whose fields are checked and whose unknown keys are refused.
+
+    Its fields have bounds, as `ranges` has them; a document that is read is also held to its types strictly.
+    """
     made: Any = _dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
     checked: type[T] = made
     return checked
 
 
-def _sentence(where: str, error: ValidationError) -> str:
-    """Name the first fault by its place: ``run spec: training.steps: Input should be ... (got 0)``."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    got = f" (got {first['input']!r})" if first["type"] != "missing" else ""
-    return f"{where}: {place + ': ' if place else ''}{first['msg']}{got}"
-
-
 def parse(cls: type[T], value: Any, *, where: str) -> T:
     """Check a plain value against a document class; raises InputError that names the field and what was expected."""
     try:
-        return TypeAdapter(cls).validate_python(value)
+        value = to_jsonable_python(value)
+        check_plain(value)
+        made: T = _adapter(cls).validate_json(canonical(value), strict=True)
+        return made
     except ValidationError as error:
-        raise InputError(_sentence(where, error)) from None
+        raise InputError(f"{where}: {_fault(cls, error, value)}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {plain(str(error), most=200)}") from None
 
 
 def from_json(cls: type[T], text: bytes | str, *, where: str) -> T:
     """Read a document from JSON; raises InputError."""
     try:
-        value = json.loads(text)
+        value = _read_json(text.encode() if isinstance(text, str) else text, allow_inf_nan=False)
     except ValueError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
+        raise InputError(f"{where}: not JSON: {plain(str(error), most=200)}") from None
     return parse(cls, value, where=where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file as plain data; raises InputError."""
+    """Read a TOML file of at most a MiB as plain data; raises InputError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(TOML_BYTES + 1)
+        if len(data) > TOML_BYTES:
+            raise InputError(f"{path}: not a settings file: it has more than {TOML_BYTES} bytes")
+        value = tomllib.loads(data.decode("utf-8-sig"))
+        check_plain(value)
+        return value
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: lists or tables nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not TOML: {plain(str(error), most=200)}") from None
 
 
 def from_toml(cls: type[T], path: Path) -> T:
@@ -79,14 +106,14 @@ def assign(settings: Iterable[str], value: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f"--set {setting}: {table} is not a table")
         try:
             place[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             place[name] = text
     return value
 
 
 def to_plain(value: Any) -> Any:
     """Return a document as dicts, lists, strings and numbers."""
-    return TypeAdapter(type(value)).dump_python(value, mode="json")
+    return _adapter(type(value)).dump_python(value, mode="json")
 
 
 def to_json(value: Any) -> bytes:
@@ -101,4 +128,49 @@ def canonical(value: Any) -> bytes:
 
 def plain(text: str, *, most: int = 2000) -> str:
     """Make another party's text fit for a log and a terminal: one line, no control characters, not without end."""
-    return "".join(character if character.isprintable() else " " for character in text)[:most]
+    return "".join(character if character.isprintable() else " " for character in text[:most])
+
+
+def quoted(value: Any) -> str:
+    """Quote a value in a message, in at most some two hundred characters."""
+    return plain(_quoting.repr(value), most=200)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Say which of the known names was meant, or name them all."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+
+
+def inner(kind: Any, part: Any) -> Any:
+    """Return the type of what a type holds under a field's name, a key or an index; Any where it is not known."""
+    if is_dataclass(kind):
+        return get_type_hints(kind, include_extras=True).get(str(part), Any)
+    held = [one for one in get_args(kind) if one not in (type(None), ...)]
+    if hasattr(kind, "__metadata__") or type(None) in get_args(kind):  # Annotated, or optional
+        return inner(held[0], part)
+    return held[-1] if held else Any
+
+
+def _fault(cls: Any, error: ValidationError, value: Any) -> str:
+    """Name the first fault by its place: ``training.steps: Input should be ... (got 0)``."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    *parents, last = first["loc"] or ("",)
+    place = plain(".".join(str(part) for part in first["loc"]), most=100)
+    place += ": " if place else ""
+    if first["type"] == "unexpected_keyword_argument":
+        for part in parents:
+            cls = inner(cls, part)
+        names = [field.name for field in fields(bare(cls))]
+        return f"{place}there is no such field; {nearest(str(last), names)}"
+    if first["type"] == "missing":
+        return f"{place}{first['msg']}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}{_MEANT.get(message, plain(message, most=300))} (got {quoted(first['input'])})"
+
+
+def bare(kind: Any) -> Any:
+    """Return the class behind an annotated or optional one."""
+    while not is_dataclass(kind) and get_args(kind):
+        kind = next(one for one in get_args(kind) if one is not type(None))
+    return kind

@@ -1,23 +1,45 @@
 """The documents both ends agree on: what a person submits, what a site is asked to do, what it answers."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from offsite.protos.documents import document
+from offsite.protos.ranges import (
+    LARGEST,
+    AboveZero,
+    Amount,
+    AtLeastZero,
+    Count,
+    Digest,
+    Finite,
+    Flag,
+    Line,
+    Moment,
+    Name,
+    Place,
+    Positive,
+    Seed,
+    Settings,
+    Word,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DEPTHS = 10_000  # layers of a model, at most
+Layers = Annotated[tuple[Count, ...], Field(max_length=DEPTHS)]
+Shared = Annotated[dict[Count, Count], Field(max_length=DEPTHS)]
+Names = Annotated[tuple[Name, ...], Field(max_length=1024)]
+Exams = Annotated[dict[Name, Place], Field(max_length=256)]
+Ratio = Annotated[float, Field(strict=True, gt=1, le=LARGEST, allow_inf_nan=False)]
+Shape = tuple[Positive, Positive]  # d_out, d_in
+Narrow = Annotated[dict[Count, Annotated[dict[Word, Shape], Field(max_length=256)]], Field(max_length=DEPTHS)]
 
 
 @document
 class Choice:
     """A plug-in by name and its settings; the family that owns it checks the settings."""
 
-    name: str
-    settings: dict[str, Any] = Field(default_factory=dict)
+    name: Word
+    settings: Settings = Field(default_factory=dict)
 
 
 Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # builders, in the order they work
@@ -29,64 +51,64 @@ class TrainingSpec:
 
     steps: Positive = 20  # optimiser steps
     batch_size: Positive = 4  # sequences per step, over all processes of the site
-    learning_rate: Fraction | None = None  # None: what suits the method and the model
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    gradient_clipping: Fraction = 1.0
+    learning_rate: AboveZero | None = None  # None: what suits the method and the model
+    warmup_steps: Count = 0
+    weight_decay: AtLeastZero = 0.0
+    gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
     precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen weights; what trains is always fp32
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 @document
 class LocalTraining(TrainingSpec):
     """Local training of one round at one site, with nothing left to choose."""
 
-    learning_rate: Fraction
+    learning_rate: AboveZero
 
 
 @document
 class RunSpec:
     """One job of several rounds."""
 
-    model: str  # at the coordinator: a path, a hub id or a name from the model zoo
-    name: str = ""
+    model: Place  # at the coordinator: a path, a hub id or a name from the model zoo
+    name: Line = ""
     builders: Chain = (Choice(name="crash"),)
     trainable: Choice = Field(default_factory=lambda: Choice(name="ends"))  # which layers train
     method: Choice = Field(default_factory=lambda: Choice(name="lora"))
     strategy: Choice = Field(default_factory=lambda: Choice(name="low-rank"))
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     rounds: Positive = 1
-    sites: tuple[Name, ...] = ()  # empty: every site that is enrolled when the run starts
+    sites: Names = ()  # empty: every site that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
-    stall_s: Fraction = 900.0  # a task that has got no further for this long is left out of the round
-    public: str = ""  # at the coordinator: public text that builders may look at and tune on
-    calibration: str = ""  # at the coordinator: text that builders look at instead, such as the task's; never tuned on
-    realign_steps: Annotated[int, Field(ge=0)] = 0  # between rounds, of tuning the emulator beside the new adapter
-    evaluation: dict[Name, str] = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
-    max_update_norm: Fraction = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
-    max_update_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0  # to the round's median, else left out
-    evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds between plug-in figures; 0: only at the end
-    merge: bool = False  # also publish the merged model
+    stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
+    public: Place = ""  # at the coordinator: public text that builders may look at and tune on
+    calibration: Place = ""  # there too: text that builders look at instead, such as the task's; never tuned on
+    realign_steps: Count = 0  # between rounds, of tuning the emulator beside the new adapter
+    evaluation: Exams = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
+    max_update_norm: AboveZero = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
+    max_update_ratio: Ratio = 5.0  # to the round's median, else left out
+    evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end
+    merge: Flag = False  # also publish the merged model
 
 
 @document
 class BaseRef:
     """The owner's full model, named but not shown."""
 
-    name: str
-    digest: str  # of its configuration and weight files
+    name: Place
+    digest: Digest  # of its configuration and weight files
     layers: Positive
-    parameters: Positive
+    parameters: Amount
 
 
 @document
 class FileEntry:
     """One file of a bundle."""
 
-    path: str
-    digest: str
-    size: Annotated[int, Field(ge=0)]
+    path: Place
+    digest: Digest
+    size: Amount
 
 
 @document
@@ -94,7 +116,7 @@ class Packing:
     """Which layers' linear maps are stored in a format of few bits."""
 
     format: Choice
-    places: tuple[int, ...]
+    places: Layers
 
 
 @document
@@ -104,33 +126,33 @@ class Manifest:
     format: Literal[1] = 1
     base: BaseRef
     builders: Chain
-    layers: tuple[int, ...]
-    trainable: tuple[int, ...]  # layer ids of the base
-    shared: dict[int, int] = Field(default_factory=dict)  # position -> position whose parameters it has
+    layers: Layers
+    trainable: Layers  # layer ids of the base
+    shared: Shared = Field(default_factory=dict)  # position -> position whose parameters it has
     packed: Packing | None = None
-    narrow: dict[int, dict[str, tuple[int, int]]] = Field(default_factory=dict)  # position -> map -> (d_out, d_in)
-    parameters: Positive  # of the emulator, as it computes
-    verbatim: Annotated[int, Field(ge=0)]  # parameters of the base that it holds as they are
-    lossy: Annotated[int, Field(ge=0)]  # and those it holds in a format of few bits
-    files: tuple[FileEntry, ...]
+    narrow: Narrow = Field(default_factory=dict)  # position -> map -> (d_out, d_in)
+    parameters: Amount  # of the emulator, as it computes
+    verbatim: Amount  # parameters of the base that it holds as they are
+    lossy: Amount  # and those it holds in a format of few bits
+    files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000)]
 
 
 @document
 class TaskSpec:
     """One round's work for one site; signed by the model owner."""
 
-    run: str
-    round: Annotated[int, Field(ge=0)]
+    run: Name
+    round: Count
     rounds: Positive
     site: Name
-    attempt: Annotated[int, Field(ge=0)]
-    base: str  # digest of the full model
-    manifest: str  # digest of the bundle's manifest
-    manifest_size: Positive
-    adapter: str  # digest of the broadcast adapter
-    adapter_size: Positive
+    attempt: Count
+    base: Digest  # digest of the full model
+    manifest: Digest  # digest of the bundle's manifest
+    manifest_size: Amount
+    adapter: Digest  # digest of the broadcast adapter
+    adapter_size: Amount
     method: Choice
-    method_hash: str  # digest of the base, the method and the layers it trains
+    method_hash: Digest  # digest of the base, the method and the layers it trains
     training: LocalTraining
 
 
@@ -139,8 +161,13 @@ class Span:
     """A stretch of wall-clock time, in seconds since the epoch."""
 
     kind: Literal["loading", "training", "evaluation", "building", "aggregation", "download", "transfer"]
-    start: Finite
-    end: Finite
+    start: Moment
+    end: Moment
+
+    def __post_init__(self) -> None:
+        """Refuse a stretch that ends before it begins."""
+        if self.end < self.start:
+            raise ValueError("a span must not end before it begins")
 
 
 @document
@@ -148,8 +175,8 @@ class UpdateMetrics:
     """What a site tells beside its update; no text of its data."""
 
     examples: Positive  # distinct training examples seen, the update's weight
-    tokens: Positive  # target tokens trained on
-    losses: tuple[Finite, ...]  # mean loss of each step
+    tokens: Annotated[Amount, Field(ge=1)]  # target tokens trained on
+    losses: Annotated[tuple[Finite, ...], Field(max_length=100_000)]  # mean loss of each step
     spans: Annotated[tuple[Span, ...], Field(max_length=16)] = ()
-    engine: Annotated[str, Field(max_length=200)]
-    peak_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    engine: Line
+    peak_memory_bytes: Amount = 0

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.protos.documents import document, from_json, to_plain
-from offsite.protos.spec import LocalTraining, Manifest, Name, Positive, RunSpec, Span
+from offsite.protos.ranges import Name, Positive
+from offsite.protos.spec import LocalTraining, Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
 
@@ -60,9 +61,9 @@ def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, 
         sets[name] = {"nll": found.nll, "tokens": found.tokens}
     marks.append(time.time())
     spans = [
-        Span(kind="loading", start=marks[0], end=marks[1]),
-        Span(kind="training", start=marks[1], end=marks[2]),
-        Span(kind="evaluation", start=marks[2], end=marks[3]),
+        Span(kind="loading", start=marks[0], end=max(marks[:2])),
+        Span(kind="training", start=marks[1], end=max(marks[1:3])),
+        Span(kind="evaluation", start=marks[2], end=max(marks[2:4])),
     ]
     return {"sets": sets, "spans": [to_plain(span) for span in spans]}
 

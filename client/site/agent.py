@@ -156,7 +156,7 @@ class Agent:
     def _train(self, task: TaskSpec, folder: Path, reporter: "Reporter") -> None:
         start = time.time()
         manifest, bundle, adapter = self._fetch(task, reporter)
-        fetched = Span(kind="transfer", start=start, end=time.time())
+        fetched = Span(kind="transfer", start=start, end=max(start, time.time()))
         reporter.now(pb.LOADING)
         job = TrainerJob(
             bundle=str(bundle),

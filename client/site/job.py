@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from offsite.protos.documents import document
-from offsite.protos.spec import Manifest, Positive, TaskSpec
+from offsite.protos.ranges import AboveZero, Count, Flag, Place, Positive
+from offsite.protos.spec import Manifest, TaskSpec
 
 
 @document
@@ -14,10 +15,10 @@ class EngineSpec:
 
     name: Literal["plain", "deepspeed"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 2  # what deepspeed spreads: 1 optimiser, 2 and gradients, 3 and parameters
-    offload: bool = False  # deepspeed only, from stage 1: keep what is spread in main memory
+    offload: Flag = False  # deepspeed only, from stage 1: keep what is spread in main memory
     processes: Positive = 1  # one for each GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPUs if there are any
-    threads: Annotated[int, Field(ge=0)] = 0  # of each process; 0: as the environment says
+    threads: Count = 0  # of each process; 0: as the environment says
 
     def __post_init__(self) -> None:
         """Refuse an offload that would do nothing."""
@@ -40,14 +41,15 @@ class EngineSpec:
 class TrainerJob:
     """One task, with everything it needs on local disk. Paths are absolute."""
 
-    bundle: str  # folder
+    bundle: Place  # folder
     manifest: Manifest
-    adapter: str  # the broadcast, a safetensors file
-    data: str  # a file or folder of examples
-    folders: tuple[str, ...] = ()  # out of which no link in the data may lead, as the site's policy says
+    adapter: Place  # the broadcast, a safetensors file
+    data: Place  # a file or folder of examples
+    # Out of these no link in the data may lead, as the site's policy says.
+    folders: Annotated[tuple[Place, ...], Field(max_length=256)] = ()
     odd_rows: Literal["skip", "refuse"] = "skip"
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
-    max_emulator_perplexity: float | None = None  # as the site's policy says, and so is the next
+    max_emulator_perplexity: AboveZero | None = None  # as the site's policy says, and so is the next
     suspicious: Literal["refuse", "warn"] = "refuse"
-    out: str  # folder, made by the trainer: update.safetensors and metrics.json
+    out: Place  # folder, made by the trainer: update.safetensors and metrics.json

@@ -74,8 +74,8 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
             tokens=tokens,
             losses=tuple(losses),
             spans=(
-                Span(kind="loading", start=started, end=loaded),
-                Span(kind="training", start=loaded, end=time.time()),
+                Span(kind="loading", start=started, end=max(started, loaded)),
+                Span(kind="training", start=loaded, end=max(loaded, time.time())),
             ),
             engine=f"{job.engine.title}, {ranks.device.type}",
             peak_memory_bytes=_peak_memory_bytes(),

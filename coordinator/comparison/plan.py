@@ -1,7 +1,7 @@
 """What is to be compared, and whether it can be: judged before anything is built."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -10,25 +10,26 @@ from offsite.coordinator.recipes import gather, render
 from offsite.emulator import builders, methods, placements
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
-from offsite.protos.spec import Choice, Fraction, Positive, TrainingSpec
+from offsite.protos.ranges import AboveZero, Place, Positive
+from offsite.protos.spec import Choice, TrainingSpec
 
 
 @document
 class Plan:
     """A comparison; texts are paths of examples."""
 
-    model: str
+    model: Place
     candidates: tuple[Candidate, ...]
-    train: str  # what a site would have
-    held_out: str  # the same kind of text, to measure on
-    public: str  # for builders that look at text, and for the attack that heals
-    calibration: str = ""  # for builders to look at, such as the task's; empty: the public text
-    general: str = ""  # to measure general ability on; empty: the second half of the public text
+    train: Place  # what a site would have
+    held_out: Place  # the same kind of text, to measure on
+    public: Place  # for builders that look at text, and for the attack that heals
+    calibration: Place = ""  # for builders to look at, such as the task's; empty: the public text
+    general: Place = ""  # to measure general ability on; empty: the second half of the public text
     training: TrainingSpec = Field(default_factory=TrainingSpec)
-    learning_rate: Fraction | None = None  # of tuning; None: what suits each method and the model
+    learning_rate: AboveZero | None = None  # of tuning; None: what suits each method and the model
     attack_steps: Positive
-    attack_learning_rate: Fraction | None = None  # None: what suits whole layers of the model
-    protected_from: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # nats
+    attack_learning_rate: AboveZero | None = None  # None: what suits whole layers of the model
+    protected_from: AboveZero | None = None  # nats
     tasks: tuple[str, ...] = ()  # of lm-eval
     limit: Positive | None = None  # questions of a task
 

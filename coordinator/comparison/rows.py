@@ -1,14 +1,14 @@
 """What a comparison measures and says, as documents: a row for each candidate, then what follows from all rows."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from offsite.coordinator.recipes import render
 from offsite.protos.documents import document
-from offsite.protos.spec import Chain, Choice, Finite
+from offsite.protos.ranges import Amount, Finite
+from offsite.protos.spec import Chain, Choice, Layers
 
-Count = Annotated[int, Field(ge=0)]
 FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned")
 ATTACKS = ("unfreeze", "heal")
 
@@ -32,7 +32,7 @@ class Predicted:
     """How well a text was predicted."""
 
     nll: Finite  # nats, over all tokens
-    tokens: Count
+    tokens: Amount
     perplexity: Finite
 
 
@@ -44,7 +44,7 @@ class Answered:
     stderr: Finite
     normalised: Finite  # by the choices' lengths in characters
     normalised_stderr: Finite
-    n: Count
+    n: Amount
 
 
 @document
@@ -60,8 +60,8 @@ class Score:
 class ClientStep:
     """What one optimiser step costs a site."""
 
-    flops: Count
-    peak_bytes: Count  # weights, activations, gradients and moments
+    flops: Amount
+    peak_bytes: Amount  # weights, activations, gradients and moments
     cpu_s: Finite  # of all threads
 
 
@@ -69,14 +69,14 @@ class ClientStep:
 class Emulated:
     """What was measured of an emulator, whatever trains in it."""
 
-    layers: tuple[int, ...]
-    trained: tuple[int, ...]  # layer ids of the base
+    layers: Layers
+    trained: Layers  # layer ids of the base
     zero_shot: Score
     attacks: dict[str, Score]
-    verbatim: Count  # parameters of the base that the bundle holds as they are
-    lossy: Count  # and in a format of few bits
-    parameters: Count  # of the base
-    bytes: Count  # of the bundle
+    verbatim: Amount  # parameters of the base that the bundle holds as they are
+    lossy: Amount  # and in a format of few bits
+    parameters: Amount  # of the base
+    bytes: Amount  # of the bundle
 
 
 @document
@@ -113,7 +113,7 @@ class Protection:
 class Row:
     """A candidate, and what was found or why nothing was."""
 
-    number: int
+    number: Amount
     label: str  # the parts of its name in which candidates differ
     candidate: Candidate
     fault: str = ""
@@ -133,7 +133,7 @@ class Comparison:
     settings: dict[str, Any]  # what all candidates have in common
     public: str  # the file of public text that the emulators were built with
     rows: tuple[Row, ...]
-    recommended: int | None  # a row's number
+    recommended: Amount | None  # a row's number
     reason: str
 
     @property

@@ -63,7 +63,11 @@ def test_data_outside_the_policy_is_refused(kits: Path) -> None:
 
 def test_a_policy_with_a_mistake_is_named_by_field(kits: Path) -> None:
     (kits / "odd.toml").write_text('bases = ["any"]\ndata = []\nmax_step = 5\n')
-    refused(offsite(*join(kits, policy="odd.toml")), 3, "odd.toml: max_step")
+    refused(
+        offsite(*join(kits, policy="odd.toml")),
+        3,
+        "odd.toml: max_step: there is no such field; did you mean max_steps?",
+    )
 
 
 def test_a_kit_of_another_role_or_none_is_refused(kits: Path) -> None:
@@ -80,7 +84,11 @@ def test_a_coordinator_that_is_not_there_has_its_exit_code(kits: Path) -> None:
 def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
     (kits / "run.toml").write_text('model = "m"\nround = 3\n')
     where = ["--coordinator", "127.0.0.1:1", "--identity", str(kits / "pki" / "alice")]
-    refused(offsite("run", "submit", str(kits / "run.toml"), *where), 3, "run.toml: round: Unexpected keyword")
+    refused(
+        offsite("run", "submit", str(kits / "run.toml"), *where),
+        3,
+        "run.toml: round: there is no such field; did you mean rounds?",
+    )
     refused(offsite("run", "submit", "--set", "rounds", *where), 3, "--set rounds: expected NAME=VALUE")
 
 

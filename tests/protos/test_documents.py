@@ -27,7 +27,7 @@ def test_equal_documents_have_equal_bytes() -> None:
     [
         ({}, "run spec: model: Field required"),
         ({"model": "m", "rounds": 0}, "run spec: rounds: .* greater than or equal to 1 .got 0."),
-        ({"model": "m", "epochs": 1}, "run spec: epochs: Unexpected"),
+        ({"model": "m", "epochs": 1}, "run spec: epochs: there is no such field; expected one of model, name"),
         ({"model": "m", "training": {"steps": "many"}}, "run spec: training.steps: .*integer"),
         ({"model": "m", "sites": ["../a"]}, "run spec: sites.0: .*pattern"),
     ],
