@@ -204,7 +204,7 @@ def material(
     """
 
     def encoded(path: Path | None) -> list[Encoded]:
-        return encode(read(path), tokenizer, max_length=PUBLIC_TOKENS) if path else []
+        return encode(read(path), tokenizer, max_length=PUBLIC_TOKENS, divide=False) if path else []
 
     public_text = encoded(public)
     looked_at = (encoded(calibration) or public_text)[:CALIBRATION_EXAMPLES]

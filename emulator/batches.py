@@ -1,16 +1,19 @@
 """From examples to batches of token ids, with the loss on what the model should answer."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from offsite.emulator.examples import Example
+from offsite.emulator import chat
+from offsite.emulator.examples import Example, Fault, LeftOut
+from offsite.emulator.examples.census import Counter
 from offsite.emulator.seeds import generator
 
+log = logging.getLogger(__name__)
 IGNORED = -100  # the label of a position that carries no loss
 
 
@@ -48,27 +51,102 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, *, max_length: int) -> list[Encoded]:
-    """Encode examples, cut on the right to `max_length` tokens; those left without a target are dropped.
+@dataclass(frozen=True)
+class Encoding:
+    """Sequences to learn from, and what became of the examples on the way."""
 
-    Raises ValueError if all are dropped, or if the tokenizer's chat template refuses or rewrites turns.
+    sequences: list[Encoded]
+    examples: int
+    divided: int  # texts longer than a sequence, which became several
+    cut: int  # sequences that lose their end
+    without_target: int  # of these: they lose all that is to be learned, and are dropped
+    left_out: tuple[LeftOut, ...]  # what the tokenizer's chat template does not take
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the data's owner should know, in sentences."""
+        told = [f"left out {one.count:,} {one.reason}; first {one.first}" for one in self.left_out]
+        if self.without_target:
+            of = self.without_target + len(self.sequences)
+            told.append(
+                f"{self.without_target:,} of {of:,} sequences have nothing to learn within max_length and are dropped: "
+                "their prompts are too long"
+            )
+        return told
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, *, max_length: int, divide: bool = True) -> list[Encoded]:
+    """Encode examples of which none may be odd; see `encoded`. A warning is logged if some lose all there is to learn.
+
+    Raises ValueError at the first whose turns the tokenizer's chat template refuses, or if nothing is left to learn.
+    """
+    outcome = encoded(examples, tokenizer, max_length=max_length, divide=divide, odd_rows="refuse")
+    for warning in outcome.warnings:
+        log.warning(warning)
+    return outcome.sequences
+
+
+def encoded(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    divide: bool = True,
+    odd_rows: Literal["skip", "refuse"] = "skip",
+) -> Encoding:
+    """Encode examples as sequences of at most `max_length` tokens.
+
+    A text that is longer becomes several sequences, or its beginning alone if it is not to be divided. A prompt with
+    its completion and a conversation are cut on the right, and dropped where that leaves nothing to learn. What the
+    tokenizer's chat template does not take is left out, unless odd rows are to be refused. Raises ValueError then, and
+    if nothing is left.
     """
     # A tokenizer that starts every text with a token of its own shows it on an empty text.
     start = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
-    encoded = [_encode(example, tokenizer, start, max_length) for example in examples]
-    useful = [one for one in encoded if any(label != IGNORED for label in one.labels[1:])]
+    useful: list[Encoded] = []
+    counter = Counter()
+    divided = cut = without_target = 0
+    for example in examples:
+        try:
+            sequences = _sequences(example, tokenizer, start)
+        except Fault as fault:
+            if odd_rows == "refuse":
+                raise ValueError(f"{example.place}: {fault}" if example.place else str(fault)) from fault
+            counter.leave_out(fault.at(example.place))
+            continue
+        if divide and not example.prompt and not example.messages:
+            (text,) = sequences
+            sequences = _divided(text, start, max_length)
+            divided += len(sequences) > 1
+        for one in sequences:
+            cut += len(one.input_ids) > max_length
+            short = Encoded(one.input_ids[:max_length], one.labels[:max_length])
+            if any(label != IGNORED for label in short.labels[1:]):
+                useful.append(short)
+            else:
+                without_target += 1
+    left_out = counter.census.left_out
     if not useful:
+        first = f"; {left_out[0].first}" if left_out else ""
         raise ValueError(
             f"none of the {len(examples)} examples has a token to learn within its first {max_length} tokens; "
-            "allow longer sequences or shorten the prompts"
+            f"allow longer sequences or shorten the prompts{first}"
         )
-    return useful
+    return Encoding(useful, len(examples), divided, cut, without_target, left_out)
 
 
-def _encode(example: Example, tokenizer: Any, start: list[int], max_length: int) -> Encoded:
-    pieces = _pieces(example, tokenizer)
-    ids = [] if _has_turns(example, tokenizer) else list(start)  # a chat template writes its own first token
-    labels = [IGNORED] * len(ids)
+def _sequences(example: Example, tokenizer: Any, start: list[int]) -> list[Encoded]:
+    if tokenizer.chat_template and (example.prompt or example.messages):
+        return [
+            _encoded(one, tokenizer, []) for one in chat.pieces(example, tokenizer)
+        ]  # it writes its own first token
+    if example.messages:
+        return [_encoded(chat.untemplated(example.messages), tokenizer, start)]
+    return [_encoded([(example.prompt, False), (example.completion, True)], tokenizer, start)]
+
+
+def _encoded(pieces: chat.Pieces, tokenizer: Any, start: list[int]) -> Encoded:
+    ids, labels = list(start), [IGNORED] * len(start)
     for text, learned in pieces:
         # Piece by piece, because when the model is used the prompt is tokenised before the answer exists.
         piece = tokenizer(text, add_special_tokens=False).input_ids
@@ -78,54 +156,19 @@ def _encode(example: Example, tokenizer: Any, start: list[int], max_length: int)
     if end and not pieces[-1][0].rstrip().endswith(end):
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id if pieces[-1][1] else IGNORED)
-    return Encoded(tuple(ids[:max_length]), tuple(labels[:max_length]))
+    return Encoded(tuple(ids), tuple(labels))
 
 
-def _has_turns(example: Example, tokenizer: Any) -> bool:
-    return bool(tokenizer.chat_template) and bool(example.prompt or example.messages)
-
-
-def _pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Cut an example into stretches of text, each with whether it is to be learned."""
-    if _has_turns(example, tokenizer):
-        return _templated(example, tokenizer)
-    if example.messages:
-        pieces = []
-        for turn in example.messages:
-            pieces += [(f"{turn['role']}: ", False), (f"{turn['content']}\n", turn["role"] == "assistant")]
-        return pieces
-    return [(example.prompt, False), (example.completion, True)]
-
-
-def _templated(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Render the conversation once and find the assistant's turns in it by rendering its beginnings."""
-    turns = list(example.messages) or [
-        {"role": "user", "content": example.prompt},
-        {"role": "assistant", "content": example.completion},
-    ]
-
-    def render(count: int, *, asked: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=asked))
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns[:count])
-            raise ValueError(f"the tokenizer's chat template refuses turns of {roles}: {error}") from None
-
-    whole = render(len(turns))
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before, after = render(index, asked=True), render(index + 1)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                f"the tokenizer's chat template renders turn {index + 1} of a conversation differently once more turns "
-                "follow, so the answer cannot be told from the rest; give such data as 'prompt' and 'completion'"
-            )
-        pieces += [(whole[done : len(before)], False), (after[len(before) :], True)]
-        done = len(after)
-    return [*pieces, (whole[done:], False)] if done < len(whole) else pieces
+def _divided(text: Encoded, start: list[int], max_length: int) -> list[Encoded]:
+    """Cut a text that is longer than a sequence into several, each begun as the tokenizer begins a text."""
+    size = max_length - len(start)
+    if len(text.input_ids) <= max_length or size < 1:
+        return [text]
+    body = text.input_ids[len(start) :]
+    cuts = [body[at : at + size] for at in range(0, len(body), size)]
+    if len(cuts[-1]) == 1:  # one token after nothing teaches nothing
+        cuts.pop()
+    return [Encoded((*start, *one), (*[IGNORED] * len(start), *one)) for one in cuts]
 
 
 def schedule(count: int, *, batch_size: int, steps: int, first_step: int, seed: int) -> list[list[int]]:

@@ -59,16 +59,21 @@ def test_with_a_template_a_prompt_is_a_user_turn_and_a_text_stays_a_text(chat: A
     assert words(chat, plain) == ("<s> w5 </s>", "w5 </s>")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chat: Any) -> None:
-    chat.chat_template = chat.chat_template.replace("turn['content']", "turn['content'] if loop.last else 'w80'")
-    with pytest.raises(ValueError, match="turn 3 of a conversation differently"):
-        encode([Example("", "", TURNS)], chat, max_length=50)
+def test_what_a_template_writes_differently_later_is_learned_after_the_prompt_of_its_time(chat: Any) -> None:
+    last = "turn['content'] if loop.last or turn.role != 'assistant' else 'w80'"
+    chat.chat_template = chat.chat_template.replace("turn['content']", last)
+    first, last = encode([Example("", "", TURNS)], chat, max_length=50)
+    assert words(chat, first) == ("<s> system : w3 </s> user : w4 w5 </s> assistant : w6 </s>", "w6 </s>")
+    whole, learned = words(chat, last)
+    assert whole == "<s> system : w3 </s> user : w4 w5 </s> assistant : w80 </s> user : w7 </s> assistant : w8 w9 </s>"
+    assert learned == "w8 w9 </s>"
 
 
 def test_turns_the_template_refuses_are_named(chat: Any) -> None:
-    chat.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(ValueError, match="refuses turns of system, user, assistant, user, assistant: no system turns"):
-        encode([Example("", "", TURNS)], chat, max_length=50)
+    chat.chat_template = "{{ raise_exception('no turns') }}"
+    odd = Example("", "", TURNS, place="a.jsonl, line 3")
+    with pytest.raises(ValueError, match="line 3: .* refuses turns of system, user, assistant, .*: no turns"):
+        encode([odd], chat, max_length=50)
 
 
 def test_what_has_no_target_left_after_cutting_is_dropped(tokenizer: Any) -> None:
