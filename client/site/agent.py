@@ -180,10 +180,8 @@ class Agent:
                 if event["event"] == "step":
                     reporter.now(pb.TRAINING, step=event["step"], steps=event["steps"], loss=event["loss"])
                     self._say("step", {"round": task.round + 1, **{k: event[k] for k in ("step", "steps", "loss")}})
-                elif event["event"] == "inspected":
-                    self._say("inspected", {"round": task.round + 1, "emulator_perplexity": event["perplexity"]})
-                    for warning in event["warnings"]:
-                        self._say("warning", {"message": warning})
+                elif "warnings" in event:
+                    self._say_judged(task, event)
         except OffsiteError:
             if reporter.stopped:
                 raise Stopped from None
@@ -197,6 +195,13 @@ class Agent:
         partial = folder / "metrics.partial"
         partial.write_bytes(to_json(UpdateMetrics(**{**vars(told), "spans": spans})))
         partial.replace(folder / "metrics.json")
+
+    def _say_judged(self, task: TaskSpec, event: dict[str, Any]) -> None:
+        """Say what the trainer found of the data or of the emulator before it trains."""
+        found = {key: value for key, value in event.items() if key not in ("event", "warnings")}
+        self._say(event["event"], {"round": task.round + 1, **found})
+        for warning in event["warnings"]:
+            self._say("warning", {"message": warning})
 
     def _fetch(self, task: TaskSpec, reporter: "Reporter") -> tuple[Manifest, Path, Path]:
         """Download what is missing of the bundle and the adapter; return the manifest and where they are."""

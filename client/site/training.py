@@ -18,13 +18,15 @@ from offsite.client.site.inspection import BATCHES, judge, own_start, receive, s
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.proof import Witness
 from offsite.emulator import bundle, examples, methods
-from offsite.emulator.batches import collate, encode, schedule
+from offsite.emulator.batches import Encoding, collate, encoded, schedule
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import InputError, MismatchError, RunError
 from offsite.protos.spec import Span, TaskSpec, UpdateMetrics
+
+SENTENCE = 300  # characters of a warning; events of several processes must not mix
 
 
 def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> None:
@@ -34,11 +36,13 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     ranks = join(job.engine, rendezvous)
     _make_repeatable()
     with _faults_of_input():
-        data = _read(job).examples  # before the model: it is quick, and the likeliest to be at fault
+        data = _read(job)  # before the model: it is quick, and the likeliest to be at fault
         ready = _load(job)
-        encoded = encode(data, ready.tokenizer, max_length=spec.max_length)
+        encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=job.odd_rows)
+    sequences = encoding.sequences
+    say("data", **_counts(data.census, encoding), warnings=[told[:SENTENCE] for told in encoding.warnings[:4]])
     order = schedule(
-        len(encoded),
+        len(sequences),
         batch_size=spec.batch_size,
         steps=spec.steps,
         first_step=task.round * spec.steps,
@@ -46,7 +50,7 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     )
     if job.engine.whole:
         ready.model.to(ranks.device)
-    looked_at = [collate([encoded[row] for row in rows]) for rows in order[:BATCHES]]
+    looked_at = [collate([sequences[row] for row in rows]) for rows in order[:BATCHES]]
     verdict = judge(job, ready.model, looked_at, ready.places, signs=ready.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
@@ -59,7 +63,7 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     tokens = 0
     loaded = time.time()
     for step, rows in enumerate(order, start=1):
-        batch = collate([encoded[row] for row in rows])
+        batch = collate([sequences[row] for row in rows])
         losses.append(engine.step(batch))
         tokens += batch.targets
         if step == 1:
@@ -86,6 +90,19 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
 def _read(job: TrainerJob) -> examples.Reading:
     folders = [Path(folder) for folder in job.folders]
     return examples.collect(Path(job.data), folders=folders, odd_rows=job.odd_rows)
+
+
+def _counts(census: examples.Census, encoding: Encoding) -> dict[str, int]:
+    """What became of the site's rows, in numbers."""
+    return {
+        "examples": census.examples,
+        "distinct": census.distinct,
+        "left_out": sum(one.count for one in (*census.left_out, *encoding.left_out)),
+        "sequences": len(encoding.sequences),
+        "divided": encoding.divided,
+        "cut": encoding.cut,
+        "without_target": encoding.without_target,
+    }
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,14 @@ class Texts:
                 public, general = public[:half], public[half:]
                 public_path = _write(public, folder / "public.jsonl")
 
-            def encoded(examples: Sequence[Example]) -> list[Encoded]:
-                return encode(examples, tokenizer, max_length=plan.training.max_length)
+            def encoded(examples: Sequence[Example], *, divide: bool = True) -> list[Encoded]:
+                return encode(examples, tokenizer, max_length=plan.training.max_length, divide=divide)
 
             return cls(
                 train=encoded(read(Path(plan.train))),
                 held_out=evaluation_batches(encoded(read(Path(plan.held_out))), batch_size=EVALUATION_BATCH),
-                general=evaluation_batches(encoded(general), batch_size=EVALUATION_BATCH),
-                public=encoded(public),
+                general=evaluation_batches(encoded(general, divide=False), batch_size=EVALUATION_BATCH),
+                public=encoded(public, divide=False),
                 public_path=public_path,
             )
         except ValueError as error:

@@ -65,7 +65,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     site._train(one.task, tmp_path, reporter)
     assert (started[0].max_emulator_perplexity, started[0].suspicious) == (5e4, "warn")
     assert said == [
-        ("inspected", {"round": 1, "emulator_perplexity": 7.5e4}),
+        ("inspected", {"round": 1, "perplexity": 7.5e4}),
         *[("warning", {"message": warning}) for warning in WARNINGS],
         ("step", {"round": 1, "step": 1, "steps": 6, "loss": 4.0}),
     ]

@@ -114,7 +114,7 @@ class Handout:
         self.events.clear()
         train(
             job,
-            say=lambda event, **fields: self.events.append({"event": event, **fields}),
+            say=lambda event, **fields: event != "data" and self.events.append({"event": event, **fields}),
             rendezvous=self.folder / "rendezvous",
         )
         update = tensors.load(Path(job.out) / "update.safetensors")

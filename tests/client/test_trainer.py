@@ -85,8 +85,8 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
     assert update.keys() == expected.keys()
     assert all(torch.equal(update[key], expected[key]) for key in expected)
     assert all(float(value.norm()) > 0 for value in update.values())
-    assert [event["event"] for event in events] == ["loading", "inspected", *["step"] * 6, "done"]
-    told = tuple(event["loss"] for event in events[2:-1])
+    assert [event["event"] for event in events] == ["loading", "data", "inspected", *["step"] * 6, "done"]
+    told = tuple(event["loss"] for event in events[3:-1])
     assert told == pytest.approx(losses, rel=1e-6)  # the sum over positions has another order there
     with safe_open(tmp_path / "out" / "update.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["offsite"])
@@ -101,7 +101,7 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
     }
     metrics = from_json(UpdateMetrics, (tmp_path / "out" / "metrics.json").read_bytes(), where="metrics")
     assert (metrics.examples, metrics.losses, metrics.engine) == (22, told, "plain, processes: 1, cpu")
-    assert metrics.tokens == sum(event["tokens"] for event in events[2:-1])
+    assert metrics.tokens == sum(event["tokens"] for event in events[3:-1])
     assert metrics.peak_memory_bytes > 50_000_000
     loading, training = metrics.spans
     assert (loading.kind, training.kind) == ("loading", "training")

@@ -41,7 +41,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
     sites = data.prepare(tmp_path, cache=cache, examples=24, held_out=8, seed=0)
 
     def encoded(*files: Path) -> list[Encoded]:
-        return encode([example for file in files for example in read(file)], tokenizer, max_length=96)
+        return encode([example for file in files for example in read(file)], tokenizer, max_length=96, divide=False)
 
     def perplexity(model: nn.Module, text: list[Batch]) -> float:
         return likelihood(model, text).perplexity
