@@ -6,7 +6,6 @@ Canonical JSON (sorted keys, no spaces) gives equal documents equal bytes, so a 
 import json
 import reprlib
 import tomllib
-from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -90,25 +89,6 @@ def read_toml(path: Path) -> dict[str, Any]:
 def from_toml(cls: type[T], path: Path) -> T:
     """Read a settings file; raises InputError that names the file and the field."""
     return parse(cls, read_toml(path), where=str(path))
-
-
-def assign(settings: Iterable[str], value: dict[str, Any]) -> dict[str, Any]:
-    """Apply NAME=VALUE settings, NAME with dots for tables; a value is JSON where it parses as JSON, else text."""
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected NAME=VALUE, such as training.steps=20")
-        *tables, name = path.split(".")
-        place = value
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise InputError(f"--set {setting}: {table} is not a table")
-        try:
-            place[name] = json.loads(text)
-        except (ValueError, RecursionError):
-            place[name] = text
-    return value
 
 
 def to_plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ SEED = 2**63 - 1
 LARGEST = 1e300
 DEPTH = 32  # of lists and tables in one another
 ITEMS = 500_000  # of one document, in all
+TEXT = 1 << 20  # characters
 
 Positive = Annotated[int, Field(strict=True, ge=1, le=COUNT)]
 Count = Annotated[int, Field(strict=True, ge=0, le=COUNT)]
@@ -47,7 +48,7 @@ Digest = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:._-]{0,127}$", ma
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=64)]
 
 
-def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS) -> None:
+def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS, text: int = TEXT) -> None:
     """Raise ValueError unless a value is plain data (None, bools, numbers, texts, lists, tables) within bounds."""
     level = [value]
     while level:
@@ -63,12 +64,14 @@ def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS) -> None:
             elif isinstance(one, list | tuple):
                 deeper += one
             else:
-                _check_scalar(one)
+                _check_scalar(one, text)
         level, depth = deeper, depth - 1
 
 
-def _check_scalar(value: Any) -> None:
+def _check_scalar(value: Any, text: int) -> None:
     if isinstance(value, str):
+        if len(value) > text:
+            raise ValueError(f"holds a text of more than {text} characters")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("holds half a character (a lone surrogate)")
     elif isinstance(value, float):
@@ -82,7 +85,7 @@ def _check_scalar(value: Any) -> None:
 
 
 def _settings(value: dict[str, Any]) -> dict[str, Any]:
-    check_plain(value, depth=8, items=10_000)
+    check_plain(value, depth=8, items=10_000, text=4096)
     return value
 
 

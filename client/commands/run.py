@@ -29,10 +29,11 @@ def submit(
 ) -> None:
     """Submit a run and print its id."""
     from offsite.client.session import connect
-    from offsite.protos.documents import assign, parse, read_toml
+    from offsite.protos.assignments import assign
+    from offsite.protos.documents import parse, read_toml
     from offsite.protos.spec import RunSpec
 
-    wanted = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}), where=str(spec or "run"))
+    wanted = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
     with connect(coordinator, identity=identity) as session:
         run = session.submit(wanted, token=token)
         print(json.dumps({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
