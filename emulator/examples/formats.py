@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from offsite.emulator.examples.fault import Fault
+from offsite.emulator.examples.fault import QUOTED, Fault
 from offsite.emulator.examples.files import ending
 from offsite.emulator.examples.shapes import COLUMNS, strange_columns
 
@@ -166,7 +166,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except broken as error:
-        raise Fault(DAMAGED, f"not a Parquet file, or damaged: {_first_line(error)}") from None
+        raise Fault(DAMAGED, f"not a Parquet file, or damaged: {_shown(error)}") from None
     with file:
         number = 0
         columns = [name for name in file.schema_arrow.names if name in COLUMNS]
@@ -180,7 +180,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                         number += 1
                         yield f"row {number}", row
             except broken as error:
-                sentence = f"the rest of row group {group + 1} is damaged: {_first_line(error)}"
+                sentence = f"the rest of row group {group + 1} is damaged: {_shown(error)}"
                 yield f"row {number + 1}", Fault(UNREADABLE, sentence, count=end - number)
                 number = end
 
@@ -195,8 +195,10 @@ def _plain(batch: Any) -> Iterator[Any]:
             try:
                 yield batch.slice(at, 1).to_pylist()[0]
             except strange as error:
-                yield Fault(UNREADABLE, f"its values cannot be read: {_first_line(error)}")
+                yield Fault(UNREADABLE, f"its values cannot be read: {_shown(error)}")
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _shown(error: BaseException) -> str:
+    """A library's message, which may repeat bytes of the file, on one line that a terminal can show."""
+    line = " ".join(str(error).split())[:QUOTED]
+    return "".join(character if character.isprintable() else "?" for character in line)
