@@ -65,6 +65,8 @@ class Run:
     @property
     def spec(self) -> RunSpec:
         """What was submitted, with all defaults filled in."""
+        if not self._status.spec:  # of a list, which is brief
+            self.refresh()
         return from_json(RunSpec, self._status.spec, where="run spec")
 
     @property
@@ -160,9 +162,17 @@ class Session:
         """Return a run by id; raises NotFoundError."""
         return Run(self, self.call("Get", pb.RunId(id=id)))
 
-    def runs(self) -> list[Run]:
-        """Return all runs, oldest first."""
-        return [Run(self, status) for status in self.call("List", pb.ListRequest()).runs]
+    def runs(self, *, limit: int | None = None) -> list[Run]:
+        """Return all runs, or the newest `limit` ones, oldest first; each in brief until it is refreshed."""
+        found: list[Run] = []
+        more = limit is None or limit > 0
+        while more:
+            left = 0 if limit is None else limit - len(found)
+            before = found[-1].id if found else ""
+            page = self.call("List", pb.ListRequest(limit=left, before=before))
+            found += [Run(self, status) for status in page.runs]
+            more = page.more and bool(page.runs) and (limit is None or len(found) < limit)
+        return found[::-1]
 
     def sites(self) -> list[pb.Site]:
         """Return the enrolled sites."""

@@ -42,27 +42,36 @@ def submit(
 
 
 @app.command("list")
-def list_(coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
-    """List all runs, oldest first."""
+def list_(
+    coordinator: Coordinator,
+    identity: Kit,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the newest ones. (default: all)")] = None,
+    format: Format = "text",
+) -> None:
+    """List runs, oldest first, each with why it failed."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from offsite.client.session import connect
+    from offsite.protos.documents import plain
 
     with connect(coordinator, identity=identity) as session:
-        runs = session.runs()
+        runs = session.runs(limit=limit)
     if format == "json":
-        print(json.dumps([_plain(run) for run in runs], indent=2))
+        print(json.dumps([_plain(run, brief=True) for run in runs], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("id", "name", "state", "round", "submitted", "why"):
-        table.add_column(column)
+    if not runs:
+        print("no runs yet; `offsite run submit` makes one")
+        return
+    console = Console(highlight=False)
+    console.print(f"{'id':8}  {'state':9}  {'round':>7}  {'submitted':19}  name")
     for run in runs:
         status = run.status
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.submitted_at))
-        table.add_row(run.id, Text(status.name), run.state, f"{status.round}/{status.rounds}", when, Text(run.error))
-    Console().print(table if runs else "no runs yet; `offsite run submit` makes one")
+        when, rounds = clock(status.submitted_at), f"{status.round}/{status.rounds}"
+        row = f"{run.id:8}  {run.state:9}  {rounds:>7}  {when:19}  {status.name}"
+        console.print(Text(plain(row)), soft_wrap=True)
+        if run.error:  # on a line of its own, so that the terminal's whole width is for it
+            console.print(Text(f"          {plain(run.error)}", style="dim"), soft_wrap=True)
 
 
 @app.command()
@@ -73,6 +82,7 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
 
     from offsite.client.figures import table
     from offsite.client.session import connect
+    from offsite.protos.documents import plain
 
     with connect(coordinator, identity=identity) as session:
         run = session.run(id)
@@ -81,11 +91,15 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
         return
     console = Console()
     status = run.status
-    console.print(Text(f"run {run.id} {status.name}: {run.state}, round {status.round} of {status.rounds} {run.error}"))
+    head = f"run {run.id} {status.name}".rstrip()
+    why = f": {run.error}" if run.error else ""
+    console.print(Text(plain(f"{head}: {run.state}, round {status.round} of {status.rounds}{why}")), soft_wrap=True)
     if run.report:
         console.print(table(run.report))
     for artifact in status.artifacts:
-        console.print(f"{artifact.name}  {artifact.size / 1e6:.2f} MB  {artifact.digest}")
+        console.print(Text(plain(f"{artifact.name}  {artifact.size / 1e6:.2f} MB  {artifact.digest}")), soft_wrap=True)
+    if not status.artifacts:
+        console.print("no files yet: a run publishes them when it is completed")
 
 
 @app.command()
@@ -122,6 +136,7 @@ def fetch(
 def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
     """List the enrolled sites and when each was last heard."""
     from offsite.client.session import connect
+    from offsite.protos.documents import plain
 
     with connect(coordinator, identity=identity) as session:
         found = session.sites()
@@ -132,11 +147,11 @@ def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> N
             )
         )
         return
+    if not found:
+        print("no sites yet; one enrols with `offsite site join`")
     for site in found:
-        print(
-            f"{site.name}  {site.examples} examples  heard {time.time() - site.seen_at:.0f} s ago  "
-            f"offsite {site.version}"
-        )
+        heard = f"heard {time.time() - site.seen_at:.0f} s ago"
+        print(plain(f"{site.name}  {site.examples} examples  {heard}  offsite {site.version}"))
 
 
 def _follow(run: Any, format: str) -> None:
@@ -154,9 +169,17 @@ def _follow(run: Any, format: str) -> None:
         console.print(table(run.report))
 
 
-def _plain(run: Any) -> dict[str, Any]:
+def clock(at: float) -> str:
+    """Say when something was, on this machine's clock; seconds since the epoch where a clock does not reach."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return f"{at:g} s"
+
+
+def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
     status = run.status
-    return {
+    told = {
         "id": run.id,
         "name": status.name,
         "state": run.state,
@@ -165,5 +188,6 @@ def _plain(run: Any) -> dict[str, Any]:
         "error": run.error,
         "submitted_at": status.submitted_at,
         "finished_at": status.finished_at,
-        "artifacts": [{"name": a.name, "digest": a.digest, "size": a.size} for a in status.artifacts],
     }
+    files = [{"name": file.name, "digest": file.digest, "size": file.size} for file in status.artifacts]
+    return told if brief else told | {"artifacts": files}

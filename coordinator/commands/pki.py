@@ -95,6 +95,9 @@ def show(
     if format == "json":
         typer.echo(json.dumps([{**to_plain(entry), "status": entry.status} for entry in entries], indent=2))
         return
+    if not entries:
+        typer.echo(f"no certificates yet; `offsite pki issue {folder} --role site NAME` makes one")
+        return
     table = Table("name", "role", "status", "expires", box=None)
     for entry in entries:
         table.add_row(entry.name, entry.role, entry.status, f"{entry.expires:%Y-%m-%d}")

@@ -5,7 +5,7 @@ Times are seconds since the epoch. Documents are kept as the bytes that were has
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +148,22 @@ class Journal:
         """Return all runs, or those in the given states, oldest first."""
         query = sa.select(runs).order_by(runs.c.submitted_at)
         return self._all(query.where(runs.c.state.in_(states)) if states else query)
+
+    def page(self, *, limit: int, before: str = "", owner: str | None = None) -> list[Row]:
+        """Return the newest runs (of one owner), or those submitted before a run, newest first."""
+        query = sa.select(runs).order_by(runs.c.submitted_at.desc(), runs.c.id.desc()).limit(limit)
+        if owner is not None:
+            query = query.where(runs.c.owner == owner)
+        if before:
+            last = self.run(before)
+            query = query.where(sa.tuple_(runs.c.submitted_at, runs.c.id) < (last.submitted_at, last.id))
+        return self._all(query)
+
+    def rounds_done(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return how many rounds each run has finished; a run that has no emulator yet is not in it."""
+        versions = steps.c.run.in_(list(ids)), steps.c.name.startswith("version:")
+        query = sa.select(steps.c.run, sa.func.count().label("versions")).where(*versions).group_by(steps.c.run)
+        return {row.run: row.versions - 1 for row in self._all(query)}
 
     def set_run(self, run: str, **values: Any) -> None:
         """Change fields of a run that is not over; an ended run stays as it ended."""

@@ -98,3 +98,17 @@ def test_a_full_disk_is_said_to_be_full_before_anything_is_written(
     with pytest.raises(ResourceError, match="65 MiB free, 74 MiB are needed") as caught:
         room(tmp_path, 10 << 20)
     assert caught.value.exit_code == 8
+
+
+def test_runs_come_in_pages_the_newest_first(journal: Journal) -> None:
+    for number in range(7):
+        journal.add_run(f"r{number}", token=f"t{number}", owner="ann" if number % 2 else "bob", spec=b"{}")
+    first = journal.page(limit=3)
+    assert [row.id for row in first] == ["r6", "r5", "r4"]
+    assert [row.id for row in journal.page(limit=9, before="r4")] == ["r3", "r2", "r1", "r0", "r"]
+    assert [row.id for row in journal.page(limit=9, before="r5", owner="ann")] == ["r3", "r1"]
+    for name in ("version:0", "version:1", "plug_in:1"):
+        journal.add_step("r1", name, {})
+    assert journal.rounds_done(["r0", "r1"]) == {"r1": 1}
+    with pytest.raises(NotFoundError):
+        journal.page(limit=1, before="nothing")
