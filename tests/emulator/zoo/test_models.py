@@ -67,7 +67,7 @@ def test_pickled_weights_are_refused_by_name(model_folder: Path) -> None:
 
 def test_damaged_weights_are_one_sentence(model_folder: Path) -> None:
     (model_folder / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match="tiny: not a causal language model that can be loaded: "):
+    with pytest.raises(ValueError, match="model.safetensors: not a safetensors file: "):
         zoo.load_base(model_folder, torch.float32)
 
 
