@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from offsite.protos.addresses import parse
 from offsite.protos.chunks import digest_file, is_digest, read_chunks
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
@@ -37,13 +38,15 @@ class Channel:
     """
 
     def __init__(self, target: str, identity: Identity, *, patience_s: float = 10.0) -> None:
-        host, _, port = target.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InputError(f"{target!r} is not an address; expected HOST:PORT")
-        self.target = target
+        self.address = parse(target)
+        self.target = str(self.address)
         self.patience_s = patience_s
-        self.grpc = grpc.secure_channel(target, channel_credentials(identity), options=OPTIONS)
+        self.grpc = grpc.secure_channel(self.target, channel_credentials(identity), options=self._options())
         self._met = False  # whether the coordinator has ever answered on this channel
+
+    def _options(self) -> tuple[tuple[str, int], ...]:
+        """A proxy is for what lies beyond this machine, whatever the environment says."""
+        return (*OPTIONS, ("grpc.enable_http_proxy", int(not self.address.loopback)))
 
     def close(self) -> None:
         """Close the connection."""
@@ -81,6 +84,8 @@ class Channel:
         status, details = error.code(), error.details() or ""
         if status == grpc.StatusCode.UNAVAILABLE:
             cause = explain(details, self.target)
+            if proxy := self.address.proxy():
+                cause = type(cause)(f"{cause} (the variable {proxy} names a proxy; no_proxy can spare this host)")
             # A coordinator that let us in before is away, whatever a handshake that broke meanwhile looks like.
             return UnreachableError(str(cause)) if self._met else cause
         if status == grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -1,10 +1,12 @@
 """`offsite`: one command line; its groups come from the entry points `offsite.commands` and load when used."""
 
+import os
 import signal
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from re import DOTALL, fullmatch
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +38,12 @@ class Commands(TyperGroup):
         return None
 
 
+def at_home(argument: str) -> str:
+    """Expand a `~` that the shell left as it stands: in quotes, or after `--data=`."""
+    option, path = fullmatch(r"((?:--[a-z-]+=)?)(.*)", argument, DOTALL).groups()  # type: ignore[union-attr]
+    return option + (os.path.expanduser(path) if path.startswith("~") else path)
+
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -47,8 +55,18 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"offsite {version('offsite')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
     """Hold the groups together."""
 
 
@@ -62,7 +80,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        app(prog_name="offsite")
+        app(args=[at_home(argument) for argument in sys.argv[1:]], prog_name="offsite")
     except OffsiteError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -115,7 +115,7 @@ class Run:
     def result(self, folder: str | Path) -> Path:
         """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for."""
         self.wait()
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         for artifact in self._status.artifacts:
             relative = Path(artifact.name)
             if relative.is_absolute() or ".." in relative.parts:
@@ -186,7 +186,7 @@ def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> 
         IdentityError: the kit is broken, expired, or of another authority.
         InputError: the address is not HOST:PORT.
     """
-    kit = Identity.load(Path(identity), expect="person")
+    kit = Identity.load(Path(identity).expanduser(), expect="person")
     if kit.warning:
         log.warning(kit.warning)
     return Session(Channel(address, kit, patience_s=patience_s))

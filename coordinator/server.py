@@ -16,7 +16,8 @@ from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
 from offsite.coordinator.people import RunsService
 from offsite.coordinator.store.journal import LIVE
-from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.addresses import Address
+from offsite.protos.errors import ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.identity import Identity
@@ -57,7 +58,7 @@ class Server:
             ) from None
         return handle
 
-    async def serve(self, address: str, *, ready: Callable[[int], None]) -> None:
+    async def serve(self, address: Address, *, ready: Callable[[int], None]) -> None:
         """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
         journal, blobs = self._home.journal(), self._home.blobs()
         gate = Gate(Revocations(self._home.identity / "crl.pem"))
@@ -87,27 +88,25 @@ class Server:
             executor.close()
             journal.close()
 
-    def _bind(self, server: grpc.aio.Server, address: str) -> int:
+    def _bind(self, server: grpc.aio.Server, address: Address) -> int:
         try:
-            return server.add_secure_port(address, server_credentials(self._identity))
+            return server.add_secure_port(str(address), server_credentials(self._identity))
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {address}: {error}") from None
 
 
-def _probe(address: str) -> None:
+def _probe(address: Address) -> None:
     """Raise at once, before an executor is started, if the address cannot be listened on."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InputError(f"{address!r} is not an address; expected HOST:PORT")
-    host = host.strip("[]")
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, int(port)))
+            probe.bind((address.host, address.port))
     except OSError as error:
         raise ResourceError(f"cannot listen on {address}: {error.strerror}; name another with --listen") from None
 
 
-def run(home: Home, address: str, make_executor: Callable[[Home], Executor], *, ready: Callable[[int], None]) -> None:
+def run(
+    home: Home, address: Address, make_executor: Callable[[Home], Executor], *, ready: Callable[[int], None]
+) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
     asyncio.run(Server(home, make_executor).serve(address, ready=ready))

@@ -62,7 +62,7 @@ def demo(
             raise InputError(f"--site {pair}: expected NAME=FILE, each name once, of letters, digits, '.', '_', '-'")
         if name in RESERVED:
             raise InputError(f"--site {pair}: {name} is the name of another part of the demo; take another")
-        sites[name] = Path(file).resolve()
+        sites[name] = Path(file).expanduser().resolve()
     settings = Settings(
         out=out,
         model=model,

@@ -42,10 +42,12 @@ def join(
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
     from offsite.emulator.examples import collect
+    from offsite.protos import addresses
     from offsite.protos.documents import parse, to_plain
     from offsite.protos.errors import InputError
     from offsite.protos.security.identity import Identity
 
+    addresses.parse(coordinator)  # before the data is read
     kit = Identity.load(identity, expect="site")
     rules = Policy.load(policy)
     rules.check_data(data)

@@ -32,6 +32,9 @@ def up(
     from offsite.coordinator.executor import Executor, InProcess
     from offsite.coordinator.home import Home
     from offsite.coordinator.server import run
+    from offsite.protos.addresses import Address, parse
+
+    address = parse(listen, listening=True)
 
     def make(home: Home) -> Executor:
         if executor == "threads":
@@ -41,10 +44,10 @@ def up(
         return OnRay(home, address=ray_address or None, threads=threads)
 
     def ready(port: int) -> None:
-        host = listen.rpartition(":")[0]
+        here = Address(address.host, port)
         if format == "json":
-            print(json.dumps({"event": "ready", "address": f"{host}:{port}"}), flush=True)
+            print(json.dumps({"event": "ready", "address": str(here)}), flush=True)
         else:
-            print(f"coordinator ready on {host}:{port}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
+            print(f"coordinator ready on {here}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
 
-    run(Home(home.resolve(), identity.resolve()), listen, make, ready=ready)
+    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready)

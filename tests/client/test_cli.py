@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from offsite.client.cli import at_home
 from offsite.protos.security.pki import Authority
 
 
 def offsite(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFSITE_")} | {"COLUMNS": "200"}
+    # A proxy must not stand between this machine and itself.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFSITE_")}
+    environment |= {"COLUMNS": "200", "https_proxy": "http://192.0.2.1:3128", "grpc_proxy": "http://192.0.2.1:3128"}
     command = [sys.executable, "-m", "offsite.client", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
@@ -78,7 +82,9 @@ def test_a_kit_of_another_role_or_none_is_refused(kits: Path) -> None:
 def test_a_coordinator_that_is_not_there_has_its_exit_code(kits: Path) -> None:
     alice = str(kits / "pki" / "alice")
     refused(offsite("run", "list", "--coordinator", "127.0.0.1:1", "--identity", alice), 9, "nothing listens there")
-    refused(offsite("run", "list", "--coordinator", "nowhere", "--identity", alice), 3, "expected HOST:PORT")
+    refused(
+        offsite("run", "list", "--coordinator", "https://x.org", "--identity", alice), 3, "HOST:PORT, here x.org:8443"
+    )
 
 
 def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
@@ -90,6 +96,19 @@ def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
         "run.toml: round: there is no such field; did you mean rounds?",
     )
     refused(offsite("run", "submit", "--set", "rounds", *where), 3, "--set rounds: expected NAME=VALUE")
+
+
+def test_the_version_is_said() -> None:
+    told = offsite("--version")
+    assert (told.returncode, told.stdout) == (0, f"offsite {version('offsite')}\n")
+
+
+def test_a_tilde_is_ones_home_where_a_shell_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/a", "--data=~/b", "--set", "public=~/c", "a~b", "--name=x~", "~"]
+    assert [at_home(one) for one in given] == [
+        *("/home/me/a", "--data=/home/me/b", "--set", "public=~/c", "a~b", "--name=x~", "/home/me"),
+    ]
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
