@@ -22,6 +22,7 @@ from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import IdentityError, InputError, RunError, UnreachableError
+from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import RunSpec
 
@@ -180,13 +181,13 @@ class Session:
 
 
 def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> Session:
-    """Open a coordinator at HOST:PORT with a person's kit.
+    """Open a coordinator at HOST:PORT with the kit of an owner, a researcher or an auditor.
 
     Raises:
         IdentityError: the kit is broken, expired, or of another authority.
         InputError: the address is not HOST:PORT.
     """
-    kit = Identity.load(Path(identity).expanduser(), expect="person")
+    kit = Identity.load(Path(identity).expanduser(), expect=PEOPLE)
     if kit.warning:
         log.warning(kit.warning)
     return Session(Channel(address, kit, patience_s=patience_s))

@@ -9,6 +9,7 @@ import grpc
 
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
+from offsite.protos.security.certificates import Role, either
 from offsite.protos.security.tls import Peer, Revocations, peer
 
 log = logging.getLogger(__name__)
@@ -21,14 +22,14 @@ class Gate:
         self._revocations = revocations
 
     @asynccontextmanager
-    async def __call__(self, context: Any, role: str) -> AsyncIterator[Peer]:
-        """Check the caller, and answer errors raised in the body with their status and sentence."""
+    async def __call__(self, context: Any, *roles: Role) -> AsyncIterator[Peer]:
+        """Check that the caller has one of the roles, and answer errors of the body with their status and sentence."""
         try:
             caller = peer(context.auth_context())
             self._revocations.check(caller)
-            if caller.role != role:
+            if caller.role not in roles:
                 raise RefusedError(
-                    f"{caller.name} has a certificate for role {caller.role}; this call needs role {role}"
+                    f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
                 )
             yield caller
         except OffsiteError as error:

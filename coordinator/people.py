@@ -15,6 +15,7 @@ from offsite.protos.chunks import read_chunks
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import NotFoundError
 from offsite.protos.ranges import COUNT
+from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.spec import RunSpec
 
 POLL_S = 0.1
@@ -36,7 +37,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
         """Check the spec, make the run durable, start its supervisor."""
-        async with self._gate(context, "person") as person:
+        async with self._gate(context, "owner", "researcher") as person:
             spec = from_json(RunSpec, request.spec, where="run spec")
             await asyncio.to_thread(_judge, spec)
             run = secrets.token_hex(4)
@@ -46,12 +47,12 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """Return one run."""
-        async with self._gate(context, "person"):
+        async with self._gate(context, *PEOPLE):
             return self._status(self._journal.run(request.id))
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
         """Return a page of runs, newest first and in brief."""
-        async with self._gate(context, "person"):
+        async with self._gate(context, *PEOPLE):
             limit = min(request.limit or PAGE, PAGE)
             rows = self._journal.page(limit=limit + 1, before=request.before)
             done = self._journal.rounds_done(row.id for row in rows[:limit])
@@ -59,7 +60,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
         """Stream events until the run is over and all were sent."""
-        async with self._gate(context, "person"):
+        async with self._gate(context, *PEOPLE):
             after, live = request.after, True
             while live:
                 live = (
@@ -75,14 +76,14 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """End a run; one that is over stays as it ended."""
-        async with self._gate(context, "person") as person:
+        async with self._gate(context, "owner", "researcher") as person:
             self._journal.run(request.id)
             self._journal.end_run(request.id, "cancelled", error=f"cancelled by {person.name}")
             return self._status(self._journal.run(request.id))
 
     async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> AsyncIterator[transfer_pb2.Chunk]:
         """Send a published file; nothing else can be had."""
-        async with self._gate(context, "person"):
+        async with self._gate(context, *PEOPLE):
             if not self._journal.is_artifact(request.digest):
                 raise NotFoundError(f"{request.digest} is not a published file")
             for offset, data in read_chunks(self._blobs.path(request.digest), offset=request.offset):
@@ -90,7 +91,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""
-        async with self._gate(context, "person"):
+        async with self._gate(context, *PEOPLE):
             rows = self._journal.sites()
             return pb.SitesReply(
                 sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]

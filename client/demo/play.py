@@ -125,7 +125,7 @@ class Demo:
 
         authority = Authority.create(self._work / "pki")
         kits = {site.name: authority.issue("site", site.name) for site in sites}
-        authority.issue("person", "researcher")
+        authority.issue("researcher", "researcher")
         owner = authority.issue("coordinator", "coordinator")
         home = ["--home", str(self._work / "home"), "--identity", str(owner)]
         listen = ["--listen", "127.0.0.1:0", "--format", "json"]

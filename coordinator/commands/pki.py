@@ -13,7 +13,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
-RoleName = Literal["coordinator", "site", "person"]
+RoleName = Literal["coordinator", "site", "owner", "researcher", "auditor"]
 
 
 @app.command()
@@ -39,7 +39,9 @@ def issue(
     folder: Folder,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Who the kit is for.")],
     *,
-    role: Annotated[RoleName, typer.Option(help="What they may do.")],
+    role: Annotated[
+        RoleName, typer.Option(help="What they may do: owners all, researchers their own runs, auditors look.")
+    ],
     host: Annotated[
         list[str] | None, typer.Option(help="Name or address the coordinator is reached at; repeatable.")
     ] = None,

@@ -16,7 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from offsite.protos.errors import IdentityError, InputError
 
-Role = Literal["coordinator", "site", "person"]
+Role = Literal["coordinator", "site", "owner", "researcher", "auditor"]
+PEOPLE: tuple[Role, ...] = ("owner", "researcher", "auditor")
 ROLES: tuple[Role, ...] = get_args(Role)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -28,9 +29,7 @@ _BACKDATED = timedelta(minutes=5)  # another machine's clock may be this much be
 
 _USES = {
     "coordinator": [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
-    "site": [ExtendedKeyUsageOID.CLIENT_AUTH],
-    "person": [ExtendedKeyUsageOID.CLIENT_AUTH],
-}
+} | {role: [ExtendedKeyUsageOID.CLIENT_AUTH] for role in ("site", *PEOPLE)}
 
 
 class Issuer(NamedTuple):
@@ -51,6 +50,12 @@ def subject(certificate: x509.Certificate) -> tuple[Role, str]:
         raise IdentityError("the certificate names no role: it was not issued by `offsite pki issue`")
     role = next(role for role in ROLES if role == found[0][1])
     return role, found[0][2]
+
+
+def either(roles: Sequence[Role]) -> str:
+    """Write roles for people: "owner, researcher or auditor"."""
+    *most, last = roles
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_name(name: str) -> None:

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from offsite.protos.errors import IdentityError
-from offsite.protos.security.certificates import Role, subject
+from offsite.protos.security.certificates import ROLES, Role, either, subject
 
 WARNING_DAYS = 14
 
@@ -28,8 +28,8 @@ class Identity:
     authority: bytes = field(repr=False)
 
     @classmethod
-    def load(cls, folder: Path, *, expect: Role | None = None) -> Self:
-        """Read a kit and check it, for use in one role; raises IdentityError that names the file and what to do."""
+    def load(cls, folder: Path, *, expect: Role | tuple[Role, ...] = ROLES) -> Self:
+        """Read a kit of an expected role and check it; raises IdentityError that names the file and what to do."""
         files = {file: _read(folder / file) for file in ("tls.crt", "tls.key", "ca.crt", "owner.pub")}
         certificate = _certificate(folder / "tls.crt", files["tls.crt"])
         _check_key(folder / "tls.key", files["tls.key"], certificate)
@@ -39,9 +39,11 @@ class Identity:
         except IdentityError as error:
             raise IdentityError(f"{folder / 'tls.crt'}: {error}") from None
         _check_dates(folder / "tls.crt", certificate, f"{role} {name!r}")
-        if expect is not None and role != expect:
+        expected = (expect,) if isinstance(expect, str) else expect
+        if role not in expected:
             raise IdentityError(
-                f"{folder}: this is the kit of {role} {name!r}, but a {expect}'s is needed here; use another kit"
+                f"{folder}: this is the kit of {role} {name!r}, but one of role "
+                f"{either(expected)} is needed here; use another kit"
             )
         for file in ("owner.key", "crl.pem") if role == "coordinator" else ():
             _read(folder / file)

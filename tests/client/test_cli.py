@@ -38,7 +38,7 @@ def refused(told: subprocess.CompletedProcess[str], code: int, words: str) -> No
 @pytest.fixture
 def kits(tmp_path: Path) -> Path:
     authority = Authority.create(tmp_path / "pki")
-    for role, name in (("site", "bank"), ("person", "alice")):
+    for role, name in (("site", "bank"), ("researcher", "alice")):
         authority.issue(role, name)  # type: ignore[arg-type]
     (tmp_path / "policy.toml").write_text(f'bases = ["any"]\ndata = ["{tmp_path}"]\n')
     (tmp_path / "good.jsonl").write_text('{"text": "one"}\n')

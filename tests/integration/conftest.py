@@ -41,7 +41,7 @@ class Federation:
         self.folder, self.material = folder, material
         self.authority = Authority.create(folder / "pki")
         self.authority.issue("coordinator", "coordinator")
-        self.researcher = self.authority.issue("person", "alice")
+        self.researcher = self.authority.issue("researcher", "alice")
         self.address = ""
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 

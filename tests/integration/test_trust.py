@@ -187,15 +187,17 @@ def test_a_site_downloads_the_files_of_its_own_task_and_no_other(federation: Any
 
 def test_roles_are_kept_apart_and_revoked_or_foreign_kits_get_nowhere(federation: Any, rogue: Rogue) -> None:
     runs: Any = runs_pb2_grpc.RunsStub(rogue.channel.grpc)  # type: ignore[no-untyped-call]
-    with pytest.raises(RefusedError, match="rogue has a certificate for role site; this call needs role person"):
+    with pytest.raises(
+        RefusedError, match="rogue has a certificate for role site; this call needs role owner, researcher or auditor"
+    ):
         rogue.channel.call(runs.List, runs_pb2.ListRequest())
-    person = Channel(federation.address, Identity.load(federation.researcher), patience_s=5)
-    fleet: Any = fleet_pb2_grpc.FleetStub(person.grpc)  # type: ignore[no-untyped-call]
+    researcher = Channel(federation.address, Identity.load(federation.researcher), patience_s=5)
+    fleet: Any = fleet_pb2_grpc.FleetStub(researcher.grpc)  # type: ignore[no-untyped-call]
     with pytest.raises(RefusedError, match="needs role site"):
-        person.call(fleet.Enrol, pb.EnrolRequest())
-    person.close()
+        researcher.call(fleet.Enrol, pb.EnrolRequest())
+    researcher.close()
 
-    stranger = Authority.create(federation.folder / "foreign").issue("person", "mallory")
+    stranger = Authority.create(federation.folder / "foreign").issue("researcher", "mallory")
     with pytest.raises(IdentityError), connect(federation.address, identity=stranger, patience_s=2) as session:
         session.runs()
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError, OffsiteError
-from offsite.protos.security.certificates import subject
+from offsite.protos.security.certificates import PEOPLE, subject
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
 
@@ -59,8 +59,8 @@ def test_secret_files_are_readable_by_their_owner_alone(authority: Authority) ->
 
 def test_only_the_coordinators_kit_holds_the_owners_key_and_the_revocation_list(authority: Authority) -> None:
     common = {"tls.crt", "tls.key", "ca.crt", "owner.pub"}
-    files = {role: {path.name for path in authority.issue(role, f"a-{role}").iterdir()} for role in ("site", "person")}
-    assert files == {"site": common, "person": common}
+    files = {role: {path.name for path in authority.issue(role, f"a-{role}").iterdir()} for role in ("site", *PEOPLE)}
+    assert files == dict.fromkeys(("site", *PEOPLE), common)
     assert {path.name for path in authority.issue("coordinator", "hub").iterdir()} == common | {"owner.key", "crl.pem"}
 
 
@@ -121,7 +121,7 @@ def test_a_name_that_could_leave_the_folder_is_refused(authority: Authority, nam
     ("arguments", "fragment"),
     [
         ({"role": "site", "name": "ca.key"}, "own files"),
-        ({"role": "boss", "name": "x"}, "coordinator, site, person"),
+        ({"role": "boss", "name": "x"}, "coordinator, site, owner, researcher, auditor"),
         ({"role": "site", "name": "x", "days": 0}, "1..36500"),
         ({"role": "site", "name": "x", "hosts": ["localhost"]}, "never dialled"),
         ({"role": "coordinator", "name": "x", "hosts": ["https://acme.org"]}, "without port or scheme"),
@@ -136,11 +136,11 @@ def test_a_request_that_makes_no_sense_is_refused(authority: Authority, argument
 
 def test_a_name_has_one_valid_certificate_at_a_time(authority: Authority) -> None:
     first = certificate(authority.issue("site", "berlin"))
-    for role, name in (("site", "berlin"), ("person", "berlin"), ("site", "Berlin")):
+    for role, name in (("site", "berlin"), ("researcher", "berlin"), ("site", "Berlin")):
         with refused(ConflictError, "'berlin'", "pki revoke"):
             authority.issue(role, name)  # type: ignore[arg-type]  # the table's roles are plain strings
     authority.revoke("berlin")
-    second = certificate(authority.issue("person", "berlin"))
+    second = certificate(authority.issue("researcher", "berlin"))
     assert [entry.serial for entry in authority.entries()] == [f"{c.serial_number:x}" for c in (first, second)]
 
 
@@ -276,10 +276,12 @@ def test_a_kit_outside_its_dates_is_refused_with_the_date(authority: Authority) 
 
 
 def test_a_kit_of_another_role_is_refused(authority: Authority) -> None:
-    kit = authority.issue("person", "ada")
-    with refused(IdentityError, "person 'ada'", "a site's is needed"):
+    kit = authority.issue("researcher", "ada")
+    with refused(IdentityError, "researcher 'ada'", "one of role site is needed"):
         Identity.load(kit, expect="site")
-    assert Identity.load(kit, expect="person").name == "ada"
+    assert Identity.load(kit, expect=PEOPLE).name == "ada"
+    with refused(IdentityError, "role owner or auditor is needed"):
+        Identity.load(kit, expect=("owner", "auditor"))
 
 
 def test_the_authoritys_own_certificate_is_nobodys(authority: Authority) -> None:

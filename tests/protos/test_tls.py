@@ -141,10 +141,10 @@ def unchecked(identity: Identity, kit: Path) -> Identity:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_caller_is_known_by_its_certificate(fleet: Fleet, host: str) -> None:
-    person = Identity.load(fleet.authority.issue("person", f"ada-{host}"))
+    researcher = Identity.load(fleet.authority.issue("researcher", f"ada-{host}"))
     serials = {entry.name: entry.serial for entry in fleet.authority.entries()}
     with serving(server_credentials(fleet.coordinator)) as port:
-        for identity in (fleet.site, person):
+        for identity in (fleet.site, researcher):
             who = f"{identity.role} {identity.name} {serials[identity.name]}"
             assert call(f"{host}:{port}", channel_credentials(identity)) == who
 
