@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.text import Text
 
-from offsite.client.demo.data import SiteData
 from offsite.client.demo.pooled import PooledJob
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
@@ -27,6 +26,9 @@ from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunEr
 from offsite.protos.figures import perplexity, protection
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
+
+if TYPE_CHECKING:  # it reads a model's packages, which takes seconds that a refusal need not wait
+    from offsite.client.demo.data import SiteData
 
 MARK = ".offsite-demo"  # says that a folder is ours to empty
 MEASURED: dict[Literal["bound", "attack"], str] = {"bound": "base_tuned", "attack": "attack"}
@@ -98,7 +100,7 @@ class Demo:
             shutil.rmtree(self._out / name, ignore_errors=True)
         self._work.mkdir()
 
-    def _materials(self) -> tuple[str, list[SiteData], Path]:
+    def _materials(self) -> "tuple[str, list[SiteData], Path]":
         """Fetch or find the model, and lay out each site's private data and the owner's exam."""
         from offsite.client.demo.data import prepare, split
         from offsite.emulator import zoo
@@ -119,7 +121,7 @@ class Demo:
             self._say(f"site {site.name}: {site.source}")
         return str(located), sites, public.resolve()
 
-    def _start(self, processes: Processes, sites: list[SiteData]) -> str:
+    def _start(self, processes: Processes, sites: "list[SiteData]") -> str:
         """Issue certificates, start the coordinator and the sites, wait until all are there."""
         from offsite.protos.security.pki import Authority
 
@@ -146,7 +148,7 @@ class Demo:
         self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
         return address
 
-    def _policy(self, site: SiteData) -> Path:
+    def _policy(self, site: "SiteData") -> Path:
         """Write the site's own policy: only its data, only LoRA, small updates."""
         folder = site.train.parent
         path = self._work / "sites" / site.name / "policy.toml"
@@ -158,7 +160,7 @@ class Demo:
         )
         return path
 
-    def _spec(self, model: str, sites: list[SiteData], public: Path) -> RunSpec:
+    def _spec(self, model: str, sites: "list[SiteData]", public: Path) -> RunSpec:
         settings = self._settings
         training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
         return RunSpec(
@@ -189,7 +191,9 @@ class Demo:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return self._settings.precision or fastest(device)
 
-    def _pooled(self, processes: Processes, run: Run, sites: list[SiteData], what: Literal["bound", "attack"]) -> None:
+    def _pooled(
+        self, processes: Processes, run: Run, sites: "list[SiteData]", what: Literal["bound", "attack"]
+    ) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
         spec = run.spec
         steps = spec.rounds * spec.training.steps * len(sites)
