@@ -1,11 +1,14 @@
 """The figures of a run as one table, per site and over all, then what moved and where the time went."""
 
+import math
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from offsite.protos.documents import plain
 
 FIGURES = {
     "base_zero_shot": "base\nzero-shot",
@@ -15,41 +18,67 @@ FIGURES = {
     "base_tuned": "base\ntuned",
     "attack": "attack",
 }
+MOST = 40  # lines of one kind; the report has them all
 
 
 def table(report: dict[str, Any]) -> RenderableType:
-    """Draw a report; figures that a run could not measure are left blank."""
+    """Draw a report: what could not be measured is blank, what is no number is said to be none."""
+    said = [f"warning: {warning}" for warning in report["warnings"]]
+    said += missing(report)
+    if not report["overall"]:
+        return Group(
+            *_lines([*said, "no figures: the run names no held-out examples (evaluation)"]), Text(moved(report))
+        )
     title = "perplexity on held-out data (lower is better)"
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
     grid.add_column("")
     for figure, head in FIGURES.items():
         grid.add_column(head, justify="right", style="bold green" if figure == "plug_in" else "")
     grid.add_column("tokens", justify="right", style="dim")
+    gone = set(report.get("not_finite", ()))
     for name, row in sorted(report["sites"].items()):
-        grid.add_row(name, *_cells(row), str(report["tokens"].get(name, "")))
+        grid.add_row(plain(name, most=64), *_cells(row, f"sites.{name}", gone), str(report["tokens"].get(name, "")))
     grid.add_section()
-    grid.add_row("all", *_cells(report["overall"]), str(sum(report["tokens"].values())), style="bold")
-    said = [f"warning: {warning}" for warning in report["warnings"]]
+    grid.add_row("all", *_cells(report["overall"], "overall", gone), str(sum(report["tokens"].values())), style="bold")
     said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
-    return Group(grid, *map(Text, said), moved(report))
+    return Group(grid, *_lines(said), Text(moved(report)))
+
+
+def missing(report: dict[str, Any]) -> list[str]:
+    """Say who is missing from which round, and why."""
+    gone = [
+        f"round {left['round']} without {left['site']}: {left['state']}: {left['message']}"
+        for left in report.get("left_out", ())
+    ]
+    return [*gone[:MOST], *([f"and {len(gone) - MOST} more that were left out"] if len(gone) > MOST else [])]
 
 
 def moved(report: dict[str, Any]) -> str:
     """Say in a line what was moved and where the time went."""
     sent, time = report["bytes"], report["seconds"]
-    split = ", ".join(
+    parts = [
         f"{kind} {time[kind]:.0f}" for kind in ("training", "evaluation", "loading", "download") if time[kind] >= 0.5
-    )
+    ]
+    share = f" = {time['overhead'] / time['total']:.0%}" if time["total"] > 0 else ""
+    parts.append(f"overhead {time['overhead']:.0f}{share}")
     return (
         f"{sent['down'] / 1e6:.1f} MB down to the sites, {sent['up'] / 1e6:.2f} MB up; "
-        f"{time['total']:.0f} s in all ({split}, "
-        f"overhead {time['overhead']:.0f} = {time['overhead'] / time['total']:.0%})"
+        f"{time['total']:.0f} s in all ({', '.join(parts)})"
     )
 
 
-def _cells(row: dict[str, float]) -> list[str]:
-    return [_short(row[figure]) if row.get(figure) is not None else "" for figure in FIGURES]
+def short(value: Any, digits: int = 2) -> str:
+    """Write a figure briefly: a huge one by its power of ten, what is no number as nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+def _cells(row: dict[str, Any], place: str, gone: set[str]) -> list[str]:
+    return ["not finite" if f"{place}.{figure}" in gone else short(row.get(figure)) for figure in FIGURES]
+
+
+def _lines(said: list[str]) -> list[Text]:
+    return [Text(plain(line)) for line in said]

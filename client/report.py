@@ -1,6 +1,7 @@
 """The report of a run as one HTML file that needs nothing else: tables, and plots as inline SVG."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from offsite.client.figures import FIGURES
+from offsite.client.figures import FIGURES, short
 
 COLOURS = {
     "base_zero_shot": "#8c96a3",
@@ -43,6 +44,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offsite.client", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["short"] = short
     with matplotlib.rc_context(STYLE):
         plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
     heads = {figure: head.replace("\n", " ") for figure, head in FIGURES.items()}
@@ -62,17 +64,23 @@ def _bars(figure: Figure, report: dict[str, Any]) -> None:
     """Perplexities per site and over all, on a log scale."""
     axes = figure.subplots()
     groups = {**report["sites"], "all": report["overall"]}
-    shown = [name for name in FIGURES if any(row.get(name) is not None for row in groups.values())]
+    shown = [name for name in FIGURES if any(_drawn(row.get(name)) > 0 for row in groups.values())]
     width = 0.8 / max(1, len(shown))
     for index, name in enumerate(shown):
         places = [group + index * width for group in range(len(groups))]
-        values = [row.get(name) for row in groups.values()]
+        values = [_drawn(row.get(name)) for row in groups.values()]
         bars = axes.bar(places, values, width * 0.92, label=FIGURES[name].replace("\n", " "), color=COLOURS[name])
-        axes.bar_label(bars, [f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in values], fontsize=7, padding=1)
-    axes.set_yscale("log")
+        axes.bar_label(bars, [short(v, digits=1) if v == v else "" for v in values], fontsize=7, padding=1)
+    if shown:
+        axes.set_yscale("log")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
     axes.legend(frameon=False, fontsize=8, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _drawn(value: Any) -> float:
+    """A figure as a plot can show it: NaN, which leaves a gap, for what is missing, no number or beyond any scale."""
+    return float(value) if isinstance(value, int | float) and 0 < value < 1e12 else math.nan
 
 
 def _losses(figure: Figure, report: dict[str, Any]) -> None:
@@ -83,7 +91,7 @@ def _losses(figure: Figure, report: dict[str, Any]) -> None:
     for round_ in report["rounds"]:
         longest = 0
         for site, told in round_["sites"].items():
-            curves.setdefault(site, []).extend((begin + step, loss) for step, loss in enumerate(told["losses"]))
+            curves.setdefault(site, []).extend((begin + step, _drawn(loss)) for step, loss in enumerate(told["losses"]))
             longest = max(longest, len(told["losses"]))
         begin += longest
         axes.axvline(begin - 0.5, color="#d5dbe2", linewidth=1)
@@ -98,8 +106,11 @@ def _times(figure: Figure, report: dict[str, Any]) -> None:
     """What each process was doing, over the wall clock."""
     axes = figure.subplots()
     spans = report["spans"]
-    who = list(dict.fromkeys(span["who"] for span in sorted(spans, key=lambda span: span["start"])))
+    first = min((span["start"] for span in spans if span["who"] == "coordinator"), default=0.0)
+    reach = 2 * report["seconds"]["total"] + 1  # beyond it some site's clock is wrong
+    spans = [span for span in spans if first - reach <= span["start"] <= span["end"] <= first + reach]
     begin = min((span["start"] for span in spans), default=0.0)
+    who = list(dict.fromkeys(span["who"] for span in sorted(spans, key=lambda span: span["start"])))
     for kind, colour in KINDS.items():
         mine = [span for span in spans if span["kind"] == kind]
         if mine:

@@ -14,6 +14,7 @@ from offsite.protos import runs_pb2_grpc, transfer_pb2
 from offsite.protos.chunks import read_chunks
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import NotFoundError
+from offsite.protos.figures import without_infinities
 from offsite.protos.ranges import COUNT
 from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.spec import RunSpec
@@ -69,7 +70,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                 for row in self._journal.events(request.id, after=after):
                     after = row.seq
                     yield pb.Event(
-                        seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=json.dumps(row.data)
+                        seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=_json(row.data)
                     )
                 if live:
                     await asyncio.sleep(POLL_S)
@@ -108,6 +109,10 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         )
         status.MergeFrom(whole)
         return status
+
+
+def _json(value: Any) -> str:
+    return json.dumps(without_infinities(value)[0], allow_nan=False)
 
 
 def _brief(row: Row, done: int) -> pb.RunStatus:

@@ -1,12 +1,13 @@
 """The report of a run: the figures of its tuning, what it moved, and where its time went."""
 
 import json
+import math
 import time
 from typing import Any
 
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import from_json, to_plain
-from offsite.protos.figures import perplexity, protection
+from offsite.protos.figures import perplexity, protection, without_infinities
 from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
@@ -59,7 +60,8 @@ def assemble(journal: Journal, run: str) -> str:
         "warnings": warnings(overall),
         "protection": protection(overall),
     }
-    return json.dumps(report)
+    told, gone = without_infinities(report)
+    return json.dumps(told | {"not_finite": gone}, allow_nan=False)
 
 
 def training(spec: RunSpec, built: dict[str, Any]) -> LocalTraining:
@@ -86,6 +88,11 @@ def warnings(overall: dict[str, float]) -> list[str]:
         found.append(
             f"the emulator is too small to be useful: its zero-shot perplexity {emulator:.0f} is "
             f"{emulator / base:.0f} times the base's {base:.1f} (limit {UNUSABLE:.0f}); keep more layers"
+        )
+    if odd := [name for name, value in overall.items() if not math.isfinite(value)]:
+        found.append(
+            f"{', '.join(name.replace('_', ' ') for name in odd)}: not a finite perplexity; look for NaN or infinite "
+            "values in the model's weights, and at the learning rate"
         )
     plug_in = overall.get("plug_in")
     if base and plug_in and plug_in >= base:

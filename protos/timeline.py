@@ -17,7 +17,11 @@ def covered(spans: Iterable[dict[str, Any]], kinds: Iterable[str]) -> float:
 
 
 def seconds(spans: list[dict[str, Any]], *, start: float, end: float) -> dict[str, float]:
-    """Split the time between two moments by what was done; overhead is what no useful kind covers."""
+    """Split the time between two moments by what was done; overhead is what no useful kind covers.
+
+    Of spans that reach beyond the two, as of a site whose clock is wrong, only what lies between them counts.
+    """
+    spans = [{**span, "start": max(start, span["start"]), "end": min(end, span["end"])} for span in spans]
     kinds = ("training", "evaluation", "loading", "download", "building", "transfer", "aggregation")
     total = end - start
     split = {kind: covered(spans, [kind]) for kind in kinds}

@@ -24,3 +24,36 @@ def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> N
     assert all(word in text for head in FIGURES.values() for word in head.split("\n"))
     assert "warning: the emulator is too small" in text and "not protected: no threshold was stated" in text
     assert "2.0 MB down" in text and "overhead 1 = 10%" in text
+
+
+def told(report: dict[str, Any]) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(table(report))
+    return screen.getvalue()
+
+
+EMPTY: dict[str, Any] = {
+    **{"sites": {}, "overall": {}, "tokens": {}, "warnings": [], "bytes": {"down": 0, "up": 0}},
+    "protection": {"label": "not protected", "reason": "no attack on the emulator was measured"},
+    "seconds": dict.fromkeys(("total", "training", "evaluation", "loading", "download", "overhead"), 0.0),
+}
+
+
+def test_a_run_without_figures_has_no_table_of_them() -> None:
+    text = told(EMPTY)
+    assert "no figures" in text and "zero-shot" not in text and "tokens" not in text
+    assert "(overhead 0)" in text, "no comma before the first, no division by nothing"
+
+
+def test_who_is_missing_from_which_round_is_said() -> None:
+    left = {"round": 2, "site": "bank", "state": "failed", "message": "the trainer was killed \x1b[31m"}
+    assert "round 2 without bank: failed: the trainer was killed" in told(EMPTY | {"left_out": [left]})
+    assert "\x1b" not in told(EMPTY | {"left_out": [left]})
+    assert "and 60 more" in told(EMPTY | {"left_out": [left] * 100})
+
+
+def test_figures_that_are_huge_or_no_numbers_fit_too() -> None:
+    row = {"base_zero_shot": 1e304, "plug_in": None, "attack": float("inf"), "emulator_tuned": "x"}
+    report = EMPTY | {"sites": {"a": row}, "overall": row, "tokens": {"a": 3}, "not_finite": ["overall.plug_in"]}
+    text = told(report)
+    assert "1.0e+304" in text and text.count("finite") == 3

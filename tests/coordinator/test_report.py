@@ -1,10 +1,13 @@
 """The report: perplexities over all sets, and what a careful reader would object to."""
 
+import json
 import math
 
 import pytest
 
 from offsite.coordinator.report import perplexities, warnings
+from offsite.protos.figures import protection, without_infinities
+from offsite.protos.timeline import seconds
 
 
 def test_over_all_is_over_all_tokens_not_over_sites() -> None:
@@ -26,3 +29,18 @@ def test_an_emulator_too_small_to_be_useful_is_a_warning() -> None:
 def test_a_tuning_that_did_not_help_is_a_warning() -> None:
     (found,) = warnings({"base_zero_shot": 10.0, "emulator_zero_shot": 20.0, "plug_in": 10.5})
     assert "did not help" in found
+
+
+def test_weights_that_are_no_numbers_still_give_a_report_that_is_json() -> None:
+    overall, sites = perplexities({"plug_in": {"a": {"nll": math.nan, "tokens": 4}, "b": {"nll": 1.0, "tokens": 0}}})
+    assert "not a finite perplexity" in warnings(overall)[0]
+    told, gone = without_infinities({"overall": overall, "sites": sites, "spans": [{"end": math.inf}], "n": 1})
+    assert json.loads(json.dumps(told, allow_nan=False))["overall"] == {"plug_in": None} and told["n"] == 1
+    assert gone == ["overall.plug_in", "sites.a.plug_in", "sites.b.plug_in", "spans.0.end"]
+    assert protection({"attack": math.nan, "plug_in": 2.0})["label"] == "not protected"
+
+
+def test_a_site_whose_clock_is_wrong_does_not_change_how_long_a_run_took() -> None:
+    spans = [{"kind": "training", "start": 0.0, "end": 1e11}, {"kind": "loading", "start": 5e9, "end": 6e9}]
+    split = seconds(spans, start=100.0, end=110.0)
+    assert (split["total"], split["training"], split["loading"], split["overhead"]) == (10.0, 10.0, 0.0, 0.0)

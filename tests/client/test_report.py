@@ -1,0 +1,39 @@
+"""The report as HTML copes with all figures that a run, or a site that lies, can leave in it."""
+
+from pathlib import Path
+from typing import Any
+
+from offsite.client.report import write
+
+HUGE = {"base_zero_shot": 1e304, "emulator_zero_shot": None, "plug_in": 10**300, "attack": float("nan")}
+
+
+def report() -> dict[str, Any]:
+    told = {"examples": 4, "weight": 1.0, "losses": [1e300, -1e300], "bytes_down": 2**53, "bytes_up": 0}
+    spans = [
+        {"who": "coordinator", "kind": "building", "start": 1e9, "end": 1e9 + 4},
+        {"who": "bank", "kind": "training", "start": 0.0, "end": 1e11},
+    ]
+    times = dict.fromkeys(("training", "evaluation", "loading", "download", "overhead", "total"), 0.0)
+    return {
+        "run": "r1",
+        "name": "<b>x</b>",
+        "base": {"name": "m", "layers": 4, "parameters": 2**53, "digest": "sha256:0"},
+        "bundle": {"builders": [{"name": "crash"}], "layers": [0, 3], "disclosed": 0.5, "trainable": [0]},
+        **{"method": {"name": "lora"}, "strategy": {"name": "low-rank"}, "training": {"steps": 2}},
+        "rounds": [{"round": 1, "sites": {"bank": {**told, "peak_memory_bytes": 2**53, "engine": "x"}}, "figures": {}}],
+        **{"warnings": ["w"], "overall": HUGE, "sites": {"bank": HUGE}, "tokens": {"bank": 10**300}},
+        "protection": {"label": "not protected", "reason": "r"},
+        "left_out": [{"round": 1, "site": "lab", "state": "failed", "message": "<script>"}],
+        **{"bytes": {"down": 2**53, "up": 0}, "seconds": times, "spans": spans},
+    }
+
+
+def test_huge_missing_and_odd_figures_are_drawn_or_left_out(tmp_path: Path) -> None:
+    write(report(), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "1.0e+304" in page and "lab failed: &lt;script&gt;" in page and "<b>x</b>" not in page
+    assert page.count("<svg") == 3 and len(page) < 300_000
+    nothing = report() | {"overall": {}, "sites": {}, "tokens": {}, "rounds": [], "spans": []}
+    write(nothing, tmp_path / "nothing.html")
+    assert "Perplexity on" not in (tmp_path / "nothing.html").read_text()
