@@ -63,6 +63,17 @@ class Encoding:
     left_out: tuple[LeftOut, ...]  # what the tokenizer's chat template does not take
 
     @property
+    def counts(self) -> dict[str, int]:
+        """The numbers alone, without a word of the data."""
+        return {
+            "sequences": len(self.sequences),
+            "divided": self.divided,
+            "cut": self.cut,
+            "without_target": self.without_target,
+            "left_out": sum(one.count for one in self.left_out),
+        }
+
+    @property
     def warnings(self) -> list[str]:
         """What the data's owner should know, in sentences."""
         told = [f"left out {one.count:,} {one.reason}; first {one.first}" for one in self.left_out]

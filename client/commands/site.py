@@ -24,7 +24,12 @@ def join(
     coordinator: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator. The site only ever dials out.")],
     identity: Annotated[Path, typer.Option(help="The site's kit, from the model owner.")],
     policy: Annotated[Path, typer.Option(help="The site's policy file (TOML): what may run here.")],
-    data: Annotated[Path, typer.Option(help="Private examples: JSONL, Parquet, text, or a folder of these.")],
+    data: Annotated[
+        Path, typer.Option(help="Private examples: JSON Lines, JSON, CSV, Parquet, text, or a folder of these.")
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the model's tokenizer, if at hand: say what becomes of the rows.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Folder for downloads and half-done work.")] = Path("offsite-site"),
     engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains.")] = "deepspeed",
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
@@ -39,6 +44,7 @@ def join(
     """Pull tasks, train on this site's data within its policy, and upload the updates, until interrupted."""
     from offsite.client.channel import Channel
     from offsite.client.site.agent import Agent, SiteConfig, policy_digest
+    from offsite.client.site.forecast import forecast
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
     from offsite.emulator.examples import collect
@@ -54,12 +60,16 @@ def join(
     try:
         folders = [Path(folder) for folder in rules.data]
         census = collect(data, folders=folders, odd_rows=rules.odd_rows).census
+        settings: Any = {"folders": folders, "odd_rows": rules.odd_rows, "max_length": rules.max_length}
+        coming = forecast(data, tokenizer, **settings) if tokenizer else None
     except ValueError as error:
         raise InputError(str(error)) from None
     if format == "json":
         _log_json("policy", to_plain(rules) | {"file": str(policy), "training_on": str(data), **asdict(census)})
+        if coming:
+            _log_json("data", {"tokenizer": str(tokenizer), **coming})
     else:
-        _show_policy(kit.name, rules.describe(), policy, data, census)
+        _show_policy(kit.name, rules.describe(), policy, data, census, coming)
     wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
     spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
     config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, work.resolve(), spec)
@@ -70,16 +80,23 @@ def join(
         channel.close()
 
 
-def _show_policy(site: str, rows: list[tuple[str, str]], policy: Path, data: Path, census: "Census") -> None:
+def _show_policy(
+    site: str, rows: list[tuple[str, str]], policy: Path, data: Path, census: "Census", coming: dict[str, Any] | None
+) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"site {site}: policy of {policy}", show_header=False, title_justify="left")
     for bound, value in rows:
         table.add_row(bound, value)
-    table.add_row("training on", str(data))
+    table.add_row("training on", Text(str(data)))
     for what, count in census.describe():
-        table.add_row(what, count)
+        table.add_row(what, Text(count))  # may quote a path or a value, which is no markup
+    if coming:
+        warnings = coming.pop("warnings")
+        counts = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in coming.items())
+        table.add_row("with the tokenizer", Text("\n".join([counts, *warnings])))
     Console().print(table)
 
 

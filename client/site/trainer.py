@@ -1,7 +1,7 @@
 """A trainer process, one per rank: ``python -m offsite.client.site.trainer JOB.json``.
 
 It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "data", "examples", "distinct",
-"left_out", "sequences", "divided", "cut", "without_target", "warnings"}, {"event": "inspected", "perplexity",
+"sequences", "divided", "cut", "without_target", "left_out", "warnings"}, {"event": "inspected", "perplexity",
 "warnings"}, {"event": "step", "step", "steps", "loss", "tokens"}, {"event": "done"}, or {"event": "error", "status",
 "message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The first rank
 tells everything, the others their errors. The exit code is that of the error. If standard input is a pipe, its end ends

@@ -18,7 +18,7 @@ from offsite.client.site.inspection import BATCHES, judge, own_start, receive, s
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.proof import Witness
 from offsite.emulator import bundle, examples, methods
-from offsite.emulator.batches import Encoding, collate, encoded, schedule
+from offsite.emulator.batches import collate, encoded, schedule
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
@@ -40,7 +40,8 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         ready = _load(job)
         encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=job.odd_rows)
     sequences = encoding.sequences
-    say("data", **_counts(data.census, encoding), warnings=[told[:SENTENCE] for told in encoding.warnings[:4]])
+    read = {"examples": data.census.examples, "distinct": data.census.distinct}
+    say("data", **read, **encoding.counts, warnings=[told[:SENTENCE] for told in encoding.warnings[:4]])
     order = schedule(
         len(sequences),
         batch_size=spec.batch_size,
@@ -90,19 +91,6 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
 def _read(job: TrainerJob) -> examples.Reading:
     folders = [Path(folder) for folder in job.folders]
     return examples.collect(Path(job.data), folders=folders, odd_rows=job.odd_rows)
-
-
-def _counts(census: examples.Census, encoding: Encoding) -> dict[str, int]:
-    """What became of the site's rows, in numbers."""
-    return {
-        "examples": census.examples,
-        "distinct": census.distinct,
-        "left_out": sum(one.count for one in (*census.left_out, *encoding.left_out)),
-        "sequences": len(encoding.sequences),
-        "divided": encoding.divided,
-        "cut": encoding.cut,
-        "without_target": encoding.without_target,
-    }
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,17 @@ class Fault(ValueError):
     """
 
     def __init__(self, reason: str, sentence: str, *, count: int = 1) -> None:
-        super().__init__(sentence)
+        super().__init__(shown(sentence))
         self.reason, self.count = reason, count
 
     def at(self, place: str) -> "Fault":
         """Return the same with the place where it is."""
         return Fault(self.reason, f"{place}: {self}", count=self.count)
+
+
+def shown(text: str) -> str:
+    """Return a text, such as a path or a library's message, as a line that a terminal can show."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def quoted(value: Any) -> str:

@@ -15,7 +15,7 @@ from offsite.emulator.examples.files import ending
 from offsite.emulator.examples.shapes import COLUMNS, strange_columns
 
 PIECE = 1 << 27  # characters of a line, of a field of CSV, of a JSON document that is not in lines
-UNPACKED = 1 << 32  # characters of a compressed file
+RATIO = 200  # of a compressed file's characters to its bytes, above which it is none of text; that has up to 30
 BATCH = 256  # rows of Parquet in memory
 
 NOT_JSON = "rows that are not JSON"
@@ -48,7 +48,7 @@ def _lines(path: Path) -> Iterator[str]:
     """Yield lines. A byte that is not UTF-8 becomes half a character, which whoever reads a text refuses."""
     packed = path.suffix.lower() == ".gz"
     with path.open("rb") as file, gzip.open(file) if packed else file as binary:
-        size = 0
+        size, bound = 0, max(PIECE, RATIO * path.stat().st_size)
         try:
             marked = binary.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows writes
             encoding = "utf-16" if marked else "utf-8-sig"
@@ -57,8 +57,8 @@ def _lines(path: Path) -> Iterator[str]:
                 size += len(line)
                 if len(line) == PIECE:
                     raise Fault(TOO_LARGE, f"a line has more than {PIECE:,} characters")
-                if packed and size > UNPACKED:
-                    raise Fault(TOO_LARGE, f"unpacks to more than {UNPACKED:,} characters; unpack it yourself")
+                if packed and size > bound:
+                    raise Fault(TOO_LARGE, f"unpacks to more than {bound:,} characters; unpack it yourself")
                 yield line.strip("\ufeff")  # of a file that was made of several
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise Fault(DAMAGED, f"not gzip, or damaged, or cut off: {error}") from None
@@ -166,7 +166,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except broken as error:
-        raise Fault(DAMAGED, f"not a Parquet file, or damaged: {_shown(error)}") from None
+        raise Fault(DAMAGED, f"not a Parquet file, or damaged: {_said(error)}") from None
     with file:
         number = 0
         columns = [name for name in file.schema_arrow.names if name in COLUMNS]
@@ -180,7 +180,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                         number += 1
                         yield f"row {number}", row
             except broken as error:
-                sentence = f"the rest of row group {group + 1} is damaged: {_shown(error)}"
+                sentence = f"the rest of row group {group + 1} is damaged: {_said(error)}"
                 yield f"row {number + 1}", Fault(UNREADABLE, sentence, count=end - number)
                 number = end
 
@@ -195,10 +195,9 @@ def _plain(batch: Any) -> Iterator[Any]:
             try:
                 yield batch.slice(at, 1).to_pylist()[0]
             except strange as error:
-                yield Fault(UNREADABLE, f"its values cannot be read: {_shown(error)}")
+                yield Fault(UNREADABLE, f"its values cannot be read: {_said(error)}")
 
 
-def _shown(error: BaseException) -> str:
-    """A library's message, which may repeat bytes of the file, on one line that a terminal can show."""
-    line = " ".join(str(error).split())[:QUOTED]
-    return "".join(character if character.isprintable() else "?" for character in line)
+def _said(error: BaseException) -> str:
+    """A library's message, on one line."""
+    return " ".join(str(error).split())[:QUOTED]

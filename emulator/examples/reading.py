@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.emulator.examples.census import Census, Counter
-from offsite.emulator.examples.fault import Fault
+from offsite.emulator.examples.fault import Fault, shown
 from offsite.emulator.examples.files import HARMLESS, UNREADABLE, paths
 from offsite.emulator.examples.formats import rows
 from offsite.emulator.examples.shapes import SHAPES, Example, example
@@ -48,7 +48,7 @@ def collect(path: Path, *, folders: Sequence[Path] = (), odd_rows: Literal["skip
         counter.files += not fault
     if not examples:
         first = next((one.first for one in counter.census.left_out), "")
-        raise ValueError(f"{path}: holds no example; {first or f'expected {SHAPES}'}")
+        raise ValueError(shown(f"{path}: holds no example; {first or f'expected {SHAPES}'}"))
     return Reading(examples, counter.census)
 
 

@@ -40,7 +40,7 @@ def kits(tmp_path: Path) -> Path:
     authority = Authority.create(tmp_path / "pki")
     for role, name in (("site", "bank"), ("researcher", "alice")):
         authority.issue(role, name)  # type: ignore[arg-type]
-    (tmp_path / "policy.toml").write_text(f'bases = ["any"]\ndata = ["{tmp_path}"]\n')
+    (tmp_path / "policy.toml").write_text(f'bases = ["any"]\ndata = ["{tmp_path}"]\nodd_rows = "refuse"\n')
     (tmp_path / "good.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
     (tmp_path / "columns.jsonl").write_text('{"question": "one", "reply": "two"}\n')

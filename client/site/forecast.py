@@ -1,0 +1,60 @@
+"""What will become of a site's rows under a model's tokenizer, found before a task comes.
+
+It is found in a process of its own, `python -m offsite.client.site.forecast`, which reads one JSON object from its
+standard input and prints one: the agent loads no tensor library.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from offsite.protos.errors import InputError
+
+
+def forecast(
+    data: Path, tokenizer: Path, *, folders: Sequence[Path], odd_rows: Literal["skip", "refuse"], max_length: int
+) -> dict[str, Any]:
+    """Return how many sequences the rows become, are cut, divided, left out, and what to be warned of.
+
+    Raises InputError if the tokenizer cannot be loaded, or as a task with these settings would end.
+    """
+    if not tokenizer.is_dir():
+        raise InputError(f"{tokenizer}: not a folder; expected one with tokenizer.json, such as a model's own")
+    asked = {
+        "data": str(data),
+        "tokenizer": str(tokenizer),
+        "folders": list(map(str, folders)),
+        "odd_rows": odd_rows,
+        "max_length": max_length,
+    }
+    command = [sys.executable, "-P", "-m", "offsite.client.site.forecast"]
+    ended = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    if ended.returncode:
+        raise InputError(next(iter(ended.stderr.splitlines()[-1:]), f"{tokenizer}: its tokenizer cannot be tried"))
+    return dict(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def main() -> int:
+    """Answer what is asked on standard input; a fault of the input is one line on standard error."""
+    from offsite.emulator import zoo
+    from offsite.emulator.batches import encoded
+    from offsite.emulator.examples import collect
+
+    asked = json.loads(sys.stdin.read())
+    folders = [Path(folder) for folder in asked["folders"]]
+    try:
+        tokenizer = zoo.load_tokenizer(Path(asked["tokenizer"]))
+        examples = collect(Path(asked["data"]), folders=folders, odd_rows=asked["odd_rows"]).examples
+        outcome = encoded(examples, tokenizer, max_length=asked["max_length"], odd_rows=asked["odd_rows"])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return InputError.exit_code
+    print(json.dumps({**outcome.counts, "warnings": outcome.warnings}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
