@@ -12,6 +12,7 @@ import grpc
 
 from offsite.protos.addresses import parse
 from offsite.protos.chunks import digest_file, is_digest, read_chunks
+from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
 from offsite.protos.security.identity import Identity
@@ -52,9 +53,9 @@ class Channel:
         """Close the connection."""
         self.grpc.close()
 
-    def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S) -> Any:
+    def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S, patience_s: float | None = None) -> Any:
         """Make a unary call, retrying while the coordinator is away; raises the error the coordinator raised."""
-        return self.patiently(lambda: method(request, timeout=timeout_s))
+        return self.patiently(lambda: method(request, timeout=timeout_s), patience_s=patience_s)
 
     def once(self, method: Any, request: Any, *, timeout_s: float) -> Any:
         """Make a unary call without retrying; raises the error the coordinator raised, or UnreachableError."""
@@ -63,9 +64,12 @@ class Channel:
         except grpc.RpcError as error:
             raise self._translate(error) from None
 
-    def patiently(self, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0) -> T:
+    def patiently(
+        self, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0, patience_s: float | None = None
+    ) -> T:
         """Run an attempt until it succeeds, fails for good, or patience ends; progress renews patience."""
-        deadline, reached, pause = time.monotonic() + self.patience_s, progress(), 0.2
+        patience = self.patience_s if patience_s is None else patience_s
+        deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
         while True:
             try:
                 result = attempt()
@@ -74,20 +78,22 @@ class Channel:
             except grpc.RpcError as error:
                 translated = self._translate(error)
                 if progress() > reached:
-                    deadline, reached, pause = time.monotonic() + self.patience_s, progress(), 0.2
+                    deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
                 if not isinstance(translated, UnreachableError) or time.monotonic() > deadline:
                     raise translated from None
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 5.0)
 
     def _translate(self, error: grpc.RpcError) -> OffsiteError:
-        status, details = error.code(), error.details() or ""
+        status, details = error.code(), plain(error.details() or "")
         if status == grpc.StatusCode.UNAVAILABLE:
             cause = explain(details, self.target)
             if proxy := self.address.proxy():
                 cause = type(cause)(f"{cause} (the variable {proxy} names a proxy; no_proxy can spare this host)")
             # A coordinator that let us in before is away, whatever a handshake that broke meanwhile looks like.
             return UnreachableError(str(cause)) if self._met else cause
+        if status == grpc.StatusCode.CANCELLED:  # not by us: a server that ends cancels what it is doing
+            return UnreachableError(f"{self.target}: the coordinator is stopping")
         if status == grpc.StatusCode.DEADLINE_EXCEEDED:
             return UnreachableError(f"{self.target}: the coordinator did not answer in time")
         if status == grpc.StatusCode.UNIMPLEMENTED:

@@ -11,8 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from offsite.client.figures import short
 from offsite.client.session import Event
-from offsite.protos.figures import perplexity
+from offsite.protos.documents import plain
+from offsite.protos.figures import perplexity, without_infinities
 from offsite.protos.spec import RunSpec
 
 PHASES = {
@@ -55,10 +57,13 @@ class RunView:
     def take(self, event: Event) -> str:
         """Add an event; return a line that tells it, or an empty one for what is only progress."""
         teller = getattr(self, f"_on_{event.kind}", None)
-        return teller(event) if teller else ""
+        try:
+            return plain(teller(event)) if teller else ""
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return plain(f"{event.kind}: {event.data}", most=200)  # of another version, or of one who lies
 
     def _on_selected(self, event: Event) -> str:
-        self.sites = {name: SiteView() for name in event.data["sites"]}
+        self.sites = {plain(name, most=64): SiteView() for name in event.data["sites"]}
         return f"sites: {', '.join(self.sites)}"
 
     def _on_step(self, event: Event) -> str:
@@ -86,21 +91,21 @@ class RunView:
     def _on_site(self, event: Event) -> str:
         site, data = self.sites.setdefault(event.site, SiteView()), event.data
         before = site.state
-        self.round, site.state = event.round, data["state"]
+        self.round, site.state = event.round, plain(data["state"], most=64)
         if site.state in ("downloading", "loading"):
             self.phase = "training at the sites"
         if site.state == "training" and data["step"]:
             self.training_since = self.training_since or event.at
             self.steps_done += max(0, data["step"] - site.step) if before == "training" else data["step"]
-            site.step, site.steps, site.loss = data["step"], data["steps"], data["loss"]
-        site.bytes_down = max(site.bytes_down, data.get("bytes_down", 0))
+            site.step, site.steps, site.loss = int(data["step"]), int(data["steps"]), data["loss"]
+        site.bytes_down = max(site.bytes_down, int(data.get("bytes_down", 0)))
         if site.state in ("refused", "failed", "stalled", "left out"):
             return f"round {event.round}: {event.site} {site.state}: {data['message']}"
         return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
 
     def _on_update(self, event: Event) -> str:
         site = self.sites.setdefault(event.site, SiteView())
-        site.state, site.bytes_up = "done", site.bytes_up + event.data["bytes"]
+        site.state, site.bytes_up = "done", site.bytes_up + int(event.data["bytes"])
         size, examples, loss = event.data["bytes"] / 1e6, event.data["examples"], event.data["loss"]
         return f"round {event.round}: {event.site} uploaded {size:.2f} MB after {examples} examples, loss {loss:.3f}"
 
@@ -134,12 +139,20 @@ class RunView:
             )
         for name, site in self.sites.items():
             step = f"{site.step}/{site.steps}" if site.steps else ""
-            loss = f"{site.loss:.3f}" if site.loss is not None else ""
+            loss = short(site.loss, 3)
             table.add_row(name, site.state, step, loss, f"{site.bytes_down / 1e6:.1f}", f"{site.bytes_up / 1e6:.2f}")
         left = self.time_left()
         clock = f"{time.time() - self.started:.0f} s" + (f", about {left:.0f} s of training left" if left else "")
         head = Text(f"round {max(1, self.round)} of {self.spec.rounds} - {self.phase} - {clock}", style="bold cyan")
         return Group(head, table)
+
+
+def clock(at: float) -> str:
+    """Say when something was, on this machine's clock; seconds since the epoch where a clock does not reach."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return f"{at:g} s"
 
 
 @contextmanager
@@ -158,7 +171,7 @@ def follow(events: Iterable[Event], spec: RunSpec, *, console: Console, format: 
     if format == "json":
         for event in events:
             view.take(event)
-            print(json.dumps(vars(event)), flush=True)
+            print(json.dumps(without_infinities(vars(event))[0]), flush=True)
         return view
     told = 0.0
     with screen(console, view):
@@ -168,6 +181,5 @@ def follow(events: Iterable[Event], spec: RunSpec, *, console: Console, format: 
                 line = view.steps_line()
             if line:
                 told = event.at
-                stamp = time.strftime("%H:%M:%S", time.localtime(event.at))
-                console.print(Text.assemble((stamp, "dim"), "  ", line))
+                console.print(Text.assemble((clock(event.at)[11:], "dim"), "  ", line))
     return view

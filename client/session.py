@@ -9,7 +9,6 @@ with connect("coordinator:8443", identity="kits/alice") as session:
     run.result("outcome")
 """
 
-import json
 import logging
 import secrets
 from collections.abc import Iterator
@@ -17,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic_core import from_json
+
 from offsite.client.channel import Channel
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
-from offsite.protos.documents import from_json, to_json
-from offsite.protos.errors import IdentityError, InputError, RunError, UnreachableError
+from offsite.protos.documents import from_json as read_json
+from offsite.protos.documents import plain, to_json
+from offsite.protos.errors import InputError, MismatchError, RunError, UnreachableError
 from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import RunSpec
 
 log = logging.getLogger(__name__)
+
+RESTART_S = 600.0  # how long one who waits for a run waits for a coordinator that is being restarted
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Run:
         """What was submitted, with all defaults filled in."""
         if not self._status.spec:  # of a list, which is brief
             self.refresh()
-        return from_json(RunSpec, self._status.spec, where="run spec")
+        return read_json(RunSpec, self._status.spec, where="run spec")
 
     @property
     def status(self) -> pb.RunStatus:
@@ -80,19 +84,23 @@ class Run:
         self._status = self._session.call("Get", pb.RunId(id=self.id))
         return self
 
-    def watch(self, *, after: int = 0) -> Iterator[Event]:
-        """Yield the run's events after a sequence number until it ends; goes on after a coordinator's restart."""
+    def watch(self, *, after: int = 0, patience_s: float = RESTART_S) -> Iterator[Event]:
+        """Yield the run's events after a sequence number until it ends.
+
+        The run goes on without its watchers, and a coordinator that is restarted has all events: for `patience_s`
+        this waits for it, says so in the log, and goes on after the last event it yielded.
+        """
         ended = False
         while not ended:
             try:
                 for event in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after)):
                     after = event.seq
-                    yield Event(
-                        event.seq, event.at, event.kind, event.round, event.site, json.loads(event.data or "{}")
-                    )
+                    yield _event(event)
                 ended = True
-            except (UnreachableError, IdentityError):
-                self.refresh()  # waits for the coordinator with the channel's patience, then raises
+            except UnreachableError as error:
+                log.warning("%s; the run goes on, waiting for the coordinator", plain(str(error)))
+                self._status = self._session.call("Get", pb.RunId(id=self.id), patience_s=patience_s)
+                log.warning("the coordinator is back; going on after event %d", after)
         self.refresh()
 
     def wait(self) -> Self:
@@ -111,7 +119,13 @@ class Run:
     @property
     def report(self) -> dict[str, Any]:
         """The figures of a completed run; empty before."""
-        return json.loads(self._status.report) if self._status.report else {}
+        try:
+            report = from_json(self._status.report or "{}", allow_inf_nan=False)
+        except ValueError:
+            report = None
+        if not isinstance(report, dict):
+            raise MismatchError(f"the report of run {self.id} is not a JSON table")
+        return report
 
     def result(self, folder: str | Path) -> Path:
         """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for."""
@@ -123,6 +137,17 @@ class Run:
                 raise InputError(f"the coordinator named a file outside the folder: {artifact.name!r}")
             self._session.download(artifact.digest, folder / relative)
         return folder
+
+
+def _event(told: pb.Event) -> Event:
+    """Read an event; raises MismatchError for one that is not as the protocol has it."""
+    try:
+        data = from_json(told.data or "{}", allow_inf_nan=False)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise MismatchError(f"event {told.seq} of the run holds no JSON table; the coordinator is of another version")
+    return Event(told.seq, told.at, plain(told.kind, most=64), told.round, plain(told.site, most=64), data)
 
 
 class Session:
@@ -142,9 +167,9 @@ class Session:
         """Close the connection; runs go on."""
         self._channel.close()
 
-    def call(self, name: str, request: Any) -> Any:
-        """Make one call of the Runs service."""
-        return self._channel.call(getattr(self._runs, name), request)
+    def call(self, name: str, request: Any, *, patience_s: float | None = None) -> Any:
+        """Make one call of the Runs service, for `patience_s` trying while the coordinator is away."""
+        return self._channel.call(getattr(self._runs, name), request, patience_s=patience_s)
 
     def stream(self, name: str, request: Any) -> Iterator[Any]:
         """Make one streaming call of the Runs service."""

@@ -54,6 +54,7 @@ def list_(
     from rich.console import Console
     from rich.text import Text
 
+    from offsite.client.progress import clock
     from offsite.client.session import connect
     from offsite.protos.documents import plain
 
@@ -169,14 +170,6 @@ def _follow(run: Any, format: str) -> None:
         raise RunError(f"run {run.id} {run.state}: {run.error}")
     if format == "text":
         console.print(table(run.report))
-
-
-def clock(at: float) -> str:
-    """Say when something was, on this machine's clock; seconds since the epoch where a clock does not reach."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    except (OverflowError, ValueError, OSError):
-        return f"{at:g} s"
 
 
 def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
