@@ -68,6 +68,11 @@ class Run:
         return self._status.error
 
     @property
+    def note(self) -> str:
+        """What it waits for, as last seen; empty while it goes on."""
+        return self._status.note
+
+    @property
     def spec(self) -> RunSpec:
         """What was submitted, with all defaults filled in."""
         if not self._status.spec:  # of a list, which is brief

@@ -8,6 +8,7 @@ import threading
 from typing import Any, Protocol
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.store.tables import Unwritable
 from offsite.coordinator.supervisor import Lost, Supervisor
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,13 @@ log = logging.getLogger(__name__)
 
 class Executor(Protocol):
     """Runs supervisors."""
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot work now, in a sentence; empty while it can."""
+
+    def start(self) -> None:
+        """Get ready to work; raises OffsiteError. `close` from another thread ends it early."""
 
     def supervise(self, run: str) -> None:
         """Make sure a supervisor works on a run; calling it again changes nothing."""
@@ -31,6 +39,10 @@ class InProcess:
         self._threads: dict[str, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closing = False
+        self.fault = ""
+
+    def start(self) -> None:
+        """Nothing is needed."""
 
     def supervise(self, run: str) -> None:
         """Start a thread for a run that has none."""
@@ -45,6 +57,8 @@ class InProcess:
             Supervisor(self._home, run, perform=self._perform).run()
         except Lost:
             log.info("run %s: left where it is", run)
+        except Unwritable as error:
+            log.error("run %s: left where it is: %s", run, error)
 
     def _perform(self, *arguments: Any) -> dict[str, Any]:
         from offsite.coordinator.work import perform  # torch: only once there is work

@@ -33,17 +33,17 @@ def _judge(spec: RunSpec) -> None:
 class RunsService(runs_pb2_grpc.RunsServicer):
     """The Runs service."""
 
-    def __init__(self, journal: Journal, blobs: Blobs, gate: Gate, supervise: Callable[[str], None]) -> None:
-        self._journal, self._blobs, self._gate, self._supervise = journal, blobs, gate, supervise
+    def __init__(self, journal: Journal, blobs: Blobs, gate: Gate, wake: Callable[[], None]) -> None:
+        self._journal, self._blobs, self._gate, self._wake = journal, blobs, gate, wake
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
-        """Check the spec, make the run durable, start its supervisor."""
+        """Check the spec, make the run durable, and look whether it can begin."""
         async with self._gate(context, "owner", "researcher") as person:
             spec = from_json(RunSpec, request.spec, where="run spec")
             await asyncio.to_thread(_judge, spec)
             run = secrets.token_hex(4)
             row = self._journal.add_run(run, token=request.token or run, owner=person.name, spec=to_json(spec))
-            await asyncio.to_thread(self._supervise, row.id)
+            self._wake()
             return self._status(row)
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
@@ -125,6 +125,7 @@ def _brief(row: Row, done: int) -> pb.RunStatus:
         round=done,
         rounds=min(int(spec.get("rounds", 1)), COUNT),
         error=plain(row.error, most=500),
+        note=plain(row.note, most=500),
         submitted_at=row.submitted_at,
         finished_at=row.finished_at,
     )

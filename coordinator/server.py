@@ -11,21 +11,19 @@ from collections.abc import Callable
 import grpc
 
 from offsite.coordinator.answer import Gate
+from offsite.coordinator.dispatch import PLACES, Dispatcher
 from offsite.coordinator.executor import Executor
 from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
 from offsite.coordinator.people import RunsService
-from offsite.coordinator.store.journal import LIVE
 from offsite.protos.addresses import Address
-from offsite.protos.errors import ResourceError
+from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import Revocations, server_credentials
 
 log = logging.getLogger(__name__)
-
-SUPERVISE_EVERY_S = 30.0
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second coordinator would take half of the calls without a word
@@ -38,12 +36,12 @@ OPTIONS = (
 class Server:
     """One coordinator over one home folder."""
 
-    def __init__(self, home: Home, make_executor: Callable[[Home], Executor]) -> None:
+    def __init__(self, home: Home, make_executor: Callable[[Home], Executor], *, places: int = PLACES) -> None:
         self._home = home.prepare()
         self._identity = Identity.load(home.identity, expect="coordinator")
         if self._identity.warning:
             log.warning(self._identity.warning)
-        self._make_executor = make_executor
+        self._make_executor, self._places = make_executor, places
         self._lock = self._alone()
         home.sweep()
 
@@ -61,32 +59,43 @@ class Server:
     async def serve(self, address: Address, *, ready: Callable[[int], None]) -> None:
         """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
         journal, blobs = self._home.journal(), self._home.blobs()
+        journal.check()
         gate = Gate(Revocations(self._home.identity / "crl.pem"))
         _probe(address)
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        # Before there is a gRPC server: an executor may fork, and a fork amid gRPC's threads can crash the child.
-        executor = await asyncio.to_thread(self._make_executor, self._home)
+        executor = self._make_executor(self._home)
+        if not await self._start(executor, stop):
+            return
+        dispatcher = Dispatcher(journal, executor, places=self._places)
         server = grpc.aio.server(options=OPTIONS)
         port = self._bind(server, address)
         add_FleetServicer_to_server(FleetService(self._home, journal, blobs, gate), server)  # type: ignore[no-untyped-call]
-        add_RunsServicer_to_server(RunsService(journal, blobs, gate, executor.supervise), server)  # type: ignore[no-untyped-call]
+        add_RunsServicer_to_server(RunsService(journal, blobs, gate, dispatcher.wake), server)  # type: ignore[no-untyped-call]
         await server.start()
         try:
-            told = False
-            while not stop.is_set():  # again and again: a supervisor that was lost is replaced
-                for run in journal.runs(LIVE):
-                    await asyncio.to_thread(executor.supervise, run.id)
-                if not told:
-                    ready(port)
-                    told = True
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), timeout=SUPERVISE_EVERY_S)
+            ready(port)
+            work = asyncio.create_task(dispatcher.work())
+            await asyncio.wait({work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()  # raises: the journal is damaged
         finally:
             await server.stop(grace=1.0)
             executor.close()
             journal.close()
+
+    async def _start(self, executor: Executor, stop: asyncio.Event) -> bool:
+        """Start an executor, which can take long; False when told to stop meanwhile."""
+        start = asyncio.create_task(asyncio.to_thread(executor.start))
+        await asyncio.wait({start, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            executor.close()
+            with contextlib.suppress(OffsiteError):
+                await start
+            return False
+        await start
+        return True
 
     def _bind(self, server: grpc.aio.Server, address: Address) -> int:
         try:
@@ -106,7 +115,12 @@ def _probe(address: Address) -> None:
 
 
 def run(
-    home: Home, address: Address, make_executor: Callable[[Home], Executor], *, ready: Callable[[int], None]
+    home: Home,
+    address: Address,
+    make_executor: Callable[[Home], Executor],
+    *,
+    ready: Callable[[int], None],
+    places: int = PLACES,
 ) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
-    asyncio.run(Server(home, make_executor).serve(address, ready=ready))
+    asyncio.run(Server(home, make_executor, places=places).serve(address, ready=ready))

@@ -7,20 +7,23 @@ moment and started again, it reads the journal, skips what is done and goes on w
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.report import assemble, perplexities, training, warnings
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
-from offsite.protos.documents import from_json, to_json
-from offsite.protos.errors import OffsiteError, RunError, from_status
+from offsite.coordinator.store.tables import Unwritable
+from offsite.protos.documents import from_json, plain, to_json
+from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import Choice, RunSpec, TaskSpec, UpdateMetrics
 
 Perform = Callable[[str, str, str, bytes, dict[str, Any]], dict[str, Any]]
+Tell = Callable[[dict[str, Any]], list[tuple[str, dict[str, Any]]]]
 
 POLL_S = 0.2
-PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
+TRIES = 6  # a step that ends its process so often, or is killed so often, ends the run
 ATTEMPTS = 2  # a site that fails a task is asked once more
 
 log = logging.getLogger(__name__)
@@ -47,10 +50,13 @@ class Supervisor:
         self._spec = from_json(RunSpec, self._document, where="run spec")
 
     def run(self) -> None:
-        """Bring the run to its end, from wherever the journal says it is. Raises Lost, and leaves the run open."""
+        """Bring the run to its end, from wherever the journal says it is.
+
+        Raises Lost or Unwritable, and leaves the run open.
+        """
         try:
             self._rounds()
-        except Lost:
+        except (Lost, Unwritable):
             raise
         except Cancelled:
             log.info("run %s: cancelled", self._run)
@@ -58,16 +64,16 @@ class Supervisor:
             self._journal.end_run(self._run, "failed", error=str(error))
         except Exception as error:  # a fault of ours must end the run with a word, not leave it hanging
             log.exception("run %s", self._run)
-            self._journal.end_run(self._run, "failed", error=f"internal error: {type(error).__name__}: {error}")
+            self._journal.end_run(
+                self._run, "failed", error=f"internal error: {type(error).__name__}: {plain(str(error), most=300)}"
+            )
         finally:
             self._journal.close()
 
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             return
-        self._journal.set_run(self._run, state="running")
-        sites = self._select()
-        self._step("version:0", "build", sites=sites)
+        self._step("version:0", "build", tell=_bundle, sites=self._journal.steps(self._run)["sites"]["names"])
         self._baselines()
         for number in range(self._spec.rounds):
             self._round(number)
@@ -75,75 +81,48 @@ class Supervisor:
 
     # what is done once
 
-    def _step(self, name: str, step: str, **arguments: Any) -> dict[str, Any]:
-        """Do a step unless the journal has it, and return what it gave."""
+    def _step(self, name: str, step: str, *, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
+        """Do a step unless the journal has it, and return what it gave; `tell` makes the events that tell of it."""
         done = self._journal.steps(self._run).get(name)
         if done is not None:
             return done
         self._heed()
+        begun = [event for event in self._journal.events(self._run, kind="step") if event.data["step"] == name]
+        if len(begun) >= TRIES:
+            raise ResourceError(
+                f"step {name} was begun {TRIES} times and ended its process each time, so it is not tried again; "
+                "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
+            )
         self._journal.add_event(self._run, "step", step=name)
         gave = self._perform(step, str(self._home.root), str(self._home.identity), self._document, arguments)
         if "error" in gave:
             raise from_status(gave["error"]["status"], gave["error"]["message"])
         self._heed()
-        return self._journal.add_step(self._run, name, gave)
+        return self._journal.add_step(self._run, name, gave, *(tell(gave) if tell else ()))
 
     def _heed(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled
 
-    def _select(self) -> list[str]:
-        """Wait for the sites of the run: those it names, or those that are here."""
-        done = self._journal.steps(self._run).get("sites")
-        if done is not None:
-            return list(done["names"])
-        deadline, told = time.time() + self._spec.stall_s, False
-        while True:
-            self._heed()
-            present = self._present()
-            wanted = [name for name in self._spec.sites if name not in present]
-            if not wanted and len(present) >= self._spec.min_sites:
-                break
-            if not told:
-                self._journal.add_event(self._run, "waiting", sites=wanted, present=present)
-                told = True
-            if time.time() > deadline:
-                raise RunError(_absent(wanted, present, self._spec))
-            time.sleep(POLL_S)
-        names = sorted(self._spec.sites) or present
-        self._journal.add_step(self._run, "sites", {"names": names})
-        self._journal.add_event(self._run, "selected", sites=names)
-        return names
-
-    def _present(self) -> list[str]:
-        since = time.time() - PRESENT_S
-        return [site.name for site in self._journal.sites() if site.seen_at >= since]
-
     def _baselines(self) -> None:
         built = self._journal.steps(self._run)["version:0"]
-        self._journal.add_event(
-            self._run,
-            "bundle",
-            learning_rate=built["learning_rate"],
-            **{key: built["bundle"][key] for key in ("layers", "bytes", "disclosed")},
-        )
         if not self._spec.evaluation:
-            return
-        if "emulator_zero_shot" in self._journal.steps(self._run):
             return
         self._evaluate("base_zero_shot", manifest=None, exact=None)
         self._evaluate("emulator_zero_shot", manifest=built["manifest"], exact=None)
-        steps = self._journal.steps(self._run)
-        overall, _ = perplexities({name: steps[name]["sets"] for name in ("base_zero_shot", "emulator_zero_shot")})
-        for warning in warnings(overall):  # before anything is trained
-            self._journal.add_event(self._run, "warning", message=warning)
 
     def _evaluate(self, figure: str, *, manifest: str | None, exact: str | None) -> None:
-        if figure not in self._journal.steps(self._run):
-            base = self._journal.steps(self._run)["version:0"]["base"]["digest"]
-            recovery = self._journal.steps(self._run)["version:0"]["recovery"]
-            gave = self._step(figure, "evaluate", base=base, manifest=manifest, exact=exact, recovery=recovery)
-            self._journal.add_event(self._run, "figure", name=figure, sets=gave["sets"])
+        steps = self._journal.steps(self._run)
+
+        def tell(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+            told: list[tuple[str, dict[str, Any]]] = [("figure", {"name": figure, "sets": gave["sets"]})]
+            if figure == "emulator_zero_shot":  # before anything is trained
+                overall, _ = perplexities({"base_zero_shot": steps["base_zero_shot"]["sets"], figure: gave["sets"]})
+                told += [("warning", {"message": warning}) for warning in warnings(overall)]
+            return told
+
+        base, recovery = steps["version:0"]["base"]["digest"], steps["version:0"]["recovery"]
+        self._step(figure, "evaluate", tell=tell, base=base, manifest=manifest, exact=exact, recovery=recovery)
 
     # a round
 
@@ -156,11 +135,8 @@ class Supervisor:
                 self._offer(number, site, attempt=0)
             updates = self._collect(number)
             start = {name: steps[f"version:{number}"][name] for name in ("residual", "broadcast")}
-            gave = self._step(f"version:{number + 1}", "aggregate", **start, updates=updates, sites=sites)
-            for site, why in gave["left_out"].items():
-                self._journal.add_event(self._run, "site", round=number + 1, site=site, state="left out", message=why)
-            weighed = len(gave["lineage"])
-            self._journal.add_event(self._run, "round", round=number + 1, sites=weighed, figures=gave["figures"])
+            name, tell = f"version:{number + 1}", partial(_round, number + 1)
+            gave = self._step(name, "aggregate", tell=tell, **start, updates=updates, sites=sites)
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and number + 1 < self._spec.rounds:
             self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=gave["exact"])
@@ -262,10 +238,15 @@ def _without_ranks(method: Choice) -> Choice:
     return Choice(name=method.name, settings={k: v for k, v in method.settings.items() if k != "ranks"})
 
 
-def _absent(wanted: list[str], present: list[str], spec: RunSpec) -> str:
-    here = ", ".join(present) or "none"
-    if wanted:
-        return f"sites {', '.join(wanted)} did not enrol within {spec.stall_s:.0f} s (here: {here})"
-    return (
-        f"{len(present)} sites are here ({here}), the run needs {spec.min_sites}; start them with `offsite site join`"
-    )
+def _bundle(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    shown = {key: gave["bundle"][key] for key in ("layers", "bytes", "disclosed")}
+    return [("bundle", shown | {"learning_rate": gave["learning_rate"]})]
+
+
+def _round(number: int, gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    left_out = [
+        ("site", {"round": number, "site": site, "state": "left out", "message": why})
+        for site, why in gave["left_out"].items()
+    ]
+    averaged = {"round": number, "sites": len(gave["lineage"]), "figures": gave["figures"]}
+    return [*left_out, ("round", averaged)]

@@ -81,6 +81,7 @@ class RunSpec:
     rounds: Positive = 1
     sites: Names = ()  # empty: every site that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
+    wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
     public: Place = ""  # at the coordinator: public text that builders may look at and tune on
     calibration: Place = ""  # there too: text that builders look at instead, such as the task's; never tuned on

@@ -73,8 +73,8 @@ def list_(
         when, rounds = clock(status.submitted_at), f"{status.round}/{status.rounds}"
         row = f"{run.id:8}  {run.state:9}  {rounds:>7}  {when:19}  {status.name}"
         console.print(Text(plain(row)), soft_wrap=True)
-        if run.error:  # on a line of its own, so that the terminal's whole width is for it
-            console.print(Text(f"          {plain(run.error)}", style="dim"), soft_wrap=True)
+        if why := run.error or run.note:  # on a line of its own, so that the terminal's whole width is for it
+            console.print(Text(f"          {plain(why)}", style="dim"), soft_wrap=True)
 
 
 @app.command()
@@ -95,7 +95,7 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
     console = Console()
     status = run.status
     head = f"run {run.id} {status.name}".rstrip()
-    why = f": {run.error}" if run.error else ""
+    why = f": {run.error or run.note}" if run.error or run.note else ""
     console.print(Text(plain(f"{head}: {run.state}, round {status.round} of {status.rounds}{why}")), soft_wrap=True)
     if run.report:
         console.print(table(run.report))
@@ -181,6 +181,7 @@ def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
         "round": status.round,
         "rounds": status.rounds,
         "error": run.error,
+        "note": run.note,
         "submitted_at": status.submitted_at,
         "finished_at": status.finished_at,
     }

@@ -24,6 +24,7 @@ def up(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:8443",
     executor: Annotated[Literal["ray", "threads"], typer.Option(help="Where supervisors and their steps run.")] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
+    places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
@@ -39,7 +40,7 @@ def up(
     def make(home: Home) -> Executor:
         if executor == "threads":
             return InProcess(home)
-        from offsite.coordinator.workers import OnRay
+        from offsite.coordinator.cluster import OnRay
 
         return OnRay(home, address=ray_address or None, threads=threads)
 
@@ -50,4 +51,4 @@ def up(
         else:
             print(f"coordinator ready on {here}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
 
-    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready)
+    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready, places=places)

@@ -13,6 +13,17 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
+from offsite.coordinator.store.tables import (
+    artifacts,
+    damaged,
+    events,
+    in_words,
+    open_database,
+    runs,
+    sites,
+    steps,
+    tasks,
+)
 from offsite.protos.errors import ConflictError, NotFoundError
 
 Row = sa.Row[Any]
@@ -27,96 +38,31 @@ class Key(NamedTuple):
     attempt: int
 
 
-LIVE = ("queued", "running")
+LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
 OPEN = ("offered", "downloading", "loading", "training", "uploading")  # states of a task that is not over
-
-metadata = sa.MetaData()
-runs = sa.Table(
-    "runs",
-    metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("token", sa.String, unique=True),
-    sa.Column("owner", sa.String),
-    sa.Column("spec", sa.LargeBinary),
-    sa.Column("state", sa.String, index=True),
-    sa.Column("error", sa.String, default=""),
-    sa.Column("report", sa.String, default=""),
-    sa.Column("submitted_at", sa.Float),
-    sa.Column("finished_at", sa.Float, default=0.0),
-)
-tasks = sa.Table(
-    "tasks",
-    metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("site", sa.String, primary_key=True),
-    sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("state", sa.String),
-    sa.Column("spec", sa.LargeBinary),
-    sa.Column("signature", sa.LargeBinary),
-    sa.Column("moved_at", sa.Float),  # when it last got further
-    sa.Column("step", sa.Integer, default=0),
-    sa.Column("steps", sa.Integer, default=0),
-    sa.Column("loss", sa.Float, default=0.0),
-    sa.Column("message", sa.String, default=""),
-    sa.Column("bytes_down", sa.Integer, default=0),
-    sa.Column("bytes_up", sa.Integer, default=0),
-    sa.Column("update", sa.String, default=""),
-    sa.Column("metrics", sa.String, default=""),
-)
-steps = sa.Table(  # work that was done and what it gave, so that it is never done again
-    "steps",
-    metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("value", sa.JSON),
-)
-events = sa.Table(
-    "events",
-    metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("run", sa.String, index=True),
-    sa.Column("at", sa.Float),
-    sa.Column("kind", sa.String),
-    sa.Column("round", sa.Integer, default=0),
-    sa.Column("site", sa.String, default=""),
-    sa.Column("data", sa.JSON),
-)
-sites = sa.Table(
-    "sites",
-    metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("seen_at", sa.Float),
-    sa.Column("examples", sa.Integer, default=0),
-    sa.Column("version", sa.String, default=""),
-    sa.Column("policy", sa.String, default=""),
-)
-artifacts = sa.Table(
-    "artifacts",
-    metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("digest", sa.String),
-    sa.Column("size", sa.Integer),
-)
 
 
 class Journal:
     """Typed access to the tables; every method is one transaction and may be repeated."""
 
     def __init__(self, path: Path) -> None:
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        sa.event.listen(self._engine, "connect", _prepare)
-        metadata.create_all(self._engine)
+        self._path = path
+        self._engine = open_database(path)
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
+        with in_words(self._path), self._engine.begin() as connection:
             yield connection
 
     def _all(self, query: sa.Select[Any]) -> list[Row]:
-        with self._engine.connect() as connection:
+        with in_words(self._path), self._engine.connect() as connection:
             return list(connection.execute(query))
+
+    def check(self) -> None:
+        """Read the whole database; raises MismatchError when it is damaged."""
+        with in_words(self._path), self._engine.connect() as connection:
+            if (said := str(connection.execute(sa.text("PRAGMA quick_check(1)")).scalar_one())) != "ok":
+                raise damaged(self._path, said)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -165,6 +111,11 @@ class Journal:
         query = sa.select(steps.c.run, sa.func.count().label("versions")).where(*versions).group_by(steps.c.run)
         return {row.run: row.versions - 1 for row in self._all(query)}
 
+    def live(self) -> list[Row]:
+        """Return (id, state, note, waiting_at) of the runs that are not over, oldest first."""
+        query = sa.select(runs.c.id, runs.c.state, runs.c.note, runs.c.waiting_at).where(runs.c.state.in_(LIVE))
+        return self._all(query.order_by(runs.c.submitted_at))
+
     def set_run(self, run: str, **values: Any) -> None:
         """Change fields of a run that is not over; an ended run stays as it ended."""
         with self._write() as connection:
@@ -176,18 +127,43 @@ class Journal:
             ended = connection.execute(
                 sa.update(runs)
                 .where(runs.c.id == run, runs.c.state.in_(LIVE))
-                .values(state=state, error=error, finished_at=time.time())
+                .values(state=state, error=error, note="", finished_at=time.time())
             )
             if ended.rowcount:
-                event = {"run": run, "at": time.time(), "kind": state, "data": {"error": error} if error else {}}
-                connection.execute(sa.insert(events).values(**event))
+                connection.execute(_event(run, state, **_said(error)))
+
+    def wait_run(self, run: str, note: str, **data: Any) -> None:
+        """Let a queued run wait for its sites, told once, or change what a waiting one waits for."""
+        with self._write() as connection:
+            now = {"state": "waiting", "note": note, "waiting_at": time.time()}
+            began = connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state == "queued").values(**now))
+            if began.rowcount:
+                connection.execute(_event(run, "waiting", **data))
+            else:
+                waits = (runs.c.id == run, runs.c.state == "waiting")
+                connection.execute(sa.update(runs).where(*waits).values(note=note))
+
+    def begin_run(self, run: str, names: list[str]) -> bool:
+        """Give a live run its sites, the first ones stand, and let it run; False if it is over."""
+        with self._write() as connection:
+            values = {"state": "running", "note": "", "waiting_at": 0.0}
+            query = sa.update(runs).where(runs.c.id == run, runs.c.state.in_(LIVE))
+            if not connection.execute(query.values(**values)).rowcount:
+                return False
+            value = insert(steps).values(run=run, name="sites", value={"names": names})
+            if connection.execute(value.on_conflict_do_nothing()).rowcount:
+                connection.execute(_event(run, "selected", sites=names))
+            return True
 
     # steps
 
-    def add_step(self, run: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
-        """Record what a step gave and return the record: the first one stands."""
+    def add_step(self, run: str, name: str, value: dict[str, Any], *told: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        """Record what a step gave, with events (kind, data) that tell it, and return the record: the first stands."""
         with self._write() as connection:
-            connection.execute(insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing())
+            query = insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
+            if connection.execute(query).rowcount:
+                for kind, data in told:
+                    connection.execute(_event(run, kind, **data))
             stood: dict[str, Any] = connection.execute(
                 sa.select(steps.c.value).where(steps.c.run == run, steps.c.name == name)
             ).scalar_one()
@@ -247,12 +223,12 @@ class Journal:
     def add_event(self, run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> None:
         """Tell watchers something."""
         with self._write() as connection:
-            values = {"run": run, "at": time.time(), "kind": kind, "round": round, "site": site, "data": data}
-            connection.execute(sa.insert(events).values(**values))
+            connection.execute(_event(run, kind, round=round, site=site, **data))
 
-    def events(self, run: str, *, after: int = 0) -> list[Row]:
-        """Return the events of a run after a sequence number."""
-        return self._all(sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq))
+    def events(self, run: str, *, after: int = 0, kind: str = "") -> list[Row]:
+        """Return the events of a run after a sequence number, of one kind if it is named."""
+        query = sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq)
+        return self._all(query.where(events.c.kind == kind) if kind else query)
 
     def enrol(self, site: str, **values: Any) -> None:
         """Record a site and what it said of itself."""
@@ -290,7 +266,10 @@ def _is(key: Key) -> list[sa.ColumnElement[bool]]:
     return [tasks.c[name] == value for name, value in key._asdict().items()]
 
 
-def _prepare(connection: Any, _: Any) -> None:
-    """WAL lets readers go on while one writes; FULL makes a commit durable before it returns."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+def _said(error: str) -> dict[str, Any]:
+    return {"error": error} if error else {}
+
+
+def _event(run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> sa.Insert:
+    values = {"run": run, "at": time.time(), "kind": kind, "round": round, "site": site, "data": data}
+    return sa.insert(events).values(**values)

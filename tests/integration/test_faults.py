@@ -91,5 +91,5 @@ def test_a_site_that_fails_is_left_out_and_named(federation: Any, tmp_path: Path
         assert "bases" in run.report["left_out"][0]["message"]
         with pytest.raises(RunError, match="got 1 of at least 2 updates .bank: refused: .*policy"):
             session.submit(federation.spec(min_sites=2, sites=("bank", "hospital"))).wait()
-        with pytest.raises(RunError, match="sites school did not enrol within 1 s .here: bank, hospital"):
-            session.submit(federation.spec(sites=("school",), stall_s=1.0)).wait()
+        with pytest.raises(RunError, match="site school did not enrol within 1 s .here: bank, hospital"):
+            session.submit(federation.spec(sites=("school",), wait_s=1.0)).wait()
