@@ -35,6 +35,7 @@ class OnRay:
     def __init__(self, home: Home, *, address: str | None = None, threads: int = 0) -> None:
         self._home, self._address, self._threads = home, address, threads
         self._where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        self._hope = "; the runs wait until it is started again" if address else "; it is started again"
         self._child: subprocess.Popen[bytes] | None = None
         self._words: queue.Queue[str] = queue.Queue()
         self._closing = threading.Event()
@@ -68,7 +69,7 @@ class OnRay:
                 while True:
                     self._hear(SILENT_S)
             except OffsiteError as error:
-                self._say(error, "; the runs wait, and go on once it is back")
+                self._say(error, self._hope)
             while not self._closing.wait(AGAIN_S):
                 try:
                     self._join()

@@ -76,7 +76,7 @@ def _beat(said: TextIO) -> None:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         here = next((node for node in nodes if node["NodeID"] == _node()), None)
         if here is None or not here["Alive"]:
-            raise RuntimeError("this machine is no longer one of its nodes; start Ray on it again (`ray start`)")
+            raise RuntimeError("this machine is no longer one of its nodes")
         _connect("its raylet on this machine", f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}")
         print("well", file=said)
         time.sleep(BEAT_S)
@@ -87,7 +87,7 @@ def _connect(what: str, address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
     except OSError as error:
-        raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error}); start Ray again") from None
+        raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error})") from None
 
 
 def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
