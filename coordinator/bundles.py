@@ -1,5 +1,6 @@
 """Building a bundle: the emulator's files, and a manifest that names, counts and signs them."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError
 from offsite.protos.security.signing import sign
-from offsite.protos.spec import BaseRef, Choice, FileEntry, Manifest, Packing
+from offsite.protos.spec import BaseRef, Choice, FileEntry, Grounds, Manifest, Packing
 
 CALIBRATION_EXAMPLES = 64  # fewer choose other layers: 32 of 96 tokens doubled the emulator's perplexity
 PUBLIC_TOKENS = 128
@@ -130,8 +131,6 @@ def _build_streamed(
     depth: Any = makers[0]
     if len(makers) > 1 or depth.stage != "depth":
         raise ValueError("only crash, uniform and whole, each by itself, build from layers read one at a time")
-    if getattr(depth, "sharing", "off") == "auto":
-        raise ValueError("sharing=auto compares two stacks, which need the model in memory: choose off or on")
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
     zoo.refuse_strange_words(checkpoint.folder, tokenizer, model)
@@ -174,6 +173,7 @@ def _seal(
         shared=layout.outline.shared,
         packed=packed,
         narrow=layout.narrow,
+        grounds=_told(layout.outline.grounds),
         parameters=counts[0],
         verbatim=counts[1],
         lossy=counts[2],
@@ -184,6 +184,19 @@ def _seal(
     if owner_key is not None:
         (folder / SIGNATURE).write_bytes(sign(document, owner_key, purpose="bundle"))
     return Built(folder, manifest, recovery)
+
+
+def _told(found: builders.Grounds | None) -> Grounds | None:
+    """Write down on what layers were chosen, in few digits, so that equal choices have equal manifests."""
+    if found is None:
+        return None
+    return Grounds(
+        links={layer: round(link, 3) for layer, link in found.links.items()},
+        gap=round(found.gap, 3) if math.isfinite(found.gap) else None,
+        margin=round(found.margin, 3),
+        ways=found.ways,
+        lead=None if found.lead is None else round(found.lead, 2),
+    )
 
 
 def ref(source: Path, base: nn.Module) -> BaseRef:

@@ -1,7 +1,7 @@
 """From examples to batches of token ids, with the loss on what the model should answer."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,6 +207,16 @@ def collate(encoded: Sequence[Encoded]) -> Batch:
     ids = [one.input_ids for one in encoded]
     mask = [(1,) * len(row) for row in ids]
     return Batch(padded(ids, 0), padded(mask, 0), padded([one.labels for one in encoded], IGNORED))
+
+
+def longest(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """Return the longest examples of batches in batches of their own: the same however they were cut before."""
+    rows = [
+        Encoded(tuple(ids[:length].tolist()), tuple(labels[:length].tolist()))
+        for batch in batches
+        for ids, labels, length in zip(batch.input_ids, batch.labels, batch.attention_mask.sum(dim=1), strict=True)
+    ]
+    return evaluation_batches(sorted(rows, key=lambda row: len(row.input_ids))[-count:], batch_size=count)
 
 
 def training_batches(

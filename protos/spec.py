@@ -121,6 +121,17 @@ class Packing:
 
 
 @document
+class Grounds:
+    """On what an emulator's layers were chosen: how alike they are, and how near another choice was."""
+
+    links: Annotated[dict[Count, Finite], Field(max_length=DEPTHS)]  # layer -> CKA of its output with that of the next layer that may go
+    gap: Finite | None  # log of the ratio of 1 - CKA of what was told apart; None: there was nothing to choose
+    margin: Finite  # a gap below it did not decide by itself
+    ways: Positive  # to choose within it; of several the calibration text decided
+    lead: Finite | None  # nats a token by which it found the best better than the next
+
+
+@document
 class Manifest:
     """What is in a bundle. `layers[i]` is the base's layer at position i of the emulator."""
 
@@ -132,6 +143,7 @@ class Manifest:
     shared: Shared = Field(default_factory=dict)  # position -> position whose parameters it has
     packed: Packing | None = None
     narrow: Narrow = Field(default_factory=dict)  # position -> map -> (d_out, d_in)
+    grounds: Grounds | None = None  # where layers were compared
     parameters: Amount  # of the emulator, as it computes
     verbatim: Amount  # parameters of the base that it holds as they are
     lossy: Amount  # and those it holds in a format of few bits

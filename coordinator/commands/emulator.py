@@ -129,6 +129,8 @@ def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
     table.add_row("base digest", base["digest"])
     table.add_row("builders", render(tuple(Choice(**choice) for choice in figures["builders"])))
     table.add_row("layers", " ".join(map(str, figures["layers"])))
+    if grounds := figures["grounds"]:
+        table.add_row("chosen", _grounds(grounds))
     table.add_row("trainable", " ".join(map(str, figures["trainable"])))
     table.add_row("parameters", f"{figures['parameters']:,}")
     lossy = f", {figures['disclosed_lossy']:.1%} in few bits" if figures["lossy"] else ""
@@ -137,3 +139,13 @@ def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
     table.add_row("size", f"{figures['bytes'] / 1e6:,.1f} MB in {len(figures['files'])} files")
     table.add_row("signature", signature)
     Console().print(table)
+
+
+def _grounds(told: dict[str, Any]) -> str:
+    """Say in a line how near another choice of layers was."""
+    if told["gap"] is None:
+        return "no layer could go or stay instead of another"
+    text = f"layers that were told apart differ by {told['gap']:.1%} in 1 - CKA"
+    if told["ways"] == 1:
+        return f"{text}; no other choice is within {told['margin']:.0%}"
+    return f"{text}: of {told['ways']} ways the calibration text chose, by {told['lead']:.2f} nats a token"

@@ -8,7 +8,7 @@ from torch import nn
 from offsite.emulator import family
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.builders.additive import AdditiveCodebooks
-from offsite.emulator.builders.base import STAGES, Builder, Draft, Material, Outline
+from offsite.emulator.builders.base import STAGES, Builder, Draft, Grounds, Material, Outline
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.builders.loram import Loram
@@ -29,7 +29,7 @@ BUILDERS: dict[str, type[Builder]] = {
     Whole.name: Whole,
 }
 
-__all__ = ["BUILDERS", "Builder", "Draft", "Material", "Outline", "check", "make", "run"]
+__all__ = ["BUILDERS", "Builder", "Draft", "Grounds", "Material", "Outline", "check", "make", "run"]
 
 
 def make(name: str, settings: Mapping[str, Any]) -> Builder:

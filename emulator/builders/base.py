@@ -20,6 +20,17 @@ STAGES: tuple[Stage, ...] = ("depth", "width", "tuning", "storage")
 
 
 @dataclass(frozen=True)
+class Grounds:
+    """On what layers were chosen: how alike they are, and how near another choice was."""
+
+    links: dict[int, float]  # CKA of each layer that may go with the next of them
+    gap: float  # log of the ratio of 1 - CKA, between what was told apart at the border
+    margin: float  # below which other ways were looked at too
+    ways: int  # how many there were; of more than one the calibration text decided
+    lead: float | None  # nats a token by which the best was better than the next
+
+
+@dataclass(frozen=True)
 class Outline:
     """The layers of an emulator. `layers[p]` is the base's layer that place p stands for, by absolute id.
 
@@ -29,6 +40,7 @@ class Outline:
     layers: tuple[int, ...]
     trainable: tuple[int, ...]
     shared: dict[int, int] = field(default_factory=dict)
+    grounds: Grounds | None = field(default=None, compare=False, repr=False)
 
     @property
     def places(self) -> dict[int, int]:

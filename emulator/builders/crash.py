@@ -1,12 +1,12 @@
 """CRaSh (Zhang et al., EMNLP 2023, arXiv 2310.15477): clustering, removing and sharing of layers, without training.
 
-Layers are compared by linear CKA of their pooled outputs, and the chain of layers is cut at its weakest links; each
-segment keeps one layer. The paper merges the most similar neighbours again and again; as the score is that of the two
-layers at the border, and never changes, cutting at the smallest links gives the same segments.
+Layers are compared by linear CKA of their pooled outputs, always in fp32, and the chain of layers is cut at its weakest
+links; each segment keeps one layer. Where other cuts are as good (see `reductions`), the one by which the calibration
+text is predicted best is taken.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from offsite.emulator.activations import read
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline, Stage, droppable, kept_of
+from offsite.emulator.batches import Batch, longest
+from offsite.emulator.builders.base import Grounds, Outline, Stage, droppable, kept_of
+from offsite.emulator.builders.reductions import Kept, Ways, cluster, drop
 from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.placements import Placement
-from offsite.kernels.cka import adjacent_cka, linear_cka
+from offsite.emulator.precision import in_fp32
 
-GUARD_BATCHES = 2  # on which sharing is judged; where it fails it fails by factors, not by percents
+JUDGES = 8  # examples, the longest, by which choices are judged; where one is wrong it is so by much
+EQUAL = 1e-3  # nats a token: what is nearer is equally good, and the first is taken
+STRAIN = 0.02  # nats a token that a way must be better by if its strain is half of the margin; at all of it, no more do
 
 
 @dataclass(frozen=True)
@@ -47,49 +50,44 @@ class Crash:
         depth = len(layers(model))
         keep, fixed = kept_of(depth, self.keep), placement.fixed(depth)
         inner = droppable(depth, keep=keep, fixed=fixed)
-        found = pooled(model, batches)
         reduce = cluster if self.reduction == "cluster" else drop
-        kept = sorted({*fixed, *(inner[at] for at in reduce(found[inner], keep - len(fixed)))})
-        trainable = placement.choose(kept, depth)
-        removed = Outline(tuple(kept), trainable)
-        if self.sharing == "off":
-            return removed
-        shared = Outline(tuple(range(depth)), trainable, nearest(depth, kept))
-        if self.sharing == "on":
-            return shared
-        few = batches[-GUARD_BATCHES:]  # the longest
-        removed_text = likelihood(restack(model, removed.layers), few)
-        shared_text = likelihood(restack(model, shared.layers, shared.shared), few)
-        return shared if shared_text.nll < removed_text.nll else removed
+        with in_fp32(model):
+            ways = reduce(pooled(model, batches)[inner], keep - len(fixed))
+            text = longest(batches, JUDGES)
+
+            def nats(outline: Outline) -> float:
+                found = likelihood(restack(model, outline.layers, outline.shared), text)
+                return found.nll / found.tokens
+
+            def removed(way: Kept) -> Outline:
+                kept = sorted({*fixed, *(inner[at] for at in way)})
+                return Outline(tuple(kept), placement.choose(kept, depth))
+
+            way, lead = judged(ways, lambda way: nats(removed(way)))
+            links = {inner[at]: link for at, link in enumerate(ways.links)}
+            grounds = Grounds(links, ways.gap, ways.margin, len(ways.strains), lead)
+            few = replace(removed(way), grounds=grounds)
+            if self.sharing == "off":
+                return few
+            shared = replace(few, layers=tuple(range(depth)), shared=nearest(depth, few.layers))
+            return shared if self.sharing == "on" or nats(shared) < nats(few) - EQUAL else few
 
 
-def cluster(representations: Tensor, keep: int) -> list[int]:
-    """Choose `keep` layers of (layers, n, d): the representatives of the segments between the weakest links."""
-    return [representative(segment) for segment in segments(adjacent_cka(representations).tolist(), keep)]
+def judged(ways: Ways, nats: Callable[[Kept], float]) -> tuple[Kept, float | None]:
+    """Return the best of several ways, and by how many nats a token it is better than the next; None without another.
 
-
-def drop(representations: Tensor, keep: int) -> list[int]:
-    """Choose `keep` layers of (layers, n, d): drop the right one of the most similar neighbours until they are left."""
-    kept = list(range(len(representations)))
-    links = adjacent_cka(representations).tolist()
-    while len(kept) > keep:
-        at = max(range(len(links)), key=links.__getitem__)
-        del kept[at + 1], links[at]
-        if at < len(links):  # the neighbour that is new
-            links[at] = float(linear_cka(representations[kept[at]], representations[kept[at + 1]]))
-    return kept
-
-
-def segments(links: Sequence[float], count: int) -> list[range]:
-    """Cut a chain of len(links) + 1 layers at its count - 1 smallest links; of equal ones the first."""
-    weakest = sorted(range(len(links)), key=lambda at: links[at])[: count - 1]
-    borders = [0, *(at + 1 for at in sorted(weakest)), len(links) + 1]
-    return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
-
-
-def representative(segment: range) -> int:
-    """Return the middle layer of a segment, the upper one of two."""
-    return segment[len(segment) // 2]
+    What a way must be better by grows without bounds with its strain, so that it is no matter whether one at the
+    margin is among them.
+    """
+    first = next(iter(ways.strains))
+    if len(ways.strains) == 1:
+        return first, None
+    costs = {
+        way: nats(way) + STRAIN * strain / (ways.margin - strain) if strain else nats(way)
+        for way, strain in ways.strains.items()
+    }
+    best, after = sorted(costs.values())[:2]
+    return min(way for way, cost in costs.items() if cost <= best + EQUAL), after - best
 
 
 def nearest(depth: int, kept: Sequence[int]) -> dict[int, int]:
@@ -122,4 +120,7 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
         weights = weights / weights.sum(dim=1, keepdim=True)
 
     read(model, batches, [layer.register_forward_hook(keep(at)) for at, layer in enumerate(stack)], note=note)
-    return torch.stack([torch.cat(examples) for examples in found])
+    states = torch.stack([torch.cat(examples) for examples in found])
+    if strange := (~states.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+        raise ValueError(f"layer {strange[0]} gives values that are not finite on the calibration text")
+    return states

@@ -17,6 +17,7 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Draft, Material, Stage
 from offsite.emulator.formats.packed import dense
+from offsite.emulator.precision import in_fp32
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class Loram:
         if self.looks_at_text:
             sources = {place: outline.shared.get(place, place) for place in every}
             wanted = {(at, kind.after.path): source for at, source in sources.items() for kind in units.get(source, {})}
-            found = mean_squares(draft.model, wanted, material.batches)
+            with in_fp32(draft.model):
+                found = mean_squares(draft.model, wanted, material.batches)
         recovery, columns = dict(draft.recovery), {place: dict[str, Tensor]() for place in places}
         for place, kinds in units.items():
             layer = layers(model)[place]
             for kind, stay in kinds.items():
                 heard = found.get((place, kind.after.path))
-                score = by_weight(layer, kind) if heard is None else by_activation(layer, kind, heard.sqrt().float())
+                score = by_weight(layer, kind) if heard is None else by_activation(layer, kind, heard.sqrt())
                 kept = score.argsort(descending=True, stable=True)[:stay].sort().values
                 columns[place][kind.after.path] = kind.columns(kept)
                 for name, index in narrow(layer, kind, kept).items():
@@ -109,16 +111,16 @@ def _stay(setting: str, units: Units, share: float) -> int:
 
 
 def by_weight(layer: nn.Module, units: Units) -> Tensor:
-    """Score units by the product of the norms of what they own of each map, (units,) fp32."""
-    score = _norms(dense(layer.get_submodule(units.after.path)).norm(dim=0), units.after)
+    """Score units by the product of the norms of what they own of each map, (units,) fp64: rounding decides nothing."""
+    score = _norms(dense(layer.get_submodule(units.after.path)).double().norm(dim=0), units.after)
     for part in units.before:
-        score = score * _norms(dense(layer.get_submodule(part.path)).norm(dim=1), part)
+        score = score * _norms(dense(layer.get_submodule(part.path)).double().norm(dim=1), part)
     return score
 
 
 def by_activation(layer: nn.Module, units: Units, rms: Tensor) -> Tensor:
-    """Score units by the norm of their columns, each times the RMS (d_in,) of its input; (units,) fp32."""
-    return _norms(dense(layer.get_submodule(units.after.path)).norm(dim=0).cpu() * rms, units.after)
+    """Score units by the norm of their columns, each times the RMS (d_in,) of its input; (units,) fp64."""
+    return _norms(dense(layer.get_submodule(units.after.path)).double().norm(dim=0).cpu() * rms, units.after)
 
 
 def _norms(each: Tensor, part: Part) -> Tensor:

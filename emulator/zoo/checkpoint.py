@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from offsite.emulator.anatomy.stack import follow
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.precision import quicken
 from offsite.emulator.quiet import quiet
 from offsite.emulator.zoo.weights import configurations, load, pretrained, tensor_files, untie, unwrapped
 
@@ -61,8 +60,8 @@ class Checkpoint:
     def stream(self) -> tuple[Any, torch.dtype]:
         """Return the model with its layers left on disk, and the dtype they have there.
 
-        Each is read when the forward pass comes to it, and computes in what this machine is fastest in. Raises
-        ValueError if the folder does not hold the whole model, or its layers' tensors otherwise than the model does.
+        Each is read when the forward pass comes to it, and computes in fp32. Raises ValueError if the folder does not
+        hold the whole model, or its layers' tensors otherwise than the model does.
         """
         config = load(self.folder, "auto", hollow=True).config
         hollow = copy.deepcopy(config)
@@ -73,9 +72,9 @@ class Checkpoint:
         for whole, part in zip(configurations(config), configurations(rest.config), strict=True):
             whole.tie_word_embeddings = part.tie_word_embeddings
         model = skeleton(config, dtype=rest.dtype)
-        stored = quicken(rest)
-        if rest.dtype != stored:
-            model.float()  # with its buffers, which came to be in what is stored
+        stored = rest.dtype
+        rest.float()
+        model.float()  # with its buffers, which came to be in what is stored
         anatomy = find(model)
         model.load_state_dict(rest.state_dict(), strict=False, assign=True)
         model.tie_weights()

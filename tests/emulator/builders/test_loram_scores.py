@@ -19,10 +19,12 @@ from offsite.emulator.formats.packed import dense
 def test_units_score_the_product_of_the_norms_of_what_they_own(tiny: Any) -> None:
     model = tiny()
     layer, found = layers(model)[0], roles(model, 0)
-    gate, up, down = (layer.get_submodule(f"mlp.{name}_proj").weight.detach() for name in ("gate", "up", "down"))
+    gate, up, down = (
+        layer.get_submodule(f"mlp.{name}_proj").weight.detach().double() for name in ("gate", "up", "down")
+    )
     expected = torch.stack([gate[c].norm() * up[c].norm() * down[:, c].norm() for c in range(48)])
     torch.testing.assert_close(by_weight(layer, channels(layer, found)), expected)
-    q, k, v, o = (layer.get_submodule(f"self_attn.{name}_proj").weight.detach() for name in "qkvo")
+    q, k, v, o = (layer.get_submodule(f"self_attn.{name}_proj").weight.detach().double() for name in "qkvo")
     expected = torch.stack(
         [
             q[16 * g : 16 * g + 16].norm() * k[8 * g : 8 * g + 8].norm() * v[8 * g : 8 * g + 8].norm()
@@ -71,7 +73,7 @@ def test_activation_weighs_each_column_by_its_input(tiny: Any) -> None:
     model = tiny()
     layer = layers(model)[0]
     units = groups(layer, roles(model, 0), heads(model))
-    rms = torch.rand(32, generator=torch.Generator().manual_seed(0))
-    weighed = layer.self_attn.o_proj.weight.detach() * rms
+    rms = torch.rand(32, generator=torch.Generator().manual_seed(0)).double()
+    weighed = layer.self_attn.o_proj.weight.detach().double() * rms
     expected = torch.stack([weighed[:, :16].norm(), weighed[:, 16:].norm()])
     torch.testing.assert_close(by_activation(layer, units, rms), expected)

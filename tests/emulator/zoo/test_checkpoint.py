@@ -13,16 +13,14 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders import make
-from offsite.emulator.precision import DTYPES, quicken
+from offsite.emulator.precision import DTYPES
 from offsite.emulator.zoo.checkpoint import Checkpoint
 
 
-@pytest.fixture(params=["fp32", "bf16", "bf16, emulated"])
-def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of the base on disk, on a machine that multiplies it in hardware or not."""
-    precision, _, emulated = str(request.param).partition(", ")
-    monkeypatch.setattr("offsite.emulator.precision.fastest", lambda device: "fp32" if emulated else precision)
-    return DTYPES["fp32" if precision == "fp32" else "bf16"]
+@pytest.fixture(params=["fp32", "bf16"])
+def stored(request: pytest.FixtureRequest) -> torch.dtype:
+    """The dtype of the base on disk."""
+    return DTYPES[request.param]
 
 
 @torch.no_grad()
@@ -32,7 +30,7 @@ def test_a_base_read_layer_by_layer_gives_the_emulator_that_one_in_memory_gives(
     tiny(family).to(stored).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model, _ = zoo.load_base(tmp_path / "base", dtype="auto")
-    assert quicken(model) == stored
+    model.float()  # in which layers are chosen
     source = Checkpoint.open(tmp_path / "base")
     streamed, found = source.stream()
     assert found == stored
@@ -41,7 +39,7 @@ def test_a_base_read_layer_by_layer_gives_the_emulator_that_one_in_memory_gives(
     held = {name: tensor.is_meta for name, tensor in streamed.named_parameters()}
     assert all(is_meta == name.startswith(f"{path}.") for name, is_meta in held.items())
     original = {name: tensor for file in {*source.files.values()} for name, tensor in load_file(file).items()}
-    for sharing in ("off", "on") if family == "llama" else ("off",):
+    for sharing in ("on", "auto") if family == "llama" else ("off",):
         builder: Any = make("crash", {"keep": 4, "sharing": sharing})
         outline = builder.outline(streamed, text, placements.Ends(1, 1))
         assert outline == builder.outline(model, text, placements.Ends(1, 1))
