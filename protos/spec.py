@@ -30,6 +30,7 @@ Shared = Annotated[dict[Count, Count], Field(max_length=DEPTHS)]
 Names = Annotated[tuple[Name, ...], Field(max_length=1024)]
 Exams = Annotated[dict[Name, Place], Field(max_length=256)]
 Ratio = Annotated[float, Field(strict=True, gt=1, le=LARGEST, allow_inf_nan=False)]
+Links = Annotated[dict[Count, Finite], Field(max_length=DEPTHS)]
 Shape = tuple[Positive, Positive]  # d_out, d_in
 Narrow = Annotated[dict[Count, Annotated[dict[Word, Shape], Field(max_length=256)]], Field(max_length=DEPTHS)]
 
@@ -124,7 +125,7 @@ class Packing:
 class Grounds:
     """On what an emulator's layers were chosen: how alike they are, and how near another choice was."""
 
-    links: Annotated[dict[Count, Finite], Field(max_length=DEPTHS)]  # layer -> CKA of its output with that of the next layer that may go
+    links: Links  # layer -> CKA of its output with that of the next layer that may go
     gap: Finite | None  # log of the ratio of 1 - CKA of what was told apart; None: there was nothing to choose
     margin: Finite  # a gap below it did not decide by itself
     ways: Positive  # to choose within it; of several the calibration text decided

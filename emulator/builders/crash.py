@@ -97,8 +97,9 @@ def nearest(depth: int, kept: Sequence[int]) -> dict[int, int]:
 
 
 def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Return each layer's output for each example, (layers, n, d) fp32 on the CPU. Raises ValueError without examples.
+    """Return each layer's output for each example, (layers, n, d) fp32 on the CPU.
 
+    Raises ValueError without examples, and on values that are not finite.
     Tokens are averaged with the weight of token t being t (Muennighoff, arXiv 2202.08904, eq. 1), padding with 0.
     """
     if sum(len(batch.input_ids) for batch in batches) < 2:
