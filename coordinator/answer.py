@@ -1,12 +1,14 @@
 """The one place where errors become gRPC answers, and certificates become names."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
+from offsite.coordinator.limits import Limits, check_request
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
 from offsite.protos.security.certificates import Role, either
@@ -20,10 +22,21 @@ class Gate:
 
     def __init__(self, revocations: Revocations) -> None:
         self._revocations = revocations
+        self._limits = Limits()
+
+    def recheck(self, caller: Peer) -> None:
+        """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
+        self._revocations.check(caller)
+
+    @contextmanager
+    def transfer(self, caller: Peer) -> Iterator[Callable[[], None]]:
+        """Count an upload or a download of a caller who was let in; the body is given what checks the caller again."""
+        with self._limits.transfer(caller.serial):
+            yield lambda: self.recheck(caller)
 
     @asynccontextmanager
-    async def __call__(self, context: Any, *roles: Role) -> AsyncIterator[Peer]:
-        """Check that the caller has one of the roles, and answer errors of the body with their status and sentence."""
+    async def __call__(self, context: Any, *roles: Role, request: Message | None = None) -> AsyncIterator[Peer]:
+        """Check the caller and the request, and answer errors of the body with their status and sentence."""
         try:
             caller = peer(context.auth_context())
             self._revocations.check(caller)
@@ -31,7 +44,10 @@ class Gate:
                 raise RefusedError(
                     f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
                 )
-            yield caller
+            with self._limits.call(caller.serial):
+                if request is not None:
+                    check_request(request)
+                yield caller
         except OffsiteError as error:
             await context.abort(grpc.StatusCode[error.status], plain(str(error)))
         except grpc.aio.AbortError:
@@ -42,6 +58,5 @@ class Gate:
             await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
         except Exception as error:
             log.exception("while answering")
-            await context.abort(
-                grpc.StatusCode.INTERNAL, f"internal error at the coordinator: {type(error).__name__}: {error}"
-            )
+            said = plain(f"{type(error).__name__}: {error}", most=300)
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error at the coordinator: {said}")

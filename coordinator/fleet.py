@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from offsite.coordinator.answer import Gate
 from offsite.coordinator.home import Home
+from offsite.coordinator.progress import Told, ahead
 from offsite.coordinator.store.blobs import Blobs
-from offsite.coordinator.store.journal import LIVE, Journal, Key
+from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key, Row
+from offsite.coordinator.transfers import parts, send
 from offsite.coordinator.uploads import Upload, key_of
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc, transfer_pb2
-from offsite.protos.chunks import read_chunks
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, NotFoundError
 from offsite.protos.spec import Manifest, TaskSpec
@@ -35,36 +36,51 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     def __init__(self, home: Home, journal: Journal, blobs: Blobs, gate: Gate) -> None:
         self._home, self._journal, self._blobs, self._gate = home, journal, blobs, gate
-        self._locks: defaultdict[Key, asyncio.Lock] = defaultdict(asyncio.Lock)  # one stream at a time for a task
+        self._told = Told(journal)
+        self._seen: dict[str, float] = {}  # site -> when the journal was last told that it is here
+        # One stream at a time for a task; a lock is there as long as a stream holds it or waits for it.
+        self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
 
     async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:
         """Record the site under the name in its certificate."""
-        async with self._gate(context, "site") as site:
+        async with self._gate(context, "site", request=request) as site:
             self._journal.enrol(
                 site.name, examples=request.examples, version=plain(request.version), policy=plain(request.policy)
             )
             return pb.EnrolReply(site=site.name, report_every_s=REPORT_EVERY_S)
 
+    def _see(self, site: str) -> None:
+        """Record now and then that a site which waits or works is here."""
+        if time.monotonic() - self._seen.get(site, float("-inf")) >= REPORT_EVERY_S:
+            self._journal.see(site)
+            self._seen[site] = time.monotonic()
+
     async def PullTask(self, request: pb.PullTaskRequest, context: Any) -> pb.PullTaskReply:
         """Answer with the site's next open task, waiting for one if need be."""
-        async with self._gate(context, "site") as site:
-            deadline, told = time.monotonic() + min(request.wait_s, 60.0), float("-inf")
+        async with self._gate(context, "site", request=request) as site:
+            deadline = time.monotonic() + min(request.wait_s, 60.0)
             while not (tasks := self._journal.open_tasks(site.name)):
-                if time.monotonic() - told >= REPORT_EVERY_S:  # a site that waits is here
-                    self._journal.see(site.name)
-                    told = time.monotonic()
+                self._see(site.name)
                 if not time.monotonic() < deadline:
                     return pb.PullTaskReply()
                 await asyncio.sleep(POLL_S)
+                self._gate.recheck(site)
+            self._take(tasks[0])
             return pb.PullTaskReply(task=tasks[0].spec, signature=tasks[0].signature)
 
-    async def Download(self, request: transfer_pb2.DownloadRequest, context: Any) -> AsyncIterator[transfer_pb2.Chunk]:
+    def _take(self, task: Row) -> None:
+        """Record that a task was handed out, once: from then on it must get further, and its longest time runs."""
+        if task.state == "offered":
+            key = Key(task.run, task.round, task.site, task.attempt)
+            self._told.tell(key, task, state="taken", step=0, bytes_down=0)
+
+    async def Download(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a blob of the site's current tasks; no other can be had."""
-        async with self._gate(context, "site") as site:
+        async with self._gate(context, "site", request=request) as site:
             if request.digest not in self._granted(site.name):
-                raise NotFoundError(f"{request.digest} is not part of a task of {site.name}")
-            for offset, data in read_chunks(self._blobs.path(request.digest), offset=request.offset):
-                yield transfer_pb2.Chunk(offset=offset, data=data)
+                raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
+            with self._gate.transfer(site) as recheck:
+                await send(self._blobs.path(request.digest), request.offset, context, recheck)
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -76,41 +92,58 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     async def ResumeUpload(self, request: pb.UploadHeader, context: Any) -> pb.UploadOffset:
         """Say where an upload goes on."""
-        async with self._gate(context, "site") as site:
+        async with self._gate(context, "site", request=request) as site:
             upload = Upload(self._home, self._journal, self._blobs, site.name, request)
             return pb.UploadOffset(complete=True) if upload.complete else pb.UploadOffset(offset=upload.offset())
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadPart], context: Any) -> pb.UploadReceipt:
         """Take an update; the receipt follows once it is checked and durable."""
         async with self._gate(context, "site") as site:
-            first = await anext(aiter(request_iterator), None)
-            if first is None or first.WhichOneof("part") != "header":
-                raise InputError("upload: the first part must be the header")
-            async with self._locks[key_of(first.header.key, site.name)]:  # a stream that was broken may still end here
-                upload = Upload(self._home, self._journal, self._blobs, site.name, first.header)
-                if upload.complete:
-                    return pb.UploadReceipt(digest=first.header.digest)
-                upload.offset()
-                async for part in request_iterator:
-                    upload.write(part.chunk.offset, part.chunk.data)
-                return pb.UploadReceipt(digest=await asyncio.to_thread(upload.finish))
+            with self._gate.transfer(site) as recheck:
+                return pb.UploadReceipt(digest=await self._receive(site.name, parts(request_iterator), recheck))
+
+    async def _receive(self, site: str, stream: AsyncIterator[pb.UploadPart], recheck: Callable[[], None]) -> str:
+        first = await anext(stream, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InputError("upload: the first part must be the header")
+        key = key_of(first.header.key, site)
+        self._journal.task(key)  # raises: no state for what does not exist
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:  # a stream that was broken may still end here
+            upload = Upload(self._home, self._journal, self._blobs, site, first.header)
+            if upload.complete:
+                return upload.digest
+            upload.offset()
+            async for part in stream:
+                recheck()
+                upload.write(part.chunk.offset, part.chunk.data)
+            recheck()
+            digest = await asyncio.to_thread(upload.finish)
+        self._told.forget(key)
+        return digest
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
         """Record progress; tell the site to stop when its task is closed."""
-        async with self._gate(context, "site") as site:
+        async with self._gate(context, "site", request=request) as site:
             if request.state not in STATES:
                 raise InputError(f"report: unknown state {request.state}")
-            self._journal.see(site.name)
             key, state = key_of(request.key, site.name), STATES[request.state]
-            before = self._journal.task(key)
-            run = self._journal.run(request.key.run)
-            progress = {"step": request.step, "steps": request.steps, "loss": request.loss}
-            told: dict[str, Any] = {"state": state, "message": plain(request.message), **progress}
-            received = max(request.bytes_down, before.bytes_down)
-            told["bytes_down"] = received
-            moved = (before.state, before.step, before.bytes_down) != (state, request.step, received)
-            at = {"moved_at": time.time()} if moved else {}
-            live = run.state in LIVE and self._journal.set_task(key, **told, **at)
-            if live and moved:
-                self._journal.add_event(request.key.run, "site", round=request.key.round + 1, site=site.name, **told)
-            return pb.ReportReply(stop=not live and state not in ("refused", "failed"))
+            task = self._journal.task(key)
+            self._see(site.name)
+            if task.state not in OPEN or self._journal.run(key.run).state not in LIVE:
+                self._told.forget(key)
+                return pb.ReportReply(stop=state in OPEN)
+            most = from_json(TaskSpec, task.spec, where="task").training.steps
+            if not request.step <= request.steps <= most:
+                raise InputError(f"report: step {request.step} of {request.steps}, the task has {most}")
+            received = max(request.bytes_down, task.bytes_down)
+            told: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps, "loss": request.loss}
+            told |= {"message": plain(request.message), "bytes_down": received}
+            if state not in OPEN:
+                self._told.forget(key)
+                if self._journal.set_task(key, **told):
+                    self._journal.add_event(key.run, "site", round=key.round + 1, site=site.name, **told)
+                return pb.ReportReply()
+            if ahead(task, state=state, step=request.step, received=received):
+                return pb.ReportReply(stop=not self._told.tell(key, task, **told))
+            return pb.ReportReply()

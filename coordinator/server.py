@@ -15,6 +15,7 @@ from offsite.coordinator.dispatch import PLACES, Dispatcher
 from offsite.coordinator.executor import Executor
 from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
+from offsite.coordinator.limits import CALLS
 from offsite.coordinator.people import RunsService
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
@@ -30,6 +31,12 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_receive_message_length", 6 << 20),  # a chunk, a spec or an update's metrics
+    ("grpc.max_metadata_size", 4096),
+    ("grpc.max_concurrent_streams", 2 * CALLS),  # of one connection; `Limits` bounds those of one certificate
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.http2.bdp_probe", 0),  # else the window of a fast stream grows, and with it what lies in memory
 )
 
 

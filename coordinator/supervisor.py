@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.report import assemble, perplexities, training, warnings
@@ -48,6 +48,7 @@ class Supervisor:
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
         self._document: bytes = self._journal.run(run).spec
         self._spec = from_json(RunSpec, self._document, where="run spec")
+        self._begun: dict[tuple[int, str], float | None] = {}
 
     def run(self) -> None:
         """Bring the run to its end, from wherever the journal says it is.
@@ -205,12 +206,22 @@ class Supervisor:
             return True
         if task.state not in OPEN:
             return False
+        if (begun := self._begun_at(number, task.site)) and time.time() - begun > self._spec.task_s:
+            return self._leave_out(number, task, f"was not done {self._spec.task_s:.0f} s after it took its task")
         moved = max(task.moved_at, self._started)
         if task.state == "offered":  # the site may be busy with another run; it is enough that it is here
             moved = max(moved, *(site.seen_at for site in self._journal.sites() if site.name == task.site), 0.0)
         if time.time() - moved <= self._spec.stall_s:
             return True
-        message = f"got no further for {self._spec.stall_s:.0f} s"
+        return self._leave_out(number, task, f"got no further for {self._spec.stall_s:.0f} s")
+
+    def _begun_at(self, number: int, site: str) -> float | None:
+        """When a site took its first task of a round; the journal knows, so no restart gives it more time."""
+        if self._begun.get((number, site)) is None:
+            self._begun[number, site] = self._journal.begun_at(self._run, number, site)
+        return self._begun[number, site]
+
+    def _leave_out(self, number: int, task: Row, message: str) -> Literal[False]:
         if self._journal.set_task(Key(self._run, number, task.site, task.attempt), state="stalled", message=message):
             self._journal.add_event(
                 self._run, "site", round=number + 1, site=task.site, state="stalled", message=message

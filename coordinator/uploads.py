@@ -35,6 +35,11 @@ class Upload:
             raise MismatchError(f"{self._what()}: an update was accepted before, with digest {self._task.update}")
         return bool(self._task.state == "uploaded")
 
+    @property
+    def digest(self) -> str:
+        """The digest of the update, as its header names it."""
+        return str(self._header.digest)
+
     def _what(self) -> str:
         return f"update of {self._key.site}, round {self._key.round + 1}"
 
@@ -89,6 +94,8 @@ class Upload:
             site, number = self._key.site, self._key.round + 1
             data = {"loss": metrics.losses[-1], "bytes": size, "examples": metrics.examples}
             self._journal.add_event(self._key.run, "update", round=number, site=site, **data)
+        elif self._journal.task(self._key).update != digest:
+            raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")
         return digest
 
     def _check_metrics(self) -> UpdateMetrics:

@@ -84,6 +84,7 @@ class RunSpec:
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
     wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
+    task_s: AboveZero = 86_400.0  # and so is a site that is not done this long after it took its task
     public: Place = ""  # at the coordinator: public text that builders may look at and tune on
     calibration: Place = ""  # there too: text that builders look at instead, such as the task's; never tuned on
     realign_steps: Count = 0  # between rounds, of tuning the emulator beside the new adapter

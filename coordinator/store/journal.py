@@ -39,7 +39,7 @@ class Key(NamedTuple):
 
 
 LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
-OPEN = ("offered", "downloading", "loading", "training", "uploading")  # states of a task that is not over
+OPEN = ("offered", "taken", "downloading", "loading", "training", "uploading")  # of a task not over, in their order
 
 
 class Journal:
@@ -229,6 +229,12 @@ class Journal:
         """Return the events of a run after a sequence number, of one kind if it is named."""
         query = sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq)
         return self._all(query.where(events.c.kind == kind) if kind else query)
+
+    def begun_at(self, run: str, round: int, site: str) -> float | None:
+        """Return when a site was first heard in a round (0 is the first): when it took its task. None before that."""
+        told = events.c.run == run, events.c.kind == "site", events.c.round == round + 1, events.c.site == site
+        begun: float | None = self._all(sa.select(sa.func.min(events.c.at)).where(*told))[0][0]
+        return begun
 
     def enrol(self, site: str, **values: Any) -> None:
         """Record a site and what it said of itself."""
