@@ -67,7 +67,10 @@ class Channel:
     def patiently(
         self, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0, patience_s: float | None = None
     ) -> T:
-        """Run an attempt until it succeeds, fails for good, or patience ends; progress renews patience."""
+        """Run an attempt until it succeeds, fails for good, or patience ends; progress renews patience.
+
+        A coordinator that is away, or has no room just now, is asked again.
+        """
         patience = self.patience_s if patience_s is None else patience_s
         deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
         while True:
@@ -79,7 +82,7 @@ class Channel:
                 translated = self._translate(error)
                 if progress() > reached:
                     deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
-                if not isinstance(translated, UnreachableError) or time.monotonic() > deadline:
+                if not isinstance(translated, UnreachableError | ResourceError) or time.monotonic() > deadline:
                     raise translated from None
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 5.0)

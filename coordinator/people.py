@@ -9,9 +9,9 @@ from typing import Any
 from offsite.coordinator.answer import Gate
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import LIVE, Journal, Row
+from offsite.coordinator.transfers import send
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc, transfer_pb2
-from offsite.protos.chunks import read_chunks
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import NotFoundError
 from offsite.protos.figures import without_infinities
@@ -38,7 +38,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
         """Check the spec, make the run durable, and look whether it can begin."""
-        async with self._gate(context, "owner", "researcher") as person:
+        async with self._gate(context, "owner", "researcher", request=request) as person:
             spec = from_json(RunSpec, request.spec, where="run spec")
             await asyncio.to_thread(_judge, spec)
             run = secrets.token_hex(4)
@@ -48,12 +48,12 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """Return one run."""
-        async with self._gate(context, *PEOPLE):
+        async with self._gate(context, *PEOPLE, request=request):
             return self._status(self._journal.run(request.id))
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
         """Return a page of runs, newest first and in brief."""
-        async with self._gate(context, *PEOPLE):
+        async with self._gate(context, *PEOPLE, request=request):
             limit = min(request.limit or PAGE, PAGE)
             rows = self._journal.page(limit=limit + 1, before=request.before)
             done = self._journal.rounds_done(row.id for row in rows[:limit])
@@ -61,7 +61,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
         """Stream events until the run is over and all were sent."""
-        async with self._gate(context, *PEOPLE):
+        async with self._gate(context, *PEOPLE, request=request) as person:
             after, live = request.after, True
             while live:
                 live = (
@@ -74,25 +74,26 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                     )
                 if live:
                     await asyncio.sleep(POLL_S)
+                    self._gate.recheck(person)
 
     async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """End a run; one that is over stays as it ended."""
-        async with self._gate(context, "owner", "researcher") as person:
+        async with self._gate(context, "owner", "researcher", request=request) as person:
             self._journal.run(request.id)
             self._journal.end_run(request.id, "cancelled", error=f"cancelled by {person.name}")
             return self._status(self._journal.run(request.id))
 
-    async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> AsyncIterator[transfer_pb2.Chunk]:
+    async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a published file; nothing else can be had."""
-        async with self._gate(context, *PEOPLE):
+        async with self._gate(context, *PEOPLE, request=request) as person:
             if not self._journal.is_artifact(request.digest):
-                raise NotFoundError(f"{request.digest} is not a published file")
-            for offset, data in read_chunks(self._blobs.path(request.digest), offset=request.offset):
-                yield transfer_pb2.Chunk(offset=offset, data=data)
+                raise NotFoundError(f"{plain(request.digest)} is not a published file")
+            with self._gate.transfer(person) as recheck:
+                await send(self._blobs.path(request.digest), request.offset, context, recheck)
 
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""
-        async with self._gate(context, *PEOPLE):
+        async with self._gate(context, *PEOPLE, request=request):
             rows = self._journal.sites()
             return pb.SitesReply(
                 sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
