@@ -1,12 +1,16 @@
 """Conversations as a tokenizer's chat template writes them, cut into what a model is given and what it answers."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from os.path import commonprefix
 from typing import Any
 
 from offsite.emulator.examples import Example, Fault
 from offsite.emulator.examples.shapes import Turn, learned
+
+DAY = date(2024, 7, 26)  # which the templates of Llama write where they have no clock
 
 REFUSED = "rows that the chat template refuses"
 LOST = "rows of which the chat template leaves out text"
@@ -64,6 +68,7 @@ class _Rendered:
 
     def __init__(self, turns: list[Turn], tools: Sequence[Turn], tokenizer: Any, *, in_parts: bool) -> None:
         self._turns, self._tools, self._tokenizer = turns, list(tools) or None, tokenizer
+        self._in_parts = in_parts
         self._given = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
         if in_parts:
             for turn in self._given:
@@ -73,6 +78,8 @@ class _Rendered:
         """Find the answers; raises Fault if text is lost, or if they cannot be told from the rest."""
         whole = self._write(len(self._turns))
         self._check(whole)
+        if self._in_parts and any(part in _squashed(whole) for part in ("'type':'text'", '"type":"text"')):
+            raise Fault(REFUSED, "the tokenizer's chat template does not read contents in parts")
         # An opening turn of the assistant answers nobody: it is given, not learned.
         answers = [self._answer(index) for index, turn in enumerate(self._turns) if index and learned(turn)]
         if not answers:
@@ -90,9 +97,14 @@ class _Rendered:
 
     def _write(self, count: int, *, asked: bool = False) -> str:
         try:
+            template = _on_one_day(self._tokenizer.get_chat_template(tools=self._tools))
             return str(
                 self._tokenizer.apply_chat_template(
-                    self._given[:count], tools=self._tools, tokenize=False, add_generation_prompt=asked
+                    self._given[:count],
+                    tools=self._tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=asked,
                 )
             )
         except Exception as error:  # a template is a program of whoever made the model, and fails in any way
@@ -152,6 +164,11 @@ def _parted(prompt: str, before: str, answered: str, content: str) -> tuple[str,
         return answered[: min(shared, place)], answered[min(shared, place) :]
     start = answered.rfind(header, 0, place) if header else -1  # the history is written differently by now
     return (prompt, answered[start + len(header) :]) if start >= 0 else None
+
+
+def _on_one_day(template: str) -> str:
+    """Have a template that writes the date write the same one always, so that the same rows give the same tokens."""
+    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(DAY.strftime(call[2])), template)
 
 
 def _squashed(text: str) -> str:

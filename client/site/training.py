@@ -40,8 +40,9 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         ready = _load(job)
         encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=job.odd_rows)
     sequences = encoding.sequences
-    read = {"examples": data.census.examples, "distinct": data.census.distinct}
-    say("data", **read, **encoding.counts, warnings=[told[:SENTENCE] for told in encoding.warnings[:4]])
+    counts = {"examples": data.census.examples, "distinct": data.census.distinct, **encoding.counts}
+    counts["left_out"] += sum(one.count for one in data.census.left_out)
+    say("data", **counts, warnings=[told[:SENTENCE] for told in encoding.warnings[:4]])
     order = schedule(
         len(sequences),
         batch_size=spec.batch_size,

@@ -69,6 +69,7 @@ KNOWN = {
         "{% elif m.role == 'assistant' %} {{ m.content }}■{% endif %}{% endfor %}"
     ),
 }
+KNOWN["llama"] = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}" + KNOWN["gemma"]
 
 
 def turns(*said: str, **extra: str) -> Example:
@@ -136,6 +137,7 @@ LEARNED = {
             "<user>why<assistant>\nso■<user>and<assistant><think>\n«ha\n</think>\nthus■»",
         ],
     ),
+    ("llama", "date"): (turns("why", "so"), ["26 Jul 2024 <user>why\n<model>«so\n■»"]),
     ("mistral", "system"): (KIND, ["[Be kind.\n\nwhy]« <b>so■»[and]« thus■»"]),
     ("think-in-prompt", "two"): (TWO, ["[user]why\n[assistant]«<b>so\n»[user]and\n[assistant]«thus\n■»"]),
     ("parts-only", "two"): (TWO, ["[user]why[assistant]«<b>so»[user]and[assistant]«thus■»"]),

@@ -61,7 +61,7 @@ def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (training.warmup_steps + 1))
     )
-    encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=training.max_length)
+    encoded = encode(examples.collect(Path(job.data)).examples, tokenizer, max_length=training.max_length)
     losses = []
     for batch in training_batches(
         encoded, batch_size=training.batch_size, steps=training.steps, first_step=0, seed=training.seed
@@ -78,7 +78,9 @@ def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list
 
 
 def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, tmp_path: Path) -> None:
-    one = job(training={"warmup_steps": 2, "weight_decay": 0.1, "gradient_clipping": 0.05})
+    data = tmp_path / "data.jsonl"
+    data.write_text(Path(job().data).read_text() + '\n{"an odd": "row"}\n')
+    one = job(data=data, training={"warmup_steps": 2, "weight_decay": 0.1, "gradient_clipping": 0.05})
     events = finish(one, tmp_path / "task")
     update = tensors.load(tmp_path / "out" / "update.safetensors")
     expected, losses = plain_local_training(one)
@@ -86,6 +88,8 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
     assert all(torch.equal(update[key], expected[key]) for key in expected)
     assert all(float(value.norm()) > 0 for value in update.values())
     assert [event["event"] for event in events] == ["loading", "data", "inspected", *["step"] * 6, "done"]
+    counts = {"examples": 22, "distinct": 22, "sequences": 22, "left_out": 1}
+    assert events[1].items() >= counts.items()
     told = tuple(event["loss"] for event in events[3:-1])
     assert told == pytest.approx(losses, rel=1e-6)  # the sum over positions has another order there
     with safe_open(tmp_path / "out" / "update.safetensors", framework="pt") as file:
