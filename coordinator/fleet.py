@@ -80,13 +80,14 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if request.digest not in self._granted(site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
             with self._gate.transfer(site) as recheck:
-                await send(self._blobs.path(request.digest), request.offset, context, recheck)
+                path = await asyncio.to_thread(self._blobs.served, request.digest)
+                await send(path, request.offset, context, recheck)
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
         for task in self._journal.open_tasks(site):
             spec = from_json(TaskSpec, task.spec, where="task")
-            manifest = from_json(Manifest, self._blobs.path(spec.manifest).read_bytes(), where="manifest")
+            manifest = from_json(Manifest, self._blobs.served(spec.manifest).read_bytes(), where="manifest")
             granted |= {spec.manifest, spec.adapter} | {entry.digest for entry in manifest.files}
         return granted
 

@@ -89,7 +89,8 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             if not self._journal.is_artifact(request.digest):
                 raise NotFoundError(f"{plain(request.digest)} is not a published file")
             with self._gate.transfer(person) as recheck:
-                await send(self._blobs.path(request.digest), request.offset, context, recheck)
+                path = await asyncio.to_thread(self._blobs.served, request.digest)
+                await send(path, request.offset, context, recheck)
 
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""

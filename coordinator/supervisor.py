@@ -15,7 +15,7 @@ from offsite.coordinator.report import assemble, perplexities, training, warning
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
 from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.documents import from_json, plain, to_json
-from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
+from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError, ResourceError, RunError, from_status
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import Choice, RunSpec, TaskSpec, UpdateMetrics
 
@@ -182,6 +182,8 @@ class Supervisor:
             self._heed()
             time.sleep(POLL_S)
         tasks = self._latest(number)
+        if any([self._is_rotten(number, task) for task in tasks if task.state == "uploaded"]):
+            return self._collect(number)  # from sites that are asked once more
         done = [task for task in tasks if task.state == "uploaded"]
         if len(done) < self._spec.min_sites:
             why = "; ".join(f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded")
@@ -226,6 +228,16 @@ class Supervisor:
             self._journal.add_event(
                 self._run, "site", round=number + 1, site=task.site, state="stalled", message=message
             )
+        return False
+
+    def _is_rotten(self, number: int, task: Row) -> bool:
+        """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
+        try:
+            self._home.blobs().path(task.update)
+        except (MismatchError, NotFoundError) as error:
+            message = f"its update was lost at the coordinator: {error}"
+            self._journal.lose_update(Key(self._run, number, task.site, task.attempt), message)
+            return True
         return False
 
     # the end

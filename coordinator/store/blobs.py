@@ -1,13 +1,21 @@
 """Files by digest in one folder; a file is there whole, or not there."""
 
+import fcntl
+import logging
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from offsite.protos.chunks import digest_file, is_digest
 from offsite.protos.errors import InputError, MismatchError, NotFoundError, ResourceError
 
+FRESH_S = 600.0
 MARGIN_BYTES = 64 << 20  # left free on the disk, so that the journal can always be written
+
+log = logging.getLogger(__name__)
 
 
 class Blobs:
@@ -16,12 +24,34 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
+        self._checked: dict[str, tuple[tuple[int, int], float]] = {}  # digest -> its file's state, and when
 
     def path(self, digest: str) -> Path:
-        """Where a blob is; raises NotFoundError when it is not there."""
+        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
         path = self._place(digest)
         if not path.is_file():
-            raise NotFoundError(f"no blob {digest}")
+            raise NotFoundError(f"{self.root}: no blob {digest}; put it back from a backup, or submit the run again")
+        if (actual := digest_file(path)) != digest:
+            error = MismatchError(
+                f"{path}: the file has changed since it was stored (its digest is {actual[:19]}...); look at the disk, "
+                "then put the file back from a backup, or submit the run again"
+            )
+            log.error("%s", error)
+            raise error
+        return path
+
+    def served(self, digest: str) -> Path:
+        """The same for a file that is sent again and again: checked when it was not within the last minutes."""
+        place = self._place(digest)
+        about = place.stat() if place.is_file() else None
+        state = (about.st_size, about.st_mtime_ns) if about else (0, 0)
+        checked = self._checked.get(digest)
+        if checked is not None and checked[0] == state and time.monotonic() - checked[1] < FRESH_S:
+            return place
+        self._checked.pop(digest, None)
+        path = self.path(digest)
+        self._checked = {one: at for one, at in self._checked.items() if time.monotonic() - at[1] < FRESH_S}
+        self._checked[digest] = (state, time.monotonic())
         return path
 
     def _place(self, digest: str) -> Path:
@@ -39,15 +69,38 @@ class Blobs:
             raise MismatchError(f"{file.name}: its digest is {found}, announced was {digest}")
         size = file.stat().st_size
         place = self._place(found)
-        if place.is_file():
-            file.unlink()
-            return found, size
         place.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        file.replace(place)
-        _sync_folder(place.parent)
+        with self._locked(fcntl.LOCK_SH):
+            if place.is_file() and digest_file(place) == found:  # else it has rotted, and is replaced
+                os.utime(place)
+                file.unlink()
+                return found, size
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            file.replace(place)
+            _sync_folder(place.parent)
         return found, size
+
+    def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
+        """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""
+        files = size = 0
+        for path in self.root.glob("??/*"):
+            if f"sha256:{path.parent.name}{path.name}" in keep:
+                continue
+            with self._locked(fcntl.LOCK_EX):  # nobody finds it there meanwhile
+                about = path.stat()
+                if about.st_mtime >= before:
+                    continue
+                if not dry_run:
+                    path.unlink()
+            files, size = files + 1, size + about.st_size
+        return files, size
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        with (self.root / "lock").open("w") as handle:
+            fcntl.flock(handle, how)
+            yield
 
 
 def room(folder: Path, size: int) -> None:

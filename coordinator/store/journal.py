@@ -218,6 +218,14 @@ class Journal:
             query = sa.update(tasks).where(*_is(key), tasks.c.state.in_(OPEN))
             return bool(connection.execute(query.values(**values)).rowcount)
 
+    def lose_update(self, key: Key, message: str) -> None:
+        """Take back that an update was accepted: its file is lost."""
+        with self._write() as connection:
+            query = sa.update(tasks).where(*_is(key), tasks.c.state == "uploaded")
+            if connection.execute(query.values(state="failed", update="", message=message)).rowcount:
+                told = {"state": "failed", "message": message}
+                connection.execute(_event(key.run, "site", round=key.round + 1, site=key.site, **told))
+
     # events, sites, artifacts
 
     def add_event(self, run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError, OffsiteError, ResourceError
 
 metadata = sa.MetaData()
@@ -140,7 +141,7 @@ def _known(path: Path, error: object) -> OffsiteError | None:
 def damaged(path: Path, what: str) -> MismatchError:
     """Return the sentence about a journal that is not one, or not whole."""
     return MismatchError(
-        f"{path}: the journal is damaged ({what[:100]}); put a backup in its place, "
+        f"{path}: the journal is damaged ({plain(what, most=100)}); put a backup in its place, "
         f"or move it away with its -wal and -shm to begin anew without the runs that it knew"
     )
 

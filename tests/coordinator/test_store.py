@@ -1,14 +1,19 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
+import contextlib
 import shutil
+import sqlite3
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy
 
 from offsite.coordinator.store import blobs as blobs_module
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
 
@@ -112,3 +117,52 @@ def test_runs_come_in_pages_the_newest_first(journal: Journal) -> None:
     assert journal.rounds_done(["r0", "r1"]) == {"r1": 1}
     with pytest.raises(NotFoundError):
         journal.page(limit=1, before="nothing")
+
+
+def test_a_bit_that_rots_is_noticed_by_whoever_reads_and_mended_by_whoever_brings_it_again(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path / "blobs")
+    (tmp_path / "file").write_bytes(b"one")
+    digest, _ = blobs.take(tmp_path / "file")
+    place = blobs.served(digest)
+    place.write_bytes(b"onf")
+    for read in (blobs.path, blobs.served):
+        with pytest.raises(MismatchError, match=f"{place}: the file has changed since it was stored"):
+            read(digest)
+    (tmp_path / "file").write_bytes(b"one")
+    assert blobs.take(tmp_path / "file") == (digest, 3) and blobs.path(digest).read_bytes() == b"one"
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "garbled"])
+def test_a_damaged_journal_is_one_sentence_that_names_it(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "journal.db"
+    journal = Journal(file)
+    for number in range(9):
+        journal.add_run(f"r{number}", token=f"t{number}", owner="alice", spec=b"spec" * 3000)
+    journal.close()
+    content = file.read_bytes()
+    half = len(content) // 2
+    garbled = content[:4096] + b"\xff" * (len(content) - 4096)
+    file.write_bytes({"text": b"not a journal" * 999, "truncated": content[:half], "garbled": garbled}[damage])
+    with pytest.raises(MismatchError, match=f"{file}: the journal is damaged .*put a backup in its place"):
+        Journal(file).check()
+
+
+def test_what_hinders_the_journal_is_a_sentence(journal: Journal, tmp_path: Path) -> None:
+    def full(connection: Any, *_: Any) -> None:
+        connection.execute("PRAGMA max_page_count=1")
+
+    sqlalchemy.event.listen(journal._engine, "connect", full)
+    journal.close()
+    with pytest.raises(Unwritable, match="journal.db: the disk is full; free some space"):
+        journal.add_run("big", token="big", owner="alice", spec=b"x" * 1_000_000)
+    with pytest.raises(Unwritable, match="missing/journal.db: it cannot be opened"):
+        Journal(tmp_path / "missing" / "journal.db")
+
+
+def test_an_older_journal_gets_the_columns_that_it_lacks(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.db").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
+        connection.execute("ALTER TABLE runs DROP COLUMN note")
+        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('old', 'queued', 'x')")
+        connection.commit()
+    assert Journal(tmp_path / "journal.db").run("old").note == ""

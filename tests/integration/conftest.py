@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -111,6 +112,11 @@ class Federation:
         """End a process as a power cut would."""
         self._children[name].send_signal(signal.SIGKILL)
         self._children[name].wait()
+
+    def tree(self, name: str) -> list[psutil.Process]:
+        """A process and all that descend from it."""
+        process = psutil.Process(self._children[name].pid)
+        return [process, *process.children(recursive=True)]
 
     def stop(self) -> None:
         """End what runs, politely first."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -108,15 +109,36 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     assert float((adapted - base).abs().max()) > 0.05
 
 
-def test_ray_and_deepspeed_give_what_threads_and_plain_give(federation: Any) -> None:
+def test_ray_and_deepspeed_give_what_threads_and_plain_give_though_ray_dies(federation: Any, wait: Any) -> None:
     outcomes = []
     for executor, trainer in (("threads", "plain"), ("ray", "deepspeed")):
         federation.coordinate(executor=executor)
         federation.join("hospital", engine=trainer)
         with federation.connect() as session:
-            folder = session.submit(federation.spec()).result(federation.folder / executor)
+            run = session.submit(federation.spec())
+            if executor == "ray":
+                wait(lambda run=run: run.refresh().state == "running", "a supervisor")
+                tree = federation.tree("coordinator")
+                listening = {f"{at.ip}:{at.port}" for process in tree for at in listens(process)}
+                assert len(listening) > 4, "Ray's own processes are among them"
+                assert {at for at in listening if "127.0.0.1:" not in at} == set()
+                next(process for process in tree if process.name() == "raylet").kill()
+            folder = run.result(federation.folder / executor)
         outcomes.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
         federation.stop()
     assert outcomes[0].keys() == outcomes[1].keys()
     for key, tensor in outcomes[0].items():
         torch.testing.assert_close(outcomes[1][key], tensor, rtol=1e-4, atol=1e-5)
+    home = federation.folder / "home"
+    assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
+    said = [line for line in federation.log("coordinator").read_text().splitlines() if not line.startswith("{")]
+    assert "its raylet on this machine" in said[0] and "is back; the runs go on" in said[-1]
+    assert len(said) == 2, "nothing of Ray's own is in the coordinator's output"
+
+
+def listens(process: psutil.Process) -> list[Any]:
+    """Where a process listens."""
+    try:
+        return [at.laddr for at in process.net_connections(kind="inet") if at.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
