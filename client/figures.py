@@ -35,11 +35,18 @@ def table(report: dict[str, Any]) -> RenderableType:
     for figure, head in FIGURES.items():
         grid.add_column(head, justify="right", style="bold green" if figure == "plug_in" else "")
     grid.add_column("tokens", justify="right", style="dim")
-    gone = set(report.get("not_finite", ()))
     for name, row in sorted(report["sites"].items()):
-        grid.add_row(plain(name, most=64), *_cells(row, f"sites.{name}", gone), str(report["tokens"].get(name, "")))
+        tokens = str(report["tokens"].get(name, ""))
+        grid.add_row(plain(name, most=64), *_cells(report, f"sites.{name}", row), tokens)
     grid.add_section()
-    grid.add_row("all", *_cells(report["overall"], "overall", gone), str(sum(report["tokens"].values())), style="bold")
+    tokens = str(sum(report["tokens"].values()))
+    grid.add_row("all", *_cells(report, "overall", report["overall"]), tokens, style="bold")
+    said += [
+        f"! {place.removeprefix('sites.')}, {figure.replace('_', ' ')}: {why}"
+        for place, one in report.get("marks", {}).items()
+        if place != "overall"  # that is among the warnings
+        for figure, why in one.items()
+    ][:MOST]
     said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
     return Group(grid, *_lines(said), Text(moved(report)))
 
@@ -76,8 +83,11 @@ def short(value: Any, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def _cells(row: dict[str, Any], place: str, gone: set[str]) -> list[str]:
-    return ["not finite" if f"{place}.{figure}" in gone else short(row.get(figure)) for figure in FIGURES]
+def _cells(report: dict[str, Any], place: str, row: dict[str, Any]) -> list[str]:
+    """Write the figures of a row, those that cannot be right with a mark."""
+    gone, marked = report.get("not_finite", ()), report.get("marks", {}).get(place, {})
+    told = {figure: "not finite" if f"{place}.{figure}" in gone else short(row.get(figure)) for figure in FIGURES}
+    return [f"{text}!" if text and figure in marked else text for figure, text in told.items()]
 
 
 def _lines(said: list[str]) -> list[Text]:

@@ -48,7 +48,9 @@ def write(report: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
     heads = {figure: head.replace("\n", " ") for figure, head in FIGURES.items()}
-    page = environment.get_template("report.html.j2").render(report=report, plots=plots, figures=heads)
+    page = environment.get_template("report.html.j2").render(
+        report=report, plots=plots, figures=heads, marks=report.get("marks", {})
+    )
     path.write_text(page, encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import from_json, to_plain
-from offsite.protos.figures import perplexity, protection, without_infinities
+from offsite.protos.figures import doubts, marks, perplexity, protection, sentences, without_infinities
 from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
@@ -57,9 +57,11 @@ def assemble(journal: Journal, run: str) -> str:
             for number in range(spec.rounds)
             for site, why in steps[f"version:{number + 1}"].get("left_out", {}).items()
         ],
-        "warnings": warnings(overall),
+        "vocabulary": built.get("vocabulary"),
+        "warnings": warnings(overall, vocabulary=built.get("vocabulary")),
         "protection": protection(overall),
     }
+    report["marks"] = marks(report)
     told, gone = without_infinities(report)
     return json.dumps(told | {"not_finite": gone}, allow_nan=False)
 
@@ -80,9 +82,9 @@ def perplexities(evaluated: dict[str, dict[str, Any]]) -> tuple[dict[str, float]
     return overall, sites
 
 
-def warnings(overall: dict[str, float]) -> list[str]:
-    """Say what a careful reader would object to."""
-    found = []
+def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> list[str]:
+    """Say what a careful reader would object to, and which figures cannot be right."""
+    found, wrong = [], doubts(overall, vocabulary=vocabulary)
     base, emulator = overall.get("base_zero_shot"), overall.get("emulator_zero_shot")
     if base and emulator and emulator > UNUSABLE * base:
         found.append(
@@ -97,7 +99,7 @@ def warnings(overall: dict[str, float]) -> list[str]:
     plug_in = overall.get("plug_in")
     if base and plug_in and plug_in >= base:
         found.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
-    return found
+    return found + sentences({name: why for name, why in wrong.items() if name not in odd})
 
 
 def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateMetrics]]) -> dict[str, Any]:

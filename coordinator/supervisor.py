@@ -117,9 +117,10 @@ class Supervisor:
 
         def tell(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             told: list[tuple[str, dict[str, Any]]] = [("figure", {"name": figure, "sets": gave["sets"]})]
+            words = steps["version:0"].get("vocabulary")
             if figure == "emulator_zero_shot":  # before anything is trained
                 overall, _ = perplexities({"base_zero_shot": steps["base_zero_shot"]["sets"], figure: gave["sets"]})
-                told += [("warning", {"message": warning}) for warning in warnings(overall)]
+                told += [("warning", {"message": warning}) for warning in warnings(overall, vocabulary=words)]
             return told
 
         base, recovery = steps["version:0"]["base"]["digest"], steps["version:0"]["recovery"]

@@ -20,6 +20,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.manifests import MANIFEST, describe
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.emulator import bundle, methods, zoo
+from offsite.emulator.anatomy.structure import text_config
 from offsite.emulator.batches import encode, evaluation_batches
 from offsite.emulator.builders import Draft
 from offsite.emulator.builders import make as make_builder
@@ -86,6 +87,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
         "method_hash": digest_bytes(canonical(identity)),
         "broadcast": {site: adapters[method.rank_at(site)] for site in sites},
         "learning_rate": rate,
+        "vocabulary": text_config(emulator).vocab_size,
         "exact": None,
         "residual": {},
         "recovery": recovery,

@@ -1,7 +1,7 @@
 """The one way in which likelihoods become the perplexities that people compare."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -13,6 +13,45 @@ def perplexity(sets: Iterable[dict[str, Any]]) -> float:
     known = list(sets)
     nll, tokens = sum(one["nll"] for one in known), sum(one["tokens"] for one in known)
     return math.exp(min(nll / tokens, 700.0)) if tokens else math.nan
+
+
+FAR = 2.0  # times the base's perplexity: tuning that does such harm has gone wrong
+WORSE = {  # than: what training must not do, and what it means for the figure
+    ("base_tuned", "base_zero_shot"): "training made the base itself worse, so this bounds nothing",
+    ("emulator_tuned", "emulator_zero_shot"): "training made the emulator worse",
+    ("attack", "emulator_zero_shot"): "training made the emulator worse, so this attacks nothing",
+}
+
+
+def doubts(row: Mapping[str, float | None], *, vocabulary: int | None = None) -> dict[str, str]:
+    """Say of each perplexity of one tuning that cannot be right why not; `vocabulary` is the number of tokens."""
+    known = {name: value for name, value in row.items() if value is not None}
+    found = {name: "it is no finite number" for name, value in known.items() if not math.isfinite(value)}
+    if vocabulary:
+        found |= {
+            name: f"guessing among {vocabulary:,} tokens does better"
+            for name, value in known.items()
+            if name not in found and value > vocabulary
+        }
+    for (name, than), why in WORSE.items():
+        if name in known and name not in found and known[name] > known.get(than, math.inf):
+            found[name] = f"{why}; a lower learning rate may help"
+    base, plug_in = known.get("base_zero_shot", math.inf), known.get("plug_in", 0.0)
+    if "plug_in" not in found and plug_in > FAR * base:
+        found["plug_in"] = f"it is {plug_in / base:.0f} times the untuned base's; a lower learning rate may help"
+    return found
+
+
+def marks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Say of each figure of a report that cannot be right why not, by place: "overall" or "sites.<name>"."""
+    places = {"overall": report["overall"], **{f"sites.{name}": row for name, row in report["sites"].items()}}
+    found = {place: doubts(row, vocabulary=report.get("vocabulary")) for place, row in places.items()}
+    return {place: one for place, one in found.items() if one}
+
+
+def sentences(found: Mapping[str, str]) -> list[str]:
+    """Turn what is doubted of figures into warnings."""
+    return [f"the figure '{name.replace('_', ' ')}' cannot be right: {why}" for name, why in found.items()]
 
 
 def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:

@@ -23,7 +23,7 @@ from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
-from offsite.protos.figures import perplexity, protection
+from offsite.protos.figures import marks, perplexity, protection, sentences
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
 
@@ -238,6 +238,9 @@ class Demo:
             report["overall"][figure] = perplexity(told["sets"].values())
             report["spans"] += [{"who": "demo", "step": what, **span} for span in told["spans"]]
         report["protection"] = protection(report["overall"])
+        report["marks"] = marks(report)
+        wrong = {name: why for name, why in report["marks"].get("overall", {}).items() if name in MEASURED.values()}
+        report["warnings"] += sentences(wrong)
         report["seconds"] = seconds(report["spans"], start=started, end=time.time())
         (self._out / "report.json").write_text(json.dumps(report, indent=2))
         write(report, self._out / "report.html")

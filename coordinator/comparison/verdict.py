@@ -74,8 +74,9 @@ def recommend(rows: Sequence[Row], *, protected_from: float | None) -> tuple[int
     useful = [row for row in rows if row.measured and not row.warnings]
     if not useful:
         return None, (
-            "No candidate is worth handing out: each has an emulator that is too small to be useful or a plug-in that "
-            "does not beat the base. Keep more layers, add distilled to the chain, or train for more steps."
+            "No candidate is worth handing out: each has an emulator that is too small to be useful, a plug-in that "
+            "does not beat the base, or figures that cannot be right. Keep more layers, "
+            "add distilled to the chain, or train for more steps."
         )
     allowed = useful
     if protected_from is not None:

@@ -57,3 +57,11 @@ def test_figures_that_are_huge_or_no_numbers_fit_too() -> None:
     report = EMPTY | {"sites": {"a": row}, "overall": row, "tokens": {"a": 3}, "not_finite": ["overall.plug_in"]}
     text = told(report)
     assert "1.0e+304" in text and text.count("finite") == 3
+
+
+def test_a_figure_that_cannot_be_right_is_marked_and_explained() -> None:
+    row = {"base_zero_shot": 10.7, "base_tuned": 2970.0}
+    why = {"base_tuned": "training made the base itself worse, so this bounds nothing"}
+    report = EMPTY | {"sites": {"a": row}, "overall": row, "tokens": {"a": 3}, "marks": {"sites.a": why}}
+    text = " ".join(told(report).split())
+    assert text.count("2,970!") == 1 and "! a, base tuned: training made the base itself worse" in text

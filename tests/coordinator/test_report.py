@@ -6,7 +6,7 @@ import math
 import pytest
 
 from offsite.coordinator.report import perplexities, warnings
-from offsite.protos.figures import protection, without_infinities
+from offsite.protos.figures import doubts, marks, protection, without_infinities
 from offsite.protos.timeline import seconds
 
 
@@ -44,3 +44,30 @@ def test_a_site_whose_clock_is_wrong_does_not_change_how_long_a_run_took() -> No
     spans = [{"kind": "training", "start": 0.0, "end": 1e11}, {"kind": "loading", "start": 5e9, "end": 6e9}]
     split = seconds(spans, start=100.0, end=110.0)
     assert (split["total"], split["training"], split["loading"], split["overhead"]) == (10.0, 10.0, 0.0, 0.0)
+
+
+HONEST = {
+    **{"base_zero_shot": 10.7, "emulator_zero_shot": 160.0, "emulator_tuned": 60.0, "plug_in": 9.0},
+    **{"base_tuned": 7.0, "attack": 12.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "why"),
+    [
+        ("base_tuned", 2970.0, "training made the base itself worse, so this bounds nothing"),
+        ("plug_in", 30.0, "it is 3 times the untuned base's"),
+        ("emulator_tuned", 170.0, "training made the emulator worse"),
+        ("attack", 161.0, "so this attacks nothing"),
+        ("emulator_zero_shot", 50_000.0, "guessing among 49,152 tokens does better"),
+        ("plug_in", math.nan, "it is no finite number"),
+    ],
+)
+def test_a_figure_that_cannot_be_right_is_marked_and_warned_of(figure: str, value: float, why: str) -> None:
+    assert doubts(HONEST, vocabulary=49_152) == {} == marks({"overall": HONEST, "sites": {"a": HONEST}})
+    row = HONEST | {figure: value}
+    found = marks({"overall": HONEST, "sites": {"a": row}, "vocabulary": 49_152})
+    assert found.keys() == {"sites.a"} and list(found["sites.a"]) == [figure] and why in found["sites.a"][figure]
+    told = warnings(row, vocabulary=49_152)
+    assert any("cannot be right" in one or "finite" in one for one in told)
+    assert not [one for one in warnings(HONEST, vocabulary=49_152) if "cannot be right" in one]

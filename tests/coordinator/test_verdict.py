@@ -41,11 +41,12 @@ def row(
     heal: float = 60.0,
     tuned: float = 100.0,
     general: float = 40.0,
+    bound: float = 23.0,
     megabytes: int = 100,
     verbatim: int = 80,
     flops: int = 10,
 ) -> Row:
-    figures = dict(zip(FIGURES, (BASE, zero_shot, tuned, plug_in, 23.0), strict=True))
+    figures = dict(zip(FIGURES, (BASE, zero_shot, tuned, plug_in, bound), strict=True))
     measured = Measured(
         emulated=Emulated(
             layers=(0, 1, 3),
@@ -158,6 +159,12 @@ def test_where_none_is_protected_none_is_recommended_and_it_is_said_what_would_h
     found = report(row(1, unfreeze=25.0), row(2, unfreeze=30.0), protected_from=0.3)
     assert found.recommended is None and next_step(found) == ""
     assert "the largest margin over the attacks is 0.11 (number 2)" in found.reason and "give away less" in found.reason
+
+
+def test_what_rests_on_figures_that_cannot_be_right_is_not_recommended() -> None:
+    found = report(row(1, plug_in=20.0, bound=2970.0), row(2, plug_in=27.0))
+    assert found.recommended == 2 and "bounds nothing" in found.rows[0].warnings[0]
+    assert report(row(1, bound=2970.0)).recommended is None
 
 
 def test_where_none_is_useful_none_is_recommended() -> None:

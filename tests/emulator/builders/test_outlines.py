@@ -147,7 +147,7 @@ def test_crash_without_text_is_refused(tiny: Any) -> None:
 def test_unknown_names_and_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no builder 'crush' .*known are .*crash"):
         make("crush", {})
-    with pytest.raises(ValueError, match=r"'uniform' has no setting 'kepe'; its settings are keep"):
+    with pytest.raises(ValueError, match=r"'uniform' has no setting 'kepe' .*its settings are keep"):
         make("uniform", {"kepe": 3})
     with pytest.raises(ValueError, match=r"builder 'uniform': keep: "):
         make("uniform", {"keep": "many"})
