@@ -28,7 +28,8 @@ class Home:
         """Remove what kills left behind: scratch files and half uploads that nobody has touched for a day."""
         for folder in (self.scratch, self.spool):
             for path in folder.iterdir():
-                if time.time() - path.stat().st_mtime > STALE_S:
+                touched = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+                if time.time() - touched > STALE_S:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @property

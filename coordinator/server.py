@@ -17,6 +17,7 @@ from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
 from offsite.coordinator.limits import CALLS
 from offsite.coordinator.people import RunsService
+from offsite.coordinator.retention import Retention, collect
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
@@ -25,6 +26,8 @@ from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import Revocations, server_credentials
 
 log = logging.getLogger(__name__)
+
+COLLECT_EVERY_S = 6 * 3600.0
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second coordinator would take half of the calls without a word
@@ -43,12 +46,19 @@ OPTIONS = (
 class Server:
     """One coordinator over one home folder."""
 
-    def __init__(self, home: Home, make_executor: Callable[[Home], Executor], *, places: int = PLACES) -> None:
+    def __init__(
+        self,
+        home: Home,
+        make_executor: Callable[[Home], Executor],
+        *,
+        places: int = PLACES,
+        retention: Retention = Retention(),  # noqa: B008 (frozen)
+    ) -> None:
         self._home = home.prepare()
         self._identity = Identity.load(home.identity, expect="coordinator")
         if self._identity.warning:
             log.warning(self._identity.warning)
-        self._make_executor, self._places = make_executor, places
+        self._make_executor, self._places, self._retention = make_executor, places, retention
         self._lock = self._alone()
         home.sweep()
 
@@ -84,13 +94,26 @@ class Server:
         try:
             ready(port)
             work = asyncio.create_task(dispatcher.work())
-            await asyncio.wait({work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()  # raises: the journal is damaged
+            collecting = asyncio.create_task(self._collect())
+            await asyncio.wait(
+                {work, collecting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in (work, collecting):
+                if task.done():
+                    task.result()  # raises: the journal is damaged
         finally:
             await server.stop(grace=1.0)
             executor.close()
             journal.close()
+
+    async def _collect(self) -> None:
+        """Remove what need not be kept, now and again every few hours."""
+        while True:
+            try:
+                await asyncio.to_thread(collect, self._home, self._retention)
+            except (OSError, ResourceError) as error:
+                log.error("old files are not collected: %s", error)
+            await asyncio.sleep(COLLECT_EVERY_S)
 
     async def _start(self, executor: Executor, stop: asyncio.Event) -> bool:
         """Start an executor, which can take long; False when told to stop meanwhile."""
@@ -128,6 +151,7 @@ def run(
     *,
     ready: Callable[[int], None],
     places: int = PLACES,
+    retention: Retention = Retention(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
-    asyncio.run(Server(home, make_executor, places=places).serve(address, ready=ready))
+    asyncio.run(Server(home, make_executor, places=places, retention=retention).serve(address, ready=ready))

@@ -10,28 +10,40 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `up` a subcommand."""
+Home_ = Annotated[Path, typer.Option("--home", help="Folder of the journal and the blobs; made if missing.")]
+KeepRuns = Annotated[
+    int | None, typer.Option(min=0, help="Keep the published files of so many newest ended runs; else of all.")
+]
+KeepDays = Annotated[
+    float | None, typer.Option(min=0, help="Keep the published files of runs for so many days; else for ever.")
+]
+WorkingDays = Annotated[
+    float, typer.Option(min=0, help="Keep what a run worked with (bundles, updates) for so many days after its end.")
+]
 
 
 @app.command()
 def up(
     identity: Annotated[Path, typer.Option(help="The coordinator's kit, from `offsite pki issue --role coordinator`.")],
-    home: Annotated[Path, typer.Option(help="Folder of the journal and the blobs; made if missing.")] = Path(
-        "offsite-home"
-    ),
+    home: Home_ = Path("offsite-home"),
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:8443",
     executor: Annotated[Literal["ray", "threads"], typer.Option(help="Where supervisors and their steps run.")] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
     places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
+    keep_runs: KeepRuns = None,
+    keep_days: KeepDays = None,
+    working_days: WorkingDays = 7.0,
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
-    """Serve sites and people until interrupted; unfinished runs go on where they were."""
+    """Serve sites and people until interrupted; unfinished runs go on where they were.
+
+    What need not be kept is collected at the start and every six hours, as `offsite coordinator gc` does.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from offsite.coordinator.executor import Executor, InProcess
     from offsite.coordinator.home import Home
+    from offsite.coordinator.retention import Retention
     from offsite.coordinator.server import run
     from offsite.protos.addresses import Address, parse
 
@@ -51,4 +63,30 @@ def up(
         else:
             print(f"coordinator ready on {here}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
 
-    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready, places=places)
+    retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
+    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready, places=places, retention=retention)
+
+
+@app.command()
+def gc(
+    home: Home_ = Path("offsite-home"),
+    keep_runs: KeepRuns = None,
+    keep_days: KeepDays = None,
+    working_days: WorkingDays = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+) -> None:
+    """Remove files that no run needs; a coordinator may be up. Rows, reports and events of runs stay."""
+    from offsite.coordinator.home import Home
+    from offsite.coordinator.retention import Retention, collect
+    from offsite.protos.errors import NotFoundError
+
+    root = home.resolve()
+    if not (root / "journal.db").is_file():
+        raise NotFoundError(f"{root}: no journal.db in it; name a coordinator's folder with --home")
+    retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
+    freed = collect(Home(root, root).prepare(), retention, dry_run=dry_run)
+    if format == "json":
+        print(json.dumps({"dry_run": dry_run, **vars(freed)}))
+    else:
+        print(f"{'would remove' if dry_run else 'removed'} {freed}")

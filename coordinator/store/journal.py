@@ -271,6 +271,26 @@ class Journal:
         """Return the published files of a run by name."""
         return self._all(sa.select(artifacts).where(artifacts.c.run == run).order_by(artifacts.c.name))
 
+    def forget_artifacts(self, run: str) -> None:
+        """Publish the files of a run no longer."""
+        with self._write() as connection:
+            connection.execute(sa.delete(artifacts).where(artifacts.c.run == run))
+
+    def thin(self, run: str, *, most: int, dry_run: bool = False) -> int:
+        """Remove a run's oldest events of training steps, so that at most so many events are left; return how many."""
+        mine = events.c.run == run
+        with self._write() as connection:
+            surplus = connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one() - most
+            if surplus <= 0:
+                return 0
+            steps_only = mine, events.c.kind == "site", events.c.data["state"].as_string() == "training"
+            oldest = sa.select(events.c.seq).where(*steps_only).order_by(events.c.seq).limit(surplus)
+            chosen = list(connection.execute(oldest).scalars())
+            if chosen and not dry_run:
+                bounds = events.c.seq.between(chosen[0], chosen[-1])
+                connection.execute(sa.delete(events).where(*steps_only, bounds))
+            return len(chosen)
+
     def is_artifact(self, digest: str) -> bool:
         """Tell whether a file was published by any run."""
         return bool(self._all(sa.select(artifacts.c.digest).where(artifacts.c.digest == digest).limit(1)))

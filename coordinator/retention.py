@@ -1,0 +1,90 @@
+"""What is kept of runs that are over, and the collection of the rest; safe while a coordinator works on others.
+
+A run's row, report and events stay. Its published files stay until a policy says otherwise; what it worked with (its
+bundles, broadcasts, updates and averages) goes some days after its end. A run that is not over keeps everything.
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.journal import LIVE, Journal, Row
+
+DAY_S = 24 * 3600.0
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept of runs that are over."""
+
+    keep_runs: int | None = None  # the newest runs whose published files are kept; None: of all
+    keep_days: float | None = None  # since its end, for which a run's published files are kept; None: for ever
+    working_days: float = 7.0  # since its end, for which what a run worked with is kept
+    most_events: int = 10_000  # of a run; of more, the oldest that only tell a training step go
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What was removed, or would be."""
+
+    files: int
+    bytes: int
+    runs: tuple[str, ...]  # whose published files are forgotten
+    events: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        runs = f", the published files of {len(self.runs)} runs among them" if self.runs else ""
+        return f"{self.files} files, {self.bytes / 1e6:.1f} MB{runs}, and {self.events} events"
+
+
+def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed:
+    """Remove what need not be kept; raises OffsiteError."""
+    journal, blobs, now = home.journal(), home.blobs(), time.time()
+    try:
+        runs = journal.runs()
+        over = [run for run in reversed(runs) if run.state not in LIVE]
+        live = len(over) < len(runs)
+        forgotten = [run for at, run in enumerate(over) if not _published_is_kept(run, at, retention, now)]
+        lost = {run.id for run in forgotten}
+        keep: set[str] = set()
+        for run in runs:
+            if run.state in LIVE or (run.id not in lost and now - run.finished_at < retention.working_days * DAY_S):
+                keep |= _worked_with(journal, blobs, run.id)
+            if run.id not in lost:
+                keep |= {file.digest for file in journal.artifacts(run.id)}
+        named = tuple(run.id for run in forgotten if journal.artifacts(run.id))
+        events = sum(journal.thin(run.id, most=retention.most_events, dry_run=dry_run) for run in runs)
+        if not dry_run:
+            for run in named:
+                journal.forget_artifacts(run)
+        # A step stores its files before the journal names them: while one may be at work, the young ones stay.
+        files, size = blobs.sweep(keep, before=now - DAY_S if live else now, dry_run=dry_run)
+        if not dry_run and not live:
+            home.sweep()
+        return Freed(files=files, bytes=size, runs=named, events=events)
+    finally:
+        journal.close()
+
+
+def _published_is_kept(run: Row, newer: int, retention: Retention, now: float) -> bool:
+    old = retention.keep_days is not None and now - run.finished_at > retention.keep_days * DAY_S
+    beyond = retention.keep_runs is not None and newer >= retention.keep_runs
+    return not (old or beyond)
+
+
+def _worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:
+    """Return every digest that a run's steps and tasks name, and that the manifests among them name."""
+    steps = journal.steps(run)
+    tasks = journal.tasks(run)
+    digests = set(DIGEST.findall(json.dumps(steps))) | {task.update for task in tasks}
+    digests |= {digest for task in tasks for digest in DIGEST.findall(task.spec.decode())}
+    manifests = {value["manifest"] for value in steps.values() if "manifest" in value}
+    for manifest in manifests:
+        if manifest in blobs:
+            digests |= set(DIGEST.findall(blobs.path(manifest).read_text()))
+    return digests

@@ -1,0 +1,94 @@
+"""What is collected: never what a live run or a kept, published file needs; the rest goes, and that is said."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.retention import DAY_S, Retention, collect
+from offsite.coordinator.store.journal import Journal, Key
+
+WORKED_WITH = ("manifest", "layer", "start", "update")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home", tmp_path / "kit").prepare()
+
+
+def store(home: Home, content: str, *, age_s: float = 2 * DAY_S) -> str:
+    file = home.scratch / "file"
+    file.write_text(content)
+    digest, _ = home.blobs().take(file)
+    then = time.time() - age_s
+    os.utime(home.blobs().path(digest), (then, then))
+    return digest
+
+
+def make_run(home: Home, journal: Journal, name: str, *, ended_days_ago: float | None) -> dict[str, str]:
+    """A run with one file of every sort; returns their digests."""
+    journal.add_run(name, token=name, owner="alice", spec=b"{}")
+    layer = store(home, f"layer {name}")
+    files = {"layer": layer, "manifest": store(home, json.dumps({"files": [{"digest": layer}], "of": name}))}
+    files |= {kind: store(home, f"{kind} {name}") for kind in ("start", "update", "published")}
+    built = {"manifest": files["manifest"], "broadcast": {"ward": {"digest": files["start"]}}}
+    journal.add_step(name, "version:0", built)
+    journal.add_task(Key(name, 0, "ward", 0), spec=b"{}", signature=b"s")
+    journal.set_task(Key(name, 0, "ward", 0), state="uploaded", update=files["update"])
+    if ended_days_ago is not None:
+        journal.add_artifact(name, "adapter", digest=files["published"], size=1)
+        journal.set_run(name, report="{}")
+        journal.end_run(name, "completed")
+        with journal._write() as connection:
+            then = time.time() - ended_days_ago * DAY_S
+            connection.exec_driver_sql("UPDATE runs SET finished_at = ? WHERE id = ?", (then, name))
+    return files
+
+
+def left(home: Home, files: dict[str, str]) -> set[str]:
+    return {kind for kind, digest in files.items() if digest in home.blobs()}
+
+
+def test_what_a_run_worked_with_goes_after_a_week_and_what_it_published_when_the_policy_says(home: Home) -> None:
+    journal = home.journal()
+    old = make_run(home, journal, "old", ended_days_ago=30)
+    new = make_run(home, journal, "new", ended_days_ago=1)
+    orphan = {"orphan": store(home, "orphan")}
+    would = collect(home, Retention(), dry_run=True)
+    assert left(home, old) == old.keys() and left(home, orphan)
+    did = collect(home, Retention())
+    assert did == would and (did.files, did.runs) == (len(WORKED_WITH) + 1, ())
+    assert left(home, old) == {"published"} and left(home, new) == new.keys() and not left(home, orphan)
+
+    assert collect(home, Retention(keep_days=7)).runs == ("old",)
+    assert left(home, old) == set() and left(home, new) == new.keys()
+    assert journal.artifacts("old") == [] and not journal.is_artifact(old["published"])
+    assert journal.run("old").report == "{}" and [event.kind for event in journal.events("old")] == ["completed"]
+    assert collect(home, Retention(keep_runs=0)).runs == ("new",) and left(home, new) == set()
+    assert collect(home, Retention(keep_runs=0)).files == 0
+
+
+def test_a_live_run_keeps_all_it_has_and_what_it_may_have_just_stored(home: Home) -> None:
+    journal = home.journal()
+    ended = make_run(home, journal, "ended", ended_days_ago=30)
+    live = make_run(home, journal, "live", ended_days_ago=None)
+    young = {"young": store(home, "young", age_s=0)}
+    store(home, "update ended", age_s=0)  # which the live run has just stored once more
+    collect(home, Retention(keep_runs=0))
+    assert left(home, live) == set(WORKED_WITH)
+    assert left(home, young) == {"young"} and left(home, ended) == {"update"}
+
+
+def test_of_many_events_the_oldest_training_steps_go_and_no_other(home: Home) -> None:
+    journal = home.journal()
+    journal.add_run("r", token="r", owner="alice", spec=b"{}")
+    journal.add_event("r", "site", round=1, site="ward", state="taken")
+    for step in range(6):
+        journal.add_event("r", "site", round=1, site="ward", state="training", step=step)
+    journal.add_event("r", "round", round=1)
+    assert collect(home, Retention(most_events=5)).events == 3
+    told = [(event.kind, event.data.get("step")) for event in journal.events("r")]
+    assert told == [("site", None), ("site", 3), ("site", 4), ("site", 5), ("round", None)]
