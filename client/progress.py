@@ -72,9 +72,10 @@ class RunView:
         return self.phase
 
     def _on_bundle(self, event: Event) -> str:
-        layers, size = len(event.data["layers"]), event.data["bytes"] / 1e6
-        rate, share = event.data["learning_rate"], event.data["disclosed"]
-        return f"emulator: {layers} layers, {size:.0f} MB, {share:.0%} of the base's parameters; learning rate {rate:g}"
+        data = event.data
+        layers, size, share = len(data["layers"]), data["bytes"] / 1e6, data["disclosed"]
+        built = f"emulator: {layers} layers, {size:.0f} MB, {share:.0%} of the base's parameters"
+        return f"{built}; computed in {data['computed']}; learning rate {data['learning_rate']:g}"
 
     def _on_figure(self, event: Event) -> str:
         value = perplexity(event.data["sets"].values())

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from offsite.emulator.bundle import Layout
 from offsite.emulator.evaluation.disclosure import count, disclosed
 from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
-from offsite.emulator.precision import quicken
+from offsite.emulator.precision import explained, quicken
 from offsite.emulator.zoo.checkpoint import Checkpoint
 from offsite.emulator.zoo.weights import refuse_infinite
 from offsite.protos.chunks import digest_file
@@ -40,6 +40,7 @@ class Built:
     folder: Path
     manifest: Manifest
     recovery: dict[str, Tensor] = field(default_factory=dict)
+    computed: str = "fp32"  # in which precision, and why
 
 
 def build(
@@ -87,7 +88,8 @@ def build(
         text = material(public, tokenizer, calibration=calibration, scratch=scratch, tell=tell)
         draft = builders.run(makers, placement, base, text)
         named = ref(source, base)
-        return write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
+        built = write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
+        return replace(built, computed=explained(base))
     except ValueError as error:
         raise InputError(str(error)) from error
 

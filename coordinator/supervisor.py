@@ -264,7 +264,7 @@ def _without_ranks(method: Choice) -> Choice:
 
 def _bundle(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     shown = {key: gave["bundle"][key] for key in ("layers", "bytes", "disclosed")}
-    return [("bundle", shown | {"learning_rate": gave["learning_rate"]})]
+    return [("bundle", shown | {name: gave[name] for name in ("learning_rate", "computed")})]
 
 
 def _round(number: int, gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -87,6 +87,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
         "method_hash": digest_bytes(canonical(identity)),
         "broadcast": {site: adapters[method.rank_at(site)] for site in sites},
         "learning_rate": rate,
+        "computed": built.computed,
         "vocabulary": text_config(emulator).vocab_size,
         "exact": None,
         "residual": {},

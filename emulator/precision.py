@@ -37,8 +37,8 @@ class Race:
         return "bf16" if self.bf16 < CLEARLY * self.fp32 else "fp32"
 
     def __str__(self) -> str:
-        """Say who won, and by how much."""
-        return f"{self.fastest} (in a race of matrices fp32 took {self.fp32:.1f} ms, bf16 {self.bf16:.1f} ms)"
+        """Say how it went."""
+        return f"in a race of matrices fp32 took {self.fp32:.1f} ms, bf16 {self.bf16:.1f} ms"
 
 
 def fastest(device: torch.device) -> Precision:
@@ -68,6 +68,13 @@ def race() -> Race:
             return found
     except OSError:
         return Race(0.0, 0.0)
+
+
+def explained(model: nn.Module) -> str:
+    """Say what a model computes in, and why."""
+    first = next(model.parameters())
+    name = next((name for name, dtype in DTYPES.items() if dtype == first.dtype), str(first.dtype))
+    return f"{name} ({race()})" if first.device.type == "cpu" else name
 
 
 def _processor() -> str:

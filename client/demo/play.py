@@ -186,10 +186,14 @@ class Demo:
         """Return what was asked for, else what this machine computes in fastest."""
         import torch
 
-        from offsite.emulator.precision import fastest
+        from offsite.emulator.precision import fastest, race
 
+        if self._settings.precision:
+            return self._settings.precision
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return self._settings.precision or fastest(device)
+        chosen = fastest(device)
+        self._say(f"computing in {chosen}" + (f": {race()}" if device.type == "cpu" else ""))
+        return chosen
 
     def _pooled(
         self, processes: Processes, run: Run, sites: "list[SiteData]", what: Literal["bound", "attack"]

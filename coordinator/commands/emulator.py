@@ -71,6 +71,7 @@ def build(
     if built.recovery:
         tensors.save(recovery, built.recovery)
     _show(describe(built.manifest), str(out), signature="signed" if identity else "none")
+    Console().print(f"Computed in {built.computed}; layers are always chosen in fp32.")
     if built.recovery:
         Console().print(f"{recovery} brings what is trained back to the base. It is the owner's, not the sites'.")
 

@@ -30,7 +30,7 @@ def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tm
     figures = json.loads(told.stdout)
     assert figures["trainable"] == [0, 5] and len(figures["layers"]) == 5 and 0.5 < figures["disclosed"] < 1
     assert figures["grounds"]["links"].keys() == {"1", "2", "3"} and figures["grounds"]["gap"] > 0
-    assert "in 1 - CKA" in made.stdout
+    assert "in 1 - CKA" in made.stdout and "Computed in fp32 (in a race of matrices" in " ".join(made.stdout.split())
     assert figures["base"]["layers"] == 6 and figures["base"]["digest"].startswith("sha256:")
 
     again = offsite(*build)
