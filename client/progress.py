@@ -98,7 +98,7 @@ class RunView:
         if site.state == "training" and data["step"]:
             self.training_since = self.training_since or event.at
             self.steps_done += max(0, data["step"] - site.step) if before == "training" else data["step"]
-            site.step, site.steps, site.loss = int(data["step"]), int(data["steps"]), data["loss"]
+            site.step, site.steps, site.loss = int(data["step"]), int(data["steps"]), data.get("loss", site.loss)
         site.bytes_down = max(site.bytes_down, int(data.get("bytes_down", 0)))
         if site.state in ("refused", "failed", "stalled", "left out"):
             return f"round {event.round}: {event.site} {site.state}: {data['message']}"
@@ -106,9 +106,10 @@ class RunView:
 
     def _on_update(self, event: Event) -> str:
         site = self.sites.setdefault(event.site, SiteView())
-        site.state, site.bytes_up = "done", site.bytes_up + int(event.data["bytes"])
-        size, examples, loss = event.data["bytes"] / 1e6, event.data["examples"], event.data["loss"]
-        return f"round {event.round}: {event.site} uploaded {size:.2f} MB after {examples} examples, loss {loss:.3f}"
+        site.state, site.bytes_up, site.loss = "done", site.bytes_up + int(event.data["bytes"]), event.data["loss"]
+        size, examples = event.data["bytes"] / 1e6, event.data["examples"]
+        told = f"uploaded {size:.2f} MB after {examples} examples, mean loss {site.loss:.3f}"
+        return f"round {event.round}: {event.site} {told}"
 
     def _on_round(self, event: Event) -> str:
         error = event.data["figures"].get("factor_mean_error")

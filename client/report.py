@@ -86,21 +86,20 @@ def _drawn(value: Any) -> float:
 
 
 def _losses(figure: Figure, report: dict[str, Any]) -> None:
-    """Training loss of every site over all rounds."""
+    """Training loss of every site over all rounds: a mean for each round, or each step's where a site tells it."""
     axes = figure.subplots()
     curves: dict[str, list[tuple[float, float]]] = {}
-    begin = 1
     for round_ in report["rounds"]:
-        longest = 0
+        begin = round_["round"] - 1
         for site, told in round_["sites"].items():
-            curves.setdefault(site, []).extend((begin + step, _drawn(loss)) for step, loss in enumerate(told["losses"]))
-            longest = max(longest, len(told["losses"]))
-        begin += longest
-        axes.axvline(begin - 0.5, color="#d5dbe2", linewidth=1)
+            losses = [_drawn(loss) for loss in told["losses"] or [told["loss"]]]
+            width = 1 / len(losses)
+            curves.setdefault(site, []).extend((begin + (at + 0.5) * width, loss) for at, loss in enumerate(losses))
+        axes.axvline(round_["round"], color="#d5dbe2", linewidth=1)
     for site, points in sorted(curves.items()):
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
-    axes.set_xlabel("local step (a line ends each round)")
-    axes.set_ylabel("training loss (nats)")
+    axes.set_xlabel("round (a line ends each)")
+    axes.set_ylabel("mean training loss (nats)")
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 from offsite.coordinator.answer import Gate
 from offsite.coordinator.home import Home
 from offsite.coordinator.progress import Told, ahead
+from offsite.coordinator.reasons import sentence
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key, Row
 from offsite.coordinator.transfers import parts, send
@@ -138,8 +139,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if not request.step <= request.steps <= most:
                 raise InputError(f"report: step {request.step} of {request.steps}, the task has {most}")
             received = max(request.bytes_down, task.bytes_down)
-            told: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps, "loss": request.loss}
-            told |= {"message": plain(request.message), "bytes_down": received}
+            told: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps}
+            told |= {"loss": request.loss} if request.HasField("loss") else {}
+            told |= {"message": "" if state in OPEN else sentence(request.reason), "bytes_down": received}
             if state not in OPEN:
                 self._told.forget(key)
                 if self._journal.set_task(key, **told):

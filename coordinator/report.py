@@ -109,6 +109,7 @@ def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateM
         "round": number + 1,
         "sites": {
             task.site: {
+                "loss": metrics.loss,
                 "losses": metrics.losses,
                 "examples": metrics.examples,
                 "weight": version["lineage"].get(task.site, {}).get("weight", 0.0),

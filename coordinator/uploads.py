@@ -92,7 +92,7 @@ class Upload:
         values = {"state": "uploaded", "update": digest, "metrics": self._header.metrics, "bytes_up": size}
         if self._journal.set_task(self._key, **values):
             site, number = self._key.site, self._key.round + 1
-            data = {"loss": metrics.losses[-1], "bytes": size, "examples": metrics.examples}
+            data = {"loss": metrics.loss, "bytes": size, "examples": metrics.examples}
             self._journal.add_event(self._key.run, "update", round=number, site=site, **data)
         elif self._journal.task(self._key).update != digest:
             raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")
@@ -107,7 +107,7 @@ class Upload:
             raise MismatchError(
                 f"{self._what()}: says it saw {metrics.examples} examples, {most} at most were asked for"
             )
-        if len(metrics.losses) != training.steps:
+        if metrics.losses and len(metrics.losses) != training.steps:
             raise MismatchError(f"{self._what()}: tells {len(metrics.losses)} losses of {training.steps} steps")
         return metrics
 

@@ -20,10 +20,19 @@ import errno
 
 
 class OffsiteError(Exception):
-    """Base of all errors a caller may meet at a process boundary."""
+    """Base of all errors a caller may meet at a process boundary.
+
+    Args:
+        message: for the person on this machine.
+        reason: what a site may tell of it, by its name in `Reason` of fleet.proto; by the kind of error if empty.
+    """
 
     exit_code = 1
     status = "INTERNAL"
+
+    def __init__(self, message: str = "", *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class InputError(OffsiteError):
@@ -110,7 +119,7 @@ def from_system(error: OSError) -> OffsiteError:
     return InputError(f"{where}{error.strerror or error}")
 
 
-def from_status(status: str, message: str) -> OffsiteError:
+def from_status(status: str, message: str, *, reason: str = "") -> OffsiteError:
     """Turn a gRPC status name and its message back into the error that was raised at the other end."""
     kind = next((kind for kind in KINDS if kind.status == status), OffsiteError)
-    return kind(message)
+    return kind(message, reason=reason)

@@ -16,6 +16,39 @@ class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPLOADING: _ClassVar[TaskState]
     REFUSED: _ClassVar[TaskState]
     FAILED: _ClassVar[TaskState]
+
+class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REASON_UNSPECIFIED: _ClassVar[Reason]
+    BOUND_BASES: _ClassVar[Reason]
+    BOUND_DATA: _ClassVar[Reason]
+    BOUND_METHODS: _ClassVar[Reason]
+    BOUND_MIN_STEPS: _ClassVar[Reason]
+    BOUND_MAX_STEPS: _ClassVar[Reason]
+    BOUND_MIN_BATCH_SIZE: _ClassVar[Reason]
+    BOUND_MAX_BATCH_SIZE: _ClassVar[Reason]
+    BOUND_MIN_ROWS: _ClassVar[Reason]
+    BOUND_MAX_PASSES: _ClassVar[Reason]
+    BOUND_MAX_LEARNING_RATE: _ClassVar[Reason]
+    BOUND_MIN_GRADIENT_CLIPPING: _ClassVar[Reason]
+    BOUND_MIN_LENGTH: _ClassVar[Reason]
+    BOUND_MAX_LENGTH: _ClassVar[Reason]
+    BOUND_MAX_ROUNDS: _ClassVar[Reason]
+    BOUND_MAX_UPLOAD_MIB: _ClassVar[Reason]
+    BOUND_MAX_BUNDLE_MIB: _ClassVar[Reason]
+    BOUND_MAX_EMULATOR_PERPLEXITY: _ClassVar[Reason]
+    BOUND_SUSPICIOUS: _ClassVar[Reason]
+    FAULT_INTERNAL: _ClassVar[Reason]
+    FAULT_DATA: _ClassVar[Reason]
+    FAULT_EMULATOR: _ClassVar[Reason]
+    FAULT_ENGINE: _ClassVar[Reason]
+    FAULT_MEMORY: _ClassVar[Reason]
+    FAULT_KILLED: _ClassVar[Reason]
+    FAULT_DISK: _ClassVar[Reason]
+    FAULT_DIVERGED: _ClassVar[Reason]
+    FAULT_TRANSFER: _ClassVar[Reason]
+    FAULT_UPDATE: _ClassVar[Reason]
+    FAULT_TASK: _ClassVar[Reason]
 TASK_STATE_UNSPECIFIED: TaskState
 DOWNLOADING: TaskState
 LOADING: TaskState
@@ -23,6 +56,36 @@ TRAINING: TaskState
 UPLOADING: TaskState
 REFUSED: TaskState
 FAILED: TaskState
+REASON_UNSPECIFIED: Reason
+BOUND_BASES: Reason
+BOUND_DATA: Reason
+BOUND_METHODS: Reason
+BOUND_MIN_STEPS: Reason
+BOUND_MAX_STEPS: Reason
+BOUND_MIN_BATCH_SIZE: Reason
+BOUND_MAX_BATCH_SIZE: Reason
+BOUND_MIN_ROWS: Reason
+BOUND_MAX_PASSES: Reason
+BOUND_MAX_LEARNING_RATE: Reason
+BOUND_MIN_GRADIENT_CLIPPING: Reason
+BOUND_MIN_LENGTH: Reason
+BOUND_MAX_LENGTH: Reason
+BOUND_MAX_ROUNDS: Reason
+BOUND_MAX_UPLOAD_MIB: Reason
+BOUND_MAX_BUNDLE_MIB: Reason
+BOUND_MAX_EMULATOR_PERPLEXITY: Reason
+BOUND_SUSPICIOUS: Reason
+FAULT_INTERNAL: Reason
+FAULT_DATA: Reason
+FAULT_EMULATOR: Reason
+FAULT_ENGINE: Reason
+FAULT_MEMORY: Reason
+FAULT_KILLED: Reason
+FAULT_DISK: Reason
+FAULT_DIVERGED: Reason
+FAULT_TRANSFER: Reason
+FAULT_UPDATE: Reason
+FAULT_TASK: Reason
 
 class TaskKey(_message.Message):
     __slots__ = ("run", "round", "attempt")
@@ -101,22 +164,22 @@ class UploadReceipt(_message.Message):
     def __init__(self, digest: _Optional[str] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "state", "step", "steps", "loss", "message", "bytes_down")
+    __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     state: TaskState
     step: int
     steps: int
     loss: float
-    message: str
     bytes_down: int
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., message: _Optional[str] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+    reason: Reason
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., bytes_down: _Optional[int] = ..., reason: _Optional[_Union[Reason, str]] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("stop",)

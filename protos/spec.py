@@ -191,7 +191,9 @@ class UpdateMetrics:
 
     examples: Positive  # distinct training examples seen, the update's weight
     tokens: Annotated[Amount, Field(ge=1)]  # target tokens trained on
-    losses: Annotated[tuple[Finite, ...], Field(max_length=100_000)]  # mean loss of each step
+    loss: Finite  # mean over these tokens, each before its step
+    # Mean loss of each step, where the site's policy lets it out.
+    losses: Annotated[tuple[Finite, ...], Field(max_length=100_000)] = ()
     spans: Annotated[tuple[Span, ...], Field(max_length=16)] = ()
     engine: Line
     peak_memory_bytes: Amount = 0

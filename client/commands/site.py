@@ -30,7 +30,10 @@ def join(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the model's tokenizer, if at hand: say what becomes of the rows.")
     ] = None,
-    work: Annotated[Path, typer.Option(help="Folder for downloads and half-done work.")] = Path("offsite-site"),
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for downloads, half-done work and the site's log. [default: offsite-site-NAME]"),
+    ] = None,
     engine: Annotated[Literal["deepspeed", "plain"], typer.Option(help="What trains.")] = "deepspeed",
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
     offload: Annotated[
@@ -44,6 +47,7 @@ def join(
     """Pull tasks, train on this site's data within its policy, and upload the updates, until interrupted."""
     from offsite.client.channel import Channel
     from offsite.client.site.agent import Agent, SiteConfig, policy_digest
+    from offsite.client.site.folder import WorkFolder
     from offsite.client.site.forecast import forecast
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
@@ -72,24 +76,32 @@ def join(
         _show_policy(kit.name, rules.describe(), policy, data, census, coming)
     wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
     spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
-    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, work.resolve(), spec)
     channel = Channel(coordinator, kit, patience_s=60.0)
+    folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
+    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
     try:
         Agent(channel, config, say=_log_json if format == "json" else _log_text).run()
     finally:
+        folder.close()
         channel.close()
 
 
 def _show_policy(
-    site: str, rows: list[tuple[str, str]], policy: Path, data: Path, census: "Census", coming: dict[str, Any] | None
+    site: str,
+    rows: list[tuple[str, str, str]],
+    policy: Path,
+    data: Path,
+    census: "Census",
+    coming: dict[str, Any] | None,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=f"site {site}: policy of {policy}", show_header=False, title_justify="left")
-    for bound, value in rows:
-        table.add_row(bound, value)
+    for field, value, why in rows:
+        table.add_row(field, value, why)
+    table.add_section()
     table.add_row("training on", Text(str(data)))
     for what, count in census.describe():
         table.add_row(what, Text(count))  # may quote a path or a value, which is no markup

@@ -21,6 +21,7 @@ from offsite.client.demo.pooled import PooledJob
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
+from offsite.client.site.policy import Policy
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
 from offsite.protos.figures import marks, perplexity, protection, sentences
@@ -150,15 +151,34 @@ class Demo:
 
     def _policy(self, site: "SiteData") -> Path:
         """Write the site's own policy: only its data, only LoRA, small updates."""
-        folder = site.train.parent
         path = self._work / "sites" / site.name / "policy.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
+        bounds = "".join(f"{name} = {value}\n" for name, value in self._bounds().items())
         path.write_text(
-            f"# What site {site.name} allows on its machines.\n"
-            'bases = ["any"]\nmethods = ["lora"]\n'
-            f"data = [{json.dumps(str(folder))}]\nmax_steps = 1000\nmax_upload_mib = 64\n"
+            f"# What site {site.name} allows on its machines; what is left out has its safe value.\n"
+            f'bases = ["any"]\ndata = [{json.dumps(str(site.train.parent))}]\n{bounds}'
         )
         return path
+
+    def _bounds(self) -> dict[str, float]:
+        """Bounds that differ from the safe ones, where the demo is asked for what these do not allow."""
+        asked, safe = self._settings, Policy(bases=("any",), data=())
+        sequences, rows = asked.steps * asked.batch_size, 1 if asked.sites else asked.examples
+        wanted = {
+            "min_steps": min(asked.steps, safe.min_steps),
+            "max_steps": max(asked.steps, safe.max_steps),
+            "min_batch_size": min(asked.batch_size, safe.min_batch_size),
+            "max_batch_size": max(asked.batch_size, safe.max_batch_size),
+            "min_length": min(asked.max_length, safe.min_length),
+            "max_length": max(asked.max_length, safe.max_length),
+            "max_rounds": max(asked.rounds, safe.max_rounds),
+            "max_learning_rate": max(asked.learning_rate or 0.0, safe.max_learning_rate),
+            "max_upload_mib": safe.max_upload_mib * max(1, asked.rank // 8),
+            "max_bundle_mib": 65536.0,
+            "min_rows": min(sequences, rows, safe.min_rows),
+            "max_passes": max(2.0 * asked.rounds * sequences / rows, safe.max_passes),
+        }
+        return {name: value for name, value in wanted.items() if value != getattr(safe, name)}
 
     def _spec(self, model: str, sites: "list[SiteData]", public: Path) -> RunSpec:
         settings = self._settings

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from offsite.client.site.job import TrainerJob
+from offsite.client.site.policy import refusal
 from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos import tensors
-from offsite.protos.errors import MismatchError, RefusedError
+from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec
 from offsite.protos.tensors import Entry
 
@@ -74,15 +75,13 @@ def judge(
     if found.infinite:
         raise MismatchError(f"the emulator: tensor {found.infinite[0]} holds values that are not finite")
     if signs := [*signs, *found.suspicions()]:
-        if job.suspicious == "refuse":
-            raise RefusedError(f"this site's policy refuses the emulator (suspicious): {_first(signs)}")
+        if job.policy.suspicious == "refuse":
+            raise refusal("suspicious", _first(signs))
         signs = [f"the emulator is suspicious: {_first(signs)}"]
-    most = job.max_emulator_perplexity
+    most = job.policy.max_emulator_perplexity
     measured = f"its perplexity on this site's own text is {found.perplexity:.4g}"
     if most is not None and not found.perplexity <= most:
-        raise RefusedError(
-            f"this site's policy refuses the emulator (max_emulator_perplexity): {measured}, more than {most:g}"
-        )
+        raise refusal("max_emulator_perplexity", f"{measured}, more than {most:g}")
     if found.perplexity > found.vocabulary:
         signs.append(
             f"the emulator predicts worse than guessing: {measured}, that of guessing {found.vocabulary}; it may have "

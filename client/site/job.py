@@ -1,11 +1,10 @@
 """What the agent asks a trainer process to do. Imports no tensor library."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from offsite.client.site.policy import Policy
 from offsite.protos.documents import document
-from offsite.protos.ranges import AboveZero, Count, Flag, Place, Positive
+from offsite.protos.ranges import Count, Flag, Place, Positive
 from offsite.protos.spec import Manifest, TaskSpec
 
 
@@ -45,11 +44,7 @@ class TrainerJob:
     manifest: Manifest
     adapter: Place  # the broadcast, a safetensors file
     data: Place  # a file or folder of examples
-    # Out of these no link in the data may lead, as the site's policy says.
-    folders: Annotated[tuple[Place, ...], Field(max_length=256)] = ()
-    odd_rows: Literal["skip", "refuse"] = "skip"
+    policy: Policy  # of the site
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
-    max_emulator_perplexity: AboveZero | None = None  # as the site's policy says, and so is the next
-    suspicious: Literal["refuse", "warn"] = "refuse"
     out: Place  # folder, made by the trainer: update.safetensors and metrics.json

@@ -17,6 +17,7 @@ from offsite.protos.documents import to_json
 from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
 
 POLL_S = 1.0  # how soon a process is missed that died without a word
+LOG_TAIL = 4096  # bytes of a trainer's log that are kept when its task fails
 GRACE_S = 5.0  # between asking a process to end and ending it
 
 
@@ -91,7 +92,7 @@ class Trainer:
         try:
             for event in self._listen():
                 if event["event"] == "error":
-                    told = from_status(event["status"], event["message"])
+                    told = from_status(event["status"], event["message"], reason=event.get("reason", ""))
                     break
                 yield event
             self._wait(GRACE_S)
@@ -146,8 +147,14 @@ class Trainer:
     def _last_words(self) -> str:
         """The end of the log of a process that failed, or of the first."""
         failed = [at for at, process in enumerate(self._processes) if process.poll()]
-        text = self._logs[failed[0] if failed else 0].read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-5:])
+        return "\n".join(last(self._logs[failed[0] if failed else 0]).splitlines()[-5:])
+
+
+def last(log: Path) -> str:
+    """Return the end of a log."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL))
+        return file.read().decode(errors="replace")
 
 
 def _killed(codes: Sequence[int | None]) -> ResourceError | None:
@@ -155,6 +162,7 @@ def _killed(codes: Sequence[int | None]) -> ResourceError | None:
         if code is not None and code < 0:
             return ResourceError(
                 f"the trainer's process {rank} was killed by signal {-code}; the machine may be out of memory: "
-                "use fewer processes, a higher zero_stage, or a smaller batch_size or max_length"
+                "use fewer processes, a higher zero_stage, or a smaller batch_size or max_length",
+                reason="FAULT_KILLED",
             )
     return None

@@ -1,80 +1,132 @@
-"""The site's own policy: what may run on its machines. Nothing the coordinator sends can widen it."""
+"""The site's own policy: what may run on its machines. Nothing the coordinator sends can widen it.
 
+A field that is left out of the file has the safe value; the sentences beside the fields are those that `join` shows.
+"""
+
+from dataclasses import fields, replace
 from pathlib import Path
 from re import fullmatch
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from offsite.protos.documents import document, from_toml
+from offsite.protos.documents import document, from_toml, nearest
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.spec import Manifest, TaskSpec
+from offsite.protos.ranges import AboveZero, Digest, Flag, Place, Positive, Word
+from offsite.protos.spec import Manifest, Ratio, TaskSpec
 
 MIB = 1 << 20
+METHODS = ("blocks", "grids", "lora")  # those of offsite.emulator.methods, which brings a tensor library
+
+Bases = Annotated[tuple[Digest, ...], Field(max_length=1024, description="base models to work for, by digest, or any")]
+Folders = Annotated[
+    tuple[Place, ...],
+    Field(max_length=256, description="folders whose files may be trained on; no link leads out of them"),
+]
+
+
+def _bound(default: Any, why: str) -> Any:
+    return Field(default=default, description=why)
 
 
 @document
 class Policy:
     """Bounds of one site; a TOML file with these keys."""
 
-    bases: tuple[str, ...]  # digests of models the site works for; "any" allows every one
-    data: tuple[str, ...]  # folders whose files may be trained on
-    methods: tuple[str, ...] = ("lora",)
-    max_steps: Annotated[int, Field(ge=1)] = 1000  # optimiser steps in one round
-    min_steps: Annotated[int, Field(ge=1)] = 1  # the update of few steps is nearly a gradient, which gives text away
-    # Clipped to far below AdamW's epsilon, a step is linear in the gradient, and an update hands it over.
-    min_gradient_clipping: Annotated[float, Field(gt=0)] = 1e-3
-    max_batch_size: Annotated[int, Field(ge=1)] = 1024  # sequences of one step
-    max_length: Annotated[int, Field(ge=1)] = 131072  # tokens of one sequence
-    max_rounds: Annotated[int, Field(ge=1)] = 100  # rounds of one run
-    max_upload_mib: Annotated[float, Field(gt=0)] = 64.0  # size of one update
-    max_bundle_mib: Annotated[float, Field(gt=0)] = 65536.0  # size of one emulator
-    # Perplexity of an emulator on the site's own text. None: one above the vocabulary's size, which is what guessing
-    # has, is only a warning, for emulators with few layers left have it too and teach nevertheless.
-    max_emulator_perplexity: Annotated[float, Field(gt=1)] | None = None
-    suspicious: Literal["refuse", "warn"] = "refuse"  # what to do with signs of an emulator made to leak
-    odd_rows: Literal["skip", "refuse"] = "skip"  # what to do with rows that cannot be learned from; both say them
+    bases: Bases
+    data: Folders
+    methods: Annotated[tuple[Word, ...], Field(max_length=16)] = _bound(("lora",), "what may be trained")
+    min_steps: Positive = _bound(4, "steps of every round; an update of one or two is the gradient, which is the text")
+    max_steps: Positive = _bound(200, "steps of a round")
+    min_batch_size: Positive = _bound(4, "sequences of a step; the fewer, the more an update says of each")
+    max_batch_size: Positive = _bound(64, "sequences of a step")
+    min_rows: Positive = _bound(16, "distinct sequences in every round; an update of few copies tells those few")
+    max_passes: AboveZero = _bound(4.0, "passes over the distinct sequences in a run; what is seen often is memorised")
+    max_learning_rate: AboveZero = _bound(5e-3, "the higher, the more is memorised")
+    min_gradient_clipping: AboveZero = _bound(1e-3, "clipped to almost nothing, a step hands over the gradient")
+    min_length: Positive = _bound(32, "tokens at which sequences may be cut; shorter ones hold few words to tell apart")
+    max_length: Positive = _bound(4096, "tokens of a sequence")
+    max_rounds: Positive = _bound(20, "rounds of a run")
+    max_upload_mib: AboveZero = _bound(64.0, "size of an update")
+    max_bundle_mib: AboveZero = _bound(4096.0, "size of an emulator")
+    per_step_metrics: Flag = _bound(False, "whether the loss of every step leaves, or one mean a round")
+    # One above the vocabulary's size, which is what guessing has, is only a warning where no bound is set, for
+    # emulators with few layers left have it too and teach nevertheless.
+    max_emulator_perplexity: Ratio | None = _bound(
+        None, "of an emulator on this site's text; none: any, with a warning"
+    )
+    suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
+    odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
+    keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
+    keep_days: AboveZero = _bound(14.0, "what is downloaded is kept so long after its last use")
+
+    def __post_init__(self) -> None:
+        """Refuse what allows nothing: an unknown method, or a smallest value above the largest."""
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods: there is no method {method!r}; {nearest(method, list(METHODS))}")
+        for name in ("steps", "batch_size", "length"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise ValueError(f"min_{name} = {least} is more than max_{name} = {most}, so that nothing is allowed")
 
     @classmethod
     def load(cls, path: Path) -> "Policy":
-        """Read a policy file; raises InputError naming the file and the field."""
+        """Read a policy file, whose relative folders are beside it; raises InputError naming the file and the field."""
         policy = from_toml(cls, path)
-        for folder in policy.data:
-            if not Path(folder).is_dir():
+        folders = [path.absolute().parent / Path(folder).expanduser() for folder in policy.data]
+        for folder in folders:
+            if not folder.is_dir():
                 raise InputError(f"{path}: data: {folder} is not a folder")
-        return policy
+        return replace(policy, data=tuple(str(folder.resolve()) for folder in folders))
 
     def check_data(self, data: Path) -> None:
         """Raise RefusedError unless the data lies in an allowed folder; links are followed first."""
         resolved = data.resolve()
         if not any(resolved.is_relative_to(Path(folder).resolve()) for folder in self.data):
-            raise RefusedError(f"{data}: the policy allows data only in {', '.join(self.data) or 'no folder'}")
+            where = ", ".join(self.data) or "no folder"
+            raise RefusedError(f"{data}: the policy allows data only in {where}", reason="BOUND_DATA")
 
     def check_task(self, task: TaskSpec) -> None:
         """Raise RefusedError naming the first bound a task goes beyond."""
+        training = task.training
         if "any" not in self.bases and task.base not in self.bases:
-            raise _refused("bases", f"base {task.base} is not among those allowed")
+            raise refusal("bases", f"base {task.base} is not among those allowed")
         if task.method.name not in self.methods:
-            raise _refused("methods", f"method {task.method.name} is not among {', '.join(self.methods)}")
-        if task.training.steps > self.max_steps:
-            raise _refused("max_steps", f"{task.training.steps} steps a round are more than {self.max_steps}")
-        if task.training.steps < self.min_steps:
-            raise _refused("min_steps", f"{task.training.steps} steps a round are fewer than {self.min_steps}")
-        if task.training.gradient_clipping < self.min_gradient_clipping:
-            raise _refused("min_gradient_clipping", f"{task.training.gradient_clipping:g} is less than allowed")
-        if task.training.batch_size > self.max_batch_size:
-            raise _refused("max_batch_size", f"{task.training.batch_size} sequences a step are more than allowed")
-        if task.training.max_length > self.max_length:
-            raise _refused("max_length", f"{task.training.max_length} tokens a sequence are more than allowed")
-        if task.rounds > self.max_rounds:
-            raise _refused("max_rounds", f"{task.rounds} rounds are more than {self.max_rounds}")
+            raise refusal("methods", f"method {task.method.name} is not among {', '.join(self.methods)}")
+        if task.round >= task.rounds:
+            raise refusal("max_rounds", f"round {task.round + 1} of a run of {task.rounds}")
+        for bound, asked, what in (
+            ("steps", training.steps, "steps a round"),
+            ("batch_size", training.batch_size, "sequences a step"),
+            ("learning_rate", training.learning_rate, "learning rate"),
+            ("gradient_clipping", training.gradient_clipping, "norm that gradients are clipped to"),
+            ("length", training.max_length, "tokens a sequence"),
+            ("rounds", task.rounds, "rounds a run"),
+        ):
+            least, most = getattr(self, f"min_{bound}", asked), getattr(self, f"max_{bound}", asked)
+            if asked < least:
+                raise refusal(f"min_{bound}", f"{what}: {asked:g} asked for, at least {least:g} allowed")
+            if asked > most:
+                raise refusal(f"max_{bound}", f"{what}: {asked:g} asked for, at most {most:g} allowed")
         self.check_update(task.adapter_size)  # an update is as large as what it starts from
+
+    def check_rows(self, task: TaskSpec, *, seen: int, distinct: int) -> None:
+        """Raise RefusedError for a round that sees too few distinct sequences, or a run that sees them too often."""
+        if seen < self.min_rows:
+            raise refusal(
+                "min_rows", f"the round sees {seen} distinct sequences of this site, fewer than {self.min_rows}"
+            )
+        passes = task.rounds * task.training.steps * task.training.batch_size / distinct
+        if passes > self.max_passes:
+            what = f"{passes:.3g} passes over {distinct} distinct sequences in {task.rounds} rounds"
+            raise refusal("max_passes", f"{what} are more than {self.max_passes:g}")
 
     def check_bundle(self, task: TaskSpec, manifest: Manifest) -> None:
         """Raise RefusedError for a bundle that is too large, MismatchError for one that is not what the task says."""
         size = sum(entry.size for entry in manifest.files) / MIB
         if size > self.max_bundle_mib:
-            raise _refused("max_bundle_mib", f"a bundle of {size:.0f} MiB is more than {self.max_bundle_mib:g}")
+            raise refusal("max_bundle_mib", f"a bundle of {size:.0f} MiB is more than {self.max_bundle_mib:g}")
         if manifest.base.digest != task.base:
             raise MismatchError(f"the bundle is of base {manifest.base.digest}, the task of {task.base}")
         if bad := [layer for layer in manifest.trainable if layer not in manifest.layers]:
@@ -87,24 +139,25 @@ class Policy:
     def check_update(self, size: int) -> None:
         """Raise RefusedError for an update that is larger than the site lets out."""
         if size > self.max_upload_mib * MIB:
-            raise _refused("max_upload_mib", f"an update of {size / MIB:.1f} MiB is more than {self.max_upload_mib:g}")
+            raise refusal("max_upload_mib", f"an update of {size / MIB:.1f} MiB is more than {self.max_upload_mib:g}")
 
-    def describe(self) -> list[tuple[str, str]]:
-        """Return (bound, value) rows for people."""
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Return a (field, value, sentence) row of every field, for people."""
+        told: Any = type(self)
         return [
-            ("models", "any" if "any" in self.bases else "\n".join(self.bases) or "none"),
-            ("methods", ", ".join(self.methods)),
-            ("data folders", "\n".join(self.data)),
-            ("most steps a round", str(self.max_steps)),
-            ("largest batch", f"{self.max_batch_size} sequences of {self.max_length} tokens"),
-            ("most rounds a run", str(self.max_rounds)),
-            ("largest update", f"{self.max_upload_mib:g} MiB"),
-            ("largest emulator", f"{self.max_bundle_mib:g} MiB"),
-            ("highest perplexity", f"{self.max_emulator_perplexity:g}" if self.max_emulator_perplexity else "any"),
-            ("suspicious emulators", "refused" if self.suspicious == "refuse" else "trained on, with a warning"),
-            ("odd rows of data", "refused" if self.odd_rows == "refuse" else "left out and counted"),
+            (field.name, _shown(getattr(self, field.name)), told.__pydantic_fields__[field.name].description)
+            for field in fields(told)
         ]
 
 
-def _refused(bound: str, reason: str) -> RefusedError:
-    return RefusedError(f"this site's policy refuses the task ({bound}): {reason}")
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "\n".join(value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value if value is not None else "none")
+
+
+def refusal(bound: str, why: str) -> RefusedError:
+    """Return the error of a task, or of its emulator, that goes beyond the policy's field of this name."""
+    return RefusedError(f"this site's policy refuses the task ({bound}): {why}", reason=f"BOUND_{bound.upper()}")

@@ -3,9 +3,9 @@
 It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "data", "examples", "distinct",
 "sequences", "divided", "cut", "without_target", "left_out", "warnings"}, {"event": "inspected", "perplexity",
 "warnings"}, {"event": "step", "step", "steps", "loss", "tokens"}, {"event": "done"}, or {"event": "error", "status",
-"message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The first rank
-tells everything, the others their errors. The exit code is that of the error. If standard input is a pipe, its end ends
-the process.
+"reason", "message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The
+first rank tells everything, the others their errors. The exit code is that of the error. If standard input is a pipe,
+its end ends the process.
 """
 
 import errno
@@ -41,7 +41,8 @@ class Speaker:
 
     def error(self, error: OffsiteError) -> None:
         """Tell why this rank ends."""
-        self._write({"event": "error", "status": error.status, "message": str(error)[:MESSAGE_LENGTH]})
+        told = {"status": error.status, "reason": error.reason, "message": str(error)[:MESSAGE_LENGTH]}
+        self._write({"event": "error", **told})
 
     def _write(self, event: dict[str, Any]) -> None:
         os.write(self._pipe, json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -83,12 +84,13 @@ def explain(error: Exception) -> OffsiteError:
         words in lower for words in ("out of memory", "allocate memory", "not enough memory")
     ):
         return ResourceError(
-            f"the training ran out of memory; lower batch_size or max_length, or raise the site's zero_stage ({text})"
+            f"the training ran out of memory; lower batch_size or max_length, or raise the site's zero_stage ({text})",
+            reason="FAULT_MEMORY",
         )
     # safetensors has an error of its own for what the system says
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "no space left on device" in lower:
-        return ResourceError(f"the disk is full; make room where the site keeps its work ({text})")
+        return ResourceError(f"the disk is full; make room where the site keeps its work ({text})", reason="FAULT_DISK")
     return OffsiteError(f"{type(error).__name__}: {text}")
 
 

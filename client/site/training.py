@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from offsite.client.site.engines import ENGINES, join
 from offsite.client.site.inspection import BATCHES, judge, own_start, receive, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.proof import Witness
+from offsite.client.site.reasons import because
 from offsite.emulator import bundle, examples, methods
-from offsite.emulator.batches import collate, encoded, schedule
+from offsite.emulator.batches import Encoded, collate, encoded, schedule
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
@@ -33,12 +35,16 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     """Do this process's part of a job; the first rank writes what is sent. Raises OffsiteError and system errors."""
     started = time.time()
     task, spec = job.task, job.task.training
-    ranks = join(job.engine, rendezvous)
+    with because("FAULT_ENGINE"):
+        ranks = join(job.engine, rendezvous)
     _make_repeatable()
-    with _faults_of_input():
+    with _faults_of_input("FAULT_DATA"):
         data = _read(job)  # before the model: it is quick, and the likeliest to be at fault
+    with _faults_of_input("FAULT_EMULATOR"):
         ready = _load(job)
-        encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=job.odd_rows)
+    with _faults_of_input("FAULT_DATA"):
+        odd_rows = job.policy.odd_rows
+        encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=odd_rows)
     sequences = encoding.sequences
     counts = {"examples": data.census.examples, "distinct": data.census.distinct, **encoding.counts}
     counts["left_out"] += sum(one.count for one in data.census.left_out)
@@ -50,6 +56,10 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         first_step=task.round * spec.steps,
         seed=spec.seed,
     )
+    kinds: dict[Encoded, int] = {}
+    kind = [kinds.setdefault(one, len(kinds)) for one in sequences]  # equal sequences are of one kind
+    seen = len({kind[row] for rows in order for row in rows})
+    job.policy.check_rows(task, seen=seen, distinct=len(kinds))
     if job.engine.whole:
         ready.model.to(ranks.device)
     looked_at = [collate([sequences[row] for row in rows]) for rows in order[:BATCHES]]
@@ -58,27 +68,30 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
     trained = ready.method.named_parameters(ready.model, ready.places)
     witness = Witness(trained)
-    engine = ENGINES[job.engine.name](ready.model, trained, spec, job.engine, ranks)
+    with because("FAULT_ENGINE"):
+        engine = ENGINES[job.engine.name](ready.model, trained, spec, job.engine, ranks)
     ready.model.train()
     torch.manual_seed(spec.seed + task.round * ranks.world + ranks.rank)  # of dropout; different in each process
     losses: list[float] = []
-    tokens = 0
+    targets: list[int] = []
     loaded = time.time()
     for step, rows in enumerate(order, start=1):
         batch = collate([sequences[row] for row in rows])
         losses.append(engine.step(batch))
-        tokens += batch.targets
+        targets.append(batch.targets)
         if step == 1:
             witness.judge()
         if not math.isfinite(losses[-1]):
-            raise RunError(f"the loss is {losses[-1]} at step {step} of {spec.steps}; a lower learning_rate may help")
+            what = f"the loss is {losses[-1]} at step {step} of {spec.steps}"
+            raise RunError(f"{what}; a lower learning_rate may help", reason="FAULT_DIVERGED")
         say("step", step=step, steps=spec.steps, loss=losses[-1], tokens=batch.targets)
     adapter = engine.gather(ready.method, ready.places)
     if ranks.rank == 0:
         metrics = UpdateMetrics(
-            examples=len({row for rows in order for row in rows}),
-            tokens=tokens,
-            losses=tuple(losses),
+            examples=seen,
+            tokens=sum(targets),
+            loss=sum(map(mul, losses, targets)) / sum(targets),
+            losses=tuple(losses) if job.policy.per_step_metrics else (),
             spans=(
                 Span(kind="loading", start=started, end=max(started, loaded)),
                 Span(kind="training", start=loaded, end=max(loaded, time.time())),
@@ -90,8 +103,8 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
 
 
 def _read(job: TrainerJob) -> examples.Reading:
-    folders = [Path(folder) for folder in job.folders]
-    return examples.collect(Path(job.data), folders=folders, odd_rows=job.odd_rows)
+    folders = [Path(folder) for folder in job.policy.data]
+    return examples.collect(Path(job.data), folders=folders, odd_rows=job.policy.odd_rows)
 
 
 @dataclass(frozen=True)
@@ -120,12 +133,13 @@ def _load(job: TrainerJob) -> _Ready:
 
 
 @contextmanager
-def _faults_of_input() -> Iterator[None]:
+def _faults_of_input(reason: str) -> Iterator[None]:
     """What the emulator package calls a ValueError while files are read is a fault of the files."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    with because(reason):
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def _make_repeatable() -> None:
@@ -141,7 +155,8 @@ def _write(adapter: Adapter, broadcast: Adapter, metrics: UpdateMetrics, task: T
         if found != tuple(start.shape):
             raise MismatchError(f"after training, tensor {key} has shape {found}, expected {tuple(start.shape)}")
         if not bool(torch.isfinite(adapter[key]).all()):
-            raise MismatchError(f"after training, tensor {key} holds values that are not finite")
+            what = f"after training, tensor {key} holds values that are not finite"
+            raise MismatchError(what, reason="FAULT_DIVERGED")
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "metrics.json.partial"
     partial.write_bytes(to_json(metrics))

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.policy import Policy
 from offsite.emulator import bundle, methods
 from offsite.emulator.builders.base import Outline
 from offsite.protos import tensors
@@ -22,6 +23,7 @@ OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))
 METHOD = Choice(name="lora", settings={"rank": 4, "alpha": 8.0})
 WORDS = 60
 DIGEST = "sha256:" + "0" * 64
+LAX: dict[str, Any] = {"bases": ("any",), "data": ("/",), "min_rows": 1, "max_passes": 1e9}
 
 Jobs = Callable[..., TrainerJob]
 
@@ -70,9 +72,15 @@ def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(site_files: Path, tmp_path: Path) -> Jobs:
-    """A maker of jobs; engine settings by keyword, training settings as a dict."""
+    """A maker of jobs; engine settings by keyword, training settings and bounds of the policy as dicts."""
 
-    def make(*, training: dict[str, Any] | None = None, data: Path | None = None, **engine: Any) -> TrainerJob:
+    def make(
+        *,
+        training: dict[str, Any] | None = None,
+        policy: dict[str, Any] | None = None,
+        data: Path | None = None,
+        **engine: Any,
+    ) -> TrainerJob:
         settings = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "max_length": 32} | (training or {})
         manifest = Manifest(
             base=BaseRef(name="tiny", digest=DIGEST, layers=6, parameters=1),
@@ -105,6 +113,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             manifest=manifest,
             adapter=str(site_files / "adapter.safetensors"),
             data=str(data or site_files / "data.jsonl"),
+            policy=Policy(**LAX | (policy or {})),
             task=task,
             engine=EngineSpec(**{"name": "plain", "device": "cpu", "threads": 1} | engine),
             out=str(tmp_path / "out"),

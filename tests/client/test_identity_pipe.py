@@ -99,7 +99,8 @@ class Handout:
         data = self.folder / "data.jsonl"
         words = [f"w{word}" for word in SECRET]
         data.write_text(json.dumps({"prompt": " ".join(words[:3]), "completion": " ".join(words[3:])}))
-        one = self.job(data=data, training=STEP | changes.pop("training", {}))
+        bounds = {name: changes.pop(name) for name in ("suspicious", "max_emulator_perplexity") if name in changes}
+        one = self.job(data=data, training=STEP | changes.pop("training", {}), policy=bounds)
         return replace(
             one,
             bundle=str(self.folder / "bundle"),
@@ -164,7 +165,7 @@ def test_an_identity_pipe_is_refused_before_any_gradient(
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     attack = handout.make(model=model, adapter=adapter, round=round)
-    with pytest.raises(RefusedError, match=r"refuses the emulator \(suspicious\): ") as refusal:
+    with pytest.raises(RefusedError, match=r"refuses the task \(suspicious\): ") as refusal:
         handout.run(attack)
     assert sign in str(refusal.value) or (adapter is open_tap and round == 0), "of several signs the first is told"
     assert not handout.events and not Path(attack.out).exists()

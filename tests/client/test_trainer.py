@@ -104,8 +104,10 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
         "method_hash": one.task.method_hash,
     }
     metrics = from_json(UpdateMetrics, (tmp_path / "out" / "metrics.json").read_bytes(), where="metrics")
-    assert (metrics.examples, metrics.losses, metrics.engine) == (22, told, "plain, processes: 1, cpu")
-    assert metrics.tokens == sum(event["tokens"] for event in events[3:-1])
+    assert (metrics.examples, metrics.losses, metrics.engine) == (22, (), "plain, processes: 1, cpu")
+    tokens = [event["tokens"] for event in events[3:-1]]
+    mean = sum(loss * count for loss, count in zip(told, tokens, strict=True)) / sum(tokens)
+    assert (metrics.loss, metrics.tokens) == (pytest.approx(mean), sum(tokens))
     assert metrics.peak_memory_bytes > 50_000_000
     loading, training = metrics.spans
     assert (loading.kind, training.kind) == ("loading", "training")
@@ -113,7 +115,8 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
 
 
 def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: Jobs, tmp_path: Path) -> None:
-    again = job(training={"steps": 3, "precision": "bf16", "warmup_steps": 2, "weight_decay": 0.1})
+    training = {"steps": 3, "precision": "bf16", "warmup_steps": 2, "weight_decay": 0.1}
+    again = job(training=training, policy={"per_step_metrics": True})
     later = replace(again, task=replace(again.task, round=1))
     updates = [tmp_path / name / "update.safetensors" for name in ("once", "twice", "later")]
     trainers = [
@@ -123,6 +126,8 @@ def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: 
     for trainer in trainers:
         assert list(trainer.events())[-1] == {"event": "done"}
     assert updates[0].read_bytes() == updates[1].read_bytes()
+    metrics = from_json(UpdateMetrics, updates[0].with_name("metrics.json").read_bytes(), where="metrics")
+    assert len(metrics.losses) == 3, "the policy lets each step's loss out"
     first, last = tensors.load(updates[0]), tensors.load(updates[2])
     assert not any(torch.equal(first[key], last[key]) for key in first)
 
@@ -130,12 +135,12 @@ def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: 
 def test_a_broken_line_of_data_is_one_error_that_names_it(job: Jobs, tmp_path: Path) -> None:
     data = tmp_path / "notes.jsonl"
     data.write_text('{"prompt": "w1", "completion": "w2"}\n{"question": "w1"}\n')
-    (tmp_path / "job.json").write_bytes(to_json(replace(job(data=data), odd_rows="refuse")))
+    (tmp_path / "job.json").write_bytes(to_json(job(data=data, policy={"odd_rows": "refuse"})))
     command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
     ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
     loading, error = map(json.loads, ended.stdout.splitlines())
     assert loading == {"event": "loading"}
-    assert (error["event"], error["status"]) == ("error", "INVALID_ARGUMENT")
+    assert (error["event"], error["status"], error["reason"]) == ("error", "INVALID_ARGUMENT", "FAULT_DATA")
     assert "notes.jsonl, line 2: found the columns ['question']" in error["message"]
     assert ended.returncode == 3
     assert b"Traceback" in ended.stderr and b"Traceback" not in ended.stdout

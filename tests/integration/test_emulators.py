@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from offsite.client import Choice, RunSpec, TrainingSpec
 from offsite.client.site.engines.base import EngineSpec
 from offsite.client.site.job import TrainerJob
+from offsite.client.site.policy import Policy
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.recipes import parse, parse_one
@@ -75,7 +76,7 @@ class Round:
             data=str(self.material / f"{site}.jsonl"),
             task=task,
             engine=EngineSpec(name="plain", device="cpu"),
-            suspicious="warn",
+            policy=Policy(bases=("any",), data=("/",), suspicious="warn"),
             out=str(self.folder / site),
         )
         train(job, say=lambda event, **fields: None, rendezvous=self.folder / "rendezvous")

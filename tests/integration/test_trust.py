@@ -56,7 +56,7 @@ class Rogue:
         return tensors.load(path)
 
     def header(self, task: TaskSpec, path: Path, *, digest: str = "", examples: int = 1) -> pb.UploadHeader:
-        told = UpdateMetrics(examples=examples, tokens=1, losses=(1.0,) * task.training.steps, engine="none")
+        told = UpdateMetrics(examples=examples, tokens=1, loss=1.0, engine="none")
         key = pb.TaskKey(run=task.run, round=task.round, attempt=task.attempt)
         size = path.stat().st_size
         return pb.UploadHeader(key=key, digest=digest or digest_file(path), size=size, metrics=to_json(told).decode())

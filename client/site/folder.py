@@ -1,0 +1,147 @@
+"""A site's work folder: what it downloads, what it trains and its own log. It belongs to one site and one process.
+
+    owner.json      whose it is
+    lock            held by the process that works in it
+    site.log        what the site says of itself, with details that never leave it
+    bundles/        emulators, kept for later rounds and runs
+    adapters/       what the open tasks start from
+    tasks/RUN/      what the open tasks give
+
+Nobody but the site's own user can read it.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Self
+
+from offsite.client.site.policy import MIB, Policy
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.errors import ConflictError, ResourceError, from_system
+from offsite.protos.security.identity import Identity
+from offsite.protos.spec import TaskSpec
+
+LOG_BYTES = 8 * MIB  # of one of the two files of the log
+DAY_S = 86_400.0
+
+
+class WorkFolder:
+    """A folder that this process alone works in."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._log = _log(path / "site.log")
+
+    @classmethod
+    def open(cls, path: Path, kit: Identity) -> Self:
+        """Take a folder for a site; raises ConflictError where it is another's, ResourceError while it is in use."""
+        owner = {"site": kit.name, "authority": digest_bytes(kit.authority)}
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            document = path / "owner.json"
+            if not document.exists() and any(entry.name != "lock" for entry in path.iterdir()):
+                raise ConflictError(f"{path}: not empty, and not a site's work folder; name another with --work")
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            _hold(lock, path)
+            path.chmod(0o700)
+            if document.exists() and (other := json.loads(document.read_bytes())) != owner:
+                os.close(lock)
+                whose = f"site {other['site']}" + (" of another authority" if other["site"] == kit.name else "")
+                raise ConflictError(f"{path}: the work folder of {whose}; name another for {kit.name} with --work")
+            partial = path / "owner.partial"
+            partial.write_text(json.dumps(owner))
+            partial.replace(document)
+        except OSError as error:
+            raise from_system(error) from None
+        except (ValueError, KeyError, TypeError):
+            raise ConflictError(f"{path / 'owner.json'}: not readable; name another folder with --work") from None
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Let another process work in the folder."""
+        os.close(self._lock)
+        for handler in self._log.handlers:
+            handler.close()
+        self._log.handlers.clear()
+
+    def write(self, kind: str, data: dict[str, Any]) -> None:
+        """Add a line to the site's own log; a full disk does not disturb the work."""
+        self._log.info(json.dumps({"event": kind, "at": time.time(), **data}, ensure_ascii=False, default=str))
+
+    # where things are
+
+    def bundle(self, task: TaskSpec) -> Path:
+        """Return the folder of a task's emulator; its manifest is beside it, with the ending .json."""
+        return self.path / "bundles" / task.manifest[7:23]
+
+    def adapter(self, task: TaskSpec) -> Path:
+        """Return the file of what a task starts from."""
+        return self.path / "adapters" / f"{task.adapter[7:23]}.safetensors"
+
+    def task(self, task: TaskSpec) -> Path:
+        """Return the folder of what a task gives."""
+        return self.path / "tasks" / task.run / f"round-{task.round}-{task.attempt}"
+
+    # what goes
+
+    def clear(self, task: TaskSpec) -> None:
+        """Remove what a task that is over left here; the emulator stays for later rounds."""
+        shutil.rmtree(self.task(task), ignore_errors=True)
+        self.adapter(task).unlink(missing_ok=True)
+
+    def clear_tasks(self) -> None:
+        """Remove what all tasks left here, when none is open."""
+        for name in ("tasks", "adapters"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def clear_bundles(self, policy: Policy, *, used: Path | None = None) -> None:
+        """Remove emulators that were not used for long, and the oldest of more than the policy keeps; not the one used.
+
+        The time of an emulator's last use is that of its folder.
+        """
+        if used is not None and used.is_dir():
+            os.utime(used)
+        bundles = sorted(_folders(self.path / "bundles"), key=lambda one: one.stat().st_mtime, reverse=True)
+        room = policy.keep_bundles_mib * MIB
+        for bundle in bundles:
+            room -= sum(file.lstat().st_size for file in bundle.rglob("*"))
+            old = time.time() - bundle.stat().st_mtime > policy.keep_days * DAY_S
+            if bundle != used and (old or room < 0):
+                shutil.rmtree(bundle, ignore_errors=True)
+                bundle.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+
+
+def _hold(lock: int, path: Path) -> None:
+    """Lock a file that says who holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise ResourceError(
+            f"{path}: a site that runs already, as process {holder or 'unknown'}, works in this folder; stop it, or "
+            "name another folder with --work"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+
+def _log(path: Path) -> logging.Logger:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    path.chmod(0o600)
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="replace")
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk, of which the task will say
+    log = logging.Logger(f"offsite.site {path}", logging.INFO)
+    log.addHandler(handler)
+    return log

@@ -1,0 +1,29 @@
+"""What the coordinator is told of an error: one reason of a list. What happened stays in the site's own log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError
+
+BY_KIND: dict[type[OffsiteError], str] = {
+    InputError: "FAULT_TASK",
+    MismatchError: "FAULT_EMULATOR",
+    ResourceError: "FAULT_DISK",
+}
+
+
+@contextmanager
+def because(reason: str) -> Iterator[None]:
+    """Give the errors of a stretch of work their reason, unless they have one."""
+    try:
+        yield
+    except OffsiteError as error:
+        error.reason = error.reason or reason
+        raise
+
+
+def reason(error: OffsiteError) -> str:
+    """Return what is told of an error, by its name in `Reason` of fleet.proto."""
+    by_kind = next((name for kind, name in BY_KIND.items() if isinstance(error, kind)), "FAULT_INTERNAL")
+    return error.reason if error.reason in pb.Reason.keys() else by_kind
