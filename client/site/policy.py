@@ -40,7 +40,7 @@ class Policy:
     max_steps: Positive = _bound(200, "steps of a round")
     min_batch_size: Positive = _bound(4, "sequences of a step; the fewer, the more an update says of each")
     max_batch_size: Positive = _bound(64, "sequences of a step")
-    min_rows: Positive = _bound(16, "distinct sequences in every round; an update of few copies tells those few")
+    min_rows: Positive = _bound(12, "distinct sequences in every round; an update of few copies tells those few")
     max_passes: AboveZero = _bound(4.0, "passes over the distinct sequences in a run; what is seen often is memorised")
     max_learning_rate: AboveZero = _bound(5e-3, "the higher, the more is memorised")
     min_gradient_clipping: AboveZero = _bound(1e-3, "clipped to almost nothing, a step hands over the gradient")

@@ -87,9 +87,9 @@ def test_by_default_a_task_of_few_steps_is_refused_in_every_round(steps: int, ro
 def test_few_distinct_sequences_or_many_passes_are_refused() -> None:
     policy = Policy(bases=("any",), data=("/",))
     asked = task(rounds=2, training=LocalTraining(learning_rate=1e-3, steps=8))  # 64 sequences in all
-    policy.check_rows(asked, seen=16, distinct=16)
-    with pytest.raises(RefusedError, match=r"\(min_rows\): the round sees 15 distinct"):
-        policy.check_rows(asked, seen=15, distinct=99)
+    policy.check_rows(asked, seen=12, distinct=16)
+    with pytest.raises(RefusedError, match=r"\(min_rows\): the round sees 11 distinct"):
+        policy.check_rows(asked, seen=11, distinct=99)
     with pytest.raises(RefusedError, match=r"\(max_passes\): 4.27 passes over 15 .* in 2 rounds are more than 4"):
         policy.check_rows(asked, seen=16, distinct=15)
 
