@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
+from offsite.client.demo import policy
 from offsite.client.demo.pooled import PooledJob
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
-from offsite.client.site.policy import Policy
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
 from offsite.protos.figures import marks, perplexity, protection, sentences
@@ -135,10 +135,11 @@ class Demo:
         processes.start("coordinator", "coordinator", "up", *home, *listen, environment=PASSIVE)
         address = str(processes.wait_for("coordinator", "ready")["address"])
         for site in sites:
-            policy = self._policy(site)
+            path = self._work / "sites" / site.name / "policy.toml"
+            allowed = policy.write(path, site=site.name, data=site.train.parent, asked=self._settings)
             processes.start(
                 site.name,
-                *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(policy)),
+                *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(allowed)),
                 *("--data", str(site.train), "--work", str(self._work / "sites" / site.name / "work")),
                 *("--engine", self._settings.engine, "--zero-stage", str(self._settings.zero_stage)),
                 *("--format", "json"),
@@ -148,37 +149,6 @@ class Demo:
             processes.wait_for(site.name, "enrolled")
         self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
         return address
-
-    def _policy(self, site: "SiteData") -> Path:
-        """Write the site's own policy: only its data, only LoRA, small updates."""
-        path = self._work / "sites" / site.name / "policy.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bounds = "".join(f"{name} = {value}\n" for name, value in self._bounds().items())
-        path.write_text(
-            f"# What site {site.name} allows on its machines; what is left out has its safe value.\n"
-            f'bases = ["any"]\ndata = [{json.dumps(str(site.train.parent))}]\n{bounds}'
-        )
-        return path
-
-    def _bounds(self) -> dict[str, float]:
-        """Bounds that differ from the safe ones, where the demo is asked for what these do not allow."""
-        asked, safe = self._settings, Policy(bases=("any",), data=())
-        sequences, rows = asked.steps * asked.batch_size, 1 if asked.sites else asked.examples
-        wanted = {
-            "min_steps": min(asked.steps, safe.min_steps),
-            "max_steps": max(asked.steps, safe.max_steps),
-            "min_batch_size": min(asked.batch_size, safe.min_batch_size),
-            "max_batch_size": max(asked.batch_size, safe.max_batch_size),
-            "min_length": min(asked.max_length, safe.min_length),
-            "max_length": max(asked.max_length, safe.max_length),
-            "max_rounds": max(asked.rounds, safe.max_rounds),
-            "max_learning_rate": max(asked.learning_rate or 0.0, safe.max_learning_rate),
-            "max_upload_mib": safe.max_upload_mib * max(1, asked.rank // 8),
-            "max_bundle_mib": 65536.0,
-            "min_rows": min(sequences, rows, safe.min_rows),
-            "max_passes": max(2.0 * asked.rounds * sequences / rows, safe.max_passes),
-        }
-        return {name: value for name, value in wanted.items() if value != getattr(safe, name)}
 
     def _spec(self, model: str, sites: "list[SiteData]", public: Path) -> RunSpec:
         settings = self._settings

@@ -9,7 +9,7 @@ HUGE = {"base_zero_shot": 1e304, "emulator_zero_shot": None, "plug_in": 10**300,
 
 
 def report() -> dict[str, Any]:
-    told = {"examples": 4, "weight": 1.0, "losses": [1e300, -1e300], "bytes_down": 2**53, "bytes_up": 0}
+    told = {"examples": 4, "weight": 1.0, "loss": 1e300, "losses": [1e300, -1e300], "bytes_down": 2**53, "bytes_up": 0}
     spans = [
         {"who": "coordinator", "kind": "building", "start": 1e9, "end": 1e9 + 4},
         {"who": "bank", "kind": "training", "start": 0.0, "end": 1e11},

@@ -1,0 +1,41 @@
+"""The policies of the demo's sites: the safe bounds, opened only where the demo is asked for what these do not allow."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite.client.site.policy import Policy
+
+if TYPE_CHECKING:
+    from offsite.client.demo.play import Settings
+
+
+def write(path: Path, *, site: str, data: Path, asked: "Settings") -> Path:
+    """Write a site's own policy: only the folder of its data, only LoRA, small updates."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bounds = "".join(f"{name} = {value}\n" for name, value in _bounds(asked).items())
+    path.write_text(
+        f"# What site {site} allows on its machines; what is left out has its safe value.\n"
+        f'bases = ["any"]\ndata = [{json.dumps(str(data))}]\n{bounds}'
+    )
+    return path
+
+
+def _bounds(asked: "Settings") -> dict[str, float]:
+    safe = Policy(bases=("any",), data=())
+    sequences, rows = asked.steps * asked.batch_size, 1 if asked.sites else asked.examples
+    wanted = {
+        "min_steps": min(asked.steps, safe.min_steps),
+        "max_steps": max(asked.steps, safe.max_steps),
+        "min_batch_size": min(asked.batch_size, safe.min_batch_size),
+        "max_batch_size": max(asked.batch_size, safe.max_batch_size),
+        "min_length": min(asked.max_length, safe.min_length),
+        "max_length": max(asked.max_length, safe.max_length),
+        "max_rounds": max(asked.rounds, safe.max_rounds),
+        "max_learning_rate": max(asked.learning_rate or 0.0, safe.max_learning_rate),
+        "max_upload_mib": safe.max_upload_mib * max(1, asked.rank // 8),
+        "max_bundle_mib": 65536.0,  # whatever model it is shown with
+        "min_rows": min(sequences, rows, safe.min_rows),
+        "max_passes": max(2.0 * asked.rounds * sequences / rows, safe.max_passes),
+    }
+    return {name: value for name, value in wanted.items() if value != getattr(safe, name)}
