@@ -1,4 +1,4 @@
-"""The policies of the demo's sites: the safe bounds, opened only where the demo is asked for what these do not allow."""
+"""The policies of the demo's sites: safe bounds, opened only where the demo is asked for what these do not allow."""
 
 import json
 from pathlib import Path
