@@ -22,7 +22,7 @@ STALL_S = 60.0  # a transfer whose other end takes or gives nothing for so long 
 
 # Characters or bytes of a request's fields; one that is not named here has at most NAME.
 NAME = 128
-LENGTHS = {"version": 200, "message": 2000, "metrics": 4 << 20, "spec": 1 << 20, "data": 1 << 20}
+LENGTHS = {"version": 200, "metrics": 4 << 20, "spec": 1 << 20, "data": 1 << 20}
 
 
 def check_request(request: Message) -> None:
