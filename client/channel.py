@@ -180,4 +180,5 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}; what came is kept and resumed") from None
+        what = f"{path}: cannot be written: {error.strerror}; what came is kept and resumed"
+        raise ResourceError(what, reason="FAULT_DISK") from None

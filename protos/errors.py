@@ -115,7 +115,7 @@ def from_system(error: OSError) -> OffsiteError:
     """Turn what the operating system says into an error for a person: a full disk, or a path that cannot be used."""
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"{where}the disk is full; free some space and try again")
+        return ResourceError(f"{where}the disk is full; free some space and try again", reason="FAULT_DISK")
     return InputError(f"{where}{error.strerror or error}")
 
 

@@ -24,6 +24,7 @@ from offsite.protos.chunks import digest_bytes, digest_file
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import (
     IdentityError,
+    InputError,
     MismatchError,
     NotFoundError,
     OffsiteError,
@@ -127,6 +128,8 @@ class Agent:
         except (UnreachableError, IdentityError):
             raise
         except OffsiteError as error:
+            if isinstance(error, ResourceError) and not error.reason:
+                raise  # the coordinator has no room: the task stays open, and what was made for it is kept
             self._end(task, reporter, error)
         except OSError as error:
             self._end(task, reporter, from_system(error))
@@ -165,13 +168,8 @@ class Agent:
             key=reporter.key, digest=digest_file(update), size=update.stat().st_size, metrics=metrics.read_text()
         )
         self._config.policy.check_update(header.size)
-        try:
-            with because("FAULT_UPDATE"):
-                self._channel.upload(self._fleet, header, update)
-        except ResourceError as error:  # there; the task stays open and what was trained is kept
-            self._say("waiting", {"message": str(error)})
-            time.sleep(RETRY_S)
-            return
+        with because("FAULT_UPDATE", InputError, MismatchError, RefusedError):
+            self._channel.upload(self._fleet, header, update)
         self._say("uploaded", {"run": task.run, "round": task.round + 1, "bytes": header.size})
         self._work.clear(task)
 
@@ -237,11 +235,8 @@ class Agent:
         return manifest, bundle, self._work.adapter(task)
 
     def _get(self, digest: str, path: Path, size: int, reporter: Reporter) -> None:
-        try:
+        with because("FAULT_TRANSFER", MismatchError, NotFoundError):
             self._channel.download(self._fleet.Download, digest, path, size=size, progress=reporter.count)
-        except (MismatchError, NotFoundError) as error:
-            error.reason = "FAULT_TRANSFER"
-            raise
         if reporter.stopped:
             raise Stopped
 

@@ -4,21 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from offsite.protos import fleet_pb2 as pb
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError
+from offsite.protos.errors import InputError, MismatchError, OffsiteError
 
 BY_KIND: dict[type[OffsiteError], str] = {
     InputError: "FAULT_TASK",
     MismatchError: "FAULT_EMULATOR",
-    ResourceError: "FAULT_DISK",
 }
 
 
 @contextmanager
-def because(reason: str) -> Iterator[None]:
-    """Give the errors of a stretch of work their reason, unless they have one."""
+def because(reason: str, *kinds: type[OffsiteError]) -> Iterator[None]:
+    """Give the errors of a stretch of work, or those of some kinds, their reason, unless they have one."""
     try:
         yield
-    except OffsiteError as error:
+    except kinds or (OffsiteError,) as error:
         error.reason = error.reason or reason
         raise
 
