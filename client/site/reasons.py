@@ -17,8 +17,9 @@ def because(reason: str, *kinds: type[OffsiteError]) -> Iterator[None]:
     """Give the errors of a stretch of work, or those of some kinds, their reason, unless they have one."""
     try:
         yield
-    except kinds or (OffsiteError,) as error:
-        error.reason = error.reason or reason
+    except OffsiteError as error:
+        if not kinds or isinstance(error, kinds):
+            error.reason = error.reason or reason
         raise
 
 
