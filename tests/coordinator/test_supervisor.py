@@ -22,6 +22,7 @@ FIRST = {
     "bundle": {"layers": [], "bytes": 0, "disclosed": 0.0},
     "broadcast": {"ward": {"digest": DIGEST, "size": 1}},
     "learning_rate": 0.01,
+    "computed": "fp32",
     "manifest": DIGEST,
     "manifest_size": 1,
     "method_hash": DIGEST,
