@@ -4,6 +4,7 @@ So nothing of Ray's listens in the coordinator, writes into its output, or can e
 dies, the coordinator says so, tries again until it can join or start one, and the journal supplies the state.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -138,17 +139,15 @@ class OnRay:
             raise ResourceError(f"{self._where}: {word.removeprefix('error: ')}")
 
     def _end(self) -> None:
-        """End the child, politely first: it takes with it what Ray started here."""
+        """End the child, politely if it has joined: it takes with it what Ray started here."""
         child, self._child = self._child, None
         if child is None:
             return
         if child.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):
                 child.stdin.close()
-            except OSError:
-                log.debug("the child was gone")
         try:
-            child.wait(timeout=CLOSE_S)
+            child.wait(timeout=0 if self.fault else CLOSE_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
