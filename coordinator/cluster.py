@@ -117,6 +117,8 @@ class OnRay:
             os.close(writing)
         self._child, self._words = child, queue.Queue()
         threading.Thread(target=_listen, args=(reading, self._words), daemon=True).start()
+        if self._closing.is_set():
+            self._words.put(ENDED)
         try:
             self._hear(START_S)  # "imported"
             self._hear(JOIN_S if self._address else START_S)  # "ready"
