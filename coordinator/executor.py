@@ -8,8 +8,8 @@ import threading
 from typing import Any, Protocol
 
 from offsite.coordinator.home import Home
-from offsite.coordinator.store.tables import Unwritable
 from offsite.coordinator.supervisor import Lost, Supervisor
+from offsite.protos.errors import OffsiteError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class InProcess:
             Supervisor(self._home, run, perform=self._perform).run()
         except Lost:
             log.info("run %s: left where it is", run)
-        except Unwritable as error:
+        except OffsiteError as error:  # the journal's: it is full, or damaged
             log.error("run %s: left where it is: %s", run, error)
 
     def _perform(self, *arguments: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A step reads and writes files by digest and returns what the journal keeps. Running one twice gives the same result.
 """
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json, to_plain
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, RunError, from_system
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, RunError, from_system
 from offsite.protos.spec import Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
@@ -264,13 +265,24 @@ def perform(step: str, root: str, identity: str, spec: bytes, arguments: dict[st
     home = Home(Path(root), Path(identity)).prepare()
     try:
         return STEPS[step](home, from_json(RunSpec, spec, where="run spec"), **arguments)
-    except OSError as error:
-        known = from_system(error)
-    except ValueError as error:
-        known = InputError(str(error))
-    except OffsiteError as error:
-        known = error
+    except Exception as error:
+        known = _in_words(error, step)
+        if known is None:
+            raise
     return {"error": {"status": known.status, "message": str(known)}}
+
+
+def _in_words(error: Exception, step: str) -> OffsiteError | None:
+    """Return what a user can act on; None for a fault of ours. Libraries wrap what the system says, in many ways."""
+    if isinstance(error, OffsiteError):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return ResourceError(f"memory is missing for the step {step!r}; give it more, or take a smaller model or batch")
+    if "No space left on device" in str(error):
+        return from_system(OSError(errno.ENOSPC, "", getattr(error, "filename", None)))
+    if isinstance(error, OSError):
+        return from_system(error)
+    return InputError(str(error)) if isinstance(error, ValueError) else None
 
 
 def _the_base(spec: RunSpec, digest: str) -> Path:

@@ -116,6 +116,9 @@ def from_system(error: OSError) -> OffsiteError:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{where}the disk is full; free some space and try again", reason="FAULT_DISK")
+    if error.errno in (errno.EIO, errno.EROFS):
+        what = f"the disk fails or may only be read ({error.strerror}); look at it"
+        return ResourceError(f"{where}{what}", reason="FAULT_DISK")
     return InputError(f"{where}{error.strerror or error}")
 
 
