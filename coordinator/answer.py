@@ -11,8 +11,9 @@ from google.protobuf.message import Message
 from offsite.coordinator.limits import Limits, check_request
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
-from offsite.protos.security.certificates import Role, either
-from offsite.protos.security.tls import Peer, Revocations, peer
+from offsite.protos.security.certificates import Peer, Role, either
+from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.tls import peer
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ class Home:
     identity: Path
 
     def prepare(self) -> "Home":
-        """Make the folders; idempotent."""
+        """Make the folders, for this account alone; idempotent."""
         for folder in (self.root, self.spool, self.scratch):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
         return self
 
     def sweep(self) -> None:

@@ -23,7 +23,8 @@ from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.identity import Identity
-from offsite.protos.security.tls import Revocations, server_credentials
+from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.tls import server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Server:
         """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
-        gate = Gate(Revocations(self._home.identity / "crl.pem"))
+        gate = Gate(Revocations(self._home.identity / "crl.pem", seen=self._home.root / "crl-number"))
         _probe(address)
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,10 @@ def up(
     What need not be kept is collected at the start and every six hours, as `offsite coordinator gc` does.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.umask(0o077)  # journal, updates and emulators are nobody else's on this machine
+    # gRPC has no setting for it, and reads this once, when it is imported: the suites of TLS 1.2 that are left need an
+    # RSA certificate, ours are ECDSA, so what remains is TLS 1.3.
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
     from offsite.coordinator.executor import Executor, InProcess
     from offsite.coordinator.home import Home
     from offsite.coordinator.retention import Retention

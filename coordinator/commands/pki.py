@@ -12,6 +12,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
+COPIED = (
+    "A coordinator that runs from a copied kit needs the new crl.pem in it; it reads the file again by itself, "
+    "and warns 14 days before the list ends."
+)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
 RoleName = Literal["coordinator", "site", "owner", "researcher", "auditor"]
 
@@ -61,23 +65,41 @@ def issue(
         )
     else:
         typer.echo(f"Hand the whole folder to {name} over a channel you trust, and to nobody else. Secret: tls.key.")
+        typer.echo(
+            f"A coordinator that runs from a copied kit lets {name} in once it has the new {folder / 'crl.pem'}."
+        )
 
 
 @app.command()
 def revoke(
     folder: Folder, name: Annotated[str, typer.Argument(metavar="NAME", help="Whose certificate no longer holds.")]
 ) -> None:
-    """Revoke a certificate.
+    """Revoke a certificate: coordinators refuse it from the next call on.
 
-    Coordinators enforce it. Sites do not read the list: where a coordinator's own key leaked, make a new authority.
+    A coordinator's kit holds the model owner's signing key, too: where one leaked, make a new authority.
     """
     from offsite.protos.security.pki import Authority
 
     written = Authority.open(folder).revoke(name)
-    typer.echo(f"Revoked the certificate of {name!r}. Wrote {', '.join(map(str, written))}.")
-    typer.echo(
-        "A coordinator that runs from a copied kit needs the new crl.pem in it; it reads the file again by itself."
-    )
+    typer.echo(f"Revoked the certificate of {name!r}. Wrote {written[0]} and {len(written) - 1} kits' crl.pem.")
+    typer.echo(COPIED)
+
+
+@app.command()
+def refresh(
+    folder: Folder,
+    *,
+    days: Annotated[int, typer.Option(help="Days for which the list holds.")] = 90,
+) -> None:
+    """Renew crl.pem, the list of the certificates that hold; past its end nobody is let in.
+
+    Every `issue` and `revoke` renews it as well.
+    """
+    from offsite.protos.security.pki import Authority
+
+    written = Authority.open(folder).refresh(days=days)
+    typer.echo(f"Wrote {written[0]} and {len(written) - 1} kits' crl.pem; it holds for {days} days.")
+    typer.echo(COPIED)
 
 
 @app.command("list")

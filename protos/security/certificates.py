@@ -1,12 +1,13 @@
-"""The three X.509 documents Offsite makes, and the one thing it reads from a certificate: whose it is.
+"""The certificates Offsite makes, and the one thing it reads from a certificate: whose it is.
 
 A certificate says whose it is in a URI among its alternative names, `offsite://<role>/<name>`.
 """
 
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, get_args
 
 from cryptography import x509
@@ -25,11 +26,35 @@ _HOST = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?)*"
 )
 _URI = re.compile(rf"offsite://({'|'.join(ROLES)})/({_NAME.pattern})")
-_BACKDATED = timedelta(minutes=5)  # another machine's clock may be this much behind
+BACKDATED = timedelta(minutes=5)  # another machine's clock may be this much behind
 
 _USES = {
     "coordinator": [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
 } | {role: [ExtendedKeyUsageOID.CLIENT_AUTH] for role in ("site", *PEOPLE)}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who the other end of a connection has proved to be."""
+
+    role: Role
+    name: str
+    serial: int
+    expires: datetime
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> "Peer":
+        """Read whose a certificate is; raises IdentityError where it holds no role."""
+        role, name = subject(certificate)
+        return cls(role, name, certificate.serial_number, certificate.not_valid_after_utc)
+
+    def check_date(self) -> None:
+        """Refuse a certificate that has expired: the handshake looked once, but a connection may outlive it."""
+        if self.expires < datetime.now(UTC):
+            raise IdentityError(
+                f"the certificate of {self.role} {self.name!r} expired on {self.expires:%Y-%m-%d}; "
+                "ask the model owner for a new kit"
+            )
 
 
 class Issuer(NamedTuple):
@@ -106,7 +131,7 @@ def _unsigned(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start - _BACKDATED)
+        .not_valid_before(start - BACKDATED)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
         .add_extension(_key_usage(authority=authority), critical=True)
@@ -118,7 +143,8 @@ def _distinguished(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-def _authority_key_identifier(issuer: Issuer) -> x509.AuthorityKeyIdentifier:
+def authority_key_identifier(issuer: Issuer) -> x509.AuthorityKeyIdentifier:
+    """Say which key signs."""
     return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
 
 
@@ -146,25 +172,6 @@ def new_certificate(
         _unsigned(name, issuer.certificate.subject, key, start=start, end=end, authority=False)
         .add_extension(names, critical=False)
         .add_extension(x509.ExtendedKeyUsage(_USES[role]), critical=False)
-        .add_extension(_authority_key_identifier(issuer), critical=False)
-        .sign(issuer.key, hashes.SHA256())
-    )
-
-
-def new_revocation_list(
-    issuer: Issuer, revoked: Iterable[tuple[int, datetime]], *, now: datetime
-) -> x509.CertificateRevocationList:
-    """List revoked certificates by serial number and moment; it holds until the next one, as long as its issuer."""
-    entries = [
-        x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment).build()
-        for serial, moment in revoked
-    ]
-    return (
-        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
-        .issuer_name(issuer.certificate.subject)
-        .last_update(now - _BACKDATED)
-        .next_update(issuer.certificate.not_valid_after_utc)
-        .add_extension(x509.CRLNumber(len(entries)), critical=False)
-        .add_extension(_authority_key_identifier(issuer), critical=False)
+        .add_extension(authority_key_identifier(issuer), critical=False)
         .sign(issuer.key, hashes.SHA256())
     )

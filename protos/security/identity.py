@@ -1,5 +1,6 @@
 """One's own kit, checked when it is read rather than when a handshake fails far away."""
 
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ class Identity:
                 f"{folder}: this is the kit of {role} {name!r}, but one of role "
                 f"{either(expected)} is needed here; use another kit"
             )
-        for file in ("owner.key", "crl.pem") if role == "coordinator" else ():
+        for file in ("owner.key", "crl.pem") if role == "coordinator" else ("crl.pem",):
             _read(folder / file)
         expires = certificate.not_valid_after_utc
         return cls(role, name, expires, folder, files["tls.crt"], files["tls.key"], files["ca.crt"])
@@ -64,6 +65,11 @@ class Identity:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.suffix == ".key" and os.name == "posix" and path.stat().st_mode & 0o077:
+            raise IdentityError(
+                f"{path}: others on this machine may use this key (mode {path.stat().st_mode & 0o777:o}); "
+                f"run `chmod 600 {path}`, and ask for a new kit if somebody may have read it"
+            )
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise IdentityError(

@@ -6,7 +6,8 @@ It issues *kits*. A kit is a folder with all one party needs to prove who it is 
     ca.crt              the authority, to check the other end     every kit
     owner.pub           to check the model owner's signatures     every kit
     owner.key           to make them                              the coordinator's kit
-    crl.pem             the certificates that no longer hold      the coordinator's kit
+    crl.pem             all certificates issued, and which no     every kit
+                        longer hold
 """
 
 import fcntl
@@ -39,10 +40,12 @@ from offsite.protos.security.certificates import (
     check_name,
     new_certificate,
     new_issuer,
-    new_revocation_list,
 )
+from offsite.protos.security.revocation import RevocationList, new_revocation_list
 
 FILES = ("ca.crt", "ca.key", "crl.pem", "index.json", "owner.key", "owner.pub")
+# A list that is held back can hide a revocation for so long; an owner who is away for longer refreshes it with --days.
+LIST_DAYS = 90
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -95,16 +98,17 @@ class Authority:
         _write(folder / "ca.key", _private(issuer.key), secret=True)
         _write(folder / "owner.key", _private(owner), secret=True)
         _write(folder / "owner.pub", owner.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-        _write(folder / "crl.pem", new_revocation_list(issuer, (), now=now).public_bytes(Encoding.PEM))
         _write(folder / "index.json", to_json(Index()))
         _write(folder / "ca.crt", issuer.certificate.public_bytes(Encoding.PEM))
-        return cls(folder, issuer)
+        made = cls(folder, issuer)
+        made.refresh()
+        return made
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Read an authority; raises NotFoundError where there is none and IdentityError where its key does not fit."""
         for file in FILES:
-            if not (folder / file).is_file():
+            if file != "crl.pem" and not (folder / file).is_file():
                 raise NotFoundError(
                     f"{folder}: no authority here, {file} is missing; make one with `offsite pki init {folder}`"
                 )
@@ -149,11 +153,13 @@ class Authority:
         with self._locked():
             self._check_free(name)
             # The index first: a certificate that is not in it could never be revoked.
-            _write(self.folder / "index.json", to_json(Index(certificates=(*self.entries(), entry))))
+            entries = (*self.entries(), entry)
+            _write(self.folder / "index.json", to_json(Index(certificates=entries)))
+            self._publish(entries)
             return self._write_kit(role, name, certificate.public_bytes(Encoding.PEM), _private(key))
 
     def revoke(self, name: str) -> tuple[Path, ...]:
-        """Revoke a name's valid certificate and return the lists written: the authority's and the coordinators'.
+        """Revoke a name's valid certificate and return the lists written: the authority's and those of its kits.
 
         Raises NotFoundError where the name has no valid certificate.
         """
@@ -167,16 +173,40 @@ class Authority:
                 replace(entry, revoked_at=now) if entry.name == name and entry.status == "valid" else entry
                 for entry in entries
             )
-            revoked = [(int(entry.serial, 16), entry.revoked_at) for entry in after if entry.revoked_at is not None]
-            data = new_revocation_list(self._issuer, revoked, now=now).public_bytes(Encoding.PEM)
-            kits = {entry.name for entry in entries if entry.role == "coordinator"}
-            lists = (self.folder / "crl.pem", *(self.folder / kit / "crl.pem" for kit in sorted(kits)))
-            written = tuple(path for path in lists if path.exists())
+            written = self._publish(after)
             # The index last: a revocation that was cut short can then be asked for again.
-            for path in written:
-                _write(path, data)
             _write(self.folder / "index.json", to_json(Index(certificates=after)))
             return written
+
+    def refresh(self, *, days: int = LIST_DAYS) -> tuple[Path, ...]:
+        """Write the list of certificates again, to hold for so many days, and return where."""
+        _check_days(days)
+        with self._locked():
+            return self._publish(self.entries(), days=days)
+
+    def _publish(self, entries: Sequence[Entry], *, days: int = LIST_DAYS) -> tuple[Path, ...]:
+        """Write the list of certificates in the authority's folder and in the kits that lie in it."""
+        now = datetime.now(UTC).replace(microsecond=0)
+        data = new_revocation_list(
+            self._issuer,
+            number=max(self._number() + 1, int(now.timestamp())),  # the clock's, where the folder is an old backup
+            issued=[int(entry.serial, 16) for entry in entries],
+            revoked=[(int(entry.serial, 16), entry.revoked_at) for entry in entries if entry.revoked_at is not None],
+            now=now,
+            until=now + timedelta(days=days),
+        ).public_bytes(Encoding.PEM)
+        kits = sorted({self.folder / entry.name for entry in entries if (self.folder / entry.name).is_dir()})
+        written = tuple(folder / "crl.pem" for folder in (self.folder, *kits))
+        for path in written:
+            _write(path, data)
+        return written
+
+    def _number(self) -> int:
+        path = self.folder / "crl.pem"
+        try:
+            return RevocationList.parse(path.read_bytes(), (self.folder / "ca.crt").read_bytes(), where=path).number
+        except (OSError, IdentityError):  # none yet, or of an earlier version
+            return 0
 
     def _check_free(self, name: str) -> None:
         # Names that differ only in case share a folder on some file systems.
@@ -195,7 +225,7 @@ class Authority:
         draft = self.folder / f".{name}.{secrets.token_hex(4)}"  # a kit is whole or not there
         _write(draft / "tls.crt", certificate)
         _write(draft / "tls.key", key, secret=True)
-        for file in ("ca.crt", "owner.pub", *(("owner.key", "crl.pem") if role == "coordinator" else ())):
+        for file in ("ca.crt", "owner.pub", "crl.pem", *(("owner.key",) if role == "coordinator" else ())):
             _write(draft / file, (self.folder / file).read_bytes(), secret=file == "owner.key")
         if kit.exists():
             shutil.rmtree(kit)

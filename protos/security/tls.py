@@ -2,19 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from offsite.protos.errors import IdentityError, OffsiteError, UnreachableError
-from offsite.protos.security.certificates import Role, subject
+from offsite.protos.security.certificates import Peer
 from offsite.protos.security.identity import Identity
 
-__all__ = ["Identity", "Peer", "Revocations", "channel_credentials", "explain", "peer", "server_credentials"]
+__all__ = ["Identity", "Peer", "channel_credentials", "explain", "peer", "server_credentials"]
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
@@ -28,72 +24,13 @@ def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Who the other end of a connection has proved to be."""
-
-    role: Role
-    name: str
-    serial: int
-
-
 def peer(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
     """Read who is calling from a gRPC auth context; raises IdentityError for one whose certificate does not hold."""
     for pem in auth_context.get("x509_pem_cert", ()):
-        certificate = x509.load_pem_x509_certificate(pem)
-        role, name = subject(certificate)
-        # The handshake checked this once, but a connection may outlive its certificate.
-        if certificate.not_valid_after_utc < datetime.now(UTC):
-            raise IdentityError(
-                f"the certificate of {role} {name!r} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; "
-                "ask the model owner for a new kit"
-            )
-        return Peer(role, name, certificate.serial_number)
+        caller = Peer.of(x509.load_pem_x509_certificate(pem))
+        caller.check_date()
+        return caller
     raise IdentityError("the caller showed no certificate; connect over TLS with a kit from the model owner")
-
-
-class Revocations:
-    """The revocation list in a coordinator's kit, read again whenever the file changes."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the list; raises IdentityError where the authority beside it has not signed it."""
-        self._path = path
-        self._version = (0, 0, 0)
-        self._serials: frozenset[int] = frozenset()
-        self._refresh()
-
-    def check(self, peer: Peer) -> None:
-        """Refuse a revoked certificate; raises IdentityError, for every caller while the list cannot be trusted."""
-        self._refresh()
-        if peer.serial in self._serials:
-            raise IdentityError(
-                f"the certificate of {peer.role} {peer.name!r} is revoked; ask the model owner for a new kit"
-            )
-
-    def _refresh(self) -> None:
-        try:
-            stat = self._path.stat()
-            version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if version != self._version:
-                self._serials, self._version = self._read(), version
-        except OSError as error:
-            raise IdentityError(
-                f"{error.filename}: cannot be read: {error.strerror}; nobody is let in without the revocation list"
-            ) from None
-
-    def _read(self) -> frozenset[int]:
-        try:
-            authority = x509.load_pem_x509_certificate(self._path.with_name("ca.crt").read_bytes()).public_key()
-            revoked = x509.load_pem_x509_crl(self._path.read_bytes())
-            signed = isinstance(authority, ec.EllipticCurvePublicKey) and revoked.is_signature_valid(authority)
-        except ValueError:
-            signed = False
-        if not signed:
-            raise IdentityError(
-                f"{self._path}: not a revocation list signed by the ca.crt beside it; nobody is let in without one, "
-                "copy crl.pem again from the authority's folder"
-            )
-        return frozenset(entry.serial_number for entry in revoked)
 
 
 # What the details of an UNAVAILABLE call hold, and what it means. A server never says why it refuses a client: in

@@ -57,11 +57,22 @@ def test_secret_files_are_readable_by_their_owner_alone(authority: Authority) ->
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in (authority.folder, kit)] == [0o700] * 2
 
 
-def test_only_the_coordinators_kit_holds_the_owners_key_and_the_revocation_list(authority: Authority) -> None:
-    common = {"tls.crt", "tls.key", "ca.crt", "owner.pub"}
+def test_only_the_coordinators_kit_holds_the_owners_key(authority: Authority) -> None:
+    common = {"tls.crt", "tls.key", "ca.crt", "owner.pub", "crl.pem"}
     files = {role: {path.name for path in authority.issue(role, f"a-{role}").iterdir()} for role in ("site", *PEOPLE)}
     assert files == dict.fromkeys(("site", *PEOPLE), common)
-    assert {path.name for path in authority.issue("coordinator", "hub").iterdir()} == common | {"owner.key", "crl.pem"}
+    assert {path.name for path in authority.issue("coordinator", "hub").iterdir()} == common | {"owner.key"}
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604])
+def test_a_key_that_others_may_use_is_refused(authority: Authority, mode: int) -> None:
+    kit = authority.issue("coordinator", "hub")
+    for file in ("tls.key", "owner.key"):
+        (kit / file).chmod(mode)
+        with refused(IdentityError, f"{kit / file}: others", f"mode {mode:o}", f"chmod 600 {kit / file}"):
+            Identity.load(kit)
+        (kit / file).chmod(0o600)
+    Identity.load(kit)
 
 
 def test_an_authority_is_never_overwritten(authority: Authority) -> None:
@@ -165,16 +176,20 @@ def test_a_folder_that_is_no_kit_is_left_alone(authority: Authority) -> None:
     assert authority.entries() == ()
 
 
-def test_revocation_reaches_the_list_and_every_coordinators_kit(authority: Authority) -> None:
-    kits = [authority.issue("coordinator", name) for name in ("hub", "spare")]
-    serial = certificate(authority.issue("site", "berlin")).serial_number
-    other = certificate(authority.issue("site", "paris")).serial_number
+def test_what_was_issued_and_revoked_reaches_every_kit_in_the_folder(authority: Authority) -> None:
+    kits = [authority.issue("coordinator", "hub"), authority.issue("site", "berlin"), authority.issue("site", "paris")]
+    berlin, paris = (certificate(kit).serial_number for kit in kits[1:])
     assert revoked_serials(authority.folder / "crl.pem", authority) == set()
-    assert authority.revoke("berlin") == tuple(folder / "crl.pem" for folder in (authority.folder, *kits))
-    assert all(revoked_serials(folder / "crl.pem", authority) == {serial} for folder in (authority.folder, *kits))
+    written = authority.revoke("berlin")
+    assert set(written) == {folder / "crl.pem" for folder in (authority.folder, *kits)}
+    assert all(revoked_serials(path, authority) == {berlin} for path in written)
     authority.revoke("paris")
-    assert revoked_serials(kits[0] / "crl.pem", authority) == {serial, other}
-    assert revoked_serials(authority.issue("coordinator", "late") / "crl.pem", authority) == {serial, other}
+    assert revoked_serials(kits[0] / "crl.pem", authority) == {berlin, paris}
+    late = authority.issue("coordinator", "late")
+    assert revoked_serials(late / "crl.pem", authority) == {berlin, paris}
+    authority.refresh(days=3)
+    crl = x509.load_pem_x509_crl((late / "crl.pem").read_bytes())
+    assert crl.next_update_utc is not None and timedelta(2) < crl.next_update_utc - NOW < timedelta(4)
 
 
 def test_revoking_what_does_not_hold_is_refused(authority: Authority) -> None:

@@ -1,6 +1,4 @@
 import asyncio
-import os
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,22 +13,11 @@ import pytest
 
 from offsite.protos.errors import IdentityError, OffsiteError, UnreachableError
 from offsite.protos.security.pki import Authority
-from offsite.protos.security.tls import (
-    Identity,
-    Peer,
-    Revocations,
-    channel_credentials,
-    explain,
-    peer,
-    server_credentials,
-)
+from offsite.protos.security.tls import Identity, channel_credentials, explain, peer, server_credentials
 
 
 class Echo(grpc.GenericRpcHandler):
     """Answers every call with who the caller has proved to be."""
-
-    def __init__(self, revocations: Revocations | None = None) -> None:
-        self._revocations = revocations
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
         return grpc.unary_unary_rpc_method_handler(self._answer)
@@ -38,8 +25,6 @@ class Echo(grpc.GenericRpcHandler):
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             caller = peer(context.auth_context())  # type: ignore[arg-type]  # the stub of the asyncio context has it right
-            if self._revocations is not None:
-                self._revocations.check(caller)
         except IdentityError as error:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return f"{caller.role} {caller.name} {caller.serial:x}".encode()
@@ -251,41 +236,6 @@ def test_a_coordinator_that_was_killed_is_unreachable(details: str) -> None:
     error = explain(details, "hub:8443")
     assert isinstance(error, UnreachableError)
     assert str(error).startswith("hub:8443: the coordinator does not answer")
-
-
-def test_a_revoked_site_is_refused_from_its_next_call_on(fleet: Fleet) -> None:
-    site = Identity.load(fleet.authority.issue("site", "leaver"))
-    revocations = Revocations(fleet.coordinator.folder / "crl.pem")
-    with serving(server_credentials(fleet.coordinator), Echo(revocations)) as port:
-        with grpc.secure_channel(f"127.0.0.1:{port}", channel_credentials(site)) as channel:
-            who = channel.unary_unary("/offsite.Test/Who")
-            assert who(b"", timeout=30).startswith(b"site leaver ")
-            fleet.authority.revoke("leaver")
-            with pytest.raises(grpc.RpcError) as caught:
-                who(b"", timeout=30)
-        assert call(f"127.0.0.1:{port}", channel_credentials(fleet.site)).startswith("site berlin ")
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert "site 'leaver' is revoked" in (caught.value.details() or "")
-
-
-def test_a_revocation_list_of_another_authority_lets_nobody_in(fleet: Fleet, tmp_path: Path) -> None:
-    kit = tmp_path / "kit"
-    shutil.copytree(fleet.coordinator.folder, kit)
-    revocations = Revocations(kit / "crl.pem")
-    someone = Peer("site", "berlin", 1)
-    revocations.check(someone)
-    good = (kit / "crl.pem").read_bytes()
-    for bad in ((fleet.strange_authority.folder / "crl.pem").read_bytes(), b"scratched", good[:200]):
-        (kit / "crl.pem").write_bytes(bad)
-        for _ in range(2):
-            with pytest.raises(IdentityError, match="not a revocation list signed by the ca.crt beside it"):
-                revocations.check(someone)
-    (kit / "crl.pem").unlink()
-    with pytest.raises(IdentityError, match=r"crl\.pem: cannot be read"):
-        revocations.check(someone)
-    (kit / "crl.pem").write_bytes(good)
-    os.utime(kit / "crl.pem", (1, 1))  # an older file put back is a change as well
-    revocations.check(someone)
 
 
 def test_a_connection_that_outlives_its_certificate_is_refused(fleet: Fleet) -> None:

@@ -19,7 +19,8 @@ def test_a_fleet_is_set_up_and_a_site_leaves_it(tmp_path: Path) -> None:
     assert str(folder / "hub") in run("issue", folder, "hub", "--role", "coordinator", "--host", "tune.acme.org")
     assert "tls.key" in run("issue", folder, "--role", "site", "berlin", "--days", "30")
     assert Identity.load(folder / "berlin", expect="site").warning is None
-    assert str(folder / "hub" / "crl.pem") in run("revoke", folder, "berlin")
+    assert str(folder / "crl.pem") in run("revoke", folder, "berlin")
+    assert "it holds for 7 days" in run("refresh", folder, "--days", "7")
     listed = json.loads(run("list", folder, "--format", "json"))
     assert [(entry["name"], entry["role"], entry["status"]) for entry in listed] == [
         ("hub", "coordinator", "valid"),
