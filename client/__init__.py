@@ -1,7 +1,29 @@
-"""The sites' and the researchers' end. `connect` opens a coordinator; importing this loads no tensor library."""
+"""The sites' and the researchers' end. `connect` opens a coordinator; importing this loads no tensor library.
 
-from offsite.client.session import Event, Run, Session, connect
-from offsite.protos.errors import OffsiteError
-from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+What it offers is loaded when it is asked for: the command line is in this package as well, and what it starts must
+be able to set up gRPC before that is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offsite.client.session import Event, Run, Session, connect
+    from offsite.protos.errors import OffsiteError
+    from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
 __all__ = ["Choice", "Event", "OffsiteError", "Run", "RunSpec", "Session", "TrainingSpec", "connect"]
+
+_HOMES = {
+    "offsite.client.session": ("Event", "Run", "Session", "connect"),
+    "offsite.protos.errors": ("OffsiteError",),
+    "offsite.protos.spec": ("Choice", "RunSpec", "TrainingSpec"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load one name from where it is at home."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
