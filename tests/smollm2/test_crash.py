@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.placements import Spread
+from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.builders import Outline
+from offsite.emulator.builders.crash import Crash
+from offsite.emulator.placements import Ends, Spread
 
 pytestmark = pytest.mark.slow
 Tell = Callable[..., None]
@@ -26,6 +30,32 @@ def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> 
     )
     tell(crash=found, crash_spread=published, uniform_middle=middle, uniform_all=over_all)
     assert max(found, published) <= 0.8 * over_all
+
+
+def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
+    """Every linear map's output is off by up to 2^-8 of itself, by which links that are near change places."""
+
+    def off(draw: torch.Generator) -> Callable[..., torch.Tensor]:
+        def hook(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * (1 + 2**-8 * (2 * torch.rand(output.shape, generator=draw) - 1))
+
+        return hook
+
+    def chosen() -> Outline:
+        return Crash(keep=24).outline(bench.base, evaluation_batches(bench.public[:32], batch_size=8), Ends(2, 2))
+
+    exact = chosen()
+    assert exact.grounds
+    tell(gap=exact.grounds.gap, ways=exact.grounds.ways, lead=exact.grounds.lead or 0.0)
+    maps = [module for module in bench.base.modules() if isinstance(module, torch.nn.Linear)]
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        hooks = [module.register_forward_hook(off(draw)) for module in maps]
+        try:
+            assert chosen() == exact
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell: Tell, tmp_path: Path) -> None:
