@@ -18,8 +18,8 @@ import torch
 from offsite.coordinator import aggregation, bundles
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.coordinator.home import Home
-from offsite.coordinator.manifests import MANIFEST, describe
-from offsite.coordinator.store.blobs import Blobs, room
+from offsite.coordinator.kept import distance, open_bundle, recovered, store_adapter, store_bundle
+from offsite.coordinator.store.blobs import room
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import text_config
 from offsite.emulator.batches import encode, evaluation_batches
@@ -28,7 +28,6 @@ from offsite.emulator.builders import make as make_builder
 from offsite.emulator.builders.distilled import Distilled, realigned, tuned_places
 from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
-from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES, quicken
 from offsite.emulator.tuning.rates import suited
@@ -36,7 +35,7 @@ from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json, to_plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, RunError, from_system
-from offsite.protos.spec import Manifest, RunSpec, Span
+from offsite.protos.spec import RunSpec, Span
 
 EVALUATION_BATCH = 8
 
@@ -75,12 +74,12 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
         for rank in sorted({method.rank_at(site) for site in sites}):
             adapter = method.start(emulator, layout.outline.places, seed=spec.training.seed, rank=rank)
             method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
-            adapters[rank] = _store(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
+            adapters[rank] = store_adapter(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
         rate = spec.training.learning_rate or suited(method.rate, emulator)
         recovery = None
         if built.recovery:
-            recovery = _store(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
-        stored = _store_bundle(home, built)
+            recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
+        stored = store_bundle(home, built)
     shutil.rmtree(_unfinished(home, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
     return stored | {
@@ -105,7 +104,7 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
     scratch = _unfinished(home, spec, f"realign {exact}")
     with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
-        listed, emulator, _ = _open(blobs, manifest, Path(folder) / "old", dtype="auto")
+        listed, emulator, _ = open_bundle(blobs, manifest, Path(folder) / "old", dtype="auto")
         dtype = quicken(full)
         quicken(emulator)
         outline = bundle.described(listed).outline
@@ -119,7 +118,7 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
             outline,
             method=method,
             adapter=adapter,
-            recovered=_recovered(blobs, method, adapter, recovery),
+            recovered=recovered(blobs, method, adapter, recovery),
             material=bundles.material(Path(spec.public), tokenizer, scratch=scratch),
             settings=replace(settings, steps=spec.realign_steps),
         )
@@ -133,7 +132,7 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
             chain=listed.builders,
             owner_key=home.owner_key,
         )
-        stored = _store_bundle(home, built)
+        stored = store_bundle(home, built)
     shutil.rmtree(scratch, ignore_errors=True)
     return stored | {"spans": timeline}
 
@@ -158,7 +157,7 @@ def aggregate(
     with timeline.span("aggregation"), TemporaryDirectory(dir=home.scratch) as scratch:
         changes = {
             str(update["site"]): Change(
-                _distance(blobs, update["digest"], broadcast[update["site"]]["digest"]), method.rank_at(update["site"])
+                distance(blobs, update["digest"], broadcast[update["site"]]["digest"]), method.rank_at(update["site"])
             )
             for update in updates
         }
@@ -178,12 +177,12 @@ def aggregate(
 
         def store(name: str, adapters: dict[int, dict[str, torch.Tensor]]) -> dict[int, dict[str, Any]]:
             return {
-                rank: _store(blobs, Path(scratch) / f"{name}-{rank}.safetensors", adapter)
+                rank: store_adapter(blobs, Path(scratch) / f"{name}-{rank}.safetensors", adapter)
                 for rank, adapter in adapters.items()
             }
 
         sent, rest = store("broadcast", outcome.broadcast), store("residual", outcome.residual)
-        exact = _store(blobs, Path(scratch) / "exact.safetensors", outcome.exact)
+        exact = store_adapter(blobs, Path(scratch) / "exact.safetensors", outcome.exact)
     return {
         "broadcast": {site: sent[method.rank_at(site)] for site in sites},
         "exact": exact["digest"],
@@ -208,10 +207,12 @@ def evaluate(
         if manifest is None:
             model, tokenizer = zoo.load_base(_the_base(spec, base), dtype=DTYPES[spec.training.precision])
             if exact is not None:
-                adapter = _recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
+                adapter = recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
                 model = plug(model, method, adapter)
         else:
-            listed, model, tokenizer = _open(blobs, manifest, Path(scratch), dtype=DTYPES[spec.training.precision])
+            listed, model, tokenizer = open_bundle(
+                blobs, manifest, Path(scratch), dtype=DTYPES[spec.training.precision]
+            )
             if exact is not None:
                 places = bundle.described(listed).outline.places
                 model = method.attach(model, places, tensors.load(blobs.path(exact)))
@@ -235,7 +236,7 @@ def publish(home: Home, spec: RunSpec, *, base: str, exact: str, recovery: str |
     source = _the_base(spec, base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
-    adapter = _recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
+    adapter = recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
     files: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(dir=home.scratch) as scratch:
         method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.model)
@@ -291,48 +292,6 @@ def _the_base(spec: RunSpec, digest: str) -> Path:
     if (found := zoo.digest(source)) != digest:
         raise MismatchError(f"model {spec.model} has changed since the run began: {found}, it was {digest}")
     return source
-
-
-def _distance(blobs: Blobs, update: str, broadcast: str) -> float:
-    """L2 norm of an update's change since the broadcast, over all of its tensors."""
-    start = tensors.load(blobs.path(broadcast))
-    return tensors.distance(tensors.load(blobs.path(update)), start)
-
-
-def _store(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
-    tensors.save(path, adapter)
-    digest, size = blobs.take(path)
-    return {"digest": digest, "size": size}
-
-
-def _store_bundle(home: Home, built: bundles.Built) -> dict[str, Any]:
-    """Store a bundle's files; return what names them."""
-    blobs, manifest = home.blobs(), built.manifest
-    room(home.root, sum(entry.size for entry in manifest.files))
-    for entry in manifest.files:
-        blobs.take(built.folder / entry.path, digest=entry.digest)
-    blobs.take(built.folder / MANIFEST)
-    document = canonical(to_plain(manifest))
-    return {
-        "manifest": digest_bytes(document),
-        "manifest_size": len(document),
-        "bundle": describe(manifest),
-    }
-
-
-def _open(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:
-    """Read a stored bundle: its manifest, emulator and tokenizer."""
-    listed = from_json(Manifest, blobs.path(manifest).read_bytes(), where="manifest")
-    for entry in listed.files:
-        link = folder / entry.path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blobs.path(entry.digest).resolve())
-    return listed, *bundle.load(folder, layout=bundle.described(listed), dtype=dtype)
-
-
-def _recovered(blobs: Blobs, method: Method, adapter: Adapter, recovery: str | None) -> Adapter:
-    """Bring an adapter back to the base, with what the owner kept when the emulator was built."""
-    return method.recover(adapter, tensors.load(blobs.path(recovery)) if recovery else {})
 
 
 def _unfinished(home: Home, spec: RunSpec, step: str) -> Path:
