@@ -10,16 +10,19 @@ Values between which stands "|" are alternatives, and the recipe a grid: it stan
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offsite.protos.documents import read_toml
+from offsite.protos.documents import parse as parse_document
+from offsite.protos.documents import quoted, read_toml
 from offsite.protos.errors import InputError
 from offsite.protos.spec import Chain, Choice
 
 EXAMPLE = "crash(keep=20|24,sharing=auto)+quantised(format=nf4)"
+TEXT, CHAINS, DEPTH = 10_000, 4096, 16  # characters of a recipe, chains of a grid, lists in one another
 _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.-])", re.ASCII)
 _WORD = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -37,7 +40,9 @@ def parse_one(text: str) -> Choice:
     """Read a recipe of a single choice, such as `ends(bottom=1,top=1)`; raises InputError."""
     (choice, *more) = parse(text)
     if more:
-        raise InputError(f"recipe {text!r}: expected one choice such as {render([choice])}, found {len(more) + 1}")
+        raise InputError(
+            f"recipe {quoted(text)}: expected one choice such as {render([choice])}, found {len(more) + 1}"
+        )
     return choice
 
 
@@ -69,9 +74,11 @@ def _listed(path: Path) -> list[str]:
 
 
 def _product(chain: Sequence[tuple[str, Mapping[str, Sequence[Any]]]]) -> list[Chain]:
+    if math.prod(len(values) for _, grid in chain for values in grid.values()) > CHAINS:
+        raise InputError(f"recipe: a grid of more than {CHAINS} chains; write a smaller one")
     choices = [
         [
-            Choice(name=name, settings=dict(zip(grid, values, strict=True)))
+            parse_document(Choice, {"name": name, "settings": dict(zip(grid, values, strict=True))}, where="recipe")
             for values in itertools.product(*grid.values())
         ]
         for name, grid in chain
@@ -99,7 +106,9 @@ class _Reader:
     """Reads a recipe from left to right."""
 
     def __init__(self, text: str, *, grid: bool) -> None:
-        self._text, self._at, self._grid = text, 0, grid
+        if len(text) > TEXT:
+            raise InputError(f"recipe {quoted(text)}: longer than {TEXT} characters")
+        self._text, self._at, self._grid, self._depth = text, 0, grid, 0
 
     def whole(self) -> list[tuple[str, dict[str, list[Any]]]]:
         """Read to the end: each choice's name, and the alternatives of each of its settings."""
@@ -138,11 +147,18 @@ class _Reader:
     def _literal(self) -> Any:
         if self._take("["):
             values: list[Any] = []
+            self._depth += 1
+            if self._depth > DEPTH:
+                raise self._fault(f"at most {DEPTH} lists in one another")
             self._listing(lambda: values.append(self._literal()), "]")
+            self._depth -= 1
             return values
         rest = self._rest()
         if number := _NUMBER.match(rest):
             text = self._match(_NUMBER, "a number")
+            if len(text) > 300:
+                self._at -= len(text)
+                raise self._fault("a number of at most 300 digits")
             return int(text) if number[0].lstrip("+-").isdecimal() else float(text)
         if rest.startswith('"'):
             start = self._at
@@ -188,6 +204,6 @@ class _Reader:
     def _fault(self, expected: str) -> InputError:
         found = repr(self._text[self._at]) if self._rest() else "the end"
         return InputError(
-            f"recipe {self._text!r}, column {self._at + 1}: expected {expected}, found {found}; "
+            f"recipe {quoted(self._text)}, column {self._at + 1}: expected {expected}, found {found}; "
             f"a recipe reads like {EXAMPLE}"
         )
