@@ -1,6 +1,7 @@
 """Whole runs over real sockets, certificates and processes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,31 @@ def plain_local_training(model_folder: Path, data: Path, spec: Any) -> dict[str,
     return {f"{name}.{factor}": parameter(name, factor).detach() for name in names for factor in "AB"}
 
 
+def whole(federation: Any) -> Any:
+    """A run whose emulator is the model itself."""
+    ends = Choice(name="ends", settings={"bottom": 1, "top": 1})
+    return federation.spec(builders=(Choice(name="whole"),), trainable=ends, public="")
+
+
+def trained(federation: Any, folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield (name, what a run gave, what plain local training gives)."""
+    given = load_file(folder / "adapter" / "adapter_model.safetensors")
+    data = federation.material / "hospital.jsonl"
+    wanted = plain_local_training(federation.material / "model", data, whole(federation))
+    assert len(given) == len(wanted)
+    for key, tensor in wanted.items():
+        name, _, factor = key.rpartition(".")
+        yield key, given[f"base_model.model.model.layers.{name}.lora_{factor}.weight"], tensor
+
+
 def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(federation: Any) -> None:
     torch.set_num_threads(1)
     federation.coordinate()
     federation.join("hospital")
-    spec = federation.spec(
-        builders=(Choice(name="whole"),), trainable=Choice(name="ends", settings={"bottom": 1, "top": 1}), public=""
-    )
     with federation.connect() as session:
-        folder = session.submit(spec).result(federation.folder / "out")
-    found = load_file(folder / "adapter" / "adapter_model.safetensors")
-    wanted = plain_local_training(federation.material / "model", federation.material / "hospital.jsonl", spec)
-    assert len(found) == len(wanted)
-    for key, tensor in wanted.items():
-        name, _, factor = key.rpartition(".")
-        assert torch.equal(found[f"base_model.model.model.layers.{name}.lora_{factor}.weight"], tensor), key
+        folder = session.submit(whole(federation)).result(federation.folder / "out")
+    for key, given, wanted in trained(federation, folder):
+        assert torch.equal(given, wanted), key
 
 
 def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_report(federation: Any) -> None:
@@ -109,28 +120,22 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     assert float((adapted - base).abs().max()) > 0.05
 
 
-def test_ray_and_deepspeed_give_what_threads_and_plain_give_though_ray_dies(federation: Any, wait: Any) -> None:
-    outcomes = []
-    for executor, trainer in (("threads", "plain"), ("ray", "deepspeed")):
-        federation.coordinate(executor=executor)
-        federation.join("hospital", engine=trainer)
-        with federation.connect() as session:
-            run = session.submit(federation.spec())
-            if executor == "ray":
-                wait(lambda run=run: run.refresh().state == "running", "a supervisor")
-                tree = federation.tree("coordinator")
-                listening = {f"{at.ip}:{at.port}" for process in tree for at in listens(process)}
-                assert len(listening) > 4, "Ray's own processes are among them"
-                assert {at for at in listening if "127.0.0.1:" not in at} == set()
-                next(process for process in tree if process.name() == "raylet").kill()
-            folder = run.result(federation.folder / executor)
-        outcomes.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
-        federation.stop()
-    assert outcomes[0].keys() == outcomes[1].keys()
-    for key, tensor in outcomes[0].items():
-        torch.testing.assert_close(outcomes[1][key], tensor, rtol=1e-4, atol=1e-5)
-    home = federation.folder / "home"
-    assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
+def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(federation: Any, wait: Any) -> None:
+    federation.coordinate(executor="ray")
+    federation.join("hospital", engine="deepspeed")
+    with federation.connect() as session:
+        run = session.submit(whole(federation))
+        wait(lambda: run.refresh().state == "running", "a supervisor")
+        tree = federation.tree("coordinator")
+        listening = {f"{at.ip}:{at.port}" for process in tree for at in listens(process)}
+        assert len(listening) > 4, "Ray's own processes are among them"
+        assert {at for at in listening if "127.0.0.1:" not in at} == set()
+        next(process for process in tree if process.name() == "raylet").kill()
+        folder = run.result(federation.folder / "out")
+    federation.stop()
+    for key, given, wanted in trained(federation, folder):
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
+    assert (federation.folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
     said = [line for line in federation.log("coordinator").read_text().splitlines() if not line.startswith("{")]
     assert "its raylet on this machine" in said[0] and "is back; the runs go on" in said[-1]
     assert len(said) == 2, "nothing of Ray's own is in the coordinator's output"
