@@ -41,7 +41,7 @@ def main() -> None:
             threading.Thread(target=_obey, args=(said, root, identity, int(threads)), daemon=True).start()
             print("ready", file=said)
             _beat(said)
-        except (RayError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, it must be said: nobody reads this process's output
             print(f"error: {_sentence(error)}", file=said)
     os._exit(1)  # now: what Ray has in other threads may hang
 
@@ -107,7 +107,7 @@ def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
             actor.remote(root, identity, run, threads)
         ray.shutdown()
         os._exit(0)
-    except (RayError, RuntimeError, ValueError) as error:
+    except Exception as error:
         print(f"error: {_sentence(error)}", file=said)
         os._exit(1)
 

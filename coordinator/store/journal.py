@@ -16,6 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 from offsite.coordinator.store.tables import (
     artifacts,
     damaged,
+    event_row,
     events,
     in_words,
     open_database,
@@ -130,7 +131,8 @@ class Journal:
                 .values(state=state, error=error, note="", finished_at=time.time())
             )
             if ended.rowcount:
-                connection.execute(_event(run, state, **_said(error)))
+                told: dict[str, Any] = {"error": error} if error else {}
+                connection.execute(event_row(run, state, **told))
 
     def wait_run(self, run: str, note: str, **data: Any) -> None:
         """Let a queued run wait for its sites, told once, or change what a waiting one waits for."""
@@ -138,7 +140,7 @@ class Journal:
             now = {"state": "waiting", "note": note, "waiting_at": time.time()}
             began = connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state == "queued").values(**now))
             if began.rowcount:
-                connection.execute(_event(run, "waiting", **data))
+                connection.execute(event_row(run, "waiting", **data))
             else:
                 waits = (runs.c.id == run, runs.c.state == "waiting")
                 connection.execute(sa.update(runs).where(*waits).values(note=note))
@@ -152,7 +154,7 @@ class Journal:
                 return False
             value = insert(steps).values(run=run, name="sites", value={"names": names})
             if connection.execute(value.on_conflict_do_nothing()).rowcount:
-                connection.execute(_event(run, "selected", sites=names))
+                connection.execute(event_row(run, "selected", sites=names))
             return True
 
     # steps
@@ -163,7 +165,7 @@ class Journal:
             query = insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
             if connection.execute(query).rowcount:
                 for kind, data in told:
-                    connection.execute(_event(run, kind, **data))
+                    connection.execute(event_row(run, kind, **data))
             stood: dict[str, Any] = connection.execute(
                 sa.select(steps.c.value).where(steps.c.run == run, steps.c.name == name)
             ).scalar_one()
@@ -224,14 +226,14 @@ class Journal:
             query = sa.update(tasks).where(*_is(key), tasks.c.state == "uploaded")
             if connection.execute(query.values(state="failed", update="", message=message)).rowcount:
                 told = {"state": "failed", "message": message}
-                connection.execute(_event(key.run, "site", round=key.round + 1, site=key.site, **told))
+                connection.execute(event_row(key.run, "site", round=key.round + 1, site=key.site, **told))
 
     # events, sites, artifacts
 
     def add_event(self, run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> None:
         """Tell watchers something."""
         with self._write() as connection:
-            connection.execute(_event(run, kind, round=round, site=site, **data))
+            connection.execute(event_row(run, kind, round=round, site=site, **data))
 
     def events(self, run: str, *, after: int = 0, kind: str = "") -> list[Row]:
         """Return the events of a run after a sequence number, of one kind if it is named."""
@@ -298,12 +300,3 @@ class Journal:
 
 def _is(key: Key) -> list[sa.ColumnElement[bool]]:
     return [tasks.c[name] == value for name, value in key._asdict().items()]
-
-
-def _said(error: str) -> dict[str, Any]:
-    return {"error": error} if error else {}
-
-
-def _event(run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> sa.Insert:
-    values = {"run": run, "at": time.time(), "kind": kind, "round": round, "site": site, "data": data}
-    return sa.insert(events).values(**values)

@@ -1,6 +1,7 @@
 """The journal's tables, and how a database is opened: made, brought up to date, and its errors put into words."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,12 @@ artifacts = sa.Table(
     sa.Column("digest", sa.String),
     sa.Column("size", sa.Integer),
 )
+
+
+def event_row(run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> sa.Insert:
+    """Insert an event, now."""
+    values = {"run": run, "at": time.time(), "kind": kind, "round": round, "site": site, "data": data}
+    return sa.insert(events).values(**values)
 
 
 class Unwritable(ResourceError):
