@@ -7,15 +7,24 @@ from typing import Any
 
 import pytest
 
-from offsite.client.site import agent
+from offsite.client.site import agent, training
+from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import Policy
+from offsite.client.site.reporter import Reporter
+from offsite.coordinator.reasons import sentence
+from offsite.protos import fleet_pb2 as pb
 from offsite.protos.documents import from_json, to_json
-from offsite.protos.errors import RefusedError
+from offsite.protos.errors import InputError, RefusedError, from_status
 from offsite.protos.spec import UpdateMetrics
 
 STEP = {"event": "step", "step": 1, "steps": 6, "loss": 4.0, "tokens": 9}
 WARNINGS = ["the emulator predicts worse than guessing", "another"]
+LEAKS = {
+    "leak-columns": '{"SECRET": "note"}\n',
+    "leak-role": '{"messages": [{"role": "SECRET", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+    "broken": '{"text": SECRET\n',
+}
 REFUSED = RefusedError("this site's policy refuses the emulator (suspicious): a sign")
 
 
@@ -70,6 +79,42 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
         *[("warning", {"message": warning}) for warning in WARNINGS],
         ("step", {"round": 1, "step": 1, "steps": 6, "loss": 4.0}),
     ]
+
+
+@pytest.mark.parametrize("case", ["leak-columns", "leak-role", "broken"])
+@pytest.mark.parametrize("odd_rows", ["skip", "refuse"])
+def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_rest(
+    job: Any, tmp_path: Path, case: str, odd_rows: str
+) -> None:
+    secret = "a private sentence of this site"
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data" / "notes.jsonl"
+    data.write_text(LEAKS[case].replace("SECRET", secret))
+    one = job(data=data, policy={"odd_rows": odd_rows})
+    sent: list[Any] = []
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub),
+        call=lambda _, request: sent.append(request),
+    )
+    work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(work=work)
+    site = agent.Agent(channel, config, say=lambda *_: None)
+    work.task(one.task).mkdir(parents=True)
+    (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
+    with pytest.raises(InputError) as caught, training._faults_of_input("FAULT_DATA"):
+        training._read(one)
+    fault = from_status(caught.value.status, str(caught.value), reason=caught.value.reason)  # as it leaves the trainer
+    reporter = Reporter(channel, None, one.task, every_s=1000.0)  # type: ignore[arg-type]
+    reporter._fleet = SimpleNamespace(Report=None)  # type: ignore[assignment]
+    site._end(one.task, reporter, fault)
+    reporter.close()
+    work.close()
+    (report,) = sent
+    assert (report.state, report.reason) == (pb.FAILED, pb.FAULT_DATA)
+    told = str(report) + sentence(report.reason)
+    assert not any(part in told for part in (secret, "notes", str(tmp_path), "line"))
+    kept = (tmp_path / "work" / "site.log").read_text()
+    assert kept.count(secret) == 2 - (case == "broken") and str(data) in kept
 
 
 def id_stub(*_: Any, **__: Any) -> None:

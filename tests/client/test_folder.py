@@ -1,0 +1,88 @@
+"""A site's work folder: one site's, one process's, nobody else's to read, and never larger than its policy says."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from offsite.client.site.folder import WorkFolder
+from offsite.client.site.policy import Policy
+from offsite.protos.errors import ConflictError, ResourceError
+
+TASK: Any = SimpleNamespace(run="r", round=1, attempt=0, manifest="sha256:" + "a" * 64, adapter="sha256:" + "b" * 64)
+
+
+def kit(name: str, authority: bytes = b"one") -> Any:
+    return SimpleNamespace(name=name, authority=authority)
+
+
+def filled(path: Path, *, size: int = 1, age_s: float = 0.0) -> Path:
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"x" * size)
+    path.with_suffix(".json").write_text("{}")
+    now = path.stat().st_mtime
+    os.utime(path, (now - age_s, now - age_s))
+    return path
+
+
+def test_a_folder_in_use_or_of_another_site_is_refused_by_name(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    for name in ("bank", "hospital"):
+        with pytest.raises(ResourceError, match=rf"as process {os.getpid()}, works in this folder; .* --work"):
+            WorkFolder.open(tmp_path / "work", kit(name))
+    folder.close()
+    WorkFolder.open(tmp_path / "work", kit("bank")).close()  # and so may a kit that was issued again
+    with pytest.raises(ConflictError, match="the work folder of site bank; name another for hospital"):
+        WorkFolder.open(tmp_path / "work", kit("hospital"))
+    with pytest.raises(ConflictError, match="site bank of another authority"):
+        WorkFolder.open(tmp_path / "work", kit("bank", b"two"))
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(ConflictError, match="not empty, and not a site's work folder"):
+        WorkFolder.open(tmp_path, kit("bank"))
+
+
+def test_only_the_sites_own_user_reads_the_folder_and_its_log(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    folder.write("failed", {"message": "line 3: 'a private sentence'"})
+    folder.close()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder.path, folder.path / "site.log")}
+    assert modes == {"work": 0o700, "site.log": 0o600}
+    assert "a private sentence" in (folder.path / "site.log").read_text()
+
+
+def test_what_no_task_needs_goes_and_what_the_next_round_needs_stays(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    folder.task(TASK).mkdir(parents=True)
+    folder.adapter(TASK).parent.mkdir()
+    folder.adapter(TASK).write_text("x")
+    used = filled(folder.bundle(TASK))
+    left = folder.path / "tasks" / "ended" / "round-0-0"
+    left.mkdir(parents=True)
+    folder.clear(TASK)
+    assert not folder.task(TASK).exists() and not folder.adapter(TASK).exists() and left.exists() and used.exists()
+    folder.clear_tasks()
+    assert not left.exists() and used.exists()
+    folder.close()
+
+
+def test_emulators_go_by_age_and_by_size_the_oldest_first(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    bundles = folder.path / "bundles"
+    policy = Policy(bases=("any",), data=(), keep_bundles_mib=2.5, keep_days=10.0)
+
+    def kept() -> set[str]:
+        return {path.name for path in bundles.iterdir()}
+
+    filled(bundles / "ancient", age_s=11 * 86_400)
+    for age, name in enumerate(("new", "middle", "old")):
+        filled(bundles / name, size=1 << 20, age_s=age * 100.0)
+    folder.clear_bundles(policy)
+    assert kept() == {"new", "new.json", "middle", "middle.json"}
+    folder.clear_bundles(Policy(bases=("any",), data=(), keep_bundles_mib=0.5), used=bundles / "middle")
+    assert kept() == {"middle", "middle.json"}, "what is in use stays, however large"
+    shutil.rmtree(bundles)
+    folder.clear_bundles(policy)
+    folder.close()
