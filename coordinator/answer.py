@@ -1,8 +1,8 @@
 """The one place where errors become gRPC answers, and certificates become names."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -29,35 +29,38 @@ class Gate:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
         self._revocations.check(caller)
 
-    @contextmanager
-    def transfer(self, caller: Peer) -> Iterator[Callable[[], None]]:
-        """Count an upload or a download of a caller who was let in; the body is given what checks the caller again."""
-        with self._limits.transfer(caller.serial):
-            yield lambda: self.recheck(caller)
-
     @asynccontextmanager
-    async def __call__(self, context: Any, *roles: Role, request: Message | None = None) -> AsyncIterator[Peer]:
-        """Check the caller and the request, and answer errors of the body with their status and sentence."""
-        try:
-            caller = peer(context.auth_context())
-            self._revocations.check(caller)
-            if caller.role not in roles:
-                raise RefusedError(
-                    f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
-                )
-            with self._limits.call(caller.serial):
+    async def __call__(
+        self, context: Any, *roles: Role, request: Message | None = None, transfer: bool = False
+    ) -> AsyncIterator[Peer]:
+        """Check the caller and the request, and answer errors of the body with their status and sentence.
+
+        A call, and a transfer of bytes among them, counts until its answer is on its way, which a reader that stalls
+        can delay.
+        """
+        with ExitStack() as counted:
+            try:
+                caller = peer(context.auth_context())
+                self._revocations.check(caller)
+                if caller.role not in roles:
+                    raise RefusedError(
+                        f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
+                    )
+                counted.enter_context(self._limits.call(caller.serial))
+                if transfer:
+                    counted.enter_context(self._limits.transfer(caller.serial))
                 if request is not None:
                     check_request(request)
                 yield caller
-        except OffsiteError as error:
-            await context.abort(grpc.StatusCode[error.status], plain(str(error)))
-        except grpc.aio.AbortError:
-            raise
-        except OSError as error:
-            log.exception("while answering")
-            known = from_system(error)
-            await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
-        except Exception as error:
-            log.exception("while answering")
-            said = plain(f"{type(error).__name__}: {error}", most=300)
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error at the coordinator: {said}")
+            except OffsiteError as error:
+                await context.abort(grpc.StatusCode[error.status], plain(str(error)))
+            except (grpc.aio.AbortError, grpc.aio.InternalError):  # the second: the caller is gone
+                raise
+            except OSError as error:
+                log.exception("while answering")
+                known = from_system(error)
+                await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
+            except Exception as error:
+                log.exception("while answering")
+                said = plain(f"{type(error).__name__}: {error}", most=300)
+                await context.abort(grpc.StatusCode.INTERNAL, f"internal error at the coordinator: {said}")

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -77,12 +78,11 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     async def Download(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a blob of the site's current tasks; no other can be had."""
-        async with self._gate(context, "site", request=request) as site:
+        async with self._gate(context, "site", request=request, transfer=True) as site:
             if request.digest not in self._granted(site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
-            with self._gate.transfer(site) as recheck:
-                path = await asyncio.to_thread(self._blobs.served, request.digest)
-                await send(path, request.offset, context, recheck)
+            path = await asyncio.to_thread(self._blobs.served, request.digest)
+            await send(path, request.offset, context, partial(self._gate.recheck, site))
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -100,9 +100,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadPart], context: Any) -> pb.UploadReceipt:
         """Take an update; the receipt follows once it is checked and durable."""
-        async with self._gate(context, "site") as site:
-            with self._gate.transfer(site) as recheck:
-                return pb.UploadReceipt(digest=await self._receive(site.name, parts(request_iterator), recheck))
+        async with self._gate(context, "site", transfer=True) as site:
+            recheck = partial(self._gate.recheck, site)
+            return pb.UploadReceipt(digest=await self._receive(site.name, parts(request_iterator), recheck))
 
     async def _receive(self, site: str, stream: AsyncIterator[pb.UploadPart], recheck: Callable[[], None]) -> str:
         first = await anext(stream, None)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from offsite.coordinator.answer import Gate
@@ -85,12 +86,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a published file; nothing else can be had."""
-        async with self._gate(context, *PEOPLE, request=request) as person:
+        async with self._gate(context, *PEOPLE, request=request, transfer=True) as person:
             if not self._journal.is_artifact(request.digest):
                 raise NotFoundError(f"{plain(request.digest)} is not a published file")
-            with self._gate.transfer(person) as recheck:
-                path = await asyncio.to_thread(self._blobs.served, request.digest)
-                await send(path, request.offset, context, recheck)
+            path = await asyncio.to_thread(self._blobs.served, request.digest)
+            await send(path, request.offset, context, partial(self._gate.recheck, person))
 
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""

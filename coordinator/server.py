@@ -40,6 +40,8 @@ OPTIONS = (
     ("grpc.max_concurrent_streams", 2 * CALLS),  # of one connection; `Limits` bounds those of one certificate
     ("grpc.max_allowed_incoming_connections", 1024),
     ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_age_ms", 3_600_000),  # what stalls on a connection ends with it; what goes on resumes
+    ("grpc.max_connection_age_grace_ms", 300_000),
     ("grpc.http2.bdp_probe", 0),  # else the window of a fast stream grows, and with it what lies in memory
 )
 

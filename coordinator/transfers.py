@@ -11,12 +11,14 @@ from offsite.protos.errors import InputError, UnreachableError
 from offsite.protos.fleet_pb2 import UploadPart
 from offsite.protos.transfer_pb2 import Chunk
 
+PIECE_BYTES = 1 << 18  # sent at once: gRPC holds several of them for a reader that stalls
+
 
 async def send(path: Path, offset: int, context: Any, recheck: Callable[[], None]) -> None:
     """Send a file from an offset on; `recheck` is asked before each chunk whether the caller may still have it."""
     if offset > path.stat().st_size:
         raise InputError(f"offset {offset} is beyond the end of the file; start again")
-    for at, data in read_chunks(path, offset=offset):
+    for at, data in read_chunks(path, offset=offset, size=PIECE_BYTES):
         recheck()
         try:
             async with asyncio.timeout(STALL_S):

@@ -23,10 +23,10 @@ def is_digest(text: str) -> bool:
     return len(text) == 71 and text.startswith("sha256:") and all(c in "0123456789abcdef" for c in text[7:])
 
 
-def read_chunks(path: Path, *, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+def read_chunks(path: Path, *, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, data) pieces of a file from an offset to its end."""
     with path.open("rb") as file:
         file.seek(offset)
-        while data := file.read(CHUNK_BYTES):
+        while data := file.read(size):
             yield offset, data
             offset += len(data)
