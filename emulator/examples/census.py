@@ -1,6 +1,5 @@
 """What a folder of data amounts to, in numbers: what is read, what is there twice, and what is left out and why."""
 
-import json
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -53,12 +52,11 @@ class Counter:
 
     def add(self, example: Example) -> None:
         """Count an example."""
-        text = json.dumps(example.row, sort_keys=True, ensure_ascii=False)
         size = len(example.prompt) + len(example.completion) + sum(len(turn["content"]) for turn in example.messages)
         self.examples += 1
         self.characters += size
         self.longest = max(self.longest, size)
-        self._seen.add(blake2b(text.encode(), digest_size=16).digest())
+        self._seen.add(blake2b(repr(example).encode(), digest_size=16).digest())
 
     def leave_out(self, fault: Fault) -> None:
         """Count what is left out; the first sentence of each reason is kept."""
