@@ -95,8 +95,8 @@ class Agent:
                     raise
                 self._say("waiting", {"message": str(error)})
                 time.sleep(RETRY_S)
-            except OffsiteError as error:  # the coordinator's own trouble
-                self._say("waiting", {"message": str(error)})
+            except (OffsiteError, OSError) as error:  # the coordinator's own trouble, or that of this site's disk
+                self._say("waiting", {"message": str(from_system(error) if isinstance(error, OSError) else error)})
                 time.sleep(RETRY_S)
 
     def _say(self, kind: str, data: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Self
@@ -108,18 +107,19 @@ class WorkFolder:
         """
         if used is not None and used.is_dir():
             os.utime(used)
-        bundles = sorted(_folders(self.path / "bundles"), key=lambda one: one.stat().st_mtime, reverse=True)
+        entries = sorted((self.path / "bundles").glob("*"), key=lambda one: one.stat().st_mtime, reverse=True)
         room = policy.keep_bundles_mib * MIB
-        for bundle in bundles:
-            room -= sum(file.lstat().st_size for file in bundle.rglob("*"))
-            old = time.time() - bundle.stat().st_mtime > policy.keep_days * DAY_S
-            if bundle != used and (old or room < 0):
-                shutil.rmtree(bundle, ignore_errors=True)
-                bundle.with_suffix(".json").unlink(missing_ok=True)
-
-
-def _folders(path: Path) -> Iterator[Path]:
-    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+        for entry in entries:
+            old = time.time() - entry.stat().st_mtime > policy.keep_days * DAY_S
+            if entry.is_dir():
+                room -= sum(file.lstat().st_size for file in entry.rglob("*"))
+                if entry != used and (old or room < 0):
+                    shutil.rmtree(entry, ignore_errors=True)
+            elif old and entry.name.endswith(".partial"):  # a download that was broken off
+                entry.unlink()
+        for document in (self.path / "bundles").glob("*.json"):
+            if not document.with_suffix("").is_dir():
+                document.unlink()
 
 
 def _hold(lock: int, path: Path) -> None:

@@ -15,7 +15,15 @@ from offsite.client.site.reporter import Reporter
 from offsite.coordinator.reasons import sentence
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.documents import from_json, to_json
-from offsite.protos.errors import InputError, RefusedError, from_status
+from offsite.protos.errors import (
+    IdentityError,
+    InputError,
+    MismatchError,
+    OffsiteError,
+    RefusedError,
+    UnreachableError,
+    from_status,
+)
 from offsite.protos.spec import UpdateMetrics
 
 STEP = {"event": "step", "step": 1, "steps": 6, "loss": 4.0, "tokens": 9}
@@ -79,6 +87,38 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
         *[("warning", {"message": warning}) for warning in WARNINGS],
         ("step", {"round": 1, "step": 1, "steps": 6, "loss": 4.0}),
     ]
+
+
+def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
+    identity = SimpleNamespace(warning=None)
+    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), identity=identity)
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+    )
+    said: list[str] = []
+    site = agent.Agent(channel, config, say=lambda kind, data: said.append(data["message"]))
+    kinds = (IdentityError, MismatchError, OffsiteError, UnreachableError)
+    troubles: list[Any] = [kind(f"trouble {at}") for at, kind in enumerate(kinds)]
+    troubles += [OSError(28, "No space left on device"), None, KeyboardInterrupt()]
+
+    def once() -> None:
+        if trouble := troubles.pop(0):
+            raise trouble
+
+    monkeypatch.setattr(agent, "RETRY_S", 0.0)
+    monkeypatch.setattr(site, "_enrol", lambda: None)
+    monkeypatch.setattr(site, "_once", once)
+    with pytest.raises(KeyboardInterrupt):
+        site.run()
+    assert said[:4] == [f"trouble {at}" for at in range(4)] and "disk is full" in said[4]
+    monkeypatch.setattr(agent, "PATIENCE_S", -1.0)
+    troubles.append(IdentityError("revoked"))
+    with pytest.raises(IdentityError, match="revoked"):
+        site.run()
+    work.close()
 
 
 @pytest.mark.parametrize("case", ["leak-columns", "leak-role", "broken"])
