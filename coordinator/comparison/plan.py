@@ -1,7 +1,7 @@
 """What is to be compared, and whether it can be: judged before anything is built."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from offsite.coordinator.recipes import gather, render
 from offsite.emulator import builders, methods, placements
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
-from offsite.protos.ranges import AboveZero, Place, Positive
+from offsite.protos.ranges import AboveZero, Place, Positive, Word
 from offsite.protos.spec import Choice, TrainingSpec
 
 
@@ -19,7 +19,7 @@ class Plan:
     """A comparison; texts are paths of examples."""
 
     model: Place
-    candidates: tuple[Candidate, ...]
+    candidates: Annotated[tuple[Candidate, ...], Field(max_length=4096)]
     train: Place  # what a site would have
     held_out: Place  # the same kind of text, to measure on
     public: Place  # for builders that look at text, and for the attack that heals
@@ -30,7 +30,7 @@ class Plan:
     attack_steps: Positive
     attack_learning_rate: AboveZero | None = None  # None: what suits whole layers of the model
     protected_from: AboveZero | None = None  # nats
-    tasks: tuple[str, ...] = ()  # of lm-eval
+    tasks: Annotated[tuple[Word, ...], Field(max_length=64)] = ()  # of lm-eval
     limit: Positive | None = None  # questions of a task
 
     @property

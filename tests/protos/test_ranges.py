@@ -9,12 +9,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.policy import Policy
+from offsite.coordinator.comparison.plan import Plan
 from offsite.emulator import builders, methods, placements
 from offsite.protos.documents import from_json, from_toml, parse
 from offsite.protos.errors import InputError
 from offsite.protos.spec import Manifest, RunSpec, Span, TaskSpec, TrainingSpec, UpdateMetrics
 
-DOCUMENTS = [RunSpec, TaskSpec, Manifest, UpdateMetrics, Span, EngineSpec, TrainerJob]
+DOCUMENTS = [RunSpec, TaskSpec, Manifest, UpdateMetrics, Span, EngineSpec, TrainerJob, Policy, Plan]
 FREE = ("settings",)  # plain data, bounded as a whole
 
 
