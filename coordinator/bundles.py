@@ -16,7 +16,7 @@ from offsite.emulator.anatomy.structure import find
 from offsite.emulator.batches import Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Builder, Draft, Material
 from offsite.emulator.bundle import Layout
-from offsite.emulator.evaluation.disclosure import count, disclosed
+from offsite.emulator.evaluation.disclosure import Portion, base_sizes, by_layer, count, disclosed
 from offsite.emulator.examples import read
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import explained, quicken
@@ -35,12 +35,16 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle on disk; `recovery` is what the owner keeps to bring adapters back to the base."""
+    """A bundle on disk.
+
+    `recovery` is what the owner keeps to bring adapters back to the base, `portions` what is disclosed of each layer.
+    """
 
     folder: Path
     manifest: Manifest
     recovery: dict[str, Tensor] = field(default_factory=dict)
     computed: str = "fp32"  # in which precision, and why
+    portions: dict[str, Portion] = field(default_factory=dict)
 
 
 def build(
@@ -52,6 +56,8 @@ def build(
     public: Path | None,
     calibration: Path | None = None,
     owner_key: Path | None,
+    called: str = "",
+    folders: Sequence[Path] = (),
     scratch: Path | None = None,
     stream: bool | None = None,
     tell: Tell = lambda what, step, steps: None,
@@ -66,6 +72,8 @@ def build(
         public: text for builders that tune, and for those that look at how the model reads text.
         calibration: text for the latter to look at instead, such as the task's.
         owner_key: Ed25519 key that signs the manifest; None leaves the bundle unsigned.
+        called: what others call the base; empty: as its folder is called.
+        folders: that links inside a folder of text may not leave; empty: anywhere.
         scratch: a folder for the state of builders that tune, so that a killed build goes on where it was.
         stream: read the base's layers one at a time; None: if they would fill more than half of this machine's memory.
         tell: hears what is done, which step, and of how many.
@@ -81,13 +89,18 @@ def build(
         checkpoint = Checkpoint.open(source)
         refuse_infinite(source)
         if checkpoint.bytes > _memory() / 2 if stream is None else stream:
-            looked_at = calibration or public
-            return _build_streamed(checkpoint, makers, chain, placement, folder, text=looked_at, owner_key=owner_key)
+            return _build_streamed(
+                *(checkpoint, makers, chain, placement, folder),
+                text=calibration or public,
+                folders=folders,
+                called=called,
+                owner_key=owner_key,
+            )
         base, tokenizer = zoo.load_base(source, dtype="auto")
         stored = quicken(base)
-        text = material(public, tokenizer, calibration=calibration, scratch=scratch, tell=tell)
+        text = material(public, tokenizer, calibration=calibration, folders=folders, scratch=scratch, tell=tell)
         draft = builders.run(makers, placement, base, text)
-        named = ref(source, base)
+        named = ref(source, base, called=called)
         built = write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
         return replace(built, computed=explained(base))
     except ValueError as error:
@@ -116,6 +129,7 @@ def write(
         counts=(count(draft.model), share.verbatim, share.lossy),
         owner_key=owner_key,
         recovery=draft.recovery,
+        portions=by_layer(draft),
     )
 
 
@@ -127,6 +141,8 @@ def _build_streamed(
     folder: Path,
     *,
     text: Path | None,
+    folders: Sequence[Path],
+    called: str,
     owner_key: Path | None,
 ) -> Built:
     """Build an emulator of a base that is never in memory as a whole."""
@@ -136,20 +152,22 @@ def _build_streamed(
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
     zoo.refuse_strange_words(checkpoint.folder, tokenizer, model)
-    looked_at = material(text, tokenizer, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
+    looked_at = material(text, tokenizer, folders=folders, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
     outline = depth.outline(model, looked_at.batches, placement)
     bundle.copy(checkpoint, model, tokenizer, folder, outline=outline, dtype=stored)
-    layers = find(model).layers
-    dropped = set(range(len(layers))) - {outline.layers[place] for place in outline.own}
-    kept = count(model) - sum(count(layers[layer]) for layer in dropped)
+    kept = {"", *(str(outline.layers[place]) for place in outline.own)}
+    sizes = base_sizes(model)
+    portions = {layer: Portion(size if layer in kept else 0, 0, size, "") for layer, size in sizes.items()}
+    held = sum(portion.verbatim for portion in portions.values())
     return _seal(
         folder,
         Layout(outline),
-        base=ref(checkpoint.folder, model),
+        base=ref(checkpoint.folder, model, called=called),
         chain=chain,
-        counts=(kept, kept, 0),
+        counts=(held, held, 0),
         owner_key=owner_key,
         recovery={},
+        portions=portions,
     )
 
 
@@ -162,6 +180,7 @@ def _seal(
     counts: tuple[int, int, int],
     owner_key: Path | None,
     recovery: dict[str, Tensor],
+    portions: dict[str, Portion],
 ) -> Built:
     packed = None
     if layout.format is not None:
@@ -185,7 +204,7 @@ def _seal(
     (folder / MANIFEST).write_bytes(document)
     if owner_key is not None:
         (folder / SIGNATURE).write_bytes(sign(document, owner_key, purpose="bundle"))
-    return Built(folder, manifest, recovery)
+    return Built(folder, manifest, recovery, portions=portions)
 
 
 def _told(found: builders.Grounds | None) -> Grounds | None:
@@ -201,10 +220,10 @@ def _told(found: builders.Grounds | None) -> Grounds | None:
     )
 
 
-def ref(source: Path, base: nn.Module) -> BaseRef:
-    """Name a base model, by the folder it was read from."""
+def ref(source: Path, base: nn.Module, *, called: str = "") -> BaseRef:
+    """Name a base model: as it is called, else by the folder it was read from."""
     depth = len(find(base).layers)
-    return BaseRef(name=source.name, digest=zoo.digest(source), layers=depth, parameters=count(base))
+    return BaseRef(name=called or source.name, digest=zoo.digest(source), layers=depth, parameters=count(base))
 
 
 def material(
@@ -212,6 +231,7 @@ def material(
     tokenizer: Any,
     *,
     calibration: Path | None = None,
+    folders: Sequence[Path] = (),
     scratch: Path | None = None,
     batch_size: int = 8,
     tell: Tell = lambda what, step, steps: None,
@@ -222,7 +242,7 @@ def material(
     """
 
     def encoded(path: Path | None) -> list[Encoded]:
-        return encode(read(path), tokenizer, max_length=PUBLIC_TOKENS, divide=False) if path else []
+        return encode(read(path, folders=folders), tokenizer, max_length=PUBLIC_TOKENS, divide=False) if path else []
 
     public_text = encoded(public)
     looked_at = (encoded(calibration) or public_text)[:CALIBRATION_EXAMPLES]

@@ -5,8 +5,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
+from offsite.protos.documents import from_json, to_json
 
 STALE_S = 24 * 3600.0
 
@@ -47,6 +49,22 @@ class Home:
     def owner_key(self) -> Path:
         """The model owner's signing key."""
         return self.identity / "owner.key"
+
+    def keep(self, policy: OwnerPolicy) -> None:
+        """Have the runs of this home held against a policy, wherever their steps are done."""
+        made = self.root / "policy.json.new"
+        made.write_bytes(to_json(policy))
+        made.replace(self._policy)
+
+    def policy(self) -> OwnerPolicy:
+        """Return the policy that was kept; the default if there was none."""
+        if not self._policy.exists():
+            return OwnerPolicy()
+        return from_json(OwnerPolicy, self._policy.read_bytes(), where=str(self._policy))
+
+    @property
+    def _policy(self) -> Path:
+        return self.root / "policy.json"
 
     def journal(self) -> Journal:
         """Open the journal."""

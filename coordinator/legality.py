@@ -1,5 +1,6 @@
 """What a submitted run may ask for; judged before anything is trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from re import fullmatch
 
@@ -10,17 +11,17 @@ from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
 
 
-def judge(spec: RunSpec) -> None:
-    """Raise InputError with one sentence if the run cannot be done as it is written."""
+def judge(spec: RunSpec, *, folders: Sequence[str] = ()) -> None:
+    """Raise InputError with one sentence if the run cannot be done as it is written; links stay within the folders."""
     try:
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec)
         if spec.model not in zoo.ZOO and not is_hub_id(spec.model):  # those may take long to fetch; a step does it
             zoo.locate(spec.model, cache=zoo.cache_folder())
         for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
-            read(Path(path))
+            read(Path(path), folders=[Path(folder) for folder in folders])
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error)) from error
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
     if method.kind not in strategy.kinds:
         fitting = sorted(name for name, other in aggregation.STRATEGIES.items() if method.kind in other.kinds)

@@ -17,6 +17,7 @@ from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
 from offsite.coordinator.limits import CALLS
 from offsite.coordinator.people import RunsService
+from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.retention import Retention, collect
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
@@ -54,6 +55,7 @@ class Server:
         home: Home,
         make_executor: Callable[[Home], Executor],
         *,
+        policy: OwnerPolicy,
         places: int = PLACES,
         retention: Retention = Retention(),  # noqa: B008 (frozen)
     ) -> None:
@@ -63,6 +65,8 @@ class Server:
             log.warning(self._identity.warning)
         self._make_executor, self._places, self._retention = make_executor, places, retention
         self._lock = self._alone()
+        self._policy = policy
+        home.keep(policy)
         home.sweep()
 
     def _alone(self) -> object:
@@ -92,7 +96,8 @@ class Server:
         server = grpc.aio.server(options=OPTIONS)
         port = self._bind(server, address)
         add_FleetServicer_to_server(FleetService(self._home, journal, blobs, gate), server)  # type: ignore[no-untyped-call]
-        add_RunsServicer_to_server(RunsService(journal, blobs, gate, dispatcher.wake), server)  # type: ignore[no-untyped-call]
+        runs = RunsService(journal, blobs, gate, dispatcher.wake, policy=self._policy)
+        add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
         await server.start()
         try:
             ready(port)
@@ -152,9 +157,11 @@ def run(
     address: Address,
     make_executor: Callable[[Home], Executor],
     *,
+    policy: OwnerPolicy,
     ready: Callable[[int], None],
     places: int = PLACES,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
-    asyncio.run(Server(home, make_executor, places=places, retention=retention).serve(address, ready=ready))
+    server = Server(home, make_executor, policy=policy, places=places, retention=retention)
+    asyncio.run(server.serve(address, ready=ready))

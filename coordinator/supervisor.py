@@ -10,14 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+from offsite.coordinator.grant import Grant
 from offsite.coordinator.home import Home
 from offsite.coordinator.report import assemble, perplexities, training, warnings
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
 from offsite.coordinator.store.tables import Unwritable
-from offsite.protos.documents import from_json, plain, to_json
+from offsite.protos.documents import canonical, from_json, plain, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError, ResourceError, RunError, from_status
 from offsite.protos.security.signing import sign
-from offsite.protos.spec import Choice, RunSpec, TaskSpec, UpdateMetrics
+from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
 
 Perform = Callable[[str, str, str, bytes, dict[str, Any]], dict[str, Any]]
 Tell = Callable[[dict[str, Any]], list[tuple[str, dict[str, Any]]]]
@@ -46,8 +47,9 @@ class Supervisor:
         self._run = run
         self._perform = perform
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
-        self._document: bytes = self._journal.run(run).spec
-        self._spec = from_json(RunSpec, self._document, where="run spec")
+        granted = self._journal.steps(run).get("granted")
+        self._document: bytes = canonical(granted) if granted else self._journal.run(run).spec
+        self._spec = from_json(Grant, self._document, where="run spec")
         self._begun: dict[tuple[int, str], float | None] = {}
 
     def run(self) -> None:
@@ -66,7 +68,9 @@ class Supervisor:
         except Exception as error:  # a fault of ours must end the run with a word, not leave it hanging
             log.exception("run %s", self._run)
             self._journal.end_run(
-                self._run, "failed", error=f"internal error: {type(error).__name__}: {plain(str(error), most=300)}"
+                self._run,
+                "failed",
+                error=f"internal error: {type(error).__name__}: {plain(self._spec.told(error), most=300)}",
             )
         finally:
             self._journal.close()
@@ -74,7 +78,8 @@ class Supervisor:
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             return
-        self._step("version:0", "build", tell=_bundle, sites=self._journal.steps(self._run)["sites"]["names"])
+        names = self._journal.steps(self._run)["sites"]["names"]
+        self._step("version:0", "build", tell=_bundle, run=self._run, sites=names)
         self._baselines()
         for number in range(self._spec.rounds):
             self._round(number)

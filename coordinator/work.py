@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from offsite.coordinator import aggregation, bundles
+from offsite.coordinator import aggregation, bundles, disclosures
 from offsite.coordinator.aggregation.outliers import Change, outliers
+from offsite.coordinator.grant import Grant
 from offsite.coordinator.home import Home
 from offsite.coordinator.kept import distance, open_bundle, recovered, store_adapter, store_bundle
 from offsite.coordinator.store.blobs import room
@@ -51,7 +52,7 @@ class Timeline(list[dict[str, Any]]):
         self.append(to_plain(Span(kind=kind, start=start, end=time.time())))
 
 
-def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
+def build(home: Home, spec: Grant, *, run: str, sites: list[str]) -> dict[str, Any]:
     """Build and store the bundle and the adapters that sites of each rank start from."""
     timeline = Timeline()
     blobs = home.blobs()
@@ -64,6 +65,8 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
             public=Path(spec.public) if spec.public else None,
             calibration=Path(spec.calibration) if spec.calibration else None,
             owner_key=home.owner_key,
+            called=spec.base_name,
+            folders=_folders(spec),
             scratch=_unfinished(home, spec, "build"),
         )
         manifest = built.manifest
@@ -79,6 +82,12 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
         recovery = None
         if built.recovery:
             recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
+        bound = spec.role == "researcher"
+        if bound:
+            largest = max(adapter["size"] for adapter in adapters.values())
+            size = sum(entry.size for entry in manifest.files)
+            home.policy().check_built(sites=len(sites), adapter=largest, bundle=size)
+        disclosures.record(home, run, base=manifest.base.digest, portions=built.portions, bound=bound)
         stored = store_bundle(home, built)
     shutil.rmtree(_unfinished(home, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
@@ -96,7 +105,7 @@ def build(home: Home, spec: RunSpec, *, sites: list[str]) -> dict[str, Any]:
     }
 
 
-def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, recovery: str | None) -> dict[str, Any]:
+def realign(home: Home, spec: Grant, *, base: str, manifest: str, exact: str, recovery: str | None) -> dict[str, Any]:
     """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
     timeline = Timeline()
     blobs = home.blobs()
@@ -119,7 +128,7 @@ def realign(home: Home, spec: RunSpec, *, base: str, manifest: str, exact: str, 
             method=method,
             adapter=adapter,
             recovered=recovered(blobs, method, adapter, recovery),
-            material=bundles.material(Path(spec.public), tokenizer, scratch=scratch),
+            material=bundles.material(Path(spec.public), tokenizer, folders=_folders(spec), scratch=scratch),
             settings=replace(settings, steps=spec.realign_steps),
         )
         draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))
@@ -197,7 +206,7 @@ def aggregate(
 
 
 def evaluate(
-    home: Home, spec: RunSpec, *, base: str, manifest: str | None, exact: str | None, recovery: str | None = None
+    home: Home, spec: Grant, *, base: str, manifest: str | None, exact: str | None, recovery: str | None = None
 ) -> dict[str, Any]:
     """Measure the base (manifest None) or the emulator, with an adapter or without, on the owner's held-out data."""
     timeline = Timeline()
@@ -220,7 +229,8 @@ def evaluate(
     figures: dict[str, dict[str, float]] = {}
     for name, path in sorted(spec.evaluation.items()):
         batches = evaluation_batches(
-            encode(read(Path(path)), tokenizer, max_length=spec.training.max_length), batch_size=EVALUATION_BATCH
+            encode(read(Path(path), folders=_folders(spec)), tokenizer, max_length=spec.training.max_length),
+            batch_size=EVALUATION_BATCH,
         )
         with timeline.span("evaluation"):
             found = likelihood(model, batches)
@@ -228,7 +238,7 @@ def evaluate(
     return {"sets": figures, "spans": timeline}
 
 
-def publish(home: Home, spec: RunSpec, *, base: str, exact: str, recovery: str | None) -> dict[str, Any]:
+def publish(home: Home, spec: Grant, *, base: str, exact: str, recovery: str | None) -> dict[str, Any]:
     """Write the outcome as an adapter of the base (LoRA as peft does) and, if asked for, the merged model."""
     timeline = Timeline()
     blobs = home.blobs()
@@ -239,7 +249,7 @@ def publish(home: Home, spec: RunSpec, *, base: str, exact: str, recovery: str |
     adapter = recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
     files: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(dir=home.scratch) as scratch:
-        method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.model)
+        method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.base_name or spec.model)
         if spec.merge:
             room(home.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
             method.merge(model, adapter)
@@ -264,13 +274,14 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
 def perform(step: str, root: str, identity: str, spec: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     """Do one step by name; an error that users can act on comes back as {"error": {"status", "message"}}."""
     home = Home(Path(root), Path(identity)).prepare()
+    grant = from_json(Grant, spec, where="run spec")
     try:
-        return STEPS[step](home, from_json(RunSpec, spec, where="run spec"), **arguments)
+        return STEPS[step](home, grant, **arguments)
     except Exception as error:
         known = _in_words(error, step)
         if known is None:
             raise
-    return {"error": {"status": known.status, "message": str(known)}}
+        return {"error": {"status": known.status, "message": grant.told(error, str(known))}}
 
 
 def _in_words(error: Exception, step: str) -> OffsiteError | None:
@@ -292,6 +303,11 @@ def _the_base(spec: RunSpec, digest: str) -> Path:
     if (found := zoo.digest(source)) != digest:
         raise MismatchError(f"model {spec.model} has changed since the run began: {found}, it was {digest}")
     return source
+
+
+def _folders(spec: Grant) -> list[Path]:
+    """Return the folders that links inside a folder of texts may not leave; none: they may lead anywhere."""
+    return [Path(folder) for folder in spec.folders]
 
 
 def _unfinished(home: Home, spec: RunSpec, step: str) -> Path:

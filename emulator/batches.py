@@ -122,7 +122,7 @@ def encoded(
             sequences = _sequences(example, tokenizer, start)
         except Fault as fault:
             if odd_rows == "refuse":
-                raise ValueError(f"{example.place}: {fault}" if example.place else str(fault)) from fault
+                raise (fault.at(example.place) if example.place else fault) from None
             counter.leave_out(fault.at(example.place))
             continue
         if divide and not example.prompt and not example.messages:

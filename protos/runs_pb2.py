@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from offsite.protos import transfer_pb2 as offsite_dot_protos_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19offsite/protos/runs.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"\x13\n\x05RunId\x12\n\n\x02id\x18\x01 \x01(\t\",\n\rSubmitRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\",\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\">\n\tListReply\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.offsite.v1.RunStatus\x12\x0c\n\x04more\x18\x02 \x01(\x08\")\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"6\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xe2\x01\n\tRunStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0csubmitted_at\x18\x06 \x01(\x01\x12\x13\n\x0b\x66inished_at\x18\x07 \x01(\x01\x12\x0c\n\x04spec\x18\x08 \x01(\x0c\x12\x0e\n\x06report\x18\t \x01(\t\x12\'\n\tartifacts\x18\n \x03(\x0b\x32\x14.offsite.v1.Artifact\x12\x0c\n\x04name\x18\x0b \x01(\t\x12\x0c\n\x04note\x18\x0c \x01(\t\"Y\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\t\"\x0e\n\x0cSitesRequest\"H\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seen_at\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\"-\n\nSitesReply\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.offsite.v1.Site2\x8d\x03\n\x04Runs\x12:\n\x06Submit\x12\x19.offsite.v1.SubmitRequest\x1a\x15.offsite.v1.RunStatus\x12/\n\x03Get\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x36\n\x04List\x12\x17.offsite.v1.ListRequest\x1a\x15.offsite.v1.ListReply\x12\x36\n\x05Watch\x12\x18.offsite.v1.WatchRequest\x1a\x11.offsite.v1.Event0\x01\x12\x32\n\x06\x43\x61ncel\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x39\n\x05\x46\x65tch\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12\x39\n\x05Sites\x12\x18.offsite.v1.SitesRequest\x1a\x16.offsite.v1.SitesReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19offsite/protos/runs.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"\x13\n\x05RunId\x12\n\n\x02id\x18\x01 \x01(\t\",\n\rSubmitRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\",\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\">\n\tListReply\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.offsite.v1.RunStatus\x12\x0c\n\x04more\x18\x02 \x01(\x08\")\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"6\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xf1\x01\n\tRunStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0csubmitted_at\x18\x06 \x01(\x01\x12\x13\n\x0b\x66inished_at\x18\x07 \x01(\x01\x12\x0c\n\x04spec\x18\x08 \x01(\x0c\x12\x0e\n\x06report\x18\t \x01(\t\x12\'\n\tartifacts\x18\n \x03(\x0b\x32\x14.offsite.v1.Artifact\x12\x0c\n\x04name\x18\x0b \x01(\t\x12\x0c\n\x04note\x18\x0c \x01(\t\x12\r\n\x05owner\x18\r \x01(\t\"Y\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\t\"\x0e\n\x0cSitesRequest\"H\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seen_at\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\"-\n\nSitesReply\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.offsite.v1.Site2\x8d\x03\n\x04Runs\x12:\n\x06Submit\x12\x19.offsite.v1.SubmitRequest\x1a\x15.offsite.v1.RunStatus\x12/\n\x03Get\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x36\n\x04List\x12\x17.offsite.v1.ListRequest\x1a\x15.offsite.v1.ListReply\x12\x36\n\x05Watch\x12\x18.offsite.v1.WatchRequest\x1a\x11.offsite.v1.Event0\x01\x12\x32\n\x06\x43\x61ncel\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x39\n\x05\x46\x65tch\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12\x39\n\x05Sites\x12\x18.offsite.v1.SitesRequest\x1a\x16.offsite.v1.SitesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,15 +45,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACT']._serialized_start=292
   _globals['_ARTIFACT']._serialized_end=346
   _globals['_RUNSTATUS']._serialized_start=349
-  _globals['_RUNSTATUS']._serialized_end=575
-  _globals['_EVENT']._serialized_start=577
-  _globals['_EVENT']._serialized_end=666
-  _globals['_SITESREQUEST']._serialized_start=668
-  _globals['_SITESREQUEST']._serialized_end=682
-  _globals['_SITE']._serialized_start=684
-  _globals['_SITE']._serialized_end=756
-  _globals['_SITESREPLY']._serialized_start=758
-  _globals['_SITESREPLY']._serialized_end=803
-  _globals['_RUNS']._serialized_start=806
-  _globals['_RUNS']._serialized_end=1203
+  _globals['_RUNSTATUS']._serialized_end=590
+  _globals['_EVENT']._serialized_start=592
+  _globals['_EVENT']._serialized_end=681
+  _globals['_SITESREQUEST']._serialized_start=683
+  _globals['_SITESREQUEST']._serialized_end=697
+  _globals['_SITE']._serialized_start=699
+  _globals['_SITE']._serialized_end=771
+  _globals['_SITESREPLY']._serialized_start=773
+  _globals['_SITESREPLY']._serialized_end=818
+  _globals['_RUNS']._serialized_start=821
+  _globals['_RUNS']._serialized_end=1218
 # @@protoc_insertion_point(module_scope)

@@ -56,7 +56,7 @@ class Artifact(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("id", "state", "round", "rounds", "error", "submitted_at", "finished_at", "spec", "report", "artifacts", "name", "note")
+    __slots__ = ("id", "state", "round", "rounds", "error", "submitted_at", "finished_at", "spec", "report", "artifacts", "name", "note", "owner")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class RunStatus(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     round: int
@@ -81,7 +82,8 @@ class RunStatus(_message.Message):
     artifacts: _containers.RepeatedCompositeFieldContainer[Artifact]
     name: str
     note: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., error: _Optional[str] = ..., submitted_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., spec: _Optional[bytes] = ..., report: _Optional[str] = ..., artifacts: _Optional[_Iterable[_Union[Artifact, _Mapping]]] = ..., name: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    owner: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., error: _Optional[str] = ..., submitted_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., spec: _Optional[bytes] = ..., report: _Optional[str] = ..., artifacts: _Optional[_Iterable[_Union[Artifact, _Mapping]]] = ..., name: _Optional[str] = ..., note: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("seq", "at", "kind", "round", "site", "data")

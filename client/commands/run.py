@@ -67,11 +67,11 @@ def list_(
         print("no runs yet; `offsite run submit` makes one")
         return
     console = Console(highlight=False)
-    console.print(f"{'id':8}  {'state':9}  {'round':>7}  {'submitted':19}  name")
+    console.print(f"{'id':8}  {'state':9}  {'round':>7}  {'submitted':19}  {'by':10}  name")
     for run in runs:
         status = run.status
         when, rounds = clock(status.submitted_at), f"{status.round}/{status.rounds}"
-        row = f"{run.id:8}  {run.state:9}  {rounds:>7}  {when:19}  {status.name}"
+        row = f"{run.id:8}  {run.state:9}  {rounds:>7}  {when:19}  {status.owner:10}  {status.name}"
         console.print(Text(plain(row)), soft_wrap=True)
         if why := run.error or run.note:  # on a line of its own, so that the terminal's whole width is for it
             console.print(Text(f"          {plain(why)}", style="dim"), soft_wrap=True)
@@ -177,6 +177,7 @@ def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
     told = {
         "id": run.id,
         "name": status.name,
+        "owner": status.owner,
         "state": run.state,
         "round": status.round,
         "rounds": status.rounds,

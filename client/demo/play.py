@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
 from offsite.protos.documents import from_json, parse, to_json
-from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError
+from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system
 from offsite.protos.figures import marks, perplexity, protection, sentences
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
@@ -31,6 +31,7 @@ from offsite.protos.timeline import seconds
 if TYPE_CHECKING:  # it reads a model's packages, which takes seconds that a refusal need not wait
     from offsite.client.demo.data import SiteData
 
+MODEL = "base"  # what the owner's policy calls it
 MARK = ".offsite-demo"  # says that a folder is ours to empty
 MEASURED: dict[Literal["bound", "attack"], str] = {"bound": "base_tuned", "attack": "attack"}
 POOLED = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
@@ -68,6 +69,7 @@ class Demo:
         self._settings, self._console, self._format = settings, console, format
         self._out = settings.out.resolve()
         self._work = self._out / "work"
+        self._texts = self._work / "owner"  # what the owner has: exams and public text
         self._spans: list[dict[str, Any]] = []
 
     def play(self) -> dict[str, Any]:
@@ -76,9 +78,9 @@ class Demo:
         self._claim()
         model, sites, public = self._materials()
         with Processes(self._out / "logs") as processes:
-            address = self._start(processes, sites)
+            address = self._start(processes, model, sites)
             with connect(address, identity=self._work / "pki" / "researcher") as session:
-                run = session.submit(self._spec(model, sites, public))
+                run = session.submit(self._spec(sites, public))
                 training = run.spec.training
                 self._say(
                     f"run {run.id} submitted: {run.spec.rounds} rounds of {training.steps} steps, {training.precision}"
@@ -88,7 +90,7 @@ class Demo:
                     raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
                 run.result(self._out)
             for what in MEASURED:
-                self._pooled(processes, run, sites, what)
+                self._pooled(processes, run, model, sites, what)
         return self._report(run, started)
 
     def _claim(self) -> None:
@@ -117,12 +119,15 @@ class Demo:
             needs_ours = not settings.sites or settings.public is None
             ours = prepare(self._work, cache=cache, examples=settings.examples, **layout) if needs_ours else []
         sites = [split(name, file, self._work, **layout) for name, file in settings.sites.items()] or ours
-        public = settings.public or self._work / "public.jsonl"
+        public = self._texts / "public.jsonl"
+        if settings.public is not None:
+            public = self._texts / f"public{''.join(settings.public.suffixes)}"
+            _copy(settings.public, public)
         for site in sites:
             self._say(f"site {site.name}: {site.source}")
-        return str(located), sites, public.resolve()
+        return str(located), sites, public
 
-    def _start(self, processes: Processes, sites: "list[SiteData]") -> str:
+    def _start(self, processes: Processes, model: str, sites: "list[SiteData]") -> str:
         """Issue certificates, start the coordinator and the sites, wait until all are there."""
         from offsite.protos.security.pki import Authority
 
@@ -130,7 +135,7 @@ class Demo:
         kits = {site.name: authority.issue("site", site.name) for site in sites}
         authority.issue("researcher", "researcher")
         owner = authority.issue("coordinator", "coordinator")
-        home = ["--home", str(self._work / "home"), "--identity", str(owner)]
+        home = ["--home", str(self._work / "home"), "--identity", str(owner), "--policy", str(self._allow(model))]
         listen = ["--listen", "127.0.0.1:0", "--format", "json"]
         processes.start("coordinator", "coordinator", "up", *home, *listen, environment=PASSIVE)
         address = str(processes.wait_for("coordinator", "ready")["address"])
@@ -150,12 +155,24 @@ class Demo:
         self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
         return address
 
-    def _spec(self, model: str, sites: "list[SiteData]", public: Path) -> RunSpec:
+    def _allow(self, model: str) -> Path:
+        """Write the owner's policy: one model, the owner's own texts, and no merged model unless it was asked for."""
+        path = self._work / "owner.toml"
+        path.write_text(
+            "# What the owner allows researchers.\n"
+            f"data = [{json.dumps(str(self._texts))}]\n"
+            f"merged = {json.dumps(['researcher'] if self._settings.merge else [])}\n"
+            f"max_disclosed = {1.0 if self._settings.keep else 0.9}\n"
+            f"[models]\n{MODEL} = {json.dumps(model)}\n"
+        )
+        return path
+
+    def _spec(self, sites: "list[SiteData]", public: Path) -> RunSpec:
         settings = self._settings
         training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
         return RunSpec(
             name="offsite demo",
-            model=model,
+            model=MODEL,
             builders=(Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),),
             method=Choice(name="lora", settings={"rank": settings.rank, "alpha": 2.0 * settings.rank}),
             training=TrainingSpec(
@@ -167,10 +184,14 @@ class Demo:
             rounds=settings.rounds,
             sites=tuple(site.name for site in sites),
             min_sites=len(sites),
-            public=str(public),
-            evaluation={site.name: str(site.held_out) for site in sites},
+            public=self._named(public),
+            evaluation={site.name: self._named(site.held_out) for site in sites},
             merge=settings.merge,
         )
+
+    def _named(self, text: Path) -> str:
+        """Name a text as the owner's policy lets a researcher name it."""
+        return text.relative_to(self._texts).as_posix()
 
     def _precision(self) -> Literal["fp32", "bf16"]:
         """Return what was asked for, else what this machine computes in fastest."""
@@ -186,7 +207,7 @@ class Demo:
         return chosen
 
     def _pooled(
-        self, processes: Processes, run: Run, sites: "list[SiteData]", what: Literal["bound", "attack"]
+        self, processes: Processes, run: Run, model: str, sites: "list[SiteData]", what: Literal["bound", "attack"]
     ) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
         spec = run.spec
@@ -195,7 +216,7 @@ class Demo:
         document = next((self._work / "sites" / sites[0].name / "work" / "bundles").glob("*.json"))
         job = PooledJob(
             what=what,
-            spec=spec,
+            spec=replace(spec, model=model, evaluation={site.name: str(site.held_out) for site in sites}),
             training=parse(LocalTraining, run.report["training"], where="report: training"),
             manifest=from_json(Manifest, document.read_bytes(), where=str(document)),
             bundle=str(document.with_suffix("")),
@@ -251,6 +272,18 @@ class Demo:
             print(json.dumps({"event": "demo", "message": line, "at": time.time()}), flush=True)
         else:
             self._console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), "  ", line))  # a path is not markup
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder of text; raises InputError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copyfile(source, target)
+    except OSError as error:
+        raise from_system(error) from None
 
 
 def _guarded(run: Run, processes: Processes) -> Iterator[Event]:

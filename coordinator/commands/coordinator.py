@@ -27,6 +27,9 @@ WorkingDays = Annotated[
 def up(
     identity: Annotated[Path, typer.Option(help="The coordinator's kit, from `offsite pki issue --role coordinator`.")],
     home: Home_ = Path("offsite-home"),
+    policy: Annotated[
+        Path | None, typer.Option(help="What researchers may do (TOML), see docs/owner.toml. None: nothing.")
+    ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:8443",
     executor: Annotated[Literal["ray", "threads"], typer.Option(help="Where supervisors and their steps run.")] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
@@ -48,11 +51,19 @@ def up(
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
     from offsite.coordinator.executor import Executor, InProcess
     from offsite.coordinator.home import Home
+    from offsite.coordinator.policy import OwnerPolicy
     from offsite.coordinator.retention import Retention
     from offsite.coordinator.server import run
     from offsite.protos.addresses import Address, parse
+    from offsite.protos.documents import to_plain
 
     address = parse(listen, listening=True)
+    rules = OwnerPolicy.load(policy) if policy else OwnerPolicy()
+    if format == "json":
+        told = {"event": "policy", **to_plain(rules), "file": str(policy or "")}
+        print(json.dumps(told), flush=True)
+    else:
+        _show_policy(rules.describe(), policy)
 
     def make(home: Home) -> Executor:
         if executor == "threads":
@@ -69,7 +80,8 @@ def up(
             print(f"coordinator ready on {here}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
 
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
-    run(Home(home.resolve(), identity.resolve()), address, make, ready=ready, places=places, retention=retention)
+    at = Home(home.resolve(), identity.resolve())
+    run(at, address, make, policy=rules, ready=ready, places=places, retention=retention)
 
 
 @app.command()
@@ -95,3 +107,17 @@ def gc(
         print(json.dumps({"dry_run": dry_run, **vars(freed)}))
     else:
         print(f"{'would remove' if dry_run else 'removed'} {freed}")
+
+
+def _show_policy(rows: list[tuple[str, str, str]], policy: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if policy is None:
+        console.print("no --policy: researchers can submit nothing, only owners can; docs/owner.toml is an example")
+        return
+    table = Table(title=f"owner's policy of {policy}, until the next start", show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

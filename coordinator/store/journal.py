@@ -71,14 +71,19 @@ class Journal:
 
     # runs
 
-    def add_run(self, run: str, *, token: str, owner: str, spec: bytes) -> Row:
-        """Insert a run, or return the one of the same token; raises ConflictError if that one's spec differs."""
+    def add_run(self, run: str, *, token: str, owner: str, spec: bytes, granted: dict[str, Any] | None = None) -> Row:
+        """Insert a run and what was granted, or return the one of the same token; raises ConflictError.
+
+        That is where its spec differs.
+        """
         with self._write() as connection:
-            connection.execute(
+            added = connection.execute(
                 insert(runs)
                 .values(id=run, token=token, owner=owner, spec=spec, state="queued", submitted_at=time.time())
                 .on_conflict_do_nothing()
             )
+            if added.rowcount and granted is not None:
+                connection.execute(insert(steps).values(run=run, name="granted", value=granted))
             row = connection.execute(sa.select(runs).where(runs.c.token == token)).one()
         if row.spec != spec:
             raise ConflictError(f"the token was used before, for run {row.id} with another spec; use a new token")
@@ -88,8 +93,16 @@ class Journal:
         """Return one run; raises NotFoundError."""
         found = self._all(sa.select(runs).where(runs.c.id == run))
         if not found:
-            raise NotFoundError(f"there is no run {run!r}; `offsite run list` shows them")
+            raise no_run(run)
         return found[0]
+
+    def submitted(self, token: str) -> bool:
+        """Tell whether a token was used."""
+        return bool(self._all(sa.select(runs.c.id).where(runs.c.token == token)))
+
+    def live_of(self, owner: str) -> int:
+        """Count the runs of one person that are not over."""
+        return len(self._all(sa.select(runs.c.id).where(runs.c.owner == owner, runs.c.state.in_(LIVE))))
 
     def runs(self, states: tuple[str, ...] = ()) -> list[Row]:
         """Return all runs, or those in the given states, oldest first."""
@@ -174,6 +187,10 @@ class Journal:
     def steps(self, run: str) -> dict[str, dict[str, Any]]:
         """Return {name: what it gave} of all steps a run has done."""
         return {row.name: row.value for row in self._all(sa.select(steps).where(steps.c.run == run))}
+
+    def steps_of_all(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return {run: what it gave} of all runs that have done a step."""
+        return {row.run: row.value for row in self._all(sa.select(steps).where(steps.c.name == name))}
 
     # tasks
 
@@ -293,9 +310,15 @@ class Journal:
                 connection.execute(sa.delete(events).where(*steps_only, bounds))
             return len(chosen)
 
-    def is_artifact(self, digest: str) -> bool:
-        """Tell whether a file was published by any run."""
-        return bool(self._all(sa.select(artifacts.c.digest).where(artifacts.c.digest == digest).limit(1)))
+    def publications(self, digest: str) -> list[Row]:
+        """Return (name, owner) of each published file with a digest: as what, and by whose run."""
+        query = sa.select(artifacts.c.name, runs.c.owner).join(runs, runs.c.id == artifacts.c.run)
+        return self._all(query.where(artifacts.c.digest == digest))
+
+
+def no_run(run: str) -> NotFoundError:
+    """Say that there is no such run."""
+    return NotFoundError(f"there is no run {run!r}; `offsite run list` shows them")
 
 
 def _is(key: Key) -> list[sa.ColumnElement[bool]]:

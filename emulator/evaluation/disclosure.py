@@ -1,6 +1,9 @@
 """How much of the base a site can read off an emulator."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +21,15 @@ class Disclosure:
     of: int  # the base has
 
 
+class Portion(NamedTuple):
+    """What an emulator holds of one of the base's layers, or of what is in none."""
+
+    verbatim: int
+    lossy: int
+    size: int  # parameters of the base's layer
+    part: str  # which rows and columns: of the same ones, two emulators hold the same parameters
+
+
 def disclosed(draft: Draft) -> Disclosure:
     """Count which of the base's parameters an emulator holds.
 
@@ -25,15 +37,54 @@ def disclosed(draft: Draft) -> Disclosure:
     either: kept rows and columns. A packed map counts with the entries of the matrix it stands for. What the owner
     tuned is neither.
     """
+    held = list(_held(draft))
+    return Disclosure(sum(one[1] for one in held), sum(one[2] for one in held), count(draft.base))
+
+
+def by_layer(draft: Draft) -> dict[str, Portion]:
+    """Count the same for each of the base's layers that the emulator has; "" is what is in no layer of the base."""
+    sums: dict[str, tuple[int, int]] = {}
+    for layer, verbatim, lossy in _held(draft):
+        before = sums.get(layer, (0, 0))
+        sums[layer] = (before[0] + verbatim, before[1] + lossy)
+    sizes = base_sizes(draft.base)
+    return {
+        layer: Portion(*sums.get(layer, (0, 0)), size, _part(draft, layer) if layer else "")
+        for layer, size in sizes.items()
+    }
+
+
+def base_sizes(base: nn.Module) -> dict[str, int]:
+    """Count the parameters of each layer of a base; "" is what is in none."""
+    sizes = {str(index): count(layer) for index, layer in enumerate(layers(base))}
+    return sizes | {"": count(base) - sum(sizes.values())}
+
+
+def _part(draft: Draft, layer: str) -> str:
+    """Name the rows and columns that a narrowed layer keeps; empty for one that keeps all."""
+    names = [name for name in sorted(draft.recovery) if name.startswith(f"{layer}.")]
+    kept = [name for name in names if name.endswith((".rows", ".columns"))]
+    whole = hashlib.sha256()
+    for name in kept:
+        whole.update(name.encode() + draft.recovery[name].cpu().numpy().tobytes())
+    return whole.hexdigest()[:16] if kept else ""
+
+
+def _held(draft: Draft) -> Iterator[tuple[str, int, int]]:
+    """Yield, for each tensor of the base that an emulator holds, its layer and how many are verbatim and lossy."""
     own = {_memory(parameter) for parameter in draft.base.parameters()}
     shared, stack = draft.outline.shared, layers(draft.model)
+    layer_of = {
+        id(module): str(draft.outline.layers[shared.get(place, place)])
+        for place, layer in enumerate(stack)
+        for module in layer.modules()
+    }
     tuned = {
         id(module)
         for place, layer in enumerate(stack)
         if shared.get(place, place) in draft.tuned
         for module in layer.modules()
     }
-    verbatim = lossy = 0
     seen: set[object] = set()
     key: object
     for module in draft.model.modules():
@@ -42,14 +93,13 @@ def disclosed(draft: Draft) -> Disclosure:
             parts = {*module.parts}
             key = tuple(_memory(part) for part in module.parts.values())
             if key not in seen and id(module) not in tuned:
-                lossy += module.out_features * module.in_features
+                yield layer_of.get(id(module), ""), 0, module.out_features * module.in_features
             seen.add(key)
         for name, parameter in module.named_parameters(recurse=False):
             key = _memory(parameter)
             if name not in parts and key not in seen and (key in own or id(module) not in tuned):
-                verbatim += parameter.numel()
+                yield layer_of.get(id(module), ""), parameter.numel(), 0
             seen.add(key)
-    return Disclosure(verbatim, lossy, count(draft.base))
 
 
 def count(model: nn.Module) -> int:

@@ -12,15 +12,16 @@ class Fault(ValueError):
         reason: what is left out, in the plural: "rows that are not JSON".
         sentence: what is wrong here.
         count: how many are left out with it.
+        place: the file, and the line or the row in it.
     """
 
-    def __init__(self, reason: str, sentence: str, *, count: int = 1) -> None:
+    def __init__(self, reason: str, sentence: str, *, count: int = 1, place: str = "") -> None:
         super().__init__(shown(sentence))
-        self.reason, self.count = reason, count
+        self.reason, self.count, self.place = reason, count, place
 
     def at(self, place: str) -> "Fault":
         """Return the same with the place where it is."""
-        return Fault(self.reason, f"{place}: {self}", count=self.count)
+        return Fault(self.reason, f"{place}: {self}", count=self.count, place=self.place or place)
 
 
 def shown(text: str) -> str:

@@ -64,4 +64,4 @@ def _examples(file: Path) -> Iterator[Example | Fault]:
     except Fault as rest:
         yield rest.at(f"{file}, after {place}" if place else str(file))
     except OSError as error:
-        yield Fault(UNREADABLE, f"{file}: cannot be read: {error.strerror or error}")
+        yield Fault(UNREADABLE, f"cannot be read: {error.strerror or error}").at(str(file))

@@ -49,7 +49,7 @@ def test_every_site_gets_as_many_examples_as_asked_for(tmp_path: Path) -> None:
     assert [site.name for site in sites] == list(SOURCES)
     for site in sites:
         assert site.train == tmp_path / "sites" / site.name / "train.jsonl"
-        assert site.held_out == tmp_path / "held-out" / f"{site.name}.jsonl"
+        assert site.held_out == tmp_path / "owner" / "held-out" / f"{site.name}.jsonl"
         assert (len(read(site.train)), len(read(site.held_out))) == (5, 3)
 
 
@@ -83,7 +83,7 @@ def test_the_seed_decides_the_split(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("wheels")
 def test_public_text_is_distinct_passages_and_no_sites_text(tmp_path: Path) -> None:
     prepare(tmp_path, cache=tmp_path, examples=5, held_out=3, seed=0)
-    passages = [example.completion for example in read(tmp_path / "public.jsonl")]
+    passages = [example.completion for example in read(tmp_path / "owner" / "public.jsonl")]
     assert len(set(passages)) == len(passages) == 128
     assert all(passage.startswith("Passage ") for passage in passages)
 

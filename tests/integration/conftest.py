@@ -42,6 +42,7 @@ class Federation:
         self.folder, self.material = folder, material
         self.authority = Authority.create(folder / "pki")
         self.authority.issue("coordinator", "coordinator")
+        self.owner = self.authority.issue("owner", "olga")
         self.researcher = self.authority.issue("researcher", "alice")
         self.address = ""
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -77,13 +78,16 @@ class Federation:
 
         return dict(wait_until(said, f"{name}: {event}"))
 
-    def coordinate(self, *, executor: str = "threads") -> str:
-        """Start the coordinator, on the port it had before if it was started before."""
+    def coordinate(self, *, executor: str = "threads", policy: str = "") -> str:
+        """Start the coordinator, on the port it had before if it was started before; `policy` is TOML."""
         ready = len(self.events("coordinator", "ready"))
         kit = str(self.folder / "pki" / "coordinator")
+        file = self.folder / "owner.toml"
+        file.write_text(policy)
         self.start(
             "coordinator",
             *("coordinator", "up", "--home", str(self.folder / "home"), "--identity", kit, "--executor", executor),
+            *("--policy", str(file)),
             *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1"),
         )
         self.address = str(self.expect("coordinator", "ready", count=ready + 1)["address"])
@@ -130,8 +134,9 @@ class Federation:
                 child.kill()
                 child.wait()
 
-    def connect(self) -> Session:
-        return connect(self.address, identity=self.researcher, patience_s=60)
+    def connect(self, kit: Path | None = None) -> Session:
+        """Open the coordinator with a kit, the owner's unless another is given: an owner may name any path."""
+        return connect(self.address, identity=kit or self.owner, patience_s=60)
 
     def spec(self, **changes: Any) -> RunSpec:
         """A short run on the tiny model."""

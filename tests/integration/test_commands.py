@@ -53,7 +53,7 @@ def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tm
 def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, tmp_path: Path) -> None:
     federation.coordinate()
     federation.join("hospital")
-    where = ["--coordinator", federation.address, "--identity", str(federation.researcher)]
+    where = ["--coordinator", federation.address, "--identity", str(federation.owner)]
     (tmp_path / "run.toml").write_text(
         f'model = "{federation.material}/model"\nname = "first"\n'
         f'[[builders]]\nname = "uniform"\nsettings = {{ keep = 5 }}\n'
@@ -79,4 +79,4 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
     second = json.loads(offsite("run", "submit", str(tmp_path / "run.toml"), *where, *more).stdout)["id"]
     assert "is cancelled" in offsite("run", "cancel", second, *where).stdout
     watched = offsite("run", "watch", second, *where)
-    assert watched.returncode == 10 and "cancelled by alice" in watched.stderr
+    assert watched.returncode == 10 and "cancelled by olga" in watched.stderr

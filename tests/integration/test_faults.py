@@ -62,7 +62,7 @@ def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(federation: Any,
         assert run.cancel().state == "cancelled"
         wait(lambda: not trainers(federation), "the end of the trainer")
         federation.expect("hospital", "stopped")
-        with pytest.raises(RunError, match="cancelled by alice"):
+        with pytest.raises(RunError, match="cancelled by olga"):
             run.wait()
         assert session.submit(federation.spec()).wait().state == "completed"
 

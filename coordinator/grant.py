@@ -1,0 +1,53 @@
+"""A run as the owner let it in: the places its names stand for, and how it speaks of them to others."""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from offsite.protos.documents import document
+from offsite.protos.ranges import Place
+from offsite.protos.spec import RunSpec
+
+_ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
+
+
+@document
+class Grant(RunSpec):
+    """A run with the places of its model and texts, as its steps read them; it stays at the coordinator."""
+
+    role: Literal["owner", "researcher"] = "owner"  # of who submitted it
+    names: dict[Place, Place] = Field(default_factory=dict)  # place -> what the run calls it
+    folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere
+    base_name: Place = ""  # what sites and reports call the base; empty: as its folder is called
+
+    def told(self, error: BaseException, sentence: str = "") -> str:
+        """Return an error's sentence, or the one given for it.
+
+        For a researcher it is without paths of this machine and words of the owner's texts.
+        """
+        sentence = sentence or str(error)
+        if self.role == "owner":
+            return sentence
+        return self.discreet(next((text for cause in _causes(error) if (text := _of_data(cause))), sentence))
+
+    def discreet(self, sentence: str) -> str:
+        """Call places by the names the run has for them, and all others by their last part."""
+        for place, name in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
+            sentence = sentence.replace(place, name)
+        return _ABSOLUTE.sub(lambda path: path[0].rpartition("/")[2], sentence)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_data(error: BaseException) -> str:
+    """Say what is wrong with a text without a word of it; empty if the error is of another kind."""
+    reason, place = getattr(error, "reason", None), getattr(error, "place", None)
+    if not isinstance(reason, str) or not isinstance(place, str):
+        return ""
+    return f"{place or 'a text of the run'}: among {reason}; the owner, who may read it, is told more"

@@ -1,0 +1,198 @@
+"""The owner's own policy: what researchers may ask of the owner's models and files. Nothing in a run can widen it.
+
+People of role owner are bound by none of it. It is read at `coordinator up`: a change of the file holds from the next
+start on. What a run may ask for is judged once, when it is submitted; what it may disclose is judged when its emulator
+is built, and who may fetch a merged model when it is fetched, both by the policy of that moment.
+"""
+
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from re import fullmatch
+from typing import Literal
+
+from pydantic import Field
+
+from offsite.coordinator.grant import Grant
+from offsite.protos.documents import document, from_toml, parse, to_plain
+from offsite.protos.errors import InputError, NotFoundError, RefusedError
+from offsite.protos.ranges import AboveZero, Name, Place, Positive, Share
+from offsite.protos.security.certificates import Role
+from offsite.protos.spec import Choice, RunSpec
+
+BuilderName = Literal["additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform", "whole"]
+MethodName = Literal["blocks", "grids", "lora"]
+NARROWING = ("crash", "uniform", "loram")  # a chain without any of them stands for the whole base
+
+MIB = 1 << 20
+
+
+@document
+class OwnerPolicy:
+    """What researchers may do; a TOML file with these keys. What is left out is the safe value."""
+
+    models: dict[Name, Place] = Field(default_factory=dict)  # name -> a folder, a hub id or a name from the zoo
+    data: tuple[Place, ...] = ()  # folders whose files runs may name, by their path inside
+    builders: tuple[BuilderName, ...] = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
+    methods: tuple[MethodName, ...] = ("grids", "lora")  # `blocks` publishes layers of the base, trained a little
+    max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
+    max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
+    merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
+    max_rounds: Positive = 20
+    max_steps: Positive = 1000  # optimiser steps of one round at one site
+    max_tuning_steps: Positive = 10_000  # of a builder, and of realignment between rounds
+    max_batch_size: Positive = 64
+    max_length: Positive = 4096
+    max_sites: Positive = 100
+    max_live_runs: Positive = 4  # of one researcher
+    max_adapter_mib: AboveZero = 64.0
+    max_bundle_mib: AboveZero = 16384.0
+
+    @classmethod
+    def load(cls, path: Path) -> "OwnerPolicy":
+        """Read a policy file; folders are relative to it. Raises InputError naming the file and the field."""
+        policy = from_toml(cls, path)
+        folders = [_folder(path, place) for place in policy.data]
+        for place, folder in zip(policy.data, folders, strict=True):
+            if not folder.is_dir():
+                raise InputError(f"{path}: data: {place} is not a folder")
+        models = {name: _model(path, name, place) for name, place in policy.models.items()}
+        return replace(policy, models=models, data=tuple(map(str, folders)))
+
+    def grant(self, spec: RunSpec, *, role: Role, person: str, live: int) -> Grant:
+        """Let a run in: return it with the places its names stand for.
+
+        Args:
+            spec: the run as it was submitted.
+            role: of who submitted it; an owner may name any place, and is bound by nothing.
+            person: who submitted it.
+            live: how many runs of theirs are not over.
+
+        Raises RefusedError naming the bound it goes beyond.
+        """
+        bound = role != "owner"
+        if bound:
+            self._check(spec, person=person, live=live)
+        model = self.models.get(spec.model, spec.model)
+        texts = {name: self._file(name, bound=bound) for name in _texts(spec)}
+        placed = to_plain(spec) | {
+            "model": model,
+            "public": texts.get(spec.public, ""),
+            "calibration": texts.get(spec.calibration, ""),
+            "evaluation": {exam: texts[name] for exam, name in spec.evaluation.items()},
+        }
+        names = {place: name for name, place in {spec.model: model, **texts}.items() if place != name}
+        granted = {
+            "role": "researcher" if bound else "owner",
+            "names": names,
+            "folders": self.data if bound else (),
+            "base_name": spec.model if spec.model in self.models else "",
+        }
+        return parse(Grant, placed | granted, where="run spec")
+
+    def _check(self, spec: RunSpec, *, person: str, live: int) -> None:
+        if spec.model not in self.models:
+            known = ", ".join(self.models) or "none"
+            raise _refused("models", f"a run's model is one of the policy's names ({known})")
+        for builder in spec.builders:
+            if builder.name not in self.builders:
+                raise _refused("builders", f"{builder.name} is not among {', '.join(self.builders)}")
+        if "whole" not in self.builders and not any(builder.name in NARROWING for builder in spec.builders):
+            raise _refused("builders", f"without {' or '.join(NARROWING)} an emulator is the whole base")
+        if spec.method.name not in self.methods:
+            raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
+        if spec.merge and person not in self.merged:
+            raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
+        training = spec.training
+        tuning = max([spec.realign_steps, *(_steps(builder) for builder in spec.builders)])
+        for bound, asked in {
+            "max_rounds": spec.rounds,
+            "max_steps": training.steps,
+            "max_tuning_steps": tuning,
+            "max_batch_size": training.batch_size,
+            "max_length": training.max_length,
+            "max_sites": max(len(spec.sites), spec.min_sites),
+            "max_live_runs": live + 1,
+        }.items():
+            if asked > getattr(self, bound):
+                raise _refused(bound, f"{asked} is more than {getattr(self, bound)}")
+
+    def _file(self, name: str, *, bound: bool) -> str:
+        """Return the path that a name of a text stands for, its links followed."""
+        inside = PurePosixPath(name)
+        if not inside.is_absolute() and ".." not in inside.parts:
+            for folder in map(Path, self.data):
+                if (folder / inside).exists() or (folder / inside).is_symlink():
+                    target = (folder / inside).resolve()
+                    if target.is_relative_to(folder.resolve()):
+                        return str(target)
+                    if bound:
+                        raise _refused("data", f"{name} is a link that leads out of its folder")
+        elif bound:
+            raise _refused("data", f"{name} must be the path of a file inside the policy's folders, without '..'")
+        if bound:
+            raise NotFoundError(f"{name}: no such file in the folders of the owner's policy")
+        return name
+
+    def check_built(self, *, sites: int, adapter: int, bundle: int) -> None:
+        """Raise RefusedError for more sites than allowed, or a larger adapter or emulator, both in bytes."""
+        if sites > self.max_sites:
+            raise _refused("max_sites", f"{sites} sites are more than {self.max_sites}")
+        if adapter > self.max_adapter_mib * MIB:
+            raise _refused("max_adapter_mib", f"{adapter / MIB:.1f} MiB are more than {self.max_adapter_mib:g}")
+        if bundle > self.max_bundle_mib * MIB:
+            raise _refused("max_bundle_mib", f"{bundle / MIB:.0f} MiB are more than {self.max_bundle_mib:g}")
+
+    def may_fetch(self, name: str, *, role: Role, person: str) -> bool:
+        """Tell whether one who may see a run may have a published file of it."""
+        if role == "auditor":
+            return False
+        return role == "owner" or not name.startswith("merged/") or person in self.merged
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Return (bound, value, why) rows for people."""
+        models = "\n".join(f"{name}: {place}" if name != place else name for name, place in self.models.items())
+        share = "of a base's parameters, by all its emulators together"
+        return [
+            ("models", models or "none", "what a researcher's run may name as its model"),
+            ("data folders", "\n".join(self.data) or "none", "whose files runs may name by their path inside"),
+            ("builders", ", ".join(self.builders), "of emulators; whole hands out the base itself"),
+            ("methods", ", ".join(self.methods), "blocks publishes layers of the base, trained a little"),
+            ("most disclosed", f"{self.max_disclosed:.0%}", f"verbatim {share}"),
+            ("with few bits", f"{self.max_disclosed_lossy:.0%}", f"verbatim or rounded {share}"),
+            ("merged models", ", ".join(self.merged) or "owners only", "who may have the base with the change in it"),
+            ("most rounds", str(self.max_rounds), "of one run"),
+            ("most steps", str(self.max_steps), "of one round at one site"),
+            ("most tuning", f"{self.max_tuning_steps} steps", "of a builder or a realignment, on the owner's machine"),
+            ("largest batch", f"{self.max_batch_size} of {self.max_length} tokens", "sequences of one step"),
+            ("most sites", str(self.max_sites), "of one run"),
+            ("live runs", str(self.max_live_runs), "of one researcher at a time"),
+            ("largest adapter", f"{self.max_adapter_mib:g} MiB", "that sites start from and send back"),
+            ("largest emulator", f"{self.max_bundle_mib:g} MiB", "that each site downloads"),
+        ]
+
+
+def _folder(policy: Path, place: str) -> Path:
+    return (policy.resolve().parent / Path(place).expanduser()).resolve()
+
+
+def _model(policy: Path, name: str, place: str) -> str:
+    """Return the folder of a model, or its hub id or name in the zoo as it is."""
+    folder = _folder(policy, place)
+    if folder.is_dir():
+        return str(folder)
+    if not fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", place):
+        raise InputError(f"{policy}: models: {name}: {place} is neither a folder, a hub id nor a name from the zoo")
+    return place
+
+
+def _texts(spec: RunSpec) -> list[str]:
+    return [name for name in (spec.public, spec.calibration, *spec.evaluation.values()) if name]
+
+
+def _steps(builder: Choice) -> int:
+    steps = builder.settings.get("steps", 0)
+    return steps if isinstance(steps, int) else 0
+
+
+def _refused(bound: str, reason: str) -> RefusedError:
+    return RefusedError(f"the owner's policy refuses the run ({bound}): {reason}")
