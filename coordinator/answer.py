@@ -58,9 +58,10 @@ class Gate:
                 raise
             except OSError as error:
                 log.exception("while answering")
+                error.filename = None  # where the owner's files lie is for the log
                 known = from_system(error)
                 await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
             except Exception as error:
                 log.exception("while answering")
-                said = plain(f"{type(error).__name__}: {error}", most=300)
-                await context.abort(grpc.StatusCode.INTERNAL, f"internal error at the coordinator: {said}")
+                said = f"internal error at the coordinator: {type(error).__name__}; its log says more"
+                await context.abort(grpc.StatusCode.INTERNAL, said)

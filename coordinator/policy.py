@@ -42,6 +42,7 @@ class OwnerPolicy:
     max_tuning_steps: Positive = 10_000  # of a builder, and of realignment between rounds
     max_batch_size: Positive = 64
     max_length: Positive = 4096
+    max_rank: Positive = 256  # of LoRA
     max_sites: Positive = 100
     max_live_runs: Positive = 4  # of one researcher
     max_adapter_mib: AboveZero = 64.0
@@ -103,13 +104,15 @@ class OwnerPolicy:
         if spec.merge and person not in self.merged:
             raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
         training = spec.training
-        tuning = max([spec.realign_steps, *(_steps(builder) for builder in spec.builders)])
+        tuning = [_largest(builder, "steps", "iterations") for builder in spec.builders]
+        batches = [_largest(builder, "batch_size") for builder in spec.builders]
         for bound, asked in {
             "max_rounds": spec.rounds,
             "max_steps": training.steps,
-            "max_tuning_steps": tuning,
-            "max_batch_size": training.batch_size,
+            "max_tuning_steps": max(spec.realign_steps, *tuning),
+            "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
+            "max_rank": _largest(spec.method, "rank"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():
@@ -164,6 +167,7 @@ class OwnerPolicy:
             ("most steps", str(self.max_steps), "of one round at one site"),
             ("most tuning", f"{self.max_tuning_steps} steps", "of a builder or a realignment, on the owner's machine"),
             ("largest batch", f"{self.max_batch_size} of {self.max_length} tokens", "sequences of one step"),
+            ("largest rank", str(self.max_rank), "of LoRA"),
             ("most sites", str(self.max_sites), "of one run"),
             ("live runs", str(self.max_live_runs), "of one researcher at a time"),
             ("largest adapter", f"{self.max_adapter_mib:g} MiB", "that sites start from and send back"),
@@ -189,9 +193,9 @@ def _texts(spec: RunSpec) -> list[str]:
     return [name for name in (spec.public, spec.calibration, *spec.evaluation.values()) if name]
 
 
-def _steps(builder: Choice) -> int:
-    steps = builder.settings.get("steps", 0)
-    return steps if isinstance(steps, int) else 0
+def _largest(choice: Choice, *settings: str) -> int:
+    """Return the largest of some settings of a plug-in; what is no whole number is for the plug-in to refuse."""
+    return max(0, *(value for name in settings if isinstance(value := choice.settings.get(name), int)), 0)
 
 
 def _refused(bound: str, reason: str) -> RefusedError:

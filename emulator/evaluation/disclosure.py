@@ -25,7 +25,7 @@ class Portion(NamedTuple):
     """What an emulator holds of one of the base's layers, or of what is in none."""
 
     verbatim: int
-    lossy: int
+    lossy: int  # stored in few bits, or tuned from the base's values
     size: int  # parameters of the base's layer
     part: str  # which rows and columns: of the same ones, two emulators hold the same parameters
 
@@ -44,9 +44,9 @@ def disclosed(draft: Draft) -> Disclosure:
 def by_layer(draft: Draft) -> dict[str, Portion]:
     """Count the same for each of the base's layers that the emulator has; "" is what is in no layer of the base."""
     sums: dict[str, tuple[int, int]] = {}
-    for layer, verbatim, lossy in _held(draft):
+    for layer, verbatim, lossy, tuned in _held(draft):  # few steps of tuning hide nothing
         before = sums.get(layer, (0, 0))
-        sums[layer] = (before[0] + verbatim, before[1] + lossy)
+        sums[layer] = (before[0] + verbatim, before[1] + lossy + tuned)
     sizes = base_sizes(draft.base)
     return {
         layer: Portion(*sums.get(layer, (0, 0)), size, _part(draft, layer) if layer else "")
@@ -70,8 +70,8 @@ def _part(draft: Draft, layer: str) -> str:
     return whole.hexdigest()[:16] if kept else ""
 
 
-def _held(draft: Draft) -> Iterator[tuple[str, int, int]]:
-    """Yield, for each tensor of the base that an emulator holds, its layer and how many are verbatim and lossy."""
+def _held(draft: Draft) -> Iterator[tuple[str, int, int, int]]:
+    """Yield, for each tensor of an emulator, the base's layer and how many are verbatim, in few bits, and tuned."""
     own = {_memory(parameter) for parameter in draft.base.parameters()}
     shared, stack = draft.outline.shared, layers(draft.model)
     layer_of = {
@@ -92,13 +92,15 @@ def _held(draft: Draft) -> Iterator[tuple[str, int, int]]:
         if isinstance(module, PackedLinear):
             parts = {*module.parts}
             key = tuple(_memory(part) for part in module.parts.values())
-            if key not in seen and id(module) not in tuned:
-                yield layer_of.get(id(module), ""), 0, module.out_features * module.in_features
+            if key not in seen:
+                entries = module.out_features * module.in_features
+                yield layer_of.get(id(module), ""), 0, *((0, entries) if id(module) in tuned else (entries, 0))
             seen.add(key)
         for name, parameter in module.named_parameters(recurse=False):
             key = _memory(parameter)
-            if name not in parts and key not in seen and (key in own or id(module) not in tuned):
-                yield layer_of.get(id(module), ""), parameter.numel(), 0
+            if name not in parts and key not in seen:
+                entries, verbatim = parameter.numel(), key in own or id(module) not in tuned
+                yield layer_of.get(id(module), ""), *((entries, 0, 0) if verbatim else (0, 0, entries))
             seen.add(key)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.builders import Draft, Outline
-from offsite.emulator.evaluation.disclosure import Disclosure, disclosed
+from offsite.emulator.evaluation.disclosure import Disclosure, Portion, by_layer, disclosed
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.tuning.loop import trainable_copy
@@ -113,3 +113,15 @@ def test_a_base_whose_values_are_on_disk_is_counted_alike(name: str, tiny: Any) 
     absent = skeleton(base.config, dtype=torch.float32)
     absent.tie_weights()
     assert disclosed(draft(absent, 0, 1, 3, 5)) == disclosed(draft(base, 0, 1, 3, 5))
+
+
+def test_layer_by_layer_what_was_tuned_counts_too(tiny: Any) -> None:
+    base = tiny()
+    given = draft(base, 0, 1, 3, 5)
+    layer = count(layers(base)[0])
+    rest = count(base) - 6 * layer
+    kept, gone = Portion(layer, 0, layer, ""), Portion(0, 0, layer, "")
+    whole = {"0": kept, "1": kept, "2": gone, "3": kept, "4": gone, "5": kept, "": Portion(rest, 0, rest, "")}
+    assert by_layer(given) == whole
+    trainable_copy(given.model, [1])
+    assert by_layer(replace(given, tuned=(1,))) == whole | {"1": Portion(0, layer, layer, "")}
