@@ -65,7 +65,7 @@ def test_what_a_run_worked_with_goes_after_a_week_and_what_it_published_when_the
 
     assert collect(home, Retention(keep_days=7)).runs == ("old",)
     assert left(home, old) == set() and left(home, new) == new.keys()
-    assert journal.artifacts("old") == [] and not journal.is_artifact(old["published"])
+    assert journal.artifacts("old") == [] and journal.publications(old["published"]) == []
     assert journal.run("old").report == "{}" and [event.kind for event in journal.events("old")] == ["completed"]
     assert collect(home, Retention(keep_runs=0)).runs == ("new",) and left(home, new) == set()
     assert collect(home, Retention(keep_runs=0)).files == 0
