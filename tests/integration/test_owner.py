@@ -40,7 +40,7 @@ def test_a_researcher_gets_what_the_owners_policy_gives_and_nothing_more(federat
     wrong: list[tuple[dict[str, Any], type[OffsiteError], str]] = [
         ({"builders": (Choice(name="whole"),), "merge": True}, RefusedError, r"\(builders\)"),
         ({"merge": True}, RefusedError, r"\(merged\)"),
-        ({"model": str(federation.material / "model")}, RefusedError, r"\(models\).*\(tiny, broken\)"),
+        ({"model": str(federation.material / "model")}, RefusedError, r"\(models\).*\(broken, tiny\)"),
         ({"evaluation": {"exam": str(federation.material / "held-out.jsonl")}}, RefusedError, r"\(data\)"),
         ({"public": "../pki/coordinator/owner.key"}, RefusedError, r"\(data\)"),
         ({"public": "out.jsonl"}, RefusedError, r"\(data\).*leads out"),
