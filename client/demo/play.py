@@ -31,7 +31,6 @@ from offsite.protos.timeline import seconds
 if TYPE_CHECKING:  # it reads a model's packages, which takes seconds that a refusal need not wait
     from offsite.client.demo.data import SiteData
 
-MODEL = "base"  # what the owner's policy calls it
 MARK = ".offsite-demo"  # says that a folder is ours to empty
 MEASURED: dict[Literal["bound", "attack"], str] = {"bound": "base_tuned", "attack": "attack"}
 POOLED = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
@@ -135,7 +134,8 @@ class Demo:
         kits = {site.name: authority.issue("site", site.name) for site in sites}
         authority.issue("researcher", "researcher")
         owner = authority.issue("coordinator", "coordinator")
-        home = ["--home", str(self._work / "home"), "--identity", str(owner), "--policy", str(self._allow(model))]
+        allowed = policy.write_owners(self._work / "owner.toml", model=model, texts=self._texts, asked=self._settings)
+        home = ["--home", str(self._work / "home"), "--identity", str(owner), "--policy", str(allowed)]
         listen = ["--listen", "127.0.0.1:0", "--format", "json"]
         processes.start("coordinator", "coordinator", "up", *home, *listen, environment=PASSIVE)
         address = str(processes.wait_for("coordinator", "ready")["address"])
@@ -155,24 +155,12 @@ class Demo:
         self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
         return address
 
-    def _allow(self, model: str) -> Path:
-        """Write the owner's policy: one model, the owner's own texts, and no merged model unless it was asked for."""
-        path = self._work / "owner.toml"
-        path.write_text(
-            "# What the owner allows researchers.\n"
-            f"data = [{json.dumps(str(self._texts))}]\n"
-            f"merged = {json.dumps(['researcher'] if self._settings.merge else [])}\n"
-            f"max_disclosed = {1.0 if self._settings.keep else 0.9}\n"
-            f"[models]\n{MODEL} = {json.dumps(model)}\n"
-        )
-        return path
-
     def _spec(self, sites: "list[SiteData]", public: Path) -> RunSpec:
         settings = self._settings
         training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
         return RunSpec(
             name="offsite demo",
-            model=MODEL,
+            model=policy.MODEL,
             builders=(Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),),
             method=Choice(name="lora", settings={"rank": settings.rank, "alpha": 2.0 * settings.rank}),
             training=TrainingSpec(

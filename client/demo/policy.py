@@ -1,4 +1,4 @@
-"""The policies of the demo's sites: safe bounds, opened only where the demo is asked for what these do not allow."""
+"""The policies of the demo's sites and owner: safe bounds, opened only where the demo is asked for more."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,31 @@ from offsite.client.site.policy import Policy
 
 if TYPE_CHECKING:
     from offsite.client.demo.play import Settings
+
+MODEL = "base"  # what the owner's policy calls it
+
+
+def write_owners(path: Path, *, model: str, texts: Path, asked: "Settings") -> Path:
+    """Write the owner's policy: one model, the owner's own texts, and no merged model unless it was asked for."""
+    bounds = {  # the safe value where no more is asked for
+        "max_rounds": max(asked.rounds, 20),
+        "max_steps": max(asked.steps, 1000),
+        "max_batch_size": max(asked.batch_size, 64),
+        "max_length": max(asked.max_length, 4096),
+        "max_rank": max(asked.rank, 256),
+        "max_disclosed": 0.9 if asked.keep is None else 1.0,
+        "max_disclosed_lossy": 0.9 if asked.keep is None else 1.0,
+        "max_adapter_mib": 1024.0,  # whatever model it is shown with
+        "max_bundle_mib": 65536.0,
+    }
+    path.write_text(
+        "# What the owner allows researchers; what is left out has its safe value.\n"
+        f"data = [{json.dumps(str(texts))}]\n"
+        f"merged = {json.dumps(['researcher'] if asked.merge else [])}\n"
+        + "".join(f"{name} = {value}\n" for name, value in bounds.items())
+        + f"[models]\n{MODEL} = {json.dumps(model)}\n"
+    )
+    return path
 
 
 def write(path: Path, *, site: str, data: Path, asked: "Settings") -> Path:
