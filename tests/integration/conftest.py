@@ -17,8 +17,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from offsite.client import Choice, RunSpec, Session, TrainingSpec, connect
+from offsite.client import Choice, Run, RunSpec, Session, TrainingSpec, connect
+from offsite.client.channel import Channel
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos import fleet_pb2_grpc, tensors
+from offsite.protos.chunks import digest_file
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
+from offsite.protos.security.signing import verify
+from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 DEADLINE_S = 180.0  # of a wait for something that takes seconds: a test that hangs must fail
 WORDS = [f"w{n}" for n in range(120)]
@@ -151,6 +159,48 @@ class Federation:
         return RunSpec(**{**fields, **changes})
 
 
+class Rogue:
+    """A site that speaks the protocol by hand."""
+
+    def __init__(self, federation: Any, name: str) -> None:
+        self.kit = federation.authority.issue("site", name)
+        self.name = name
+        self.channel = Channel(federation.address, Identity.load(self.kit), patience_s=5)
+        self.fleet: Any = fleet_pb2_grpc.FleetStub(self.channel.grpc)  # type: ignore[no-untyped-call]
+        self.folder, self._spec = federation.folder, federation.spec
+        self.channel.call(self.fleet.Enrol, pb.EnrolRequest(version="0", examples=1))
+
+    def submit(self, session: Session, **changes: Any) -> Run:
+        """Submit a run for this site alone."""
+        return session.submit(self._spec(sites=(self.name,), **changes))
+
+    def pull(self) -> TaskSpec:
+        reply = self.channel.call(self.fleet.PullTask, pb.PullTaskRequest(wait_s=60), timeout_s=90)
+        verify(reply.task, reply.signature, self.kit / "owner.pub", purpose="task")
+        return from_json(TaskSpec, reply.task, where="task")
+
+    def broadcast(self, task: TaskSpec) -> dict[str, torch.Tensor]:
+        path = self.folder / f"{self.name}-broadcast"
+        self.channel.download(self.fleet.Download, task.adapter, path)
+        return tensors.load(path)
+
+    def header(self, task: TaskSpec, path: Path, *, digest: str = "", examples: int = 1) -> pb.UploadHeader:
+        told = UpdateMetrics(examples=examples, tokens=1, loss=1.0, engine="none")
+        key = pb.TaskKey(run=task.run, round=task.round, attempt=task.attempt)
+        size = path.stat().st_size
+        return pb.UploadHeader(key=key, digest=digest or digest_file(path), size=size, metrics=to_json(told).decode())
+
+    def save(self, task: TaskSpec, update: dict[str, torch.Tensor], **origin: str) -> Path:
+        path = self.folder / f"{self.name}-update"
+        told = {"broadcast": task.adapter, "method_hash": task.method_hash} | origin
+        tensors.save(path, update, metadata={"offsite": json.dumps(told)})
+        return path
+
+    def upload(self, task: TaskSpec, update: dict[str, torch.Tensor], *, digest: str = "", examples: int = 1) -> None:
+        path = self.save(task, update)
+        self.channel.upload(self.fleet, self.header(task, path, digest=digest, examples=examples), path)
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model/` (a random Llama of 6 layers), sites' data, held-out data and public text."""
@@ -193,3 +243,22 @@ def federation(tmp_path: Path, material: Path) -> Iterator[Federation]:
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture(scope="module")
+def coordinated(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Iterator[Federation]:
+    """A federation whose coordinator runs, shared by the tests of one file."""
+    made = Federation(tmp_path_factory.mktemp("coordinated"), material)
+    try:
+        made.coordinate()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def rogue(coordinated: Federation) -> Iterator[Rogue]:
+    """A hostile site of the shared federation, under a name of its own."""
+    made = Rogue(coordinated, f"rogue-{len(coordinated.authority.entries())}")
+    yield made
+    made.channel.close()
