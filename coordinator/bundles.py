@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from offsite.coordinator.manifests import MANIFEST, SIGNATURE
 from offsite.emulator import builders, bundle, placements, zoo
-from offsite.emulator.anatomy.structure import find
+from offsite.emulator.anatomy.stack import refuse_mixture
+from offsite.emulator.anatomy.structure import experts, find, layers, positions
 from offsite.emulator.batches import Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Builder, Draft, Material
 from offsite.emulator.bundle import Layout
@@ -88,7 +89,7 @@ def build(
         source = zoo.locate(model, cache=zoo.cache_folder())
         checkpoint = Checkpoint.open(source)
         refuse_infinite(source)
-        if checkpoint.bytes > _memory() / 2 if stream is None else stream:
+        if checkpoint.bytes > memory() / 2 if stream is None else stream:
             return _build_streamed(
                 *(checkpoint, makers, chain, placement, folder),
                 text=calibration or public,
@@ -98,7 +99,15 @@ def build(
             )
         base, tokenizer = zoo.load_base(source, dtype="auto")
         stored = quicken(base)
-        text = material(public, tokenizer, calibration=calibration, folders=folders, scratch=scratch, tell=tell)
+        text = material(
+            public,
+            tokenizer,
+            calibration=calibration,
+            folders=folders,
+            scratch=scratch,
+            longest=positions(base),
+            tell=tell,
+        )
         draft = builders.run(makers, placement, base, text)
         named = ref(source, base, called=called)
         built = write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
@@ -126,7 +135,7 @@ def write(
         layout,
         base=base,
         chain=chain,
-        counts=(count(draft.model), share.verbatim, share.lossy),
+        counts=(count(draft.model), share.verbatim, share.lossy, experts(*layers(draft.model))),
         owner_key=owner_key,
         recovery=draft.recovery,
         portions=by_layer(draft),
@@ -152,10 +161,14 @@ def _build_streamed(
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
     zoo.refuse_strange_words(checkpoint.folder, tokenizer, model)
-    looked_at = material(text, tokenizer, folders=folders, batch_size=CALIBRATION_EXAMPLES)  # one pass over the layers
+    looked_at = material(  # one pass over the layers
+        text, tokenizer, folders=folders, batch_size=CALIBRATION_EXAMPLES, longest=positions(model)
+    )
     outline = depth.outline(model, looked_at.batches, placement)
+    own = [outline.layers[place] for place in outline.own]
+    refuse_mixture(model, own)
     bundle.copy(checkpoint, model, tokenizer, folder, outline=outline, dtype=stored)
-    kept = {"", *(str(outline.layers[place]) for place in outline.own)}
+    kept = {"", *map(str, own)}
     sizes = base_sizes(model)
     portions = {layer: Portion(size if layer in kept else 0, 0, size, "") for layer, size in sizes.items()}
     held = sum(portion.verbatim for portion in portions.values())
@@ -164,7 +177,7 @@ def _build_streamed(
         Layout(outline),
         base=ref(checkpoint.folder, model, called=called),
         chain=chain,
-        counts=(held, held, 0),
+        counts=(held, held, 0, experts(*(layers(model)[at] for at in own))),
         owner_key=owner_key,
         recovery={},
         portions=portions,
@@ -177,7 +190,7 @@ def _seal(
     *,
     base: BaseRef,
     chain: Sequence[Choice],
-    counts: tuple[int, int, int],
+    counts: tuple[int, int, int, int],
     owner_key: Path | None,
     recovery: dict[str, Tensor],
     portions: dict[str, Portion],
@@ -198,6 +211,7 @@ def _seal(
         parameters=counts[0],
         verbatim=counts[1],
         lossy=counts[2],
+        experts=counts[3],
         files=tuple(_entries(folder)),
     )
     document = to_json(manifest)
@@ -234,15 +248,17 @@ def material(
     folders: Sequence[Path] = (),
     scratch: Path | None = None,
     batch_size: int = 8,
+    longest: int | None = None,
     tell: Tell = lambda what, step, steps: None,
 ) -> Material:
     """Read the text that builders may use: `calibration`, else `public`, to look at, `public` to train on.
 
-    Raises ValueError.
+    `longest` is for how many tokens the model has positions, if it has a table of them. Raises ValueError.
     """
+    tokens = min(PUBLIC_TOKENS, longest or PUBLIC_TOKENS)
 
     def encoded(path: Path | None) -> list[Encoded]:
-        return encode(read(path, folders=folders), tokenizer, max_length=PUBLIC_TOKENS, divide=False) if path else []
+        return encode(read(path, folders=folders), tokenizer, max_length=tokens, divide=False) if path else []
 
     public_text = encoded(public)
     looked_at = (encoded(calibration) or public_text)[:CALIBRATION_EXAMPLES]
@@ -258,6 +274,6 @@ def _entries(folder: Path) -> list[FileEntry]:
     ]
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from re import fullmatch
 
 from offsite.coordinator import aggregation
+from offsite.coordinator.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.examples import read
 from offsite.protos.errors import InputError
@@ -16,8 +16,8 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = ()) -> None:
     try:
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec)
-        if spec.model not in zoo.ZOO and not is_hub_id(spec.model):  # those may take long to fetch; a step does it
-            zoo.locate(spec.model, cache=zoo.cache_folder())
+        if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
+            judge_fit(spec, folder)
         for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
             read(Path(path), folders=[Path(folder) for folder in folders])
     except ValueError as error:
@@ -60,8 +60,3 @@ def _judge_emulator(spec: RunSpec) -> None:
         raise ValueError("the method grids trains the grids of a sketch: put sketch among the builders")
     if spec.realign_steps and names[-1] != "distilled":
         raise ValueError("realign_steps goes on with what the builder distilled does: put it last in builders")
-
-
-def is_hub_id(model: str) -> bool:
-    """Tell a hub id, org/name, from a local path."""
-    return fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not Path(model).exists()

@@ -21,8 +21,9 @@ from offsite.coordinator.grant import Grant
 from offsite.coordinator.home import Home
 from offsite.coordinator.kept import distance, open_bundle, recovered, store_adapter, store_bundle
 from offsite.coordinator.store.blobs import room
+from offsite.coordinator.trial import take_step
 from offsite.emulator import bundle, methods, zoo
-from offsite.emulator.anatomy.structure import text_config
+from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.batches import encode, evaluation_batches
 from offsite.emulator.builders import Draft
 from offsite.emulator.builders import make as make_builder
@@ -79,6 +80,7 @@ def build(home: Home, spec: Grant, *, run: str, sites: list[str]) -> dict[str, A
             method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
             adapters[rank] = store_adapter(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
         rate = spec.training.learning_rate or suited(method.rate, emulator)
+        take_step(emulator, method, layout.outline.places, adapter)  # the last use of this copy
         recovery = None
         if built.recovery:
             recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
@@ -128,7 +130,9 @@ def realign(home: Home, spec: Grant, *, base: str, manifest: str, exact: str, re
             method=method,
             adapter=adapter,
             recovered=recovered(blobs, method, adapter, recovery),
-            material=bundles.material(Path(spec.public), tokenizer, folders=_folders(spec), scratch=scratch),
+            material=bundles.material(
+                Path(spec.public), tokenizer, folders=_folders(spec), scratch=scratch, longest=positions(full)
+            ),
             settings=replace(settings, steps=spec.realign_steps),
         )
         draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))

@@ -1,6 +1,7 @@
 """A screen belongs to whoever was called by a person, not to the libraries below."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from logging import getLogger
 
@@ -19,7 +20,9 @@ def quiet() -> Iterator[None]:
     for talker in talkers:
         talker.disabled = True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what one library tells the other
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -149,6 +149,7 @@ class Manifest:
     parameters: Amount  # of the emulator, as it computes
     verbatim: Amount  # parameters of the base that it holds as they are
     lossy: Amount  # and those it holds in a format of few bits
+    experts: Count = 0  # parameters of experts that are one tensor: never in few bits, and LoRA does not train them
     files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000)]
 
 

@@ -17,15 +17,15 @@ from torch import nn
 from offsite.client.site.engines import ENGINES, join
 from offsite.client.site.inspection import BATCHES, judge, own_start, receive, strange_start
 from offsite.client.site.job import TrainerJob
-from offsite.client.site.proof import Witness
 from offsite.client.site.reasons import because
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import Encoded, collate, encoded, schedule
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.methods.proof import Witness
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import canonical, to_json
-from offsite.protos.errors import InputError, MismatchError, RunError
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, RunError
 from offsite.protos.spec import Span, TaskSpec, UpdateMetrics
 
 SENTENCE = 300  # characters of a warning; events of several processes must not mix
@@ -38,11 +38,11 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
     with because("FAULT_ENGINE"):
         ranks = join(job.engine, rendezvous)
     _make_repeatable()
-    with _faults_of_input("FAULT_DATA"):
+    with _faults("FAULT_DATA"):
         data = _read(job)  # before the model: it is quick, and the likeliest to be at fault
-    with _faults_of_input("FAULT_EMULATOR"):
+    with _faults("FAULT_EMULATOR"):
         ready = _load(job)
-    with _faults_of_input("FAULT_DATA"):
+    with _faults("FAULT_DATA"):
         odd_rows = job.policy.odd_rows
         encoding = encoded(data.examples, ready.tokenizer, max_length=spec.max_length, odd_rows=odd_rows)
     sequences = encoding.sequences
@@ -80,7 +80,7 @@ def train(job: TrainerJob, *, say: Callable[..., None], rendezvous: Path) -> Non
         losses.append(engine.step(batch))
         targets.append(batch.targets)
         if step == 1:
-            witness.judge()
+            _prove(witness)
         if not math.isfinite(losses[-1]):
             what = f"the loss is {losses[-1]} at step {step} of {spec.steps}"
             raise RunError(f"{what}; a lower learning_rate may help", reason="FAULT_DIVERGED")
@@ -133,13 +133,19 @@ def _load(job: TrainerJob) -> _Ready:
 
 
 @contextmanager
-def _faults_of_input(reason: str) -> Iterator[None]:
-    """What the emulator package calls a ValueError while files are read is a fault of the files."""
+def _faults(reason: str, kind: type[OffsiteError] = InputError) -> Iterator[None]:
+    """Call what the emulator package calls a ValueError by its kind: a fault of the files that are read, or another."""
     with because(reason):
         try:
             yield
         except ValueError as error:
-            raise InputError(str(error)) from error
+            raise kind(str(error)) from error
+
+
+def _prove(witness: Witness) -> None:
+    """Raise MismatchError if a trained tensor does not train: the emulator is not what was agreed."""
+    with _faults("FAULT_EMULATOR", MismatchError):
+        witness.judge()
 
 
 def _make_repeatable() -> None:

@@ -40,7 +40,7 @@ def build(
 ) -> None:
     """Build a bundle: the emulator, its tokenizer and a manifest."""
     from offsite.coordinator.recipes import parse, parse_one
-    from offsite.protos.errors import ConflictError
+    from offsite.protos.errors import ConflictError, MismatchError
 
     chain, placement = parse(builder), parse_one(trainable)
     if out.exists() and any(out.iterdir()):
@@ -50,6 +50,8 @@ def build(
 
     from offsite.coordinator.bundles import build as build_bundle
     from offsite.coordinator.manifests import describe
+    from offsite.coordinator.trial import try_out
+    from offsite.emulator.methods.lora import Lora
     from offsite.protos import tensors
 
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -66,6 +68,12 @@ def build(
             stream=stream,
             tell=lambda what, step, steps: status.update(f"{what}: {step} of {steps}"),
         )
+        status.update("loading what was built, and taking a training step")
+        try:
+            try_out(built, Lora())
+        except MismatchError:
+            shutil.rmtree(out)
+            raise
     shutil.rmtree(unfinished, ignore_errors=True)
     recovery = out.with_name(f"{out.name}.recovery.safetensors")
     if built.recovery:
@@ -136,6 +144,8 @@ def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
     table.add_row("parameters", f"{figures['parameters']:,}")
     lossy = f", {figures['disclosed_lossy']:.1%} in few bits" if figures["lossy"] else ""
     table.add_row("disclosed", f"{figures['disclosed']:.1%} of the base's parameters verbatim{lossy}")
+    if figures["experts"]:
+        table.add_row("experts", f"{figures['experts']:,} parameters, kept as they are; LoRA does not train them")
     table.add_row("protection", "not protected: no attack was measured; see `offsite emulator compare`")
     table.add_row("size", f"{figures['bytes'] / 1e6:,.1f} MB in {len(figures['files'])} files")
     table.add_row("signature", signature)

@@ -5,9 +5,15 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from offsite.emulator.anatomy.structure import find, text_config
+from offsite.emulator.anatomy.structure import find, layers, text_config
+from offsite.emulator.quiet import quiet
+
+_NUMBERS = {"mlp_only_layers", "moe_layers"}  # lists of layers' numbers, not of a value for each
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # layers below are dense
 
 
 def restack(model: nn.Module, positions: Sequence[int], shared: Mapping[int, int] | None = None) -> nn.Module:
@@ -44,9 +50,47 @@ def restack(model: nn.Module, positions: Sequence[int], shared: Mapping[int, int
 
 
 def follow(config: Any, sources: Sequence[int], depth: int) -> None:
-    """Bring the depth and every list with one entry per layer in line: models read them in their forward pass."""
+    """Bring the depth and all that names layers by number in line: models are built by it, or read it when they run."""
+    _renumber(config, sources)
     for name, value in list(vars(config).items()):
-        per_layer = "layer" in name or name.endswith("types")
+        per_layer = ("layer" in name or name.endswith("types")) and name not in _NUMBERS
         if per_layer and isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(config, name, [value[source] for source in sources])
     config.num_hidden_layers = len(sources)
+
+
+def _renumber(config: Any, sources: Sequence[int]) -> None:
+    """Say of a mixture's places which are dense and which have experts, in the settings that families have for it."""
+    dense = getattr(config, "mlp_only_layers", None)
+    if isinstance(dense, list):
+        step = getattr(config, "decoder_sparse_step", 1) or 1
+        config.mlp_only_layers = [at for at, source in enumerate(sources) if source in dense or (source + 1) % step]
+        config.decoder_sparse_step = 1
+    sparse = getattr(config, "moe_layers", None)
+    if isinstance(sparse, list):
+        config.moe_layers = [at for at, source in enumerate(sources) if source in sparse]
+    for name in _FIRST:
+        if isinstance(first := getattr(config, name, None), int):
+            setattr(config, name, sum(source < first for source in sources))
+
+
+def refuse_mixture(model: nn.Module, sources: Sequence[int]) -> None:
+    """Raise ValueError unless a model's configuration can describe the stack of these layers of it.
+
+    Layers of a mixture differ: some are dense, others have experts. The model may have no weights.
+    """
+    stack = layers(model)
+    kinds = [{name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} for layer in stack]
+    if all(kind == kinds[0] for kind in kinds):
+        return
+    whole: Any = model.config
+    config = type(whole).from_dict(whole.to_dict())
+    follow(config.get_text_config(decoder=True), sources, len(stack))
+    with quiet(), torch.device("meta"):
+        other = layers(AutoModelForCausalLM.from_config(config))
+    for place, source in enumerate(sources):
+        if {name: tuple(tensor.shape) for name, tensor in other[place].state_dict().items()} != kinds[source]:
+            raise ValueError(
+                f"{type(model).__name__}: its layers are of several kinds, and its config.json cannot say that layer "
+                f"{source} comes at place {place} of {len(sources)}; keep all layers (the builder whole)"
+            )

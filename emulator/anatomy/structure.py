@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+
+_FAMILIES = "transformers.models."
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,54 @@ def layers(model: nn.Module) -> nn.ModuleList:
 
 
 def linears(layer: nn.Module) -> list[str]:
-    """Return the paths of a layer's linear maps."""
-    return [path for path, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    """Return the paths of a layer's linear maps; kinds with a forward of their own, as routers, are none."""
+    return [
+        path
+        for path, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not type(module).forward.__module__.startswith(_FAMILIES)
+    ]
+
+
+def adaptable(layer: nn.Module) -> list[str]:
+    """Return the paths of the linear maps that an adapter can sit on whatever computes the layer.
+
+    Not those that choose experts, whose choice has no gradient; nor what state-space kernels read past the module.
+    """
+    scans = {path for path, module in layer.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
+
+    def fits(path: str) -> bool:
+        around, _, name = path.rpartition(".")
+        parents = path.split(".")
+        chooses = "router" in parents or (
+            "gate" in parents and hasattr(layer.get_submodule(".".join(parents[: parents.index("gate")])), "experts")
+        )
+        return not chooses and (around not in scans or name.startswith("in_proj"))
+
+    return [path for path in linears(layer) if fits(path)]
+
+
+def positions(model: nn.Module) -> int | None:
+    """Return for how many positions a model has a table, learned or computed; None if it needs none."""
+    config = text_config(model)
+    most = getattr(config, "max_position_embeddings", None)
+    tables = [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.ndim == 2 and ("wpe" in name or "position" in name) and most and tensor.shape[0] >= most
+    ]
+    return int(most) if most and tables else None
+
+
+def experts(*stack: nn.Module) -> int:
+    """Count the parameters of layers' experts that are held as one tensor, no linear maps; shared ones once."""
+    held = {
+        id(parameter): parameter.numel()
+        for layer in stack
+        for module in layer.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3 and not isinstance(module, _ConvNd)
+    }
+    return sum(held.values())
 
 
 def is_transposed(module: nn.Module) -> bool:

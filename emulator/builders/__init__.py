@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from offsite.emulator import family
-from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.builders.additive import AdditiveCodebooks
 from offsite.emulator.builders.base import STAGES, Builder, Draft, Grounds, Material, Outline
 from offsite.emulator.builders.crash import Crash
@@ -59,6 +59,7 @@ def run(chain: Sequence[Builder], placement: Placement, base: nn.Module, materia
     check(chain)
     first: Any = chain[0] if chain[0].stage == "depth" else Whole()
     outline = first.outline(base, material.batches, placement)
+    refuse_mixture(base, [outline.layers[place] for place in outline.own])
     draft = Draft(base, restack(base, outline.layers, outline.shared), outline)
     for builder in chain:
         if builder.stage != "depth":

@@ -9,8 +9,8 @@ from offsite.emulator.activations import Map
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears, shape
 from offsite.emulator.batches import training_batches
-from offsite.emulator.builders.base import Draft, Material, Stage
-from offsite.emulator.builders.storage import Which, chosen, importance
+from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
@@ -56,6 +56,10 @@ class AdditiveCodebooks:
 
     def _format(self, precision: Literal["float16", "float32"] = "float16") -> Additive:
         return Additive(self.group, self.codebooks, self.bits, precision)
+
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
+        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
+        refuse_shapes(model, chosen(outline, self.layers), self._format())
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with packed and tuned maps.

@@ -112,6 +112,10 @@ class DepthBuilder(Builder, Protocol):
 class ChangeBuilder(Builder, Protocol):
     """A builder of the stages "width", "tuning" and "storage"."""
 
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> object:
+        """Raise ValueError if an emulator of these shapes cannot be changed so; tuning asks nothing of them."""
+        ...
+
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the next draft; the given one stays as it was. Raises ValueError if the settings do not fit."""
         ...

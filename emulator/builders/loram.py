@@ -15,7 +15,7 @@ from offsite.emulator.anatomy.narrow import Part, Units, channels, groups, narro
 from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.builders.base import Draft, Material, Stage
+from offsite.emulator.builders.base import Draft, Material, Outline, Stage
 from offsite.emulator.formats.packed import dense
 from offsite.emulator.precision import in_fp32
 
@@ -57,16 +57,11 @@ class Loram:
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with narrower layers; raises ValueError if nothing can be pruned as asked."""
-        depth, outline = len(layers(draft.base)), draft.outline
-        places = [place for place in outline.own if self.first <= outline.layers[place] < depth - self.last]
-        if not places:
-            raise ValueError(
-                f"no layer is left to prune: the emulator has {sorted({*outline.layers})} of the base's {depth} "
-                f"layers, and the first {self.first} and the last {self.last} stay intact"
-            )
+        outline = draft.outline
         every = range(len(outline.layers))
         model = restack(draft.model, every)  # with modules of its own to replace
-        units = {place: self._units(model, place) for place in places}
+        units = self.fits(model, outline, depth=len(layers(draft.base)))
+        places = list(units)
         found: dict[tuple[int, str], Tensor] = {}
         if self.looks_at_text:
             sources = {place: outline.shared.get(place, place) for place in every}
@@ -86,6 +81,19 @@ class Loram:
         prove(draft.model, model, columns)
         # Places that share their parameters share the new ones too.
         return replace(draft, model=restack(model, every, outline.shared), recovery=recovery)
+
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> dict[int, dict[Units, int]]:
+        """Return what is pruned at which place, and how many units of each kind stay; raises ValueError if none can be.
+
+        The model may have no weights; `depth` is the base's.
+        """
+        places = [place for place in outline.own if self.first <= outline.layers[place] < depth - self.last]
+        if not places:
+            raise ValueError(
+                f"no layer is left to prune: the emulator has {sorted({*outline.layers})} of the base's {depth} "
+                f"layers, and the first {self.first} and the last {self.last} stay intact"
+            )
+        return {place: self._units(model, place) for place in places}
 
     def _units(self, model: nn.Module, place: int) -> dict[Units, int]:
         """Return what is pruned of a layer, and how many units of each kind stay."""

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.builders.base import Draft, Material, Stage
-from offsite.emulator.builders.storage import Which, chosen
+from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.storage import Which, chosen, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.blockwise import Blockwise
 from offsite.emulator.formats.int4 import Int4
@@ -32,6 +34,10 @@ class Quantised:
 
     def _packing(self) -> Blockwise:
         return NF4(self.block) if self.format == "nf4" else Int4(self.block)
+
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
+        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
+        refuse_shapes(model, chosen(outline, self.layers), self._packing())
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with packed maps; raises ValueError if no layer is to be packed."""

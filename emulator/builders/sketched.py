@@ -7,9 +7,11 @@ SmolLM2-135M that takes two thirds off what clustering costs which counts all co
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from torch import nn
+
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.builders.base import Draft, Material, Stage
-from offsite.emulator.builders.storage import Which, chosen, importance
+from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
@@ -39,6 +41,10 @@ class Sketched:
             raise ValueError(
                 f"groups must be at least 1 and iterations not negative, got {self.groups} and {self.iterations}"
             )
+
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
+        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
+        refuse_shapes(model, chosen(outline, self.layers), Sketch(self.groups))
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with sketched maps; what brings grids that train to the base goes into `recovery`.

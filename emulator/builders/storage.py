@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from offsite.emulator.activations import Map, mean_squares
 from offsite.emulator.anatomy.structure import layers, linears, shape
@@ -25,6 +25,13 @@ def chosen(outline: Outline, which: Which) -> list[int]:
     return places
 
 
+def refuse_shapes(model: nn.Module, places: Sequence[int], format: Format) -> None:
+    """Raise ValueError if a map of these places does not fit a format; the model may have no weights."""
+    for place in places:
+        for path in linears(layers(model)[place]):
+            format.shapes(*shape(layers(model)[place].get_submodule(path)))
+
+
 def importance(draft: Draft, places: Sequence[int], format: Format, batches: Sequence[Batch]) -> dict[Map, Tensor]:
     """Return the mean square of each input of the maps to pack, (d_in,) fp64 on the CPU.
 
@@ -32,9 +39,7 @@ def importance(draft: Draft, places: Sequence[int], format: Format, batches: Seq
     does not fit the format.
     """
     shared, stack = draft.outline.shared, layers(draft.model)
-    for place in places:
-        for path in linears(stack[place]):
-            format.shapes(*shape(stack[place].get_submodule(path)))  # refuses before the long work
+    refuse_shapes(draft.model, places, format)  # before the long work
     source = {place: shared.get(place, place) for place in range(len(stack))}
     wanted = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
     return mean_squares(draft.model, wanted, batches)

@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.anatomy.structure import adaptable, find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
 from offsite.emulator.methods.recovery import widen
+from offsite.emulator.quiet import quiet
 from offsite.emulator.seeds import generator
 
 _ADAPTER = "default"  # peft's own name for the only adapter
@@ -25,7 +27,10 @@ _ADAPTER = "default"  # peft's own name for the only adapter
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the linear maps of the layers that train."""
+    """Low-rank adapters on the linear maps of the layers that train.
+
+    All of them are those that `structure.adaptable` names and peft can tell from experts; these stay as they are.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -60,23 +65,39 @@ class Lora:
         """
         stack = find(model).layers
         adapter: Adapter = {}
-        for position, layer in places.items():
-            for path in self._targets(stack[position]):
-                place = Place(layer, path)
+        for position, paths in self.maps(model, places).items():
+            for path in paths:
+                place = Place(places[position], path)
                 d_out, d_in = shape(stack[position].get_submodule(path))
                 A = torch.empty(rank or self.rank, d_in)
                 A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator(seed, place.key("A")))
                 adapter |= {place.key("A"): A, place.key("B"): torch.zeros(d_out, rank or self.rank)}
         return adapter
 
-    def _targets(self, layer: nn.Module) -> list[str]:
-        paths = linears(layer)
+    def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
+        """Return the paths of the maps to adapt at each place; raises ValueError if a layer, or an ending, has none."""
+        stack = find(model).layers
+        every = {at: linears(stack[at]) for at in places}
+        taken = _taken(model, every)
         if self.modules == "all-linear":
-            return paths
-        for ending in self.modules:
-            if not any(f".{path}".endswith(f".{ending}") for path in paths):
-                raise ValueError(f"no linear map of a layer ends in {ending!r}; there are {', '.join(paths)}")
-        return [path for path in paths if any(f".{path}".endswith(f".{ending}") for ending in self.modules)]
+            maps = {at: [path for path in adaptable(stack[at]) if path not in taken] for at in places}
+        else:
+            known = dict.fromkeys(path for paths in every.values() for path in paths)
+            for ending in self.modules:
+                if not any(_ends(path, ending) for path in known):
+                    raise ValueError(f"no linear map of a layer ends in {ending!r}; there are {', '.join(known)}")
+            maps = {at: [p for p in every[at] if any(_ends(p, e) for e in self.modules)] for at in places}
+            if lost := sorted(taken & {p for paths in maps.values() for p in paths}):
+                raise ValueError(
+                    f"peft takes {lost[0]} of this family for a part of its experts; leave it out of modules"
+                )
+        for at, paths in maps.items():
+            if not paths:
+                raise ValueError(
+                    f"layer {places[at]} has no linear map for LoRA; name some as modules (it has "
+                    f"{', '.join(every[at]) or 'none'}), or train it whole, with the method blocks"
+                )
+        return maps
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""
@@ -86,7 +107,8 @@ class Lora:
             raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
         position = {layer: at for at, layer in places.items()}
         config = peft_config(model, {Place(position[p.layer], p.path): pair for p, pair in pairs.items()}, self.scale)
-        attached: nn.Module = get_peft_model(model, config)
+        with quiet():
+            attached: nn.Module = get_peft_model(model, config)
         live = self.named_parameters(attached, places)
         if live.keys() != adapter.keys():
             raise ValueError(f"the model does not take the adapter's keys {sorted(live.keys() ^ adapter.keys())[:3]}")
@@ -146,6 +168,18 @@ class Lora:
             name = f"base_model.model.{path}.{place.layer}.{place.path}"
             tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _taken(model: Any, maps: Mapping[int, list[str]]) -> set[str]:
+    """Return the paths that peft would take for those of experts, by names that a mixture's old checkpoints had."""
+    paths = {path for listed in maps.values() for path in listed}
+    config = LoraConfig(target_modules=paths)
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return paths - set(config.target_modules or ())
+
+
+def _ends(path: str, ending: str) -> bool:
+    return f".{path}".endswith(f".{ending}")
 
 
 def peft_config(model: nn.Module, pairs: Mapping[Place, Factors], scale: float) -> Any:

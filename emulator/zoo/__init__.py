@@ -4,10 +4,24 @@ from offsite.emulator.zoo.models import (
     ZOO,
     cache_folder,
     digest,
+    is_hub_id,
     load_base,
     load_tokenizer,
     locate,
+    look_up,
     refuse_strange_words,
+    survey,
 )
 
-__all__ = ["ZOO", "cache_folder", "digest", "load_base", "load_tokenizer", "locate", "refuse_strange_words"]
+__all__ = [
+    "ZOO",
+    "cache_folder",
+    "digest",
+    "is_hub_id",
+    "load_base",
+    "load_tokenizer",
+    "locate",
+    "look_up",
+    "refuse_strange_words",
+    "survey",
+]

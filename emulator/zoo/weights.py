@@ -37,9 +37,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
-            named = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+            index = json.loads((folder / INDEX).read_bytes())
+            named, _ = set(index["weight_map"].values()), index["metadata"]  # transformers asks for both
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{folder / INDEX}: not an index of weights, a JSON table with a "weight_map"') from None
+            raise ValueError(
+                f'{folder / INDEX}: not an index of weights, a JSON table with "metadata" and "weight_map"'
+            ) from None
         for name in named:
             if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
                 raise ValueError(f"{folder / INDEX}: it names {str(name)[:200]!r}, which is no file of this folder")

@@ -14,17 +14,17 @@ from torch.nn import functional
 from offsite.client.site.engines import ENGINES, Engine, Ranks
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.launch import launch
-from offsite.client.site.proof import Witness
 from offsite.coordinator import bundles
 from offsite.coordinator.recipes import parse, parse_one
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import Batch, encode, training_batches
 from offsite.emulator.builders.base import Outline
 from offsite.emulator.bundle import Layout
+from offsite.emulator.methods.proof import Witness
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import to_json
-from offsite.protos.errors import InputError, MismatchError
+from offsite.protos.errors import InputError
 
 Jobs = Any
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
@@ -287,5 +287,5 @@ def test_tensors_that_do_not_train_are_refused_by_name(job: Jobs, through: float
     mlp = loaded.model.get_submodule("base_model.model.model.layers.3.mlp")
     mlp.up_proj = Deaf(mlp.up_proj, through)
     loaded.engine().step(loaded.batches[0])
-    with pytest.raises(MismatchError, match=fault):
+    with pytest.raises(ValueError, match=fault):
         witness.judge()

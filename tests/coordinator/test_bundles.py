@@ -71,6 +71,7 @@ def test_a_run_with_the_text_its_builders_need_is_taken(material: Path, builders
         RunSpec(
             model=str(material / "model"),
             builders=parse(builders),
+            trainable=parse_one("ends(bottom=1,top=1)"),
             **{name: str(material / "public.jsonl") for name in texts},
         )
     )

@@ -5,7 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from offsite.protos.errors import MismatchError
+from offsite.emulator.anatomy.structure import positions, text_config
+from offsite.emulator.batches import Batch
+from offsite.emulator.evaluation.fidelity import loss
+from offsite.emulator.methods.base import Adapter, Method
+
+ROWS, TOKENS = 2, 16  # of a step that only proves that training works
 
 
 class Witness:
@@ -27,7 +32,7 @@ class Witness:
         return handle
 
     def judge(self) -> None:
-        """Stop watching; raises MismatchError that names the tensors without a gradient, or without an effect.
+        """Stop watching; raises ValueError that names the tensors without a gradient, or without an effect.
 
         One factor of a map may have a gradient of zero, as A has while B is zero, but not both.
         """
@@ -39,6 +44,26 @@ class Witness:
         _refuse((key for key in self._keys if _map(key) not in effective), "have no effect on the loss")
 
 
+def step(model: nn.Module, method: Method, places: Mapping[int, int], adapter: Adapter) -> None:
+    """Attach an adapter, in place, and take one training step on random tokens; raises ValueError unless all trains.
+
+    What a site would find out after it has downloaded the emulator is found out here.
+    """
+    attached = method.attach(model, places, adapter).train()
+    trained = method.named_parameters(attached, places)
+    witness = Witness(trained)
+    length = min(TOKENS, positions(model) or TOKENS)
+    ids = torch.randint(text_config(model).vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    value = loss(attached, Batch(ids, torch.ones_like(ids), ids))
+    value.backward()  # type: ignore[no-untyped-call]
+    if not bool(value.isfinite()):
+        raise ValueError(f"the loss of the emulator on random tokens is {float(value)}, so it cannot be trained")
+    witness.judge()
+    torch.optim.AdamW(list(trained.values()), lr=method.rate).step()
+    if strange := [key for key, parameter in trained.items() if not bool(parameter.isfinite().all())]:
+        raise ValueError(f"one training step leaves values in {strange[0]} that are not finite")
+
+
 def _map(key: str) -> str:
     return key.rpartition(".")[0]
 
@@ -46,4 +71,4 @@ def _map(key: str) -> str:
 def _refuse(keys: Iterable[str], fault: str) -> None:
     if found := list(keys):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise MismatchError(f"{len(found)} trained tensors {fault}: {', '.join(found[:3])}{more}")
+        raise ValueError(f"{len(found)} trained tensors {fault}: {', '.join(found[:3])}{more}")
