@@ -119,7 +119,7 @@ class Server:
         while True:
             try:
                 await asyncio.to_thread(collect, self._home, self._retention)
-            except (OSError, ResourceError) as error:
+            except (OSError, OffsiteError) as error:  # of a damaged journal the dispatcher makes an end
                 log.error("old files are not collected: %s", error)
             await asyncio.sleep(COLLECT_EVERY_S)
 

@@ -16,7 +16,15 @@ from offsite.coordinator.report import assemble, perplexities, training, warning
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
 from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.documents import canonical, from_json, plain, to_json
-from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError, ResourceError, RunError, from_status
+from offsite.protos.errors import (
+    MismatchError,
+    NotFoundError,
+    OffsiteError,
+    ResourceError,
+    RunError,
+    from_status,
+    from_system,
+)
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
 
@@ -65,6 +73,8 @@ class Supervisor:
             log.info("run %s: cancelled", self._run)
         except OffsiteError as error:
             self._journal.end_run(self._run, "failed", error=str(error))
+        except OSError as error:
+            self._journal.end_run(self._run, "failed", error=str(from_system(error)))
         except Exception as error:  # a fault of ours must end the run with a word, not leave it hanging
             log.exception("run %s", self._run)
             self._journal.end_run(
