@@ -8,7 +8,7 @@ from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, longest
 from offsite.emulator.builders import BUILDERS, Outline, make
 from offsite.emulator.builders.crash import nearest, pooled
-from offsite.emulator.builders.reductions import MARGIN
+from offsite.emulator.builders.reductions import MARGIN, cluster
 from offsite.emulator.builders.uniform import even
 from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.placements import Ends, Kept, Spread
@@ -169,20 +169,39 @@ def rounded(model: Any, seed: int) -> list[Any]:
     return [m.register_forward_hook(off) for m in model.modules() if isinstance(m, torch.nn.Linear)]
 
 
-@pytest.mark.parametrize("reduction", ["cluster", "drop"])
-def test_the_rounding_of_bf16_and_the_cut_into_batches_choose_no_layers(
-    tiny: Any, text: list[Batch], reduction: str
-) -> None:
-    model = tiny("llama", 12)
-    builder: Any = make("crash", {"keep": 8, "reduction": reduction, "sharing": "auto"})
-    whole = builder.outline(model, text, Ends(1, 1))
-    rows = longest(text, 12)
-    assert len(rows) == 1 and builder.outline(model, rows, Ends(1, 1)) == whole
-    for seed in range(6):
-        hooks = rounded(model, seed)
-        assert builder.outline(model, text, Ends(1, 1)) == whole
+@torch.no_grad()
+def tied(model: Any, text: list[Batch]) -> Any:
+    """Scale what layer 6 adds until it is as unlike layer 5 as layer 3, which adds less than it might, is unlike 2."""
+
+    def adding(number: int) -> list[torch.Tensor]:
+        named = layers(model)[number].named_parameters()
+        return [weight for name, weight in named if name.endswith(("o_proj.weight", "down_proj.weight"))]
+
+    for weight in adding(3):
+        weight.mul_(0.3)
+    maps, low, high = adding(6), 0.01, 100.0
+    originals = [weight.clone() for weight in maps]
+    for _ in range(24):
+        factor = (low * high) ** 0.5
+        for weight, original in zip(maps, originals, strict=True):
+            weight.copy_(factor * original)
+        links = adjacent_cka(pooled(model, text))
+        low, high = (factor, high) if links[5] > links[2] else (low, factor)
+    return model
+
+
+def test_neither_the_rounding_of_bf16_nor_the_cut_into_batches_chooses_layers(tiny: Any, text: list[Batch]) -> None:
+    model = tied(stepwise(tiny("llama", 9), {3, 6}), text)
+    chosen, weakest = [], []
+    for seed in range(7):
+        hooks = rounded(model, seed) if seed else []
+        chosen.append(outline("crash", model, text, placement=Ends(1, 1), keep=4, sharing="auto"))
+        weakest.append(next(iter(cluster(pooled(model, text)[1:8], 2).strains)))
         for hook in hooks:
             hook.remove()
+    assert len({*weakest}) == 2, "the links alone would swap layers"
+    assert all(one == chosen[0] for one in chosen) and chosen[0].grounds and chosen[0].grounds.ways == 2
+    assert outline("crash", model, longest(text, 12), placement=Ends(1, 1), keep=4, sharing="auto") == chosen[0]
 
 
 def test_layers_are_chosen_in_fp32_whatever_the_model_computes_in(tiny: Any, text: list[Batch]) -> None:
