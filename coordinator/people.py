@@ -54,10 +54,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             token = f"{person.name} {request.token or run}"  # one person's token is nobody else's
             granted = None
             if not self._journal.submitted(token):
-                live = self._journal.live_of(person.name)
-                grant = self._policy.grant(spec, role=person.role, person=person.name, live=live)
+                grant = self._grant(spec, person)
                 await asyncio.to_thread(_judge, grant)
-                granted = to_plain(grant)
+                granted = to_plain(self._grant(spec, person))  # others of theirs may have come in meanwhile
             row = self._journal.add_run(run, token=token, owner=person.name, spec=to_json(spec), granted=granted)
             self._wake()
             return self._status(row, person)
@@ -122,6 +121,10 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             return pb.SitesReply(
                 sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
             )
+
+    def _grant(self, spec: RunSpec, person: Peer) -> Grant:
+        live = self._journal.live_of(person.name)
+        return self._policy.grant(spec, role=person.role, person=person.name, live=live)
 
     def _seen(self, run: str, person: Peer) -> Row:
         """Return a run that a person may see; for others' runs the error is that of one that does not exist."""
