@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 from offsite.coordinator import limits
+from offsite.coordinator.home import Home
 from offsite.coordinator.limits import Limits, check_request
 from offsite.coordinator.progress import Told, ahead
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.coordinator.supervisor import Supervisor
 from offsite.protos import fleet_pb2 as pb
+from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.spec import RunSpec
 from offsite.protos.transfer_pb2 import Chunk
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
@@ -116,3 +120,31 @@ def test_a_task_that_goes_on_is_told_of_ever_more_seldom(journal: Journal, monke
     assert not told.tell(KEY, journal.task(KEY), state="training", step=10_000)
     told.forget(KEY)
     assert len(told) == 0
+
+
+def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_renews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.now = 1e6
+    monkeypatch.setattr("time.time", clock)
+    home = Home(tmp_path, tmp_path)
+    journal = home.journal()
+    journal.add_run("r", token="t", owner="alice", spec=to_json(RunSpec(model="m", stall_s=50.0, task_s=100.0)))
+    journal.add_task(KEY, spec=b"task", signature=b"s")
+    journal.enrol("a")
+
+    def is_open() -> bool:  # as a supervisor sees it that was started just now
+        supervisor = Supervisor(home, "r", perform=lambda *_: {})
+        return supervisor._is_open(0, journal.task(KEY))
+
+    clock.now += 1000
+    journal.see("a")
+    assert is_open(), "a site that is busy with another run is waited for while it is here"
+    Told(journal).tell(KEY, journal.task(KEY), state="taken", step=0)
+    for step in range(3):
+        clock.now += 33
+        assert Told(journal).tell(KEY, journal.task(KEY), state="training", step=step) and is_open()
+    clock.now += 2
+    assert not is_open()
+    assert journal.task(KEY).message == "was not done 100 s after it took its task"
