@@ -10,7 +10,7 @@ import torch
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.batches import Batch, evaluation_batches
-from offsite.emulator.builders.crash import Crash, pooled
+from offsite.emulator.builders import crash
 from offsite.emulator.builders.reductions import cluster
 from offsite.emulator.placements import Ends, Spread
 
@@ -44,9 +44,10 @@ def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
     def text() -> list[Batch]:
         return evaluation_batches(bench.public[:32], batch_size=8)
 
-    states = pooled(bench.base, text())[2:28]
+    once = text()
+    states = crash.pooled(bench.base, once)[2:28]
     keep = min(range(15, 29), key=lambda keep: cluster(states, keep - 4).gap)  # the nearest choice there is
-    exact = Crash(keep=keep).outline(bench.base, text(), Ends(2, 2))
+    exact = crash.Crash(keep=keep).outline(bench.base, once, Ends(2, 2))
     assert exact.grounds
     tell(keep=keep, gap=exact.grounds.gap, ways=exact.grounds.ways, lead=exact.grounds.lead or 0.0)
     maps = [module for module in bench.base.modules() if isinstance(module, torch.nn.Linear)]
@@ -54,7 +55,7 @@ def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
         draw = torch.Generator().manual_seed(seed)
         hooks = [module.register_forward_hook(off(draw)) for module in maps]
         try:
-            assert Crash(keep=keep).outline(bench.base, text(), Ends(2, 2)) == exact
+            assert crash.Crash(keep=keep).outline(bench.base, text(), Ends(2, 2)) == exact
         finally:
             for hook in hooks:
                 hook.remove()
