@@ -26,6 +26,8 @@ def assign(settings: Iterable[str], value: dict[str, Any], document: type[Any]) 
         where = f"--set {quoted(setting)[1:-1]}"
         if not equals or not name:
             raise _fault(f"{where}: {EXAMPLE}")
+        if any("\ud800" <= character <= "\udfff" for character in setting):
+            raise _fault(f"{where}: is not written in UTF-8")
         *parents, last = name.strip().split(".")
         place, kind = value, document
         for at, part in enumerate(parents):
