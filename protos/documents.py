@@ -146,7 +146,8 @@ def _fault(cls: Any, error: ValidationError, value: Any) -> str:
     if first["type"] == "missing":
         return f"{place}{first['msg']}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}{_MEANT.get(message, plain(message, most=300))} (got {quoted(first['input'])})"
+    got = f" (got {quoted(first['input'])})" if place else ""  # a fault of the whole names what is wrong itself
+    return f"{place}{_MEANT.get(message, plain(message, most=300))}{got}"
 
 
 def bare(kind: Any) -> Any:
