@@ -91,7 +91,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def encoded(*files: Path) -> list[Encoded]:
         return encode([example for file in files for example in read(file)], tokenizer, max_length=LENGTH, divide=False)
 
-    public = encoded(folder / "public.jsonl")
+    public = encoded(folder / "owner" / "public.jsonl")
     bench = Bench(
         base=base,
         tokenizer=tokenizer,

@@ -46,7 +46,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
     def perplexity(model: nn.Module, text: list[Batch]) -> float:
         return likelihood(model, text).perplexity
 
-    public = encoded(tmp_path / "public.jsonl")
+    public = encoded(tmp_path / "owner" / "public.jsonl")
     private = encoded(*(site.train for site in sites))
     unseen = evaluation_batches(public[112:], batch_size=8)
     exam = evaluation_batches(encoded(*(site.held_out for site in sites)), batch_size=8)
