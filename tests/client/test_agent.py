@@ -141,7 +141,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     site = agent.Agent(channel, config, say=lambda *_: None)
     work.task(one.task).mkdir(parents=True)
     (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
-    with pytest.raises(InputError) as caught, training._faults_of_input("FAULT_DATA"):
+    with pytest.raises(InputError) as caught, training._faults("FAULT_DATA"):
         training._read(one)
     fault = from_status(caught.value.status, str(caught.value), reason=caught.value.reason)  # as it leaves the trainer
     reporter = Reporter(channel, None, one.task, every_s=1000.0)  # type: ignore[arg-type]
