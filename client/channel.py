@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from offsite.protos.chunks import digest_file, is_digest, read_chunks
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
+from offsite.protos.security.handshake import check_coordinator, coordinator_certificate
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import channel_credentials, explain
 from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
@@ -31,9 +33,23 @@ OPTIONS = (
 )
 
 
-class Channel:
-    """One connection to one coordinator.
+class Lines:
+    """What stubs speak through: a gRPC channel to them, but each call takes the connection that holds just then."""
 
+    def __init__(self, connection: Callable[[], grpc.Channel]) -> None:
+        self._connection = connection
+
+    def __getattr__(self, kind: str) -> Any:
+        def method(*path: Any, **codec: Any) -> Any:
+            return lambda request, **options: getattr(self._connection(), kind)(*path, **codec)(request, **options)
+
+        return method
+
+
+class Channel:
+    """One coordinator, dialled at the first call and again when it shows another certificate.
+
+    Only a certificate that the kit's list does not refuse is spoken to; the list is read again at every call.
     `patience_s` is how long a call goes on trying while the coordinator does not answer. Every call of the protocol
     may be repeated, so retrying is always safe.
     """
@@ -42,8 +58,29 @@ class Channel:
         self.address = parse(target)
         self.target = str(self.address)
         self.patience_s = patience_s
-        self.grpc = grpc.secure_channel(self.target, channel_credentials(identity), options=self._options())
+        self.grpc = Lines(self._connection)
+        self._identity = identity
+        self._certificate = b""  # the one that is spoken to; empty: dial anew
+        self._connections: list[grpc.Channel] = []  # the last holds; one before it may be in another thread's hands
+        self._dialling = threading.Lock()
         self._met = False  # whether the coordinator has ever answered on this channel
+
+    def _connection(self) -> grpc.Channel:
+        """Return a connection to a coordinator that may be spoken to; raises IdentityError, UnreachableError."""
+        with self._dialling:
+            certificate = self._certificate or self._look()
+            check_coordinator(certificate, self._identity)
+            if certificate != self._certificate:
+                credentials = channel_credentials(self._identity, pinned=certificate)
+                self._connections.append(grpc.secure_channel(self.target, credentials, options=self._options()))
+                self._certificate = certificate
+            return self._connections[-1]
+
+    def _look(self) -> bytes:
+        try:
+            return coordinator_certificate(self.address, self._identity)
+        except ConnectionError as error:
+            raise self._no_connection(plain(str(error))) from None
 
     def _options(self) -> tuple[tuple[str, int], ...]:
         """A proxy is for what lies beyond this machine, whatever the environment says."""
@@ -51,7 +88,8 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection."""
-        self.grpc.close()
+        for connection in self._connections:
+            connection.close()
 
     def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S, patience_s: float | None = None) -> Any:
         """Make a unary call, retrying while the coordinator is away; raises the error the coordinator raised."""
@@ -78,8 +116,8 @@ class Channel:
                 result = attempt()
                 self._met = True
                 return result
-            except grpc.RpcError as error:
-                translated = self._translate(error)
+            except (grpc.RpcError, UnreachableError) as error:
+                translated = error if isinstance(error, UnreachableError) else self._translate(error)
                 if progress() > reached:
                     deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
                 if not isinstance(translated, UnreachableError | ResourceError) or time.monotonic() > deadline:
@@ -89,12 +127,11 @@ class Channel:
 
     def _translate(self, error: grpc.RpcError) -> OffsiteError:
         status, details = error.code(), plain(error.details() or "")
+        if status == grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in details:
+            self._certificate = b""
+            return UnreachableError(f"{self.target}: the coordinator shows another certificate, which is to be checked")
         if status == grpc.StatusCode.UNAVAILABLE:
-            cause = explain(details, self.target)
-            if proxy := self.address.proxy():
-                cause = type(cause)(f"{cause} (the variable {proxy} names a proxy; no_proxy can spare this host)")
-            # A coordinator that let us in before is away, whatever a handshake that broke meanwhile looks like.
-            return UnreachableError(str(cause)) if self._met else cause
+            return self._no_connection(details)
         if status == grpc.StatusCode.CANCELLED:  # not by us: a server that ends cancels what it is doing
             return UnreachableError(f"{self.target}: the coordinator is stopping")
         if status == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -104,6 +141,13 @@ class Channel:
                 f"{self.target}: the coordinator does not know this call; it runs another version of offsite"
             )
         return from_status(status.name, details)
+
+    def _no_connection(self, details: str) -> OffsiteError:
+        cause = explain(details, self.target)
+        if proxy := self.address.proxy():
+            cause = type(cause)(f"{cause} (the variable {proxy} names a proxy; no_proxy can spare this host)")
+        # A coordinator that let us in before is away, whatever a handshake that broke meanwhile looks like.
+        return UnreachableError(str(cause)) if self._met else cause
 
     def stream(self, method: Any, request: Any) -> Iterator[Any]:
         """Yield the answers of a streaming call; raises the error the coordinator raised."""

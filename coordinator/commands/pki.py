@@ -76,7 +76,8 @@ def revoke(
 ) -> None:
     """Revoke a certificate: coordinators refuse it from the next call on.
 
-    A coordinator's kit holds the model owner's signing key, too: where one leaked, make a new authority.
+    Where it is a coordinator's, hand the new crl.pem to the sites and people: each client refuses it once the file is
+    in its kit. A coordinator's kit holds the model owner's signing key, too: where one leaked, make a new authority.
     """
     from offsite.protos.security.pki import Authority
 

@@ -60,6 +60,7 @@ class RevocationList:
     """A list, read and found to be signed by the authority."""
 
     number: int
+    since: datetime
     until: datetime
     issued: frozenset[int]
     revoked: frozenset[int]
@@ -87,7 +88,7 @@ class RevocationList:
         numbers = [serials.value[at : at + _SERIAL_BYTES] for at in range(0, len(serials.value), _SERIAL_BYTES)]
         until = listed.next_update_utc or datetime.min.replace(tzinfo=UTC)
         issued = frozenset(int.from_bytes(one) for one in numbers)
-        return cls(number, until, issued, frozenset(entry.serial_number for entry in listed))
+        return cls(number, listed.last_update_utc, until, issued, frozenset(entry.serial_number for entry in listed))
 
     def check(self, peer: Peer, *, where: Path) -> None:
         """Refuse a certificate that is revoked, or that the authority has no record of; raises IdentityError."""
@@ -99,6 +100,24 @@ class RevocationList:
             raise IdentityError(
                 f"the certificate of {peer.role} {peer.name!r} is not among those that {where} names: was it issued "
                 "after that list was copied, copy crl.pem again from the authority's folder into this kit"
+            )
+
+    def check_coordinator(self, certificate: x509.Certificate, *, where: Path) -> None:
+        """Refuse a coordinator that is revoked, or that a list newer than its certificate has no record of.
+
+        A client's list is as old as its kit: it may know nothing of a certificate that was renewed since, and its end
+        locks nobody out. Raises IdentityError.
+        """
+        peer, since = Peer.of(certificate), certificate.not_valid_before_utc
+        if peer.serial in self.revoked:
+            raise IdentityError(
+                f"the certificate of {peer.role} {peer.name!r} is revoked, by {where}; "
+                "ask the model owner where the coordinator is now"
+            )
+        if peer.serial not in self.issued and since < self.since:
+            raise IdentityError(
+                f"the certificate of {peer.role} {peer.name!r} is not among those that {where} names, which is newer; "
+                "tell the model owner, somebody else may hold the authority's key"
             )
 
 

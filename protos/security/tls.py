@@ -19,9 +19,12 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([pair], root_certificates=identity.authority, require_client_auth=True)
 
 
-def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
-    """Credentials of a client that shows its certificate and trusts only its own authority."""
-    return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+def channel_credentials(identity: Identity, *, pinned: bytes = b"") -> grpc.ChannelCredentials:
+    """Credentials of a client that shows its certificate and trusts its own authority; of that, one certificate (PEM).
+
+    A certificate that is no authority's vouches for nobody but its holder.
+    """
+    return grpc.ssl_channel_credentials(pinned or identity.authority, identity.key, identity.certificate)
 
 
 def peer(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
@@ -33,19 +36,22 @@ def peer(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
     raise IdentityError("the caller showed no certificate; connect over TLS with a kit from the model owner")
 
 
-# What the details of an UNAVAILABLE call hold, and what it means. A server never says why it refuses a client: in
-# TLS 1.3 the client's own handshake is over by then, and gRPC sends no alert: a closed socket is all the client sees.
+# What the details of an UNAVAILABLE call, or of a handshake of Python's own, hold, and what it means. A server never
+# says why it refuses a client: in TLS 1.3 the client's own handshake is over by then, and gRPC sends no alert: a closed
+# socket is all the client sees.
 _NOT_ACCEPTED = {
     r"certificate has expired": "the coordinator's certificate has expired; its owner issues a new kit with "
     "`offsite pki issue`",
     r"certificate is not yet valid": "the coordinator's certificate is not valid yet; check this machine's clock",
-    r"unsupported certificate purpose": "by its certificate, what answers is not a coordinator; check the address",
+    r"unsu(pported|itable) certificate purpose": "by its certificate, what answers is not a coordinator; "
+    "check the address",
+    r"Hostname Verification Check failed|(Hostname|IP address) mismatch": "the coordinator's certificate does not name "
+    "this host; its owner issues one that does with `offsite pki issue --host`",
     r"CERTIFICATE_VERIFY_FAILED|BAD_SIGNATURE": "the coordinator's certificate was not issued by this kit's ca.crt; "
     "check the address, or ask the model owner for a kit of the same authority",
-    r"Hostname Verification Check failed": "the coordinator's certificate does not name this host; its owner issues "
-    "one that does with `offsite pki issue --host`",
-    r"WRONG_VERSION_NUMBER": "what answers there does not speak TLS, so it cannot prove who it is; check the address",
-    r"Tls handshake failed": "the TLS handshake failed; check the address and the kit",
+    r"WRONG_VERSION_NUMBER|record layer failure": "what answers there does not speak TLS, so it cannot prove who it "
+    "is; check the address",
+    r"Tls handshake failed|^\[SSL": "the TLS handshake failed; check the address and the kit",
     r"last error: UNAVAILABLE: \S+: Socket closed$": "the coordinator closed the "
     "connection instead of accepting this kit's certificate: it has expired or is of another authority; "
     "the coordinator's log says which",
@@ -53,6 +59,7 @@ _NOT_ACCEPTED = {
 _NOT_REACHED = {
     r"Connection refused": "nothing listens there; check the address and that the coordinator is up",
     r"errors resolving|DNS resolution failed": "the host name is not known; check the address",
+    r"timed out": "nothing answers there in time; check the address and any firewall on the way",
     r"Handshake read failed": "the connection was closed before the coordinator showed a certificate; check the "
     "address and any proxy on the way",
 }

@@ -121,3 +121,29 @@ def test_a_list_without_the_certificates_issued_is_said_to_be_of_another_version
     signed = plain.sign(issuer.key, hashes.SHA256()).public_bytes(Encoding.PEM)
     with pytest.raises(IdentityError, match="does not name the certificates issued; renew it"):
         RevocationList.parse(signed, (authority.folder / "ca.crt").read_bytes(), where=Path("crl.pem"))
+
+
+def test_a_client_refuses_what_a_newer_list_has_no_record_of_and_is_never_locked_out_by_an_old_one(
+    authority: Authority, kit: Path
+) -> None:
+    now = datetime.now(UTC)
+
+    def check(name: str, *, age: int) -> None:
+        """Hold a coordinator against a list made some days ago, which ended a day later and does not name it."""
+        ended = revocation.new_revocation_list(
+            authority._issuer,
+            number=1,
+            issued=[],
+            revoked=[],
+            now=now - timedelta(days=age),
+            until=now - timedelta(days=age - 1),
+        ).public_bytes(Encoding.PEM)
+        listed = RevocationList.parse(ended, (kit / "ca.crt").read_bytes(), where=Path("crl.pem"))
+        certificate = x509.load_pem_x509_certificate((authority.folder / name / "tls.crt").read_bytes())
+        listed.check_coordinator(certificate, where=Path("crl.pem"))
+
+    authority.issue("coordinator", "elder", _at=now - timedelta(days=3))
+    check("hub", age=2)
+    with pytest.raises(IdentityError, match=r"'elder' is not among those that crl\.pem names, which is newer"):
+        check("elder", age=2)
+    check("elder", age=4)

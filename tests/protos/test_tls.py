@@ -11,7 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from offsite.protos.addresses import Address
 from offsite.protos.errors import IdentityError, OffsiteError, UnreachableError
+from offsite.protos.security.handshake import coordinator_certificate
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.tls import Identity, channel_credentials, explain, peer, server_credentials
 
@@ -86,6 +88,15 @@ def failure(port: int, credentials: grpc.ChannelCredentials | None, host: str = 
     return error
 
 
+def distrust(port: int, identity: Identity, host: str = "127.0.0.1") -> OffsiteError:
+    """Dial what no client speaks to: a handshake of its own is explained as gRPC's is."""
+    error = failure(port, channel_credentials(identity), host)
+    with pytest.raises(ConnectionError) as caught:
+        coordinator_certificate(Address(host, port), identity)
+    assert repr(explain(str(caught.value), f"{host}:{port}")) == repr(error)
+    return error
+
+
 @dataclass(frozen=True)
 class Fleet:
     """An authority with a coordinator and a site, and a stranger with kits of an authority of the same name."""
@@ -135,7 +146,7 @@ def test_a_caller_is_known_by_its_certificate(fleet: Fleet, host: str) -> None:
 
 
 def test_a_client_of_another_authority_refuses_the_coordinator(fleet: Fleet, port: int) -> None:
-    error = failure(port, channel_credentials(fleet.strange_site))
+    error = distrust(port, fleet.strange_site)
     assert isinstance(error, IdentityError)
     assert "not issued by this kit's ca.crt" in str(error)
 
@@ -164,7 +175,7 @@ def test_a_coordinator_that_trusts_another_authority_refuses_the_client(fleet: F
 def test_a_client_refuses_a_coordinator_outside_its_dates(fleet: Fleet, days: int, fragment: str) -> None:
     kit = fleet.authority.issue("coordinator", f"hub.{days}", _at=datetime.now(UTC) + timedelta(days=days))
     with serving(server_credentials(unchecked(fleet.coordinator, kit))) as port:
-        error = failure(port, channel_credentials(fleet.site))
+        error = distrust(port, fleet.site)
     assert isinstance(error, IdentityError)
     assert fragment in str(error)
 
@@ -172,21 +183,21 @@ def test_a_client_refuses_a_coordinator_outside_its_dates(fleet: Fleet, days: in
 def test_a_client_refuses_a_coordinator_at_a_host_it_does_not_name(fleet: Fleet) -> None:
     kit = fleet.authority.issue("coordinator", "far-hub", hosts=["tune.acme.org"])
     with serving(server_credentials(Identity.load(kit))) as port:
-        error = failure(port, channel_credentials(fleet.site))
+        error = distrust(port, fleet.site)
     assert isinstance(error, IdentityError)
     assert "does not name this host" in str(error)
 
 
 def test_a_site_cannot_pose_as_the_coordinator(fleet: Fleet) -> None:
     with serving(server_credentials(fleet.site)) as port:
-        error = failure(port, channel_credentials(fleet.site))
+        error = distrust(port, fleet.site)
     assert isinstance(error, IdentityError)
     assert "not a coordinator" in str(error)
 
 
 def test_a_client_refuses_a_server_without_tls(fleet: Fleet) -> None:
     with serving(None) as port:
-        error = failure(port, channel_credentials(fleet.site))
+        error = distrust(port, fleet.site)
     assert isinstance(error, IdentityError)
     assert "does not speak TLS" in str(error)
 
@@ -194,13 +205,13 @@ def test_a_client_refuses_a_server_without_tls(fleet: Fleet) -> None:
 def test_where_nothing_listens_the_coordinator_is_unreachable(fleet: Fleet) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # bound but not listening: refused, and nobody else can take the port
-        error = failure(reserved.getsockname()[1], channel_credentials(fleet.site))
+        error = distrust(reserved.getsockname()[1], fleet.site)
     assert isinstance(error, UnreachableError)
     assert "nothing listens there" in str(error)
 
 
 def test_a_host_that_does_not_exist_is_unreachable(fleet: Fleet) -> None:
-    error = failure(1, channel_credentials(fleet.site), host="no-such-host.invalid")
+    error = distrust(1, fleet.site, host="no-such-host.invalid")
     assert isinstance(error, UnreachableError)
     assert "host name is not known" in str(error)
 
@@ -216,7 +227,7 @@ def test_a_proxy_with_nothing_behind_it_is_unreachable(fleet: Fleet) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=hang_up, args=(listener,), daemon=True)
         thread.start()
-        error = failure(listener.getsockname()[1], channel_credentials(fleet.site))
+        error = distrust(listener.getsockname()[1], fleet.site)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert isinstance(error, UnreachableError)
