@@ -106,7 +106,7 @@ class Federation:
         if name not in {entry.name for entry in self.authority.entries()}:
             self.authority.issue("site", name)
         file = self.folder / f"{name}.toml"
-        lax = "max_steps = 100000\nmax_learning_rate = 0.01\nmax_passes = 1e9\nmin_rows = 1\n"
+        lax = "max_steps = 1000\nmax_learning_rate = 0.01\nmax_passes = 1e9\nmin_rows = 1\n"
         file.write_text(f'data = ["{self.material}", "{self.folder}"]\n{lax}' + (policy or 'bases = ["any"]\n'))
         enrolled = len(self.events(name, "enrolled"))
         self.start(
