@@ -21,6 +21,7 @@ from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
 from offsite.coordinator.limits import Limits
 from offsite.coordinator.people import RunsService
+from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.store.journal import Key
 from offsite.coordinator.store.tables import runs, tasks
 from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2
@@ -79,7 +80,7 @@ class Coordinator:
         self.journal.add_task(KEY, spec=self.task, signature=b"s")
         self.gate = Gate(Revocations(kit / "crl.pem", seen=self.home.root / "crl-number"))
         self.fleet = FleetService(self.home, self.journal, blobs, self.gate)
-        self.people = RunsService(self.journal, blobs, self.gate, lambda: None)
+        self.people = RunsService(self.journal, blobs, self.gate, lambda: None, policy=OwnerPolicy())
         self.certificates = {
             name: (authority.issue(role, name) / "tls.crt").read_bytes()  # type: ignore[arg-type]
             for role, name in (("site", "bank"), ("owner", "alice"))

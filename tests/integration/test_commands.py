@@ -58,7 +58,7 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
         f'model = "{federation.material}/model"\nname = "first"\n'
         f'[[builders]]\nname = "uniform"\nsettings = {{ keep = 5 }}\n'
         f'[evaluation]\nexam = "{federation.material}/held-out.jsonl"\n'
-        "[training]\nsteps = 2\nmax_length = 32\n"
+        "[training]\nsteps = 4\nmax_length = 32\n"
     )
     submitted = offsite("run", "submit", str(tmp_path / "run.toml"), *where, "--set", "rounds=1", "--watch")
     assert submitted.returncode == 0, submitted.stderr
@@ -68,7 +68,7 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
     (listed,) = json.loads(offsite("run", "list", *where, "--format", "json").stdout)
     assert (listed["id"], listed["name"], listed["state"], listed["round"]) == (run, "first", "completed", 1)
     shown = json.loads(offsite("run", "show", run, *where, "--format", "json").stdout)
-    assert shown["spec"]["training"]["steps"] == 2 and shown["report"]["overall"]["plug_in"] > 1
+    assert shown["spec"]["training"]["steps"] == 4 and shown["report"]["overall"]["plug_in"] > 1
     assert "hospital" in offsite("run", "sites", *where).stdout
     assert offsite("run", "fetch", run, str(tmp_path / "out"), *where).returncode == 0
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()

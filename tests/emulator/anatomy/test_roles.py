@@ -68,7 +68,7 @@ def test_a_description_in_the_configuration_goes_before_the_table(tiny: Any) -> 
 @pytest.mark.parametrize(
     ("description", "fault"),
     [
-        ({"quary": "self_attn.to_q"}, "'config.json' has no setting 'quary'; its settings are query, key"),
+        ({"quary": "self_attn.to_q"}, "'config.json' has no setting 'quary' .did you mean query"),
         ({"query": "self_attn.to_q"}, "'config.json': key: "),
         ({**DESCRIPTION, "fused": "rows"}, "'config.json': fused: "),
         ("model.layers", "must be a table"),
