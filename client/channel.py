@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from offsite.client.apart import many, one
 from offsite.protos.addresses import parse
 from offsite.protos.chunks import digest_file, is_digest, read_chunks
 from offsite.protos.documents import plain
@@ -34,15 +35,22 @@ OPTIONS = (
 
 
 class Lines:
-    """What stubs speak through: a gRPC channel to them, but each call takes the connection that holds just then."""
+    """What stubs speak through: a gRPC channel to them, but each call takes the connection that holds just then.
+
+    No call is made in the thread that asks for it, which may be the one that an interrupt is raised in.
+    """
 
     def __init__(self, connection: Callable[[], grpc.Channel]) -> None:
         self._connection = connection
 
     def __getattr__(self, kind: str) -> Any:
         def method(*path: Any, **codec: Any) -> Any:
-            return lambda request, **options: getattr(self._connection(), kind)(*path, **codec)(request, **options)
+            def call(request: Any, **options: Any) -> Any:
+                return apart(lambda: getattr(self._connection(), kind)(*path, **codec)(request, **options))
 
+            return call
+
+        apart = many if kind.endswith("_stream") else one
         return method
 
 
@@ -89,7 +97,7 @@ class Channel:
     def close(self) -> None:
         """Close the connection."""
         for connection in self._connections:
-            connection.close()
+            one(connection.close)
 
     def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S, patience_s: float | None = None) -> Any:
         """Make a unary call, retrying while the coordinator is away; raises the error the coordinator raised."""

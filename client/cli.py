@@ -87,7 +87,9 @@ def main() -> None:
         known = from_system(error)
         _fail(str(known), known.exit_code)
     except Interrupted:
-        _fail("interrupted", 130)
+        print("offsite: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # all is unwound; what libraries have in other threads may hold up an orderly end
     except ModuleNotFoundError as error:
         group = sys.argv[1] if len(sys.argv) > 1 else ""
         extra = EXTRAS.get(group, "all")

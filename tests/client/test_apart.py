@@ -1,0 +1,68 @@
+"""Calls apart from the thread that asks: what they give, what they raise, and what an interrupt leaves of them."""
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from offsite.client.apart import many, one
+from offsite.client.cli import Interrupted
+
+
+class Stream:
+    """Counts up; says nothing more after `last` until it is cancelled."""
+
+    def __init__(self, last: int) -> None:
+        self._next, self._last, self.cancelled = 0, last, threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        if self._next == self._last:
+            self.cancelled.wait()
+            raise StopIteration
+        self._next += 1
+        return self._next
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def test_a_call_gives_and_raises_what_it_does_elsewhere() -> None:
+    assert one(threading.current_thread) is not threading.main_thread()
+    with pytest.raises(ZeroDivisionError):
+        one(lambda: 1 // 0)
+    assert list(many(lambda: iter_of([1, 2]))) == [1, 2]
+
+
+def iter_of(numbers: list[int]) -> Stream:
+    stream = Stream(len(numbers))
+    stream.cancelled.set()
+    return stream
+
+
+def test_a_stream_that_is_no_longer_read_is_cancelled() -> None:
+    stream = Stream(5)
+    answers = many(lambda: stream)
+    assert next(answers) == 1 and not stream.cancelled.is_set()
+    answers.close()  # type: ignore[attr-defined]
+    assert stream.cancelled.is_set()
+
+
+def test_an_interrupt_while_waiting_is_raised_and_ends_the_stream() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    stream = Stream(0)
+    timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1])
+    try:
+        timer.start()
+        with pytest.raises(Interrupted):
+            list(many(lambda: stream))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stream.cancelled.is_set()
