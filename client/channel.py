@@ -40,17 +40,15 @@ class Lines:
     No call is made in the thread that asks for it, which may be the one that an interrupt is raised in.
     """
 
-    def __init__(self, connection: Callable[[], grpc.Channel]) -> None:
-        self._connection = connection
+    def __init__(self, line: Callable[..., Any]) -> None:
+        self._line = line
 
     def __getattr__(self, kind: str) -> Any:
-        def method(*path: Any, **codec: Any) -> Any:
-            def call(request: Any, **options: Any) -> Any:
-                return apart(lambda: getattr(self._connection(), kind)(*path, **codec)(request, **options))
-
-            return call
-
         apart = many if kind.endswith("_stream") else one
+
+        def method(*path: Any, **codec: Any) -> Any:
+            return lambda request, **options: apart(lambda: self._line(kind, *path, **codec)(request, **options))
+
         return method
 
 
@@ -66,11 +64,12 @@ class Channel:
         self.address = parse(target)
         self.target = str(self.address)
         self.patience_s = patience_s
-        self.grpc = Lines(self._connection)
+        self.grpc = Lines(self._line)
         self._identity = identity
         self._certificate = b""  # the one that is spoken to; empty: dial anew
         self._connections: list[grpc.Channel] = []  # the last holds; one before it may be in another thread's hands
         self._dialling = threading.Lock()
+        self._closed, self._closing = False, threading.Lock()
         self._met = False  # whether the coordinator has ever answered on this channel
 
     def _connection(self) -> grpc.Channel:
@@ -84,6 +83,14 @@ class Channel:
                 self._certificate = certificate
             return self._connections[-1]
 
+    def _line(self, kind: str, *path: Any, **codec: Any) -> Any:
+        """Return what makes one call; raises IdentityError, UnreachableError."""
+        connection = self._connection()
+        with self._closing:  # gRPC crashes where this is asked of a channel that is closed
+            if self._closed:
+                raise UnreachableError(f"{self.target}: this end has closed the connection")
+            return getattr(connection, kind)(*path, **codec)
+
     def _look(self) -> bytes:
         try:
             return coordinator_certificate(self.address, self._identity)
@@ -95,7 +102,9 @@ class Channel:
         return (*OPTIONS, ("grpc.enable_http_proxy", int(not self.address.loopback)))
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; calls in progress end, and there are no new ones."""
+        with self._closing:
+            self._closed = True
         for connection in self._connections:
             one(connection.close)
 
@@ -125,10 +134,11 @@ class Channel:
                 self._met = True
                 return result
             except (grpc.RpcError, UnreachableError) as error:
-                translated = error if isinstance(error, UnreachableError) else self._translate(error)
+                translated = self._translate(error) if isinstance(error, grpc.RpcError) else error
                 if progress() > reached:
                     deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
-                if not isinstance(translated, UnreachableError | ResourceError) or time.monotonic() > deadline:
+                passing = isinstance(translated, UnreachableError | ResourceError) and not self._closed
+                if not passing or time.monotonic() > deadline:
                     raise translated from None
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 5.0)

@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,7 +84,8 @@ class Demo:
                 self._say(
                     f"run {run.id} submitted: {run.spec.rounds} rounds of {training.steps} steps, {training.precision}"
                 )
-                follow(_guarded(run, processes), run.spec, console=self._console, format=self._format)
+                with contextlib.closing(_guarded(run, processes)) as events:
+                    follow(events, run.spec, console=self._console, format=self._format)
                 if run.state != "completed":
                     raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
                 run.result(self._out)
@@ -274,7 +275,7 @@ def _copy(source: Path, target: Path) -> None:
         raise from_system(error) from None
 
 
-def _guarded(run: Run, processes: Processes) -> Iterator[Event]:
+def _guarded(run: Run, processes: Processes) -> Generator[Event, None, None]:
     """Yield the run's events; if a process of the demo dies, cancel the run and raise that process's last words."""
     over = threading.Event()
 

@@ -105,6 +105,15 @@ def test_a_list_that_is_replaced_counts_on_a_connection_that_stands(authority: A
         site.close()
 
 
+def test_a_call_after_the_end_is_an_error_and_not_a_crash(authority: Authority, away: Path) -> None:
+    with serving(Identity.load(authority.folder / "hub")) as port:
+        site = Channel(f"127.0.0.1:{port}", Identity.load(away / "bank"))
+        enrol(site)
+        site.close()
+        with pytest.raises(UnreachableError, match="this end has closed the connection"):
+            enrol(site)
+
+
 def test_a_listener_that_never_answers_is_unreachable(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
