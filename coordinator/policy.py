@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from offsite.coordinator.grant import Grant
+from offsite.coordinator.runs.grant import Grant
 from offsite.protos.documents import document, from_toml, parse, to_plain
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
 from offsite.protos.ranges import AboveZero, Name, Place, Positive, Share

@@ -16,11 +16,11 @@ from offsite.emulator import formats
 from offsite.emulator.anatomy.narrow import fit
 from offsite.emulator.anatomy.stack import follow, restack
 from offsite.emulator.anatomy.structure import find, linears, shape
-from offsite.emulator.builders.base import Draft, Outline
+from offsite.emulator.checkpoint import Checkpoint, skeleton
 from offsite.emulator.formats import Format
 from offsite.emulator.formats.packed import PackedLinear, packed
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.quiet import quiet
-from offsite.emulator.zoo.checkpoint import Checkpoint, skeleton
 from offsite.emulator.zoo.weights import ADAPTER, CODE, INDEX
 
 Shapes = dict[int, dict[str, tuple[int, int]]]  # place -> path inside the layer -> (d_out, d_in)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from offsite.emulator import family
+from offsite.emulator import plugins
 
 
 class Placement(Protocol):
@@ -86,4 +86,4 @@ PLACEMENTS: dict[str, type[Placement]] = {Ends.name: Ends, Spread.name: Spread, 
 
 def make(name: str, settings: Mapping[str, Any]) -> Placement:
     """Make a placement; raises ValueError on an unknown name or setting."""
-    return family.make("placement", PLACEMENTS, name, settings)
+    return plugins.make("placement", PLACEMENTS, name, settings)

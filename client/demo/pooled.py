@@ -38,8 +38,8 @@ def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, 
     """Train and evaluate; return {"sets": {name: {nll, tokens}}, "spans"}; `tell` gets each step and its loss."""
     from offsite.emulator import bundle, zoo
     from offsite.emulator.batches import encode, evaluation_batches
-    from offsite.emulator.evaluation.fidelity import likelihood
     from offsite.emulator.examples import read
+    from offsite.emulator.likelihood import likelihood
     from offsite.emulator.precision import DTYPES
 
     marks = [time.time()]

@@ -49,11 +49,11 @@ def up(
     # gRPC has no setting for it, and reads this once, when it is imported: the suites of TLS 1.2 that are left need an
     # RSA certificate, ours are ECDSA, so what remains is TLS 1.3.
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
-    from offsite.coordinator.executor import Executor, InProcess
     from offsite.coordinator.home import Home
     from offsite.coordinator.policy import OwnerPolicy
     from offsite.coordinator.retention import Retention
-    from offsite.coordinator.server import run
+    from offsite.coordinator.runs.executor import Executor, InProcess
+    from offsite.coordinator.service.server import run
     from offsite.protos.addresses import Address, parse
     from offsite.protos.documents import to_plain
 
@@ -68,7 +68,7 @@ def up(
     def make(home: Home) -> Executor:
         if executor == "threads":
             return InProcess(home)
-        from offsite.coordinator.cluster import OnRay
+        from offsite.coordinator.runs.cluster import OnRay
 
         return OnRay(home, address=ray_address or None, threads=threads)
 

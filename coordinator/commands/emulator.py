@@ -39,8 +39,8 @@ def build(
     ] = None,
 ) -> None:
     """Build a bundle: the emulator, its tokenizer and a manifest."""
-    from offsite.coordinator.recipes import parse, parse_one
     from offsite.protos.errors import ConflictError, MismatchError
+    from offsite.protos.recipes import parse, parse_one
 
     chain, placement = parse(builder), parse_one(trainable)
     if out.exists() and any(out.iterdir()):
@@ -48,9 +48,9 @@ def build(
 
     from rich.console import Console
 
-    from offsite.coordinator.bundles import build as build_bundle
-    from offsite.coordinator.manifests import describe
-    from offsite.coordinator.trial import try_out
+    from offsite.coordinator.bundles.building import build as build_bundle
+    from offsite.coordinator.bundles.manifests import describe
+    from offsite.coordinator.bundles.trial import try_out
     from offsite.emulator.methods.lora import Lora
     from offsite.protos import tensors
 
@@ -116,7 +116,7 @@ def inspect(
     format: Annotated[Literal["table", "json"], typer.Option(help="How to print it.")] = "table",
 ) -> None:
     """Check a bundle's digests (and signature) and say what it holds."""
-    from offsite.coordinator.manifests import describe, read
+    from offsite.coordinator.bundles.manifests import describe, read
 
     figures = describe(read(folder, owner_public=owner))
     if format == "json":
@@ -129,7 +129,7 @@ def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from offsite.coordinator.recipes import render
+    from offsite.protos.recipes import render
     from offsite.protos.spec import Choice
 
     table = Table(title=title, show_header=False, title_justify="left")

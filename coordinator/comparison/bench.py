@@ -17,7 +17,7 @@ from offsite.emulator import methods
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.evaluation.fidelity import likelihood
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.loop import Schedule, tune

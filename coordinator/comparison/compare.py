@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from offsite.coordinator import bundles
+from offsite.coordinator.bundles import building
 from offsite.coordinator.comparison.bench import Bench, Tell
 from offsite.coordinator.comparison.finished import Finished
 from offsite.coordinator.comparison.measure import measured, unfinished
@@ -17,13 +17,13 @@ from offsite.coordinator.comparison.plan import Plan
 from offsite.coordinator.comparison.rows import Candidate, Comparison, Row
 from offsite.coordinator.comparison.texts import Texts, digests
 from offsite.coordinator.comparison.verdict import frontier, judged, recommend
-from offsite.coordinator.recipes import render
 from offsite.emulator import zoo
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.zoo.tasks import LocalTask, locate
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import to_plain
 from offsite.protos.errors import InputError, OffsiteError
+from offsite.protos.recipes import render
 
 _APART = (
     "protected_from",
@@ -87,7 +87,7 @@ def _bench(plan: Plan, folder: Path, tell: Tell) -> Bench:
         tasks=tasks,
         finished=Finished(folder / "finished"),
         identity={
-            "base": to_plain(bundles.ref(source, base)),
+            "base": to_plain(building.ref(source, base)),
             "settings": common,
             "texts": digests(plan) | {f"task {task.name}": digest_file(task.file) for task in tasks},
             "version": importlib.metadata.version("offsite"),

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from offsite.coordinator import bundles, manifests
-from offsite.coordinator.bundles import Built
+from offsite.coordinator.bundles import building, manifests
+from offsite.coordinator.bundles.building import Built
 from offsite.coordinator.comparison.bench import Bench, schedule
 from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
-from offsite.coordinator.recipes import render
 from offsite.emulator import bundle, methods
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import training_batches
@@ -24,6 +23,7 @@ from offsite.emulator.plug import plug
 from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
+from offsite.protos.recipes import render
 
 
 def measured(candidate: Candidate, bench: Bench) -> Measured:
@@ -83,7 +83,7 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
         return Built(folder, manifests.read(folder), kept)
     shutil.rmtree(partial, ignore_errors=True)
     bench.tell(f"building {render(candidate.builders)}", 0, 1)
-    built = bundles.build(
+    built = building.build(
         bench.plan.model,
         candidate.builders,
         candidate.trainable,

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from offsite.coordinator.comparison.rows import Candidate
-from offsite.coordinator.recipes import gather, render
 from offsite.emulator import builders, methods, placements
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.ranges import AboveZero, Place, Positive, Word
+from offsite.protos.recipes import gather, render
 from offsite.protos.spec import Choice, TrainingSpec
 
 

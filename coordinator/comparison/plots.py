@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offsite.coordinator.comparison.rows import Comparison, Measured, Row
-from offsite.coordinator.report import UNUSABLE
+from offsite.coordinator.runs.report import UNUSABLE
 
 COLOURS = {
     "base_zero_shot": "#8c96a3",

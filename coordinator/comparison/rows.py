@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from offsite.coordinator.recipes import render
 from offsite.protos.documents import document
 from offsite.protos.ranges import Amount, Finite
+from offsite.protos.recipes import render
 from offsite.protos.spec import Chain, Choice, Layers
 
 FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned")

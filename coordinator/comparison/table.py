@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offsite.coordinator.comparison.rows import ATTACKS, FIGURES, Comparison, Row
-from offsite.coordinator.recipes import render
+from offsite.protos.recipes import render
 
 HEADS = {
     "base_zero_shot": "base\nzero-\nshot",

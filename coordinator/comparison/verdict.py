@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
-from offsite.coordinator.report import warnings
+from offsite.coordinator.runs.report import warnings
 from offsite.emulator.evaluation.attack import Attack, protection
-from offsite.emulator.evaluation.fidelity import Likelihood
+from offsite.emulator.likelihood import Likelihood
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
 

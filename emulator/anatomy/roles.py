@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from offsite.emulator import family
+from offsite.emulator import plugins
 from offsite.emulator.anatomy.structure import described, layers, linears, text_config
 
 
@@ -101,7 +101,7 @@ def roles(model: nn.Module, place: int) -> Roles:
     """
     has = linears(layers(model)[place])
     table = {name: value for name, value in described(model).items() if name != "layers"}
-    known = {"config.json": family.make("anatomy", {"config.json": Roles}, "config.json", table)} if table else TABLE
+    known = {"config.json": plugins.make("anatomy", {"config.json": Roles}, "config.json", table)} if table else TABLE
     for found in known.values():
         if found.attention | found.mlp <= {*has}:
             return found

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from offsite.emulator import family
+from offsite.emulator import plugins
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.builders.additive import AdditiveCodebooks
-from offsite.emulator.builders.base import STAGES, Builder, Draft, Grounds, Material, Outline
+from offsite.emulator.builders.base import STAGES, Builder, Material
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.builders.loram import Loram
@@ -16,6 +16,7 @@ from offsite.emulator.builders.quantised import Quantised
 from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.builders.uniform import Uniform
 from offsite.emulator.builders.whole import Whole
+from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Placement
 
 BUILDERS: dict[str, type[Builder]] = {
@@ -29,12 +30,12 @@ BUILDERS: dict[str, type[Builder]] = {
     Whole.name: Whole,
 }
 
-__all__ = ["BUILDERS", "Builder", "Draft", "Grounds", "Material", "Outline", "check", "make", "run"]
+__all__ = ["BUILDERS", "Builder", "Material", "check", "make", "run"]
 
 
 def make(name: str, settings: Mapping[str, Any]) -> Builder:
     """Make a builder; raises ValueError on an unknown name or setting."""
-    return family.make("builder", BUILDERS, name, settings)
+    return plugins.make("builder", BUILDERS, name, settings)
 
 
 def check(chain: Sequence[Builder]) -> None:

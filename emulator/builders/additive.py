@@ -9,11 +9,12 @@ from offsite.emulator.activations import Map
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears, shape
 from offsite.emulator.batches import training_batches
-from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.seeds import generator
 from offsite.emulator.tuning import pv
 

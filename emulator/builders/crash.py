@@ -16,9 +16,10 @@ from offsite.emulator.activations import read
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, longest
-from offsite.emulator.builders.base import Grounds, Outline, Stage, droppable, kept_of
+from offsite.emulator.builders.base import Stage, droppable, kept_of
 from offsite.emulator.builders.reductions import Kept, Ways, cluster, drop
-from offsite.emulator.evaluation.fidelity import likelihood
+from offsite.emulator.likelihood import likelihood
+from offsite.emulator.outline import Grounds, Outline
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import in_fp32
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.tuning import distil, rates
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from offsite.emulator.activations import mean_squares
-from offsite.emulator.anatomy.masking import prove
+from offsite.emulator.anatomy.equivalence import prove
 from offsite.emulator.anatomy.narrow import Part, Units, channels, groups, narrow
 from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.formats.packed import dense
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.precision import in_fp32
 
 

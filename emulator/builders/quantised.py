@@ -6,13 +6,14 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.builders.storage import Which, chosen, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.blockwise import Blockwise
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.nf4 import NF4
 from offsite.emulator.formats.packed import dense, pack
+from offsite.emulator.outline import Draft, Outline
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import ClassVar
 from torch import nn
 
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.builders.base import Draft, Material, Outline, Stage
+from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
+from offsite.emulator.outline import Draft, Outline
 from offsite.kernels.sketch import sketch
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline, Stage, droppable, kept_of
+from offsite.emulator.builders.base import Stage, droppable, kept_of
+from offsite.emulator.outline import Outline
 from offsite.emulator.placements import Placement
 
 

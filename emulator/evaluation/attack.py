@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator import likelihood
 from offsite.emulator.batches import Batch, Encoded
-from offsite.emulator.evaluation import fidelity
-from offsite.emulator.evaluation.fidelity import Likelihood
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.likelihood import Likelihood
 from offsite.emulator.tuning.loop import Schedule, tune
 
 RATE = 2e-4  # a learning rate that suits whole layers, whatever suited the adapter
@@ -90,7 +90,7 @@ def attack(
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return fidelity.loss(model, batch)
+            return likelihood.loss(model, batch)
 
     tune(twin, parameters, encoded, schedule, loss=loss, tell=tell)
     return twin

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.builders.base import Draft
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.outline import Draft
 
 
 @dataclass(frozen=True)

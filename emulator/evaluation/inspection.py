@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from offsite.emulator.anatomy.structure import layers, text_config
 from offsite.emulator.batches import Batch
-from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
+from offsite.emulator.likelihood import Likelihood, likelihood
 
 # What honest emulators of SmolLM2-135M stay clear of, those too harsh to be of use included, and pipes do not:
 UNCHANGED = 1e-2  # ||layer(h) - h|| / ||h||; theirs is 0.2 and more

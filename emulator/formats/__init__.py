@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from offsite.emulator import family
+from offsite.emulator import plugins
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Format, Parts
 from offsite.emulator.formats.int4 import Int4
@@ -17,4 +17,4 @@ __all__ = ["FORMATS", "Format", "Parts", "make"]
 
 def make(name: str, settings: Mapping[str, Any]) -> Format:
     """Make a format; raises ValueError on an unknown name or setting."""
-    return family.make("format", FORMATS, name, settings)
+    return plugins.make("format", FORMATS, name, settings)

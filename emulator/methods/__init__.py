@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from offsite.emulator import family
+from offsite.emulator import plugins
 from offsite.emulator.methods.base import Adapter, Method
 from offsite.emulator.methods.blocks import Blocks
 from offsite.emulator.methods.grids import Grids
@@ -16,4 +16,4 @@ __all__ = ["METHODS", "Adapter", "Method", "make"]
 
 def make(name: str, settings: Mapping[str, Any]) -> Method:
     """Make a method; raises ValueError on an unknown name or setting."""
-    return family.make("method", METHODS, name, settings)
+    return plugins.make("method", METHODS, name, settings)

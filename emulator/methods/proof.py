@@ -7,7 +7,7 @@ from torch import nn
 
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.batches import Batch
-from offsite.emulator.evaluation.fidelity import loss
+from offsite.emulator.likelihood import loss
 from offsite.emulator.methods.base import Adapter, Method
 
 ROWS, TOKENS = 2, 16  # of a step that only proves that training works

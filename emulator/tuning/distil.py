@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator import likelihood
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Outline
-from offsite.emulator.evaluation import fidelity
+from offsite.emulator.outline import Outline
 
 
 class Border(NamedTuple):
@@ -56,7 +56,7 @@ def loss(
                 use_cache=False,
             )
         with outputs(student, learned_at) as learned:
-            text = fidelity.loss(student, batch)
+            text = likelihood.loss(student, batch)
         apart = [distance(learned[end.place], taught[end.layer], batch.attention_mask) for end in ends]
         return lm_weight * text + kd_weight * torch.stack(apart).mean()
 

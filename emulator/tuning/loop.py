@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from offsite.emulator import likelihood
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, training_batches
-from offsite.emulator.evaluation import fidelity
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its two running means
 
@@ -64,7 +64,7 @@ def tune(
     encoded: Sequence[Encoded],
     schedule: Schedule,
     *,
-    loss: Callable[[nn.Module, Batch], Tensor] = fidelity.loss,
+    loss: Callable[[nn.Module, Batch], Tensor] = likelihood.loss,
     state: Path | None = None,
     every: int = 20,
     tell: Callable[[int, int, float], None] | None = None,

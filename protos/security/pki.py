@@ -33,14 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from offsite.protos.documents import document, from_json, to_json
 from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError
-from offsite.protos.security.certificates import (
-    ROLES,
-    Issuer,
-    Role,
-    check_name,
-    new_certificate,
-    new_issuer,
-)
+from offsite.protos.security.certificates import ROLES, Issuer, Role, check_name, new_certificate, new_issuer
 from offsite.protos.security.revocation import RevocationList, new_revocation_list
 
 FILES = ("ca.crt", "ca.key", "crl.pem", "index.json", "owner.key", "owner.pub")

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from offsite.emulator import zoo
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.zoo.checkpoint import skeleton
+from offsite.emulator.checkpoint import skeleton
 
 WIDTH = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 4}
 

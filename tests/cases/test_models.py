@@ -13,14 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from offsite.coordinator import bundles
-from offsite.coordinator.legality import judge
-from offsite.coordinator.recipes import parse, parse_one
-from offsite.coordinator.trial import try_out
+from offsite.coordinator.bundles import building
+from offsite.coordinator.bundles.trial import try_out
+from offsite.coordinator.runs.legality import judge
 from offsite.emulator import bundle, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.methods import make
 from offsite.protos.errors import InputError, MismatchError
+from offsite.protos.recipes import parse, parse_one
 from offsite.protos.spec import RunSpec
 
 WORDS, DEPTH = 24, 4
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 def build(folder: Path, out: Path, *, builder: str = "whole", stream: bool = False) -> Any:
     """Build, load and train an emulator as `offsite emulator build` does, and return what was built."""
     ends = parse_one("ends(bottom=1,top=1)")
-    built = bundles.build(str(folder), parse(builder), ends, out, public=None, owner_key=None, stream=stream)
+    built = building.build(str(folder), parse(builder), ends, out, public=None, owner_key=None, stream=stream)
     try_out(built, make("lora", {}))
     return built
 
@@ -333,7 +333,7 @@ def test_an_emulator_that_does_not_train_is_not_called_done(
     plain: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = parse_one("ends(bottom=1,top=1)")
-    built = bundles.build(str(plain[0]), parse("whole"), ends, tmp_path / "bundle", public=None, owner_key=None)
+    built = building.build(str(plain[0]), parse("whole"), ends, tmp_path / "bundle", public=None, owner_key=None)
     monkeypatch.setattr(
         "offsite.emulator.methods.proof.loss", lambda model, batch: model(batch.input_ids).logits.sum() * 0
     )

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.policy import Policy
 from offsite.emulator import bundle, methods
-from offsite.emulator.builders.base import Outline
+from offsite.emulator.outline import Outline
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import to_json

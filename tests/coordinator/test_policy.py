@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from offsite.coordinator.disclosures import record, union
-from offsite.coordinator.grant import Grant
+from offsite.coordinator.bundles.disclosures import record, union
 from offsite.coordinator.home import Home
 from offsite.coordinator.policy import NARROWING, OwnerPolicy
+from offsite.coordinator.runs.grant import Grant
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.disclosure import Portion
 from offsite.emulator.examples import read

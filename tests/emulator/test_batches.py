@@ -4,15 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from offsite.emulator.batches import (
-    IGNORED,
-    Encoded,
-    collate,
-    encode,
-    evaluation_batches,
-    schedule,
-    training_batches,
-)
+from offsite.emulator.batches import IGNORED, Encoded, collate, encode, evaluation_batches, schedule, training_batches
 from offsite.emulator.examples import Example
 
 TURNS = (

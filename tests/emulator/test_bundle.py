@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, text_config
-from offsite.emulator.builders import Outline
 from offsite.emulator.bundle import Layout
+from offsite.emulator.outline import Outline
 
 REMOVED = Outline((0, 2, 3, 5), (0, 5))
 SHARED = Outline((0, 1, 2, 3, 4, 5), (0, 5), {1: 2, 4: 5})

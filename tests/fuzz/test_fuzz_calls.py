@@ -16,12 +16,12 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.coordinator.answer import Gate
-from offsite.coordinator.fleet import FleetService
 from offsite.coordinator.home import Home
-from offsite.coordinator.limits import Limits
-from offsite.coordinator.people import RunsService
 from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.fleet import FleetService
+from offsite.coordinator.service.limits import Limits
+from offsite.coordinator.service.people import RunsService
 from offsite.coordinator.store.journal import Key
 from offsite.coordinator.store.tables import runs, tasks
 from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from offsite.client.site.job import EngineSpec
 from offsite.client.site.policy import Policy
-from offsite.coordinator import recipes
 from offsite.emulator import builders, methods, placements
-from offsite.protos import addresses
+from offsite.protos import addresses, recipes
 from offsite.protos.assignments import assign
 from offsite.protos.documents import from_json, from_toml, parse, to_json, to_plain
 from offsite.protos.errors import InputError

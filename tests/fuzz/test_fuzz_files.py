@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.coordinator import manifests
+from offsite.coordinator.bundles import manifests
 from offsite.emulator import examples
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from offsite.client.site.policy import Policy
-from offsite.coordinator import recipes
 from offsite.emulator import examples
-from offsite.protos import addresses, tensors
+from offsite.protos import addresses, recipes, tensors
 from offsite.protos.assignments import assign
 from offsite.protos.documents import from_json, from_toml, parse, to_json
 from offsite.protos.errors import OffsiteError

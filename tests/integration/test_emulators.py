@@ -15,12 +15,12 @@ from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import Policy
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
-from offsite.coordinator.recipes import parse, parse_one
-from offsite.coordinator.report import training
+from offsite.coordinator.runs.report import training
+from offsite.coordinator.runs.steps import perform
 from offsite.coordinator.store.blobs import Blobs
-from offsite.coordinator.work import perform
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.figures import perplexity
+from offsite.protos.recipes import parse, parse_one
 from offsite.protos.security.pki import Authority
 from offsite.protos.spec import Manifest, TaskSpec, UpdateMetrics
 

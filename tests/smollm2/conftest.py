@@ -22,10 +22,11 @@ from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
-from offsite.emulator.builders import Draft, Material, crash
-from offsite.emulator.evaluation.fidelity import likelihood
+from offsite.emulator.builders import Material, crash
 from offsite.emulator.examples import read
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Placement
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES, fastest

@@ -8,12 +8,13 @@ from offsite.client.demo import data
 from offsite.emulator import zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
-from offsite.emulator.builders import Draft, Material, run
+from offsite.emulator.builders import Material, run
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
-from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.examples import read
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Lora
+from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.precision import DTYPES, fastest
 from offsite.emulator.tuning.loop import Schedule, tune

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from offsite.coordinator.report import warnings
-from offsite.emulator.builders import Draft
+from offsite.coordinator.runs.report import warnings
 from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection
-from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
+from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.methods import Method
+from offsite.emulator.outline import Draft
 from offsite.emulator.plug import plug
 
 pytestmark = pytest.mark.slow

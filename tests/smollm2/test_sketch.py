@@ -14,8 +14,8 @@ from offsite.emulator.batches import Encoded, collate
 from offsite.emulator.builders import Material
 from offsite.emulator.builders.quantised import Quantised
 from offsite.emulator.builders.sketched import Sketched
-from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.placements import Ends
 from offsite.kernels.sketch import decode, sketch
 

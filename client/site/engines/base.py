@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 
 from offsite.client.site.job import EngineSpec
+from offsite.emulator import likelihood
 from offsite.emulator.batches import Batch
-from offsite.emulator.evaluation import fidelity
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.spec import LocalTraining
@@ -96,7 +96,7 @@ def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
     rows = Batch(
         *(part.tensor_split(ranks.world)[ranks.rank] for part in (batch.input_ids, batch.attention_mask, batch.labels))
     )
-    return fidelity.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
+    return likelihood.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
 
 
 def mean(loss: Tensor, ranks: Ranks) -> float:

@@ -10,8 +10,9 @@ import torch
 from offsite.emulator import builders, bundle, methods
 from offsite.emulator.anatomy.structure import find, layers
 from offsite.emulator.batches import Batch, encode
-from offsite.emulator.builders import BUILDERS, Draft, Material
+from offsite.emulator.builders import BUILDERS, Material
 from offsite.emulator.examples import Example
+from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.tuning.loop import Schedule, tune
 

@@ -11,12 +11,13 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, collate
 from offsite.emulator.builders import run
-from offsite.emulator.builders.base import Draft, Material, Outline
+from offsite.emulator.builders.base import Material
 from offsite.emulator.builders.distilled import Distilled, realigned
 from offsite.emulator.builders.loram import Loram
-from offsite.emulator.evaluation.fidelity import likelihood
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Blocks, Lora
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Kept
 from offsite.emulator.tuning import distil
 from offsite.emulator.tuning.distil import Border, borders, distance

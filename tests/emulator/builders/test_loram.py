@@ -9,15 +9,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
+from offsite.emulator import likelihood
 from offsite.emulator.anatomy.roles import roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find, layers, linears, shape
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders import Material, make, run
-from offsite.emulator.builders.base import Draft, Outline
-from offsite.emulator.evaluation import fidelity
 from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import make as make_method
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Kept
 
 METHOD = make_method("lora", {"rank": 3, "alpha": 6})
@@ -160,7 +160,7 @@ def test_lora_trains_on_the_narrow_model(family: str, tiny: Any, text: list[Batc
     optimiser = torch.optim.Adam(live.values(), lr=1e-2)
     losses = []
     for _ in range(3):
-        loss = fidelity.loss(attached, text[0])
+        loss = likelihood.loss(attached, text[0])
         optimiser.zero_grad()
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in live.values())

@@ -11,9 +11,9 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, shape
 from offsite.emulator.batches import Batch
 from offsite.emulator.builders import Material, make
-from offsite.emulator.builders.base import Draft, Outline
 from offsite.emulator.builders.loram import by_activation, by_weight
 from offsite.emulator.formats.packed import dense
+from offsite.emulator.outline import Draft, Outline
 
 
 def test_units_score_the_product_of_the_norms_of_what_they_own(tiny: Any) -> None:

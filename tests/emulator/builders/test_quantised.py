@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from offsite.emulator import builders
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import is_transposed, layers, linears, shape
-from offsite.emulator.builders import Draft, Material, Outline
+from offsite.emulator.builders import Material
 from offsite.emulator.builders.quantised import Quantised
-from offsite.emulator.evaluation.fidelity import loss
 from offsite.emulator.formats.packed import PackedLinear, dense
+from offsite.emulator.likelihood import loss
 from offsite.emulator.methods import make
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Ends, Kept
 
 SHARED = Outline(layers=(0, 1, 2, 3, 4, 5), trainable=(0, 5), shared={1: 2, 4: 3})

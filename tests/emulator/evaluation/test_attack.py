@@ -9,9 +9,9 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.batches import Batch, Encoded, evaluation_batches
 from offsite.emulator.evaluation.attack import Attack, attack, protection, unfrozen
-from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
+from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.tuning.loop import Schedule, tune
 
 

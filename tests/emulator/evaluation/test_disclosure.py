@@ -7,12 +7,12 @@ from torch import nn
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.builders import Draft, Outline
+from offsite.emulator.checkpoint import skeleton
 from offsite.emulator.evaluation.disclosure import Disclosure, Portion, by_layer, disclosed
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import dense, pack
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.tuning.loop import trainable_copy
-from offsite.emulator.zoo.checkpoint import skeleton
 
 
 def count(module: nn.Module) -> int:

@@ -10,9 +10,9 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import IGNORED, Batch, encode, evaluation_batches
 from offsite.emulator.builders import make as builder
-from offsite.emulator.evaluation.fidelity import Likelihood, likelihood
 from offsite.emulator.evaluation.inspection import Findings, inspect
 from offsite.emulator.examples import Example
+from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.methods import make
 from offsite.emulator.placements import Ends
 

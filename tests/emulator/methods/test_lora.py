@@ -8,7 +8,7 @@ from torch import nn
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears, shape
-from offsite.emulator.evaluation.fidelity import loss
+from offsite.emulator.likelihood import loss
 from offsite.emulator.methods import METHODS, Adapter, make
 from offsite.emulator.methods.base import factors
 

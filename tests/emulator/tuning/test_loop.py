@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, training_batches
-from offsite.emulator.evaluation.fidelity import loss
+from offsite.emulator.likelihood import loss
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
 SCHEDULE = Schedule(8, 1e-2, batch_size=2, warmup_steps=2, decay="cosine", weight_decay=0.1, seed=3)

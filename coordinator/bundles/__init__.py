@@ -1,0 +1,1 @@
+"""Bundles: building emulators as signed files, keeping them as blobs, and what they disclose."""

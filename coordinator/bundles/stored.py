@@ -1,0 +1,60 @@
+"""Adapters and bundles as blobs: how the steps of a run keep them, and read them again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offsite.coordinator.bundles import building
+from offsite.coordinator.bundles.manifests import MANIFEST, describe
+from offsite.coordinator.home import Home
+from offsite.coordinator.store.blobs import Blobs, room
+from offsite.emulator import bundle
+from offsite.emulator.methods import Adapter, Method
+from offsite.protos import tensors
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import canonical, from_json, to_plain
+from offsite.protos.spec import Manifest
+
+
+def distance(blobs: Blobs, update: str, broadcast: str) -> float:
+    """L2 norm of an update's change since the broadcast, over all of its tensors."""
+    start = tensors.load(blobs.path(broadcast))
+    return tensors.distance(tensors.load(blobs.path(update)), start)
+
+
+def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write an adapter to a path and store the file; return what names it."""
+    tensors.save(path, adapter)
+    digest, size = blobs.take(path)
+    return {"digest": digest, "size": size}
+
+
+def store_bundle(home: Home, built: building.Built) -> dict[str, Any]:
+    """Store a bundle's files; return what names them."""
+    blobs, manifest = home.blobs(), built.manifest
+    room(home.root, sum(entry.size for entry in manifest.files))
+    for entry in manifest.files:
+        blobs.take(built.folder / entry.path, digest=entry.digest)
+    blobs.take(built.folder / MANIFEST)
+    document = canonical(to_plain(manifest))
+    return {
+        "manifest": digest_bytes(document),
+        "manifest_size": len(document),
+        "bundle": describe(manifest),
+    }
+
+
+def open_bundle(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:
+    """Read a stored bundle: its manifest, emulator and tokenizer."""
+    listed = from_json(Manifest, blobs.path(manifest).read_bytes(), where="manifest")
+    for entry in listed.files:
+        link = folder / entry.path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs.path(entry.digest).resolve())
+    return listed, *bundle.load(folder, layout=bundle.described(listed), dtype=dtype)
+
+
+def recovered(blobs: Blobs, method: Method, adapter: Adapter, recovery: str | None) -> Adapter:
+    """Bring an adapter back to the base, with what the owner kept when the emulator was built."""
+    return method.recover(adapter, tensors.load(blobs.path(recovery)) if recovery else {})

@@ -1,0 +1,1 @@
+"""Runs: which may begin, who works on them, and the steps that take one to its end."""

@@ -1,0 +1,118 @@
+"""Which runs are worked on: here all wait, without a thread of their own, until their sites and a place are there."""
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.store.journal import Journal, Row
+from offsite.coordinator.store.tables import Unwritable
+from offsite.protos.documents import from_json
+from offsite.protos.errors import InputError
+from offsite.protos.spec import RunSpec
+
+LOOK_S = 0.5
+SUPERVISE_EVERY_S = 30.0
+PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
+PLACES = 8  # runs worked on at once: on Ray each has a process of its own
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Gives runs their sites and their supervisors, the oldest first."""
+
+    def __init__(self, journal: Journal, executor: Executor, *, places: int = PLACES) -> None:
+        self._journal, self._executor, self._places = journal, executor, places
+        self._specs: dict[str, RunSpec] = {}
+        self._awake = asyncio.Event()
+        self._fault = ""  # why the executor could not work at the last look
+        self._hindrance = ""  # why the journal could not be used at the last look
+        self._supervised = float("-inf")
+        self._started = time.time()
+
+    def wake(self) -> None:
+        """Look now."""
+        self._awake.set()
+
+    async def work(self) -> None:
+        """Look again and again; a disk that is full is waited for, a damaged journal raises."""
+        while True:
+            self._awake.clear()
+            try:
+                await asyncio.to_thread(self.look)
+                self._hindrance = ""
+            except Unwritable as error:
+                if str(error) != self._hindrance:
+                    log.error("%s; the runs go on once that is done", error)
+                self._hindrance = str(error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._awake.wait(), timeout=LOOK_S)
+
+    def look(self) -> None:
+        """Take each run as far as it can be taken now."""
+        runs = self._journal.live()
+        fault, before = self._executor.fault, self._fault
+        self._fault = fault
+        self._specs = {run.id: spec for run in runs if (spec := self._spec(run.id))}
+        runs = [run for run in runs if run.id in self._specs]
+        present = self._present()
+        running = [run for run in runs if run.state == "running"]
+        free = self._places - len(running)
+        if not fault and (before or time.monotonic() - self._supervised > SUPERVISE_EVERY_S):
+            self._supervised = time.monotonic()  # again and again: a supervisor that was lost is replaced
+            for run in running:
+                self._executor.supervise(run.id)
+        for run in running:
+            self._note(run, fault)
+        for run in runs:
+            if run.state == "running":
+                continue
+            spec = self._specs[run.id]
+            missing = [name for name in spec.sites if name not in present]
+            if missing or len(present) < spec.min_sites:
+                self._wait(run, spec, missing, present)
+            elif fault or free <= 0:
+                note = fault or f"waits until one of {self._places} runs that are worked on has ended"
+                if run.state != "queued" or run.note != note:
+                    self._journal.set_run(run.id, state="queued", note=note, waiting_at=0.0)
+            elif self._journal.begin_run(run.id, sorted(spec.sites) or present):
+                self._executor.supervise(run.id)
+                free -= 1
+
+    def _spec(self, run: str) -> RunSpec | None:
+        """Return what was submitted; a run whose spec another version wrote, or the disk garbled, ends here."""
+        if run in self._specs:
+            return self._specs[run]
+        try:
+            return from_json(RunSpec, self._journal.run(run).spec, where="run spec")
+        except InputError as error:
+            self._journal.end_run(run, "failed", error=str(error))
+            return None
+
+    def _present(self) -> list[str]:
+        since = time.time() - PRESENT_S
+        return [site.name for site in self._journal.sites() if site.seen_at >= since]
+
+    def _note(self, run: Row, note: str) -> None:
+        if run.note != note:
+            self._journal.set_run(run.id, note=note)
+
+    def _wait(self, run: Row, spec: RunSpec, missing: list[str], present: list[str]) -> None:
+        """Let a run wait, or end it when it has waited for as long as it may."""
+        more = spec.min_sites - len(present)
+        what = f"site{'s' * (len(missing) > 1)} {', '.join(missing)}" if missing else f"{more} more sites"
+        note = f"waits for {what}"
+        if run.state == "queued" or run.note != note:
+            self._journal.wait_run(run.id, note, sites=missing, present=present)
+        # While no coordinator was up, no site could come.
+        since = max(run.waiting_at or time.time(), self._started - spec.wait_s + min(spec.wait_s, PRESENT_S))
+        if time.time() - since > spec.wait_s:
+            here = ", ".join(present) or "none"
+            came = f"{what} did not enrol" if missing else f"{what} did not enrol, of at least {spec.min_sites},"
+            self._journal.end_run(
+                run.id,
+                "failed",
+                error=f"{came} within {spec.wait_s:g} s (here: {here}); `offsite site join` starts one",
+            )

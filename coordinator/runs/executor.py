@@ -1,0 +1,75 @@
+"""Where supervisors run: one interface, two homes. This one is threads of the server's own process.
+
+It serves tests and the smallest installs; `workers.py` is the same on Ray.
+"""
+
+import logging
+import threading
+from typing import Any, Protocol
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.supervisor import Lost, Supervisor
+from offsite.protos.errors import OffsiteError
+
+log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Runs supervisors."""
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot work now, in a sentence; empty while it can."""
+
+    def start(self) -> None:
+        """Get ready to work; raises OffsiteError. `close` from another thread ends it early."""
+
+    def supervise(self, run: str) -> None:
+        """Make sure a supervisor works on a run; calling it again changes nothing."""
+
+    def close(self) -> None:
+        """Let go of what was started here."""
+
+
+class InProcess:
+    """Supervisors as threads, steps in the thread that asks for them."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._threads: dict[str, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._closing = False
+        self.fault = ""
+
+    def start(self) -> None:
+        """Nothing is needed."""
+
+    def supervise(self, run: str) -> None:
+        """Start a thread for a run that has none."""
+        with self._lock:
+            if run in self._threads and self._threads[run].is_alive():
+                return
+            self._threads[run] = threading.Thread(target=self._work, args=(run,), daemon=True, name=f"run-{run}")
+            self._threads[run].start()
+
+    def _work(self, run: str) -> None:
+        try:
+            Supervisor(self._home, run, perform=self._perform).run()
+        except Lost:
+            log.info("run %s: left where it is", run)
+        except OffsiteError as error:  # the journal's: it is full, or damaged
+            log.error("run %s: left where it is: %s", run, error)
+
+    def _perform(self, *arguments: Any) -> dict[str, Any]:
+        from offsite.coordinator.runs.steps import perform  # torch: only once there is work
+
+        try:
+            return perform(*arguments)
+        except Exception:
+            if self._closing:  # libraries fail in odd ways while the interpreter ends; that is not the run's fault
+                raise Lost from None
+            raise
+
+    def close(self) -> None:
+        """Threads are daemons and hold no state: what they were at is taken up at the next start."""
+        self._closing = True

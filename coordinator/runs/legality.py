@@ -1,0 +1,62 @@
+"""What a submitted run may ask for; judged before anything is trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from offsite.coordinator import aggregation
+from offsite.coordinator.runs.fitting import judge_fit
+from offsite.emulator import builders, methods, placements, zoo
+from offsite.emulator.examples import read
+from offsite.protos.errors import InputError
+from offsite.protos.spec import RunSpec
+
+
+def judge(spec: RunSpec, *, folders: Sequence[str] = ()) -> None:
+    """Raise InputError with one sentence if the run cannot be done as it is written; links stay within the folders."""
+    try:
+        method = methods.make(spec.method.name, spec.method.settings)
+        _judge_emulator(spec)
+        if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
+            judge_fit(spec, folder)
+        for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
+            read(Path(path), folders=[Path(folder) for folder in folders])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
+    if method.kind not in strategy.kinds:
+        fitting = sorted(name for name, other in aggregation.STRATEGIES.items() if method.kind in other.kinds)
+        raise InputError(
+            f"strategy {spec.strategy.name} cannot average method {spec.method.name} (kind {method.kind}); "
+            f"use one of: {', '.join(fitting)}"
+        )
+    named = spec.sites or ("", *spec.method.settings.get("ranks", ()))  # "": any site that is not named
+    ranks = {method.rank_at(site) for site in named}
+    if len(ranks) > 1 and not strategy.mixed_ranks:
+        raise InputError(
+            f"strategy {spec.strategy.name} needs equal ranks, the sites have {sorted(ranks)}; use low-rank"
+        )
+    if len(spec.sites) != len(set(spec.sites)):
+        raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
+    if spec.sites and len(spec.sites) < spec.min_sites:
+        raise InputError(f"min_sites is {spec.min_sites}, but only {len(spec.sites)} sites are named")
+
+
+def _judge_emulator(spec: RunSpec) -> None:
+    """Raise ValueError if its emulator cannot be built, or cannot be trained by its method."""
+    chain = [builders.make(choice.name, choice.settings) for choice in spec.builders]
+    builders.check(chain)
+    placements.make(spec.trainable.name, spec.trainable.settings)
+    names = [builder.name for builder in chain]
+    for builder in chain:
+        if builder.trains_on_text and not spec.public:
+            raise ValueError(f"the builder {builder.name} tunes on public text: give some as public")
+        if builder.looks_at_text and not (spec.public or spec.calibration):
+            raise ValueError(
+                f"the builder {builder.name} looks at how the model reads text: give some as public, or as calibration"
+            )
+    if spec.calibration and not any(builder.looks_at_text for builder in chain):
+        raise ValueError(f"calibration is text to look at, and none of {', '.join(names)} does; leave it out")
+    if spec.method.name == "grids" and "sketch" not in names:
+        raise ValueError("the method grids trains the grids of a sketch: put sketch among the builders")
+    if spec.realign_steps and names[-1] != "distilled":
+        raise ValueError("realign_steps goes on with what the builder distilled does: put it last in builders")

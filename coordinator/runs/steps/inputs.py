@@ -1,0 +1,29 @@
+"""What steps begin from: the base, the folders of texts, and what a step that was killed left behind."""
+
+from pathlib import Path
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.grant import Grant
+from offsite.emulator import zoo
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import to_json
+from offsite.protos.errors import MismatchError
+from offsite.protos.spec import RunSpec
+
+
+def the_base(spec: RunSpec, digest: str) -> Path:
+    """Find the base again; raises MismatchError if it is no longer what the run began with."""
+    source = zoo.locate(spec.model, cache=zoo.cache_folder())
+    if (found := zoo.digest(source)) != digest:
+        raise MismatchError(f"model {spec.model} has changed since the run began: {found}, it was {digest}")
+    return source
+
+
+def folders(spec: Grant) -> list[Path]:
+    """Return the folders that links inside a folder of texts may not leave; none: they may lead anywhere."""
+    return [Path(folder) for folder in spec.folders]
+
+
+def unfinished(home: Home, spec: RunSpec, step: str) -> Path:
+    """Where a long step keeps its state, so that it goes on after a kill: the same work finds the same folder."""
+    return home.scratch / f"unfinished-{digest_bytes(to_json(spec) + step.encode())[7:23]}"

@@ -1,0 +1,38 @@
+"""Writing a run's outcome."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from offsite.coordinator.bundles.stored import recovered
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.inputs import the_base
+from offsite.coordinator.runs.steps.timeline import Timeline
+from offsite.coordinator.store.blobs import room
+from offsite.emulator import methods, zoo
+from offsite.protos import tensors
+
+
+def publish(home: Home, spec: Grant, *, base: str, exact: str, recovery: str | None) -> dict[str, Any]:
+    """Write the outcome as an adapter of the base (LoRA as peft does) and, if asked for, the merged model."""
+    timeline = Timeline()
+    blobs = home.blobs()
+    method = methods.make(spec.method.name, spec.method.settings)
+    source = the_base(spec, base)
+    with timeline.span("loading"):
+        model, tokenizer = zoo.load_base(source, dtype="auto")
+    adapter = recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
+    files: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory(dir=home.scratch) as scratch:
+        method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.base_name or spec.model)
+        if spec.merge:
+            room(home.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
+            method.merge(model, adapter)
+            model.save_pretrained(Path(scratch) / "merged")
+            tokenizer.save_pretrained(Path(scratch) / "merged")
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            name = path.relative_to(scratch).as_posix()
+            digest, size = blobs.take(path)
+            files[name] = {"digest": digest, "size": size}
+    return {"artifacts": files, "spans": timeline}

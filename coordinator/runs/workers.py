@@ -1,0 +1,158 @@
+"""The coordinator's process on Ray: it starts supervisors there as actors, and looks whether Ray is well.
+
+The one file that imports Ray. It hears runs' ids on stdin, ends when that is closed, and says on a pipe that it has
+imported Ray, that it is ready, then every few seconds that all is well, or what is not (`cluster.py` listens).
+
+A supervisor is a detached, named actor: it outlives the server that asked for it. Ray restarts a dead actor with empty
+memory by running its constructor again, so the constructor itself starts the work and the journal supplies the state.
+Steps are Ray tasks, so that their memory is freed with their worker and the actor stays small.
+"""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.supervisor import Lost, Supervisor
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import plain
+
+BEAT_S = 2.0
+PROBE_S = 5.0
+AGAIN_S = 2.0  # before a supervisor that could not go on is started again
+
+
+def main() -> None:
+    """Join Ray and serve until stdin is closed or Ray is gone."""
+    root, identity, address, threads, pipe = sys.argv[1:]
+    with os.fdopen(int(pipe), "w", buffering=1) as said:
+        try:
+            print("imported", file=said)
+            _join(address, root)
+            threading.Thread(target=_obey, args=(said, root, identity, int(threads)), daemon=True).start()
+            print("ready", file=said)
+            _beat(said)
+        except Exception as error:  # whatever it is, it must be said: nobody reads this process's output
+            print(f"error: {_sentence(error)}", file=said)
+    os._exit(1)  # now: what Ray has in other threads may hang
+
+
+def _join(address: str, root: str) -> None:
+    """Join a cluster, or start one that listens on loopback alone."""
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    listens = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    if local and listens != "127.0.0.1":
+        raise RuntimeError(f"it would listen on {listens} instead of loopback")
+    ray.init(
+        address=address or "local",
+        namespace=f"offsite-{digest_bytes(root.encode())[7:23]}",  # this coordinator's own supervisors
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **local,
+    )
+    for name in ray.util.list_named_actors():  # those of a node that is gone would wait for it for ever
+        if not name.endswith(_node()):
+            ray.kill(ray.get_actor(name), no_restart=True)
+
+
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _beat(said: TextIO) -> None:
+    """Say every few seconds that Ray is well; raises when it is not."""
+    context = ray.get_runtime_context()
+    while True:
+        _connect("its head (GCS)", context.gcs_address)
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        here = next((node for node in nodes if node["NodeID"] == _node()), None)
+        if here is None or not here["Alive"]:
+            raise RuntimeError("this machine is no longer one of its nodes")
+        _connect("its raylet on this machine", f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}")
+        print("well", file=said)
+        time.sleep(BEAT_S)
+
+
+def _connect(what: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error})") from None
+
+
+def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
+    """Start the supervisors that are asked for, until nobody can ask any more."""
+    try:
+        here = NodeAffinitySchedulingStrategy(_node(), soft=False)  # beside the journal
+        for line in sys.stdin:
+            run = line.strip()
+            actor = _Actor.options(  # type: ignore[attr-defined]
+                name=f"run-{run}-{_node()}",
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+                scheduling_strategy=here,
+            )
+            actor.remote(root, identity, run, threads)
+        ray.shutdown()
+        os._exit(0)
+    except Exception as error:
+        print(f"error: {_sentence(error)}", file=said)
+        os._exit(1)
+
+
+def _sentence(error: Exception) -> str:
+    return plain(str(error).strip() or type(error).__name__, most=300)
+
+
+@ray.remote
+class _Actor:
+    def __init__(self, root: str, identity: str, run: str, threads: int) -> None:
+        self._threads = threads
+        self._home, self._run = Home(Path(root), Path(identity)), run
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            Supervisor(self._home, self._run, perform=self._perform).run()
+        except BaseException:  # not the run's end: Ray starts this actor again, and it reads the journal
+            logging.getLogger(__name__).exception("the supervisor starts again")
+            time.sleep(AGAIN_S)
+            os._exit(1)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    def _perform(self, *arguments: Any) -> dict[str, Any]:
+        try:
+            gave: dict[str, Any] = ray.get(_perform.remote(self._threads, *arguments))
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:  # a worker or the cluster went away, not the step
+            raise Lost from error
+        return gave
+
+
+@ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
+def _perform(threads: int, *arguments: Any) -> dict[str, Any]:
+    import torch
+
+    from offsite.coordinator.runs.steps import perform
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)  # Ray would leave one thread per CPU asked for
+    return perform(*arguments)
+
+
+if __name__ == "__main__":
+    from offsite.coordinator.runs import workers  # under its own name, by which Ray's processes import it
+
+    workers.main()

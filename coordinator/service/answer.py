@@ -1,0 +1,67 @@
+"""The one place where errors become gRPC answers, and certificates become names."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from offsite.coordinator.service.limits import Limits, check_request
+from offsite.protos.documents import plain
+from offsite.protos.errors import OffsiteError, RefusedError, from_system
+from offsite.protos.security.certificates import Peer, Role, either
+from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.tls import peer
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    """Lets callers in by the role in their certificate."""
+
+    def __init__(self, revocations: Revocations) -> None:
+        self._revocations = revocations
+        self._limits = Limits()
+
+    def recheck(self, caller: Peer) -> None:
+        """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
+        self._revocations.check(caller)
+
+    @asynccontextmanager
+    async def __call__(
+        self, context: Any, *roles: Role, request: Message | None = None, transfer: bool = False
+    ) -> AsyncIterator[Peer]:
+        """Check the caller and the request, and answer errors of the body with their status and sentence.
+
+        A call, and a transfer of bytes among them, counts until its answer is on its way, which a reader that stalls
+        can delay.
+        """
+        with ExitStack() as counted:
+            try:
+                caller = peer(context.auth_context())
+                self._revocations.check(caller)
+                if caller.role not in roles:
+                    raise RefusedError(
+                        f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
+                    )
+                counted.enter_context(self._limits.call(caller.serial))
+                if transfer:
+                    counted.enter_context(self._limits.transfer(caller.serial))
+                if request is not None:
+                    check_request(request)
+                yield caller
+            except OffsiteError as error:
+                await context.abort(grpc.StatusCode[error.status], plain(str(error)))
+            except (grpc.aio.AbortError, grpc.aio.InternalError):  # the second: the caller is gone
+                raise
+            except OSError as error:
+                log.exception("while answering")
+                error.filename = None  # where the owner's files lie is for the log
+                known = from_system(error)
+                await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
+            except Exception as error:
+                log.exception("while answering")
+                said = f"internal error at the coordinator: {type(error).__name__}; its log says more"
+                await context.abort(grpc.StatusCode.INTERNAL, said)

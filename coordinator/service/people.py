@@ -1,0 +1,171 @@
+"""What people call: submit, look, cancel, fetch."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.transfers import send
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.journal import LIVE, Journal, Row, no_run
+from offsite.protos import runs_pb2 as pb
+from offsite.protos import runs_pb2_grpc, transfer_pb2
+from offsite.protos.documents import from_json, plain, to_json, to_plain
+from offsite.protos.errors import NotFoundError, OffsiteError, RefusedError
+from offsite.protos.figures import without_infinities
+from offsite.protos.ranges import COUNT
+from offsite.protos.security.certificates import PEOPLE
+from offsite.protos.security.tls import Peer
+from offsite.protos.spec import RunSpec
+
+POLL_S = 0.1
+PAGE = 500  # runs of one list, whose errors are sentences
+
+
+def _judge(grant: Grant) -> None:
+    """Import what judges in the thread that judges: it brings torch, and sites need not wait for that to enrol."""
+    from offsite.coordinator.runs.legality import judge
+
+    try:
+        judge(grant, folders=grant.folders)
+    except OffsiteError as error:
+        raise type(error)(grant.told(error)) from None
+
+
+class RunsService(runs_pb2_grpc.RunsServicer):
+    """The Runs service. A researcher's runs are theirs: for other researchers they do not exist."""
+
+    def __init__(
+        self, journal: Journal, blobs: Blobs, gate: Gate, wake: Callable[[], None], *, policy: OwnerPolicy
+    ) -> None:
+        self._journal, self._blobs, self._gate, self._wake = journal, blobs, gate, wake
+        self._policy = policy
+
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
+        """Check the spec, make the run durable, and look whether it can begin."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            spec = from_json(RunSpec, request.spec, where="run spec")
+            run = secrets.token_hex(4)
+            token = f"{person.name} {request.token or run}"  # one person's token is nobody else's
+            granted = None
+            if not self._journal.submitted(token):
+                grant = self._grant(spec, person)
+                await asyncio.to_thread(_judge, grant)
+                granted = to_plain(self._grant(spec, person))  # others of theirs may have come in meanwhile
+            row = self._journal.add_run(run, token=token, owner=person.name, spec=to_json(spec), granted=granted)
+            self._wake()
+            return self._status(row, person)
+
+    async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
+        """Return one run."""
+        async with self._gate(context, *PEOPLE, request=request) as person:
+            return self._status(self._seen(request.id, person), person)
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
+        """Return a page of runs, newest first and in brief."""
+        async with self._gate(context, *PEOPLE, request=request) as person:
+            limit = min(request.limit or PAGE, PAGE)
+            if request.before:
+                self._seen(request.before, person)
+            owner = person.name if person.role == "researcher" else None
+            rows = self._journal.page(limit=limit + 1, before=request.before, owner=owner)
+            done = self._journal.rounds_done(row.id for row in rows[:limit])
+            return pb.ListReply(runs=[_brief(row, done.get(row.id, 0)) for row in rows[:limit]], more=len(rows) > limit)
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
+        """Stream events until the run is over and all were sent."""
+        async with self._gate(context, *PEOPLE, request=request) as person:
+            self._seen(request.id, person)
+            after, live = request.after, True
+            while live:
+                live = (
+                    self._journal.run(request.id).state in LIVE
+                )  # before the events: none written at the end is missed
+                for row in self._journal.events(request.id, after=after):
+                    after = row.seq
+                    yield pb.Event(
+                        seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=_json(row.data)
+                    )
+                if live:
+                    await asyncio.sleep(POLL_S)
+                    self._gate.recheck(person)
+
+    async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
+        """End a run; one that is over stays as it ended."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            self._seen(request.id, person)
+            self._journal.end_run(request.id, "cancelled", error=f"cancelled by {person.name}")
+            return self._status(self._journal.run(request.id), person)
+
+    async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
+        """Send a published file of a run of the caller's, if the policy lets them have it; nothing else can be had."""
+        async with self._gate(context, "owner", "researcher", request=request, transfer=True) as person:
+            published = self._journal.publications(request.digest)
+            seen = [row for row in published if person.role == "owner" or row.owner == person.name]
+            if not seen:
+                raise NotFoundError(f"{plain(request.digest)} is not a published file")
+            if not any(self._policy.may_fetch(row.name, role=person.role, person=person.name) for row in seen):
+                raise RefusedError("the owner's policy (merged) does not let you have a merged model; ask the owner")
+            path = await asyncio.to_thread(self._blobs.served, request.digest)
+            await send(path, request.offset, context, partial(self._gate.recheck, person))
+
+    async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
+        """Return the enrolled sites."""
+        async with self._gate(context, *PEOPLE, request=request):
+            rows = self._journal.sites()
+            return pb.SitesReply(
+                sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
+            )
+
+    def _grant(self, spec: RunSpec, person: Peer) -> Grant:
+        live = self._journal.live_of(person.name)
+        return self._policy.grant(spec, role=person.role, person=person.name, live=live)
+
+    def _seen(self, run: str, person: Peer) -> Row:
+        """Return a run that a person may see; for others' runs the error is that of one that does not exist."""
+        row = self._journal.run(run)
+        if person.role == "researcher" and row.owner != person.name:
+            raise no_run(run)
+        return row
+
+    def _status(self, row: Row, person: Peer) -> pb.RunStatus:
+        status = _brief(row, self._journal.rounds_done([row.id]).get(row.id, 0))
+        files = [
+            file
+            for file in self._journal.artifacts(row.id)
+            if person.role == "auditor" or self._policy.may_fetch(file.name, role=person.role, person=person.name)
+        ]
+        whole = pb.RunStatus(
+            error=row.error,
+            spec=row.spec,
+            report=row.report,
+            artifacts=[pb.Artifact(name=file.name, digest=file.digest, size=file.size) for file in files],
+        )
+        status.MergeFrom(whole)
+        return status
+
+
+def _json(value: Any) -> str:
+    return json.dumps(without_infinities(value)[0], allow_nan=False)
+
+
+def _brief(row: Row, done: int) -> pb.RunStatus:
+    """What a list shows of a run. A spec of another version, or beyond today's ranges, must not end the list."""
+    spec = json.loads(row.spec)
+    return pb.RunStatus(
+        id=row.id,
+        name=plain(str(spec.get("name", "")), most=200),
+        state=row.state,
+        round=done,
+        rounds=min(int(spec.get("rounds", 1)), COUNT),
+        error=plain(row.error, most=500),
+        note=plain(row.note, most=500),
+        submitted_at=row.submitted_at,
+        finished_at=row.finished_at,
+        owner=row.owner,
+    )

@@ -1,0 +1,167 @@
+"""The coordinator process: a gRPC server with mutual TLS in front of the journal and the supervisors."""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import signal
+import socket
+from collections.abc import Callable
+
+import grpc
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.retention import Retention, collect
+from offsite.coordinator.runs.dispatch import PLACES, Dispatcher
+from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.fleet import FleetService
+from offsite.coordinator.service.limits import CALLS
+from offsite.coordinator.service.people import RunsService
+from offsite.protos.addresses import Address
+from offsite.protos.errors import OffsiteError, ResourceError
+from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
+from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
+from offsite.protos.security.identity import Identity
+from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.tls import server_credentials
+
+log = logging.getLogger(__name__)
+
+COLLECT_EVERY_S = 6 * 3600.0
+
+OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second coordinator would take half of the calls without a word
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_receive_message_length", 6 << 20),  # a chunk, a spec or an update's metrics
+    ("grpc.max_metadata_size", 4096),
+    ("grpc.max_concurrent_streams", 2 * CALLS),  # of one connection; `Limits` bounds those of one certificate
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_age_ms", 3_600_000),  # what stalls on a connection ends with it; what goes on resumes
+    ("grpc.max_connection_age_grace_ms", 300_000),
+    ("grpc.http2.bdp_probe", 0),  # else the window of a fast stream grows, and with it what lies in memory
+)
+
+
+class Server:
+    """One coordinator over one home folder."""
+
+    def __init__(
+        self,
+        home: Home,
+        make_executor: Callable[[Home], Executor],
+        *,
+        policy: OwnerPolicy,
+        places: int = PLACES,
+        retention: Retention = Retention(),  # noqa: B008 (frozen)
+    ) -> None:
+        self._home = home.prepare()
+        self._identity = Identity.load(home.identity, expect="coordinator")
+        if self._identity.warning:
+            log.warning(self._identity.warning)
+        self._make_executor, self._places, self._retention = make_executor, places, retention
+        self._lock = self._alone()
+        self._policy = policy
+        home.keep(policy)
+        home.sweep()
+
+    def _alone(self) -> object:
+        """Hold the home for this process; the lock ends with it, however it ends."""
+        handle = (self._home.root / "lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"{self._home.root}: another coordinator is using this folder; stop it or name another"
+            ) from None
+        return handle
+
+    async def serve(self, address: Address, *, ready: Callable[[int], None]) -> None:
+        """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
+        journal, blobs = self._home.journal(), self._home.blobs()
+        journal.check()
+        gate = Gate(Revocations(self._home.identity / "crl.pem", seen=self._home.root / "crl-number"))
+        _probe(address)
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        executor = self._make_executor(self._home)
+        if not await self._start(executor, stop):
+            return
+        dispatcher = Dispatcher(journal, executor, places=self._places)
+        server = grpc.aio.server(options=OPTIONS)
+        port = self._bind(server, address)
+        add_FleetServicer_to_server(FleetService(self._home, journal, blobs, gate), server)  # type: ignore[no-untyped-call]
+        runs = RunsService(journal, blobs, gate, dispatcher.wake, policy=self._policy)
+        add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
+        await server.start()
+        try:
+            ready(port)
+            work = asyncio.create_task(dispatcher.work())
+            collecting = asyncio.create_task(self._collect())
+            await asyncio.wait(
+                {work, collecting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in (work, collecting):
+                if task.done():
+                    task.result()  # raises: the journal is damaged
+        finally:
+            await server.stop(grace=1.0)
+            executor.close()
+            journal.close()
+
+    async def _collect(self) -> None:
+        """Remove what need not be kept, now and again every few hours."""
+        while True:
+            try:
+                await asyncio.to_thread(collect, self._home, self._retention)
+            except (OSError, OffsiteError) as error:  # of a damaged journal the dispatcher makes an end
+                log.error("old files are not collected: %s", error)
+            await asyncio.sleep(COLLECT_EVERY_S)
+
+    async def _start(self, executor: Executor, stop: asyncio.Event) -> bool:
+        """Start an executor, which can take long; False when told to stop meanwhile."""
+        start = asyncio.create_task(asyncio.to_thread(executor.start))
+        await asyncio.wait({start, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            executor.close()
+            with contextlib.suppress(OffsiteError):
+                await start
+            return False
+        await start
+        return True
+
+    def _bind(self, server: grpc.aio.Server, address: Address) -> int:
+        try:
+            return server.add_secure_port(str(address), server_credentials(self._identity))
+        except RuntimeError as error:
+            raise ResourceError(f"cannot listen on {address}: {error}") from None
+
+
+def _probe(address: Address) -> None:
+    """Raise at once, before an executor is started, if the address cannot be listened on."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address.host, address.port))
+    except OSError as error:
+        raise ResourceError(f"cannot listen on {address}: {error.strerror}; name another with --listen") from None
+
+
+def run(
+    home: Home,
+    address: Address,
+    make_executor: Callable[[Home], Executor],
+    *,
+    policy: OwnerPolicy,
+    ready: Callable[[int], None],
+    places: int = PLACES,
+    retention: Retention = Retention(),  # noqa: B008 (frozen)
+) -> None:
+    """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
+    server = Server(home, make_executor, policy=policy, places=places, retention=retention)
+    asyncio.run(server.serve(address, ready=ready))

@@ -1,0 +1,161 @@
+"""What the agent hands a trainer of the site's policy, and what it says of what the trainer tells."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from offsite.client.site import agent, training
+from offsite.client.site.folder import WorkFolder
+from offsite.client.site.job import TrainerJob
+from offsite.client.site.policy import Policy
+from offsite.client.site.reporter import Reporter
+from offsite.coordinator.service.reasons import sentence
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import (
+    IdentityError,
+    InputError,
+    MismatchError,
+    OffsiteError,
+    RefusedError,
+    UnreachableError,
+    from_status,
+)
+from offsite.protos.spec import UpdateMetrics
+
+STEP = {"event": "step", "step": 1, "steps": 6, "loss": 4.0, "tokens": 9}
+WARNINGS = ["the emulator predicts worse than guessing", "another"]
+LEAKS = {
+    "leak-columns": '{"SECRET": "note"}\n',
+    "leak-role": '{"messages": [{"role": "SECRET", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+    "broken": '{"text": SECRET\n',
+}
+REFUSED = RefusedError("this site's policy refuses the emulator (suspicious): a sign")
+
+
+class Trainer:
+    """Tells of an inspection and a step, or refuses."""
+
+    def __init__(self, job: TrainerJob, refused: bool) -> None:
+        self.job, self._refused = job, refused
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        yield {"event": "loading"}
+        if self._refused:
+            raise REFUSED
+        yield {"event": "inspected", "perplexity": 7.5e4, "warnings": WARNINGS}
+        yield STEP
+        metrics = UpdateMetrics(examples=1, tokens=9, loss=4.0, engine="none")
+        (Path(self.job.out) / "metrics.json").write_bytes(to_json(metrics))
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    started: list[TrainerJob] = []
+
+    def launch(wanted: TrainerJob, folder: Path) -> Trainer:
+        started.append(from_json(TrainerJob, to_json(wanted), where="job"))
+        return Trainer(wanted, refused)
+
+    monkeypatch.setattr(agent, "launch", launch)
+    one, said = job(), []
+    policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
+    work: Any = SimpleNamespace(write=lambda *_: None)
+    config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work)
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+    )
+    site = agent.Agent(channel, config, say=lambda kind, data: said.append((kind, data)))
+    monkeypatch.setattr(site, "_fetch", lambda task, reporter: (one.manifest, tmp_path, tmp_path / "adapter"))
+    reporter: Any = SimpleNamespace(now=lambda *_, **__: None, on_stop=id, stopped=False, bytes_down=0)
+    if refused:
+        with pytest.raises(RefusedError, match="a sign"):
+            site._train(one.task, tmp_path, reporter)
+        return
+    site._train(one.task, tmp_path, reporter)
+    assert started[0].policy == policy
+    assert said == [
+        ("inspected", {"round": 1, "perplexity": 7.5e4}),
+        *[("warning", {"message": warning}) for warning in WARNINGS],
+        ("step", {"round": 1, "step": 1, "steps": 6, "loss": 4.0}),
+    ]
+
+
+def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
+    identity = SimpleNamespace(warning=None)
+    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), identity=identity)
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+    )
+    said: list[str] = []
+    site = agent.Agent(channel, config, say=lambda kind, data: said.append(data["message"]))
+    kinds = (IdentityError, MismatchError, OffsiteError, UnreachableError)
+    troubles: list[Any] = [kind(f"trouble {at}") for at, kind in enumerate(kinds)]
+    troubles += [OSError(28, "No space left on device"), None, KeyboardInterrupt()]
+
+    def once() -> None:
+        if trouble := troubles.pop(0):
+            raise trouble
+
+    monkeypatch.setattr(agent, "RETRY_S", 0.0)
+    monkeypatch.setattr(site, "_enrol", lambda: None)
+    monkeypatch.setattr(site, "_once", once)
+    with pytest.raises(KeyboardInterrupt):
+        site.run()
+    assert said[:4] == [f"trouble {at}" for at in range(4)] and "disk is full" in said[4]
+    monkeypatch.setattr(agent, "PATIENCE_S", -1.0)
+    troubles.append(IdentityError("revoked"))
+    with pytest.raises(IdentityError, match="revoked"):
+        site.run()
+    work.close()
+
+
+@pytest.mark.parametrize("case", ["leak-columns", "leak-role", "broken"])
+@pytest.mark.parametrize("odd_rows", ["skip", "refuse"])
+def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_rest(
+    job: Any, tmp_path: Path, case: str, odd_rows: str
+) -> None:
+    secret = "a private sentence of this site"
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data" / "notes.jsonl"
+    data.write_text(LEAKS[case].replace("SECRET", secret))
+    one = job(data=data, policy={"odd_rows": odd_rows})
+    sent: list[Any] = []
+    channel: Any = SimpleNamespace(
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub),
+        call=lambda _, request: sent.append(request),
+    )
+    work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(work=work)
+    site = agent.Agent(channel, config, say=lambda *_: None)
+    work.task(one.task).mkdir(parents=True)
+    (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
+    with pytest.raises(InputError) as caught, training._faults("FAULT_DATA"):
+        training._read(one)
+    fault = from_status(caught.value.status, str(caught.value), reason=caught.value.reason)  # as it leaves the trainer
+    reporter = Reporter(channel, None, one.task, every_s=1000.0)  # type: ignore[arg-type]
+    reporter._fleet = SimpleNamespace(Report=None)  # type: ignore[assignment]
+    site._end(one.task, reporter, fault)
+    reporter.close()
+    work.close()
+    (report,) = sent
+    assert (report.state, report.reason) == (pb.FAILED, pb.FAULT_DATA)
+    told = str(report) + sentence(report.reason)
+    assert not any(part in told for part in (secret, "notes", str(tmp_path), "line"))
+    kept = (tmp_path / "work" / "site.log").read_text()
+    assert kept.count(secret) == 2 - (case == "broken") and str(data) in kept
+
+
+def id_stub(*_: Any, **__: Any) -> None:
+    """A call that is never made."""

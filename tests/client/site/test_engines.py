@@ -1,0 +1,291 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from offsite.client.site.engines import ENGINES, Engine, Ranks
+from offsite.client.site.job import TrainerJob
+from offsite.client.site.launch import launch
+from offsite.coordinator.bundles import building
+from offsite.emulator import bundle, examples, methods
+from offsite.emulator.batches import Batch, encode, training_batches
+from offsite.emulator.bundle import Layout
+from offsite.emulator.methods.proof import Witness
+from offsite.emulator.outline import Outline
+from offsite.emulator.precision import DTYPES
+from offsite.protos import tensors
+from offsite.protos.documents import to_json
+from offsite.protos.errors import InputError
+from offsite.protos.recipes import parse, parse_one
+
+Jobs = Any
+OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
+# Steep, clipped and decaying, so that a fault in any of these shows.
+TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clipping": 0.05}
+
+
+class Loaded:
+    """A job's model with its adapter, its batches, and an engine in this process."""
+
+    def __init__(self, job: TrainerJob) -> None:
+        torch.set_num_threads(1)
+        spec = job.task.training
+        self.places = Outline(job.manifest.layers, job.manifest.trainable).places
+        dtype = DTYPES[spec.precision]
+        model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
+        self.method = methods.make(job.task.method.name, job.task.method.settings)
+        self.broadcast = tensors.load(Path(job.adapter))
+        self.model = self.method.attach(model, self.places, self.broadcast).train()
+        self.trained = self.method.named_parameters(self.model, self.places)
+        encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=spec.max_length)
+        self.batches: list[Batch] = list(
+            training_batches(encoded, batch_size=spec.batch_size, steps=spec.steps, first_step=0, seed=spec.seed)
+        )
+        self.job = job
+
+    def engine(self) -> Engine:
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        spec = self.job.engine
+        return ENGINES[spec.name](self.model, self.trained, self.job.task.training, spec, ranks)
+
+
+def agree(job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
+    """Run a job in processes of its own and hold its losses and its adapter against one process of plain torch."""
+    loaded = Loaded(reference)
+    engine = loaded.engine()
+    losses = [engine.step(batch) for batch in loaded.batches]
+    expected = engine.gather(loaded.method, loaded.places)
+    assert losses[-1] < losses[0] and len(set(losses)) == len(losses)
+    told = [event["loss"] for event in launch(job, folder).events() if event["event"] == "step"]
+    assert told == pytest.approx(losses, abs=1e-4)
+    update = tensors.load(Path(job.out) / "update.safetensors")
+    assert update.keys() == expected.keys()
+    for key, value in update.items():
+        assert value.shape == loaded.broadcast[key].shape
+        assert float((value - loaded.broadcast[key]).norm()) > 1e-2
+        torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1)), 2, 3])
+def test_two_processes_at_every_zero_stage_train_as_one_plain_process(job: Jobs, tmp_path: Path, stage: int) -> None:
+    agree(
+        job(name="deepspeed", zero_stage=stage, processes=2, training=TRAINING),
+        job(training=TRAINING),
+        tmp_path / "task",
+    )
+
+
+def test_two_plain_processes_train_as_one(job: Jobs, tmp_path: Path) -> None:
+    uneven = TRAINING | {"batch_size": 5}
+    agree(job(processes=2, training=uneven), job(training=uneven), tmp_path / "task")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(job: Jobs, name: str) -> None:
+    one = job(training={"batch_size": 1})
+    parameters = {"5.w.A": nn.Parameter(torch.zeros(1))}
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(InputError, match="a batch of 1 sequences cannot be split over 2 processes"):
+        ENGINES[name](nn.Identity(), parameters, one.task.training, one.engine, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_changes_no_result(job: Jobs, tmp_path: Path, stage: int) -> None:
+    offloaded = job(name="deepspeed", zero_stage=stage, offload=True, processes=2, training=TRAINING)
+    agree(offloaded, job(training=TRAINING), tmp_path / "task")
+
+
+@pytest.mark.slow
+def test_deepspeed_needs_no_second_process(job: Jobs, tmp_path: Path) -> None:
+    agree(job(name="deepspeed", zero_stage=3, training=TRAINING), job(training=TRAINING), tmp_path / "task")
+
+
+FROZEN = """if True:
+    import sys
+    from pathlib import Path
+    import torch
+    from offsite.client.site.engines import ENGINES, join
+    from offsite.client.site.job import TrainerJob
+    from offsite.protos.documents import from_json
+    sys.path.insert(0, sys.argv[2])
+    from test_engines import Loaded
+    folder = Path(sys.argv[1])
+    job = from_json(TrainerJob, (folder / "job.json").read_bytes(), where="job")
+    loaded = Loaded(job)
+    frozen = {n: p.detach().clone() for n, p in loaded.model.named_parameters() if not p.requires_grad}
+    ranks = join(job.engine, folder / "rendezvous")
+    engine = ENGINES["deepspeed"](loaded.model, loaded.trained, job.task.training, job.engine, ranks)
+    for batch in loaded.batches:
+        engine.step(batch)
+    import deepspeed
+    with deepspeed.zero.GatheredParameters(list(loaded.model.parameters()), enabled=job.engine.zero_stage == 3):
+        after = dict(loaded.model.named_parameters())
+        changed = [n for n, p in frozen.items() if p.dtype != after[n].dtype or not torch.equal(p, after[n])]
+        print(len(frozen), changed, {p.dtype for p in frozen.values()}, file=sys.stderr)
+    sys.exit(bool(changed) or not frozen)
+"""
+
+
+SPREAD = """if True:
+    import json, sys
+    from pathlib import Path
+    from offsite.client.site.engines import ENGINES, join, zero
+    from offsite.client.site.job import TrainerJob
+    from offsite.protos import tensors
+    from offsite.protos.documents import from_json
+    sys.path.insert(0, sys.argv[2])
+    from test_engines import Loaded
+    usual = zero.configuration
+    def configuration(*arguments):
+        config = usual(*arguments)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+    zero.configuration = configuration
+    folder = Path(sys.argv[1])
+    loaded = Loaded(from_json(TrainerJob, (folder / "job.json").read_bytes(), where="job"))
+    ranks = join(loaded.job.engine, folder / "rendezvous")
+    engine = ENGINES["deepspeed"](loaded.model, loaded.trained, loaded.job.task.training, loaded.job.engine, ranks)
+    assert not any(parameter.numel() for parameter in loaded.model.parameters()), "every one is spread"
+    losses = [engine.step(batch) for batch in loaded.batches]
+    adapter = engine.gather(loaded.method, loaded.places)
+    if ranks.rank == 0:
+        tensors.save(folder / "adapter.safetensors", adapter)
+        (folder / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def emulator_job(job: Jobs, site_files: Path, folder: Path, *, builders: str, method: str, **engine: Any) -> TrainerJob:
+    """Return a job on the same emulator in a format; the first and the last layer train."""
+    base, tokenizer = bundle.load(site_files / "bundle", layout=Layout(OUTLINE), dtype="auto")
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    data = site_files / "data.jsonl"
+    ends = parse_one("ends(bottom=1,top=1)")
+    built = building.build(str(folder / "base"), parse(builders), ends, folder / "bundle", public=data, owner_key=None)
+    layout, chosen = bundle.described(built.manifest), parse_one(method)
+    model, _ = bundle.load(folder / "bundle", layout=layout, dtype="auto")
+    start = methods.make(chosen.name, chosen.settings).start(model, layout.outline.places, seed=0)
+    tensors.save(folder / "start.safetensors", start)
+    one = job(training=TRAINING | {"learning_rate": 3e-3}, **engine)
+    return replace(
+        one,
+        bundle=str(folder / "bundle"),
+        manifest=built.manifest,
+        adapter=str(folder / "start.safetensors"),
+        task=replace(one.task, method=chosen),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("builders", "method"),
+    [
+        ("quantised(block=16)", "lora(rank=4)"),
+        ("additive(group=4,bits=4,steps=0)", "blocks"),
+        ("sketch", "grids"),
+    ],
+)
+def test_an_emulator_in_a_format_trains_alike_where_zero_3_spreads_every_parameter(
+    job: Jobs, site_files: Path, tmp_path: Path, builders: str, method: str
+) -> None:
+    """By default DeepSpeed leaves small ones whole, and a tiny model has no others."""
+    (tmp_path / "plain").mkdir()
+    plain = Loaded(emulator_job(job, site_files, tmp_path / "plain", builders=builders, method=method))
+    engine = plain.engine()
+    losses = [engine.step(batch) for batch in plain.batches]
+    expected = engine.gather(plain.method, plain.places)
+    assert losses[-1] < losses[0]
+
+    two = {"name": "deepspeed", "zero_stage": 3, "processes": 2}
+    (tmp_path / "job.json").write_bytes(to_json(replace(plain.job, engine=replace(plain.job.engine, **two))))
+    command = [sys.executable, "-c", SPREAD, str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
+    found = tensors.load(tmp_path / "adapter.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert float((value - plain.broadcast[key]).norm()) > 1e-3
+        torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_leaves_every_frozen_tensor_as_it_was(job: Jobs, tmp_path: Path, stage: int, precision: str) -> None:
+    one = job(name="deepspeed", zero_stage=stage, training=TRAINING | {"precision": precision})
+    (tmp_path / "job.json").write_bytes(to_json(one))
+    command = [sys.executable, "-c", FROZEN, str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_plain_leaves_every_frozen_tensor_as_it_was_and_trains_in_fp32(job: Jobs, precision: str) -> None:
+    loaded = Loaded(job(training=TRAINING | {"precision": precision}))
+    trained = {id(parameter) for parameter in loaded.trained.values()}
+    frozen = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    engine = loaded.engine()
+    for batch in loaded.batches:
+        engine.step(batch)
+    assert {parameter.dtype for parameter in loaded.trained.values()} == {torch.float32}
+    names = {name for name, parameter in loaded.model.named_parameters() if id(parameter) in trained}
+    assert len(names) == len(loaded.broadcast)
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, frozen[name]) == (name not in names), name
+
+
+def test_a_fresh_adapter_is_proved_though_half_of_its_gradients_are_zero(job: Jobs) -> None:
+    loaded = Loaded(job())
+    assert not any(bool(value.any()) for key, value in loaded.broadcast.items() if key.endswith(".B"))
+    witness = Witness(loaded.trained)
+    loaded.engine().step(loaded.batches[0])
+    witness.judge()
+
+
+class Deaf(nn.Module):
+    """Reads a wrapped map's own weight, as fused kernels do, or lets its adapter through multiplied by a number."""
+
+    def __init__(self, wrapped: Any, through: float | None) -> None:
+        super().__init__()
+        self.wrapped, self.through = wrapped, through
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bare = functional.linear(x, self.wrapped.weight)
+        return bare if self.through is None else bare + self.through * (self.wrapped(x) - bare)
+
+
+@pytest.mark.parametrize(
+    ("through", "fault"),
+    [
+        (None, r"2 trained tensors get no gradient.*: 5\.mlp\.up_proj\.A, 5\.mlp\.up_proj\.B$"),
+        (0.0, r"2 trained tensors have no effect on the loss: 5\.mlp\.up_proj\.A, 5\.mlp\.up_proj\.B$"),
+        (
+            float("nan"),
+            r"28 trained tensors get a gradient that is not finite: 0\.self_attn\.q_proj\.A, .* and 25 more$",
+        ),
+    ],
+)
+def test_tensors_that_do_not_train_are_refused_by_name(job: Jobs, through: float | None, fault: str) -> None:
+    loaded = Loaded(job())
+    witness = Witness(loaded.trained)
+    mlp = loaded.model.get_submodule("base_model.model.model.layers.3.mlp")
+    mlp.up_proj = Deaf(mlp.up_proj, through)
+    loaded.engine().step(loaded.batches[0])
+    with pytest.raises(ValueError, match=fault):
+        witness.judge()

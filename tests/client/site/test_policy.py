@@ -1,0 +1,193 @@
+"""A site's policy: every bound refuses what goes beyond it and nothing else."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offsite.client.site.policy import METHODS, Policy, refusal
+from offsite.client.site.reasons import reason
+from offsite.coordinator.service.reasons import sentence
+from offsite.emulator import methods
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos.errors import InputError, MismatchError, RefusedError
+from offsite.protos.spec import BaseRef, Choice, FileEntry, LocalTraining, Manifest, TaskSpec
+
+BASE, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+POLICY: dict[str, Any] = {
+    **{"bases": (BASE,), "data": ("/",), "min_steps": 2},
+    **{"max_steps": 10, "max_rounds": 3, "max_upload_mib": 1.0},
+}
+
+
+def task(**changes: Any) -> TaskSpec:
+    fields: dict[str, Any] = {
+        **{"run": "r", "round": 0, "rounds": 3, "site": "bank", "attempt": 0, "base": BASE},
+        **{"manifest": OTHER, "manifest_size": 1, "adapter": OTHER, "adapter_size": 1 << 20, "method_hash": OTHER},
+        **{"method": Choice(name="lora"), "training": LocalTraining(learning_rate=1e-3, steps=10)},
+    }
+    return TaskSpec(**{**fields, **changes})
+
+
+def manifest(*, size: int = 1, path: str = "model.safetensors", **changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "base": BaseRef(name="m", digest=BASE, layers=4, parameters=9),
+        "builders": (Choice(name="uniform"),),
+        "layers": (0, 2, 3),
+        "trainable": (0, 3),
+        **{"parameters": 7, "verbatim": 7, "lossy": 0},
+        "files": (FileEntry(path=path, digest=OTHER, size=size),),
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def test_what_is_within_every_bound_is_allowed() -> None:
+    policy = Policy(**POLICY)
+    policy.check_task(task())
+    policy.check_bundle(task(), manifest())
+    policy.check_update(1 << 20)
+    Policy(**POLICY | {"bases": ("any",)}).check_task(task(base=OTHER))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"base": OTHER}, "bases"),
+        ({"method": Choice(name="blocks")}, "methods"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=11)}, "max_steps"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=1)}, "min_steps"),
+        ({"training": LocalTraining(learning_rate=6e-3, steps=2)}, "max_learning_rate"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, batch_size=3)}, "min_batch_size"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, max_length=31)}, "min_length"),
+        ({"round": 3}, "max_rounds"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, gradient_clipping=1e-4)}, "min_gradient_clipping"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, batch_size=1025)}, "max_batch_size"),
+        ({"training": LocalTraining(learning_rate=1e-3, steps=2, max_length=131073)}, "max_length"),
+        ({"rounds": 4}, "max_rounds"),
+        ({"adapter_size": (1 << 20) + 1}, "max_upload_mib"),
+    ],
+)
+def test_a_task_beyond_a_bound_is_refused_by_name(changes: dict[str, Any], bound: str) -> None:
+    with pytest.raises(RefusedError, match=rf"refuses the task \({bound}\)"):
+        Policy(**POLICY).check_task(task(**changes))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("round", [0, 1, 9])
+def test_by_default_a_task_of_few_steps_is_refused_in_every_round(steps: int, round: int) -> None:
+    policy = Policy(bases=("any",), data=("/",))
+    short = LocalTraining(learning_rate=1e-3, steps=steps)
+    with pytest.raises(RefusedError, match=rf"\(min_steps\): steps a round: {steps} asked for, at least 4") as caught:
+        policy.check_task(task(round=round, rounds=10, training=short))
+    assert reason(caught.value) == "BOUND_MIN_STEPS"
+
+
+def test_few_distinct_sequences_or_many_passes_are_refused() -> None:
+    policy = Policy(bases=("any",), data=("/",))
+    asked = task(rounds=2, training=LocalTraining(learning_rate=1e-3, steps=8))  # 64 sequences in all
+    policy.check_rows(asked, seen=12, distinct=16)
+    with pytest.raises(RefusedError, match=r"\(min_rows\): the round sees 11 distinct"):
+        policy.check_rows(asked, seen=11, distinct=99)
+    with pytest.raises(RefusedError, match=r"\(max_passes\): 4.27 passes over 15 .* in 2 rounds are more than 4"):
+        policy.check_rows(asked, seen=16, distinct=15)
+
+
+def test_an_update_or_a_bundle_that_is_too_large_is_refused() -> None:
+    with pytest.raises(RefusedError, match="max_upload_mib"):
+        Policy(**POLICY).check_update((1 << 20) + 1)
+    with pytest.raises(RefusedError, match="max_bundle_mib"):
+        Policy(**POLICY | {"max_bundle_mib": 2.0}).check_bundle(task(), manifest(size=3 << 20))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../x", "a/../../x", "modeling_evil.py", "", ".ssh/x"])
+def test_a_bundle_cannot_write_elsewhere_or_bring_code(path: str) -> None:
+    with pytest.raises(MismatchError, match="a file that it must not"):
+        Policy(**POLICY).check_bundle(task(), manifest(path=path))
+
+
+def test_a_bundle_of_another_base_or_with_layers_it_lacks_is_a_mismatch() -> None:
+    with pytest.raises(MismatchError, match="the bundle is of base"):
+        Policy(**POLICY).check_bundle(task(base=OTHER), manifest())
+    with pytest.raises(MismatchError, match=r"layers \[1\]"):
+        Policy(**POLICY).check_bundle(task(), manifest(trainable=(0, 1)))
+
+
+def test_data_is_looked_for_behind_links(tmp_path: Path) -> None:
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "secret.jsonl").write_text("{}")
+    (tmp_path / "allowed" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (tmp_path / "allowed" / "fine.jsonl").write_text("{}")
+    policy = Policy(**POLICY | {"data": (str(tmp_path / "allowed"),)})
+    policy.check_data(tmp_path / "allowed" / "fine.jsonl")
+    with pytest.raises(RefusedError, match="allows data only in"):
+        policy.check_data(tmp_path / "allowed" / "link.jsonl")
+
+
+DOCUMENTED = (Path(__file__).parents[3] / "docs" / "policy.toml").read_text()
+
+
+def test_what_the_documented_file_says_is_what_a_field_left_out_means(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(DOCUMENTED.replace("/srv/offsite/data", "."))
+    assert Policy.load(file) == Policy(bases=("any",), data=(str(tmp_path),))
+    names = {field.name for field in fields(Policy)}
+    assert names == set(re.findall(r"^(?:# )?(\w+) = ", DOCUMENTED, re.MULTILINE))
+
+
+def test_the_table_has_every_field_with_a_sentence() -> None:
+    told = {name: (value, why) for name, value, why in Policy(bases=("any",), data=("/",)).describe()}
+    assert told.keys() == {field.name for field in fields(Policy)}
+    assert told["min_steps"][0] == "4" and "gradient" in told["min_steps"][1]
+    assert (told["max_emulator_perplexity"][0], told["per_step_metrics"][0]) == ("none", "no")
+    assert all(len(why) > 10 for _, why in told.values())
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("max_steps = true", "max_steps: Input should be a valid integer (got True)"),
+        ("min_steps = 50\nmax_steps = 10", "min_steps = 50 is more than max_steps = 10"),
+        ("min_batch_size = 65", "min_batch_size = 65 is more than max_batch_size = 64"),
+        ('methods = ["lorra"]', "there is no method 'lorra'; did you mean lora?"),
+        ("max_upload_mib = inf", "inf"),
+        ("max_passes = 0", "max_passes"),
+        ("max_steps = 5000000000", "max_steps"),
+        ('suspicious = "ignore"', "suspicious: Input should be 'refuse' or 'warn'"),
+        ("max_step = 5", "did you mean max_steps?"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_is_refused_in_a_sentence(tmp_path: Path, lines: str, words: str) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(f'bases = ["any"]\ndata = ["."]\n{lines}\n')
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        Policy.load(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_are_beside_the_file_wherever_the_agent_runs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "policy.toml"
+    file.write_text('\ufeffbases = ["any"]\ndata = ["data"]\n', encoding="utf-8")
+    assert Policy.load(file).data == (str(tmp_path / "data"),)
+    file.write_text('bases = ["any"]\ndata = "data"\n')
+    with pytest.raises(InputError, match=r"data: expected a list \(got 'data'\)"):
+        Policy.load(file)
+    file.write_text('bases = ["any"]\ndata = ["none"]\n')
+    with pytest.raises(InputError, match="none is not a folder"):
+        Policy.load(file)
+
+
+def test_the_methods_a_policy_knows_are_those_there_are() -> None:
+    assert set(METHODS) == set(methods.METHODS)
+
+
+def test_every_refusal_has_a_name_on_the_wire_and_a_sentence_at_the_coordinator() -> None:
+    bounds = {name.removeprefix("BOUND_").lower() for name in pb.Reason.keys() if name.startswith("BOUND_")}
+    settings = {"odd_rows", "per_step_metrics", "keep_bundles_mib", "keep_days"}  # not bounds of a task
+    assert bounds == {field.name for field in fields(Policy)} - settings
+    assert reason(refusal("min_rows", "why")) == "BOUND_MIN_ROWS"
+    said = {sentence(number) for number in pb.Reason.values() if number}
+    assert len(said) == len(pb.Reason.values()) - 1 and not any("unknown" in one for one in said)
+    assert "(min_steps)" in sentence(pb.BOUND_MIN_STEPS) and "unknown" in sentence(999)

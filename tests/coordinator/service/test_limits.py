@@ -1,0 +1,150 @@
+"""What one caller may take, and what counts as progress."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.supervisor import Supervisor
+from offsite.coordinator.service import limits
+from offsite.coordinator.service.limits import Limits, check_request
+from offsite.coordinator.service.progress import Told, ahead
+from offsite.coordinator.store.journal import Journal, Key
+from offsite.protos import fleet_pb2 as pb
+from offsite.protos.documents import to_json
+from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.spec import RunSpec
+from offsite.protos.transfer_pb2 import Chunk
+
+KEY = Key(run="r", round=0, site="a", attempt=0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    made = Journal(tmp_path / "journal.db")
+    made.add_run("r", token="t", owner="alice", spec=b"spec")
+    made.add_task(KEY, spec=b"task", signature=b"s")
+    return made
+
+
+def test_a_certificate_that_calls_without_end_waits_and_another_does_not() -> None:
+    clock = Clock()
+    counted = Limits(clock=clock)
+
+    def call(serial: int) -> None:
+        with counted.call(serial):
+            pass
+
+    for _ in range(int(limits.BURST)):
+        call(1)
+    with pytest.raises(ResourceError, match="more than 50 calls a second; wait"):
+        call(1)
+    call(2)
+    clock.now += 1
+    for _ in range(int(limits.RATE)):
+        call(1)
+    with pytest.raises(ResourceError):
+        call(1)
+    clock.now += 2 * limits.BURST / limits.RATE
+    call(3)
+    assert len(counted) == 1, "nothing is kept of who is idle"
+
+
+def test_calls_and_transfers_in_progress_are_bounded_for_each_and_in_all() -> None:
+    counted = Limits(clock=Clock())
+    with ExitStack() as stack:
+        for _ in range(limits.CALLS):
+            stack.enter_context(counted.call(1))
+        with pytest.raises(ResourceError, match="32 calls in progress"):
+            stack.enter_context(counted.call(1))
+        for _ in range(limits.TRANSFERS):
+            stack.enter_context(counted.transfer(1))
+        with pytest.raises(ResourceError, match="4 transfers in progress"):
+            stack.enter_context(counted.transfer(1))
+        for serial in range(2, 1 + limits.ALL_TRANSFERS // limits.TRANSFERS):
+            for _ in range(limits.TRANSFERS):
+                stack.enter_context(counted.call(serial))
+                stack.enter_context(counted.transfer(serial))
+        stack.enter_context(counted.call(99))
+        with pytest.raises(ResourceError, match="the coordinator has 64"):
+            stack.enter_context(counted.transfer(99))
+    with counted.call(1), counted.transfer(1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (pb.UploadHeader(key=pb.TaskKey(run="x" * 4_000_000)), "run: 4000000 characters came, at most 128"),
+        (pb.ReportRequest(loss=float("nan")), "loss: nan"),
+        (pb.ReportRequest(bytes_down=2**63), "bytes_down: 9223372036854775808"),
+        (pb.PullTaskRequest(wait_s=float("inf")), "wait_s: inf"),
+        (pb.UploadPart(chunk=Chunk(data=b"x" * ((1 << 20) + 1))), "data: 1048577"),
+    ],
+)
+def test_a_request_beyond_its_bounds_is_refused(request_: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_request(request_)  # type: ignore[arg-type]  # the cases are messages
+
+
+def test_going_back_and_forth_is_no_progress(journal: Journal) -> None:
+    def further(state: str, step: int, received: int = 0) -> bool:
+        return ahead(journal.task(KEY), state=state, step=step, received=received)
+
+    assert further("downloading", 0, 10)
+    journal.set_task(KEY, state="training", step=7, bytes_down=10)
+    for state, step, received in (("training", 6, 99), ("training", 7, 10), ("loading", 9, 99), ("downloading", 0, 99)):
+        assert not further(state, step, received)
+    assert further("training", 8) and further("training", 7, 11) and further("uploading", 0)
+
+
+def test_a_task_that_goes_on_is_told_of_ever_more_seldom(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("offsite.coordinator.service.progress.time.time", clock)
+    told = Told(journal)
+    for half in range(2000, 2060):  # seconds 1000 to 1030 of a task, twice a second
+        told.tell(KEY, journal.task(KEY), state="training", step=0 if half == 2000 else half)
+        clock.now += 0.5 if half > 2000 else 1000
+    assert journal.task(KEY).step >= 2058, "the task's own row is told every second"
+    assert 3 <= len(journal.events("r")) <= 5, "an event comes with every hundredth of the task's age"
+    journal.set_task(KEY, state="stalled")
+    clock.now += 2
+    assert not told.tell(KEY, journal.task(KEY), state="training", step=10_000)
+    told.forget(KEY)
+    assert len(told) == 0
+
+
+def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_renews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.now = 1e6
+    monkeypatch.setattr("time.time", clock)
+    home = Home(tmp_path, tmp_path)
+    journal = home.journal()
+    journal.add_run("r", token="t", owner="alice", spec=to_json(RunSpec(model="m", stall_s=50.0, task_s=100.0)))
+    journal.add_task(KEY, spec=b"task", signature=b"s")
+    journal.enrol("a")
+
+    def is_open() -> bool:  # as a supervisor sees it that was started just now
+        supervisor = Supervisor(home, "r", perform=lambda *_: {})
+        return supervisor._is_open(0, journal.task(KEY))
+
+    clock.now += 1000
+    journal.see("a")
+    assert is_open(), "a site that is busy with another run is waited for while it is here"
+    Told(journal).tell(KEY, journal.task(KEY), state="taken", step=0)
+    for step in range(3):
+        clock.now += 33
+        assert Told(journal).tell(KEY, journal.task(KEY), state="training", step=step) and is_open()
+    clock.now += 2
+    assert not is_open()
+    assert journal.task(KEY).message == "was not done 100 s after it took its task"
