@@ -21,7 +21,7 @@ from offsite.emulator.formats import Format
 from offsite.emulator.formats.packed import PackedLinear, packed
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.quiet import quiet
-from offsite.emulator.zoo.weights import ADAPTER, CODE, INDEX
+from offsite.emulator.zoo.weights import ADAPTER, CODE, INDEX, one_line
 
 Shapes = dict[int, dict[str, tuple[int, int]]]  # place -> path inside the layer -> (d_out, d_in)
 
@@ -160,7 +160,7 @@ def load(directory: Path, *, layout: Layout, dtype: torch.dtype | str) -> tuple[
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = skeleton(config, dtype=config.dtype if dtype == "auto" else dtype)
     except (OSError, KeyError) as error:
-        raise ValueError(f"{directory}: not a model folder: {error}") from None
+        raise ValueError(f"{directory}: not a model folder: {one_line(error)}") from None
     tensors = _tensors(directory)
     _shape(model, tensors, layout)
     _fill(model, tensors, directory, dtype)
@@ -230,7 +230,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     try:
         return source.read(source.files)
     except SafetensorError as error:
-        raise ValueError(f"{directory}: not a model folder: {error}") from None
+        raise ValueError(f"{directory}: not a model folder: {one_line(error)}") from None
 
 
 def _shape(model: nn.Module, tensors: Mapping[str, Tensor], layout: Layout) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +41,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise MismatchError(f"{path.name}: not a safetensors file: {error}") from None
+        raise MismatchError(f"{path.name}: not a safetensors file: {plain(str(error))}") from None
 
 
 def load(path: Path) -> Tensors:
@@ -71,7 +72,7 @@ def check(path: Path, expected: Mapping[str, Entry], *, what: str) -> Tensors:
     if missing := sorted(expected.keys() - found.keys()):
         raise MismatchError(f"{what}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
     if extra := sorted(found.keys() - expected.keys()):
-        raise MismatchError(f"{what}: tensor {extra[0]} was not asked for ({len(extra)} were not)")
+        raise MismatchError(f"{what}: tensor {plain(extra[0], most=200)} was not asked for ({len(extra)} were not)")
     for name, entry in expected.items():
         if found[name] != entry:
             got = found[name]

@@ -64,7 +64,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from None
+            raise ValueError(f"{path}: not a safetensors file: {one_line(error)}") from None
         for name in names:
             if name in held:
                 raise ValueError(f"{path}: {name} stands in {held[name].name} too; one of them is out of date")
@@ -240,5 +240,6 @@ def _raw(folder: Path) -> dict[str, Any]:
 
 
 def one_line(error: object) -> str:
-    """Return what an error says as one line of at most a few hundred characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return what an error says as one line of at most a few hundred characters, each fit for a terminal."""
+    line = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in line)

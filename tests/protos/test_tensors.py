@@ -71,3 +71,12 @@ def test_chunks_cover_a_file_from_any_offset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "sha256:", "sha256:" + "G" * 64, "sha256:" + "a" * 63, "../" + "a" * 68])
 def test_only_digests_are_digests(text: str) -> None:
     assert not is_digest(text) and is_digest(digest_bytes(b""))
+
+
+def test_what_a_file_says_of_itself_is_fit_for_a_terminal(tmp_path: Path) -> None:
+    tensors.save(tmp_path / "good", {"a": torch.ones(2)})
+    for old, new in ((b'"F32"', '"\u202e"'.encode()), (b'"a"', b'"\x7f"')):
+        (tmp_path / "odd").write_bytes((tmp_path / "good").read_bytes().replace(old, new, 1))
+        with pytest.raises(MismatchError) as told:
+            tensors.check(tmp_path / "odd", tensors.header(tmp_path / "good"), what="update")
+        assert str(told.value).isprintable()
