@@ -6,8 +6,8 @@ import logging
 import time
 
 from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Row
-from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.documents import from_json
 from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.report import assemble, perplexities, training, warnings
+from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
-from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.documents import canonical, from_json, plain, to_json
 from offsite.protos.errors import (
     MismatchError,

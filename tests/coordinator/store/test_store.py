@@ -12,8 +12,8 @@ import sqlalchemy
 
 from offsite.coordinator.store import blobs as blobs_module
 from offsite.coordinator.store.blobs import Blobs, room
+from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Key
-from offsite.coordinator.store.tables import Unwritable
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
 

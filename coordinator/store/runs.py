@@ -1,0 +1,165 @@
+"""Runs in the journal: their states, the steps that were done for them, and the files they published."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from offsite.coordinator.store.database import Database
+from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps
+from offsite.protos.errors import ConflictError, NotFoundError
+
+
+class Runs(Database):
+    """The tables of runs, steps and artifacts."""
+
+    def add_run(self, run: str, *, token: str, owner: str, spec: bytes, granted: dict[str, Any] | None = None) -> Row:
+        """Insert a run and what was granted, or return the one of the same token; raises ConflictError.
+
+        That is where its spec differs.
+        """
+        with self._write() as connection:
+            added = connection.execute(
+                insert(runs)
+                .values(id=run, token=token, owner=owner, spec=spec, state="queued", submitted_at=time.time())
+                .on_conflict_do_nothing()
+            )
+            if added.rowcount and granted is not None:
+                connection.execute(insert(steps).values(run=run, name="granted", value=granted))
+            row = connection.execute(sa.select(runs).where(runs.c.token == token)).one()
+        if row.spec != spec:
+            raise ConflictError(f"the token was used before, for run {row.id} with another spec; use a new token")
+        return row
+
+    def run(self, run: str) -> Row:
+        """Return one run; raises NotFoundError."""
+        found = self._all(sa.select(runs).where(runs.c.id == run))
+        if not found:
+            raise no_run(run)
+        return found[0]
+
+    def submitted(self, token: str) -> bool:
+        """Tell whether a token was used."""
+        return bool(self._all(sa.select(runs.c.id).where(runs.c.token == token)))
+
+    def live_of(self, owner: str) -> int:
+        """Count the runs of one person that are not over."""
+        return len(self._all(sa.select(runs.c.id).where(runs.c.owner == owner, runs.c.state.in_(LIVE))))
+
+    def runs(self, states: tuple[str, ...] = ()) -> list[Row]:
+        """Return all runs, or those in the given states, oldest first."""
+        query = sa.select(runs).order_by(runs.c.submitted_at)
+        return self._all(query.where(runs.c.state.in_(states)) if states else query)
+
+    def page(self, *, limit: int, before: str = "", owner: str | None = None) -> list[Row]:
+        """Return the newest runs (of one owner), or those submitted before a run, newest first."""
+        query = sa.select(runs).order_by(runs.c.submitted_at.desc(), runs.c.id.desc()).limit(limit)
+        if owner is not None:
+            query = query.where(runs.c.owner == owner)
+        if before:
+            last = self.run(before)
+            query = query.where(sa.tuple_(runs.c.submitted_at, runs.c.id) < (last.submitted_at, last.id))
+        return self._all(query)
+
+    def rounds_done(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return how many rounds each run has finished; a run that has no emulator yet is not in it."""
+        versions = steps.c.run.in_(list(ids)), steps.c.name.startswith("version:")
+        query = sa.select(steps.c.run, sa.func.count().label("versions")).where(*versions).group_by(steps.c.run)
+        return {row.run: row.versions - 1 for row in self._all(query)}
+
+    def live(self) -> list[Row]:
+        """Return (id, state, note, waiting_at) of the runs that are not over, oldest first."""
+        query = sa.select(runs.c.id, runs.c.state, runs.c.note, runs.c.waiting_at).where(runs.c.state.in_(LIVE))
+        return self._all(query.order_by(runs.c.submitted_at))
+
+    def set_run(self, run: str, **values: Any) -> None:
+        """Change fields of a run that is not over; an ended run stays as it ended."""
+        with self._write() as connection:
+            connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state.in_(LIVE)).values(**values))
+
+    def end_run(self, run: str, state: str, *, error: str = "") -> None:
+        """End a run once; a second end changes nothing."""
+        with self._write() as connection:
+            ended = connection.execute(
+                sa.update(runs)
+                .where(runs.c.id == run, runs.c.state.in_(LIVE))
+                .values(state=state, error=error, note="", finished_at=time.time())
+            )
+            if ended.rowcount:
+                told: dict[str, Any] = {"error": error} if error else {}
+                connection.execute(event_row(run, state, **told))
+
+    def wait_run(self, run: str, note: str, **data: Any) -> None:
+        """Let a queued run wait for its sites, told once, or change what a waiting one waits for."""
+        with self._write() as connection:
+            now = {"state": "waiting", "note": note, "waiting_at": time.time()}
+            began = connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state == "queued").values(**now))
+            if began.rowcount:
+                connection.execute(event_row(run, "waiting", **data))
+            else:
+                waits = (runs.c.id == run, runs.c.state == "waiting")
+                connection.execute(sa.update(runs).where(*waits).values(note=note))
+
+    def begin_run(self, run: str, names: list[str]) -> bool:
+        """Give a live run its sites, the first ones stand, and let it run; False if it is over."""
+        with self._write() as connection:
+            values = {"state": "running", "note": "", "waiting_at": 0.0}
+            query = sa.update(runs).where(runs.c.id == run, runs.c.state.in_(LIVE))
+            if not connection.execute(query.values(**values)).rowcount:
+                return False
+            value = insert(steps).values(run=run, name="sites", value={"names": names})
+            if connection.execute(value.on_conflict_do_nothing()).rowcount:
+                connection.execute(event_row(run, "selected", sites=names))
+            return True
+
+    # steps
+
+    def add_step(self, run: str, name: str, value: dict[str, Any], *told: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        """Record what a step gave, with events (kind, data) that tell it, and return the record: the first stands."""
+        with self._write() as connection:
+            query = insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
+            if connection.execute(query).rowcount:
+                for kind, data in told:
+                    connection.execute(event_row(run, kind, **data))
+            stood: dict[str, Any] = connection.execute(
+                sa.select(steps.c.value).where(steps.c.run == run, steps.c.name == name)
+            ).scalar_one()
+            return stood
+
+    def steps(self, run: str) -> dict[str, dict[str, Any]]:
+        """Return {name: what it gave} of all steps a run has done."""
+        return {row.name: row.value for row in self._all(sa.select(steps).where(steps.c.run == run))}
+
+    def steps_of_all(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return {run: what it gave} of all runs that have done a step."""
+        return {row.run: row.value for row in self._all(sa.select(steps).where(steps.c.name == name))}
+
+    # artifacts
+
+    def add_artifact(self, run: str, name: str, *, digest: str, size: int) -> None:
+        """Publish a file of a run."""
+        with self._write() as connection:
+            query = insert(artifacts).values(run=run, name=name, digest=digest, size=size)
+            keys = ["run", "name"]
+            connection.execute(query.on_conflict_do_update(index_elements=keys, set_={"digest": digest, "size": size}))
+
+    def artifacts(self, run: str) -> list[Row]:
+        """Return the published files of a run by name."""
+        return self._all(sa.select(artifacts).where(artifacts.c.run == run).order_by(artifacts.c.name))
+
+    def forget_artifacts(self, run: str) -> None:
+        """Publish the files of a run no longer."""
+        with self._write() as connection:
+            connection.execute(sa.delete(artifacts).where(artifacts.c.run == run))
+
+    def publications(self, digest: str) -> list[Row]:
+        """Return (name, owner) of each published file with a digest: as what, and by whose run."""
+        query = sa.select(artifacts.c.name, runs.c.owner).join(runs, runs.c.id == artifacts.c.run)
+        return self._all(query.where(artifacts.c.digest == digest))
+
+
+def no_run(run: str) -> NotFoundError:
+    """Say that there is no such run."""
+    return NotFoundError(f"there is no run {run!r}; `offsite run list` shows them")
