@@ -11,7 +11,9 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-Adapter = dict[str, Tensor]
+from offsite.kernels.schema import Schema, Tensors
+
+Adapter = Tensors
 
 
 class Place(NamedTuple):
@@ -73,6 +75,10 @@ class Method(Protocol):
 
     def rank_at(self, site: str) -> int:
         """The rank a site trains at; 0 for methods without one."""
+        ...
+
+    def schema(self, start: Adapter) -> Schema:
+        """Return what its adapters are made of, from one of them, of which only names and shapes are looked at."""
         ...
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:

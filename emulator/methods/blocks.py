@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter
+from offsite.kernels.schema import Field, Rule, Schema
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Blocks:
     def rank_at(self, site: str) -> int:
         """Return 0: there is no rank."""
         return 0
+
+    def schema(self, start: Adapter) -> Schema:
+        """Return fields that are averaged each by itself."""
+        return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
         """Return the layers as they are; raises ValueError if their maps are stored in a format of few bits."""

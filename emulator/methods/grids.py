@@ -16,6 +16,7 @@ from offsite.emulator.anatomy.structure import find, is_transposed, linears, sha
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
 from offsite.emulator.methods.base import Adapter
+from offsite.kernels.schema import Field, Rule, Schema
 from offsite.kernels.sketch import decode
 
 
@@ -33,6 +34,10 @@ class Grids:
     def rank_at(self, site: str) -> int:
         """Return 0: there is no rank."""
         return 0
+
+    def schema(self, start: Adapter) -> Schema:
+        """Return fields that are averaged each by itself."""
+        return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
         """Return the grids as they are; raises ValueError if there are none."""

@@ -21,6 +21,7 @@ from offsite.emulator.methods.base import Adapter, Factors, Place, factors
 from offsite.emulator.methods.recovery import widen
 from offsite.emulator.quiet import quiet
 from offsite.emulator.seeds import generator
+from offsite.kernels.schema import Field, Rule, Schema
 
 _ADAPTER = "default"  # peft's own name for the only adapter
 
@@ -57,6 +58,15 @@ class Lora:
     def rank_at(self, site: str) -> int:
         """The rank a site trains at: the common one unless `ranks` names the site."""
         return self.ranks.get(site, self.rank)
+
+    def schema(self, start: Adapter) -> Schema:
+        """Return products of two factors, whose rank is a site's own."""
+        fields: Schema = {}
+        for place, (A, B) in factors(start).items():
+            group = f"{place.layer}.{place.path}"
+            fields[place.key("A")] = Field("F32", (None, A.shape[1]), Rule.PRODUCT, group)
+            fields[place.key("B")] = Field("F32", (B.shape[0], None), Rule.PRODUCT, group)
+        return fields
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
         """Return the adapter that changes nothing; a lower rank gets the first rows of the same A. Raises ValueError.

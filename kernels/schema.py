@@ -1,0 +1,118 @@
+"""What tensors are and what may be done with them: the schema of an adapter, or of what is made of one on its way.
+
+A method declares the schema of its adapters, a strategy the rules that it folds, and whoever checks a file asks the
+schema. It brings no tensor library, so that a server that only asks how large an update may be needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = dict[str, "Tensor"]
+Tier: TypeAlias = str  # sites of one tier start a round from the same tensors
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of a value, by safetensors' names
+INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+
+
+class Rule(StrEnum):
+    """How the tensors of one name become one, over the sites of a round."""
+
+    MEAN = "mean"  # the weighted mean of each value
+    PRODUCT = "product"  # two factors, of which the product B @ A is averaged
+    FIXED = "fixed"  # the same at every site and in every round, as an index is
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a schema; raises ValueError if it could not be folded as its rule says."""
+
+    dtype: str  # as safetensors writes it: "F32", "I64"
+    shape: tuple[int | None, ...]  # None: sites of different tiers may differ here
+    rule: Rule
+    group: str = ""  # of tensors that are folded together, as the two factors of a product are
+    below: int | None = None  # of integers, which are at least 0: what all of them are less than
+
+    def __post_init__(self) -> None:
+        """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
+        if self.dtype not in FLOATS | INTEGERS:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS | INTEGERS)}")
+        if self.dtype in INTEGERS and (self.rule is not Rule.FIXED or self.below is None):
+            raise ValueError(f"integers ({self.dtype}) are fixed and below something, not {self.rule} and {self.below}")
+        if self.dtype in FLOATS and self.below is not None:
+            raise ValueError(f"only integers have a bound: below = {self.below} of {self.dtype}")
+        if any(size is not None and size < 0 for size in self.shape):
+            raise ValueError(f"shape {self.shape} has a negative size")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the values take; raises ValueError while a size is open."""
+        if None in self.shape:
+            raise ValueError(f"shape {self.shape} is open: settle it first")
+        return prod(size for size in self.shape if size is not None) * (FLOATS | INTEGERS)[self.dtype]
+
+
+Schema: TypeAlias = dict[str, Field]
+
+
+class Factors(NamedTuple):
+    """The keys of the two factors of a product: B (d_out, r) and A (r, d_in), with an open r."""
+
+    B: str
+    A: str
+
+
+def factors(schema: Schema) -> dict[str, Factors]:
+    """Return the factors of each product by group; raises ValueError for a group that is not two that multiply."""
+    keys: dict[str, list[str]] = {}
+    for key, field in schema.items():
+        if field.rule is Rule.PRODUCT:
+            keys.setdefault(field.group, []).append(key)
+    pairs: dict[str, Factors] = {}
+    for group, members in keys.items():
+        lefts = [key for key in members if _is_open(schema[key], 1)]
+        rights = [key for key in members if _is_open(schema[key], 0)]
+        if len(members) != 2 or len(lefts) != 1 or len(rights) != 1:
+            raise ValueError(f"group {group!r}: a product has factors (d_out, None) and (None, d_in), not {members}")
+        pairs[group] = Factors(lefts[0], rights[0])
+    return pairs
+
+
+def _is_open(field: Field, dimension: int) -> bool:
+    """Tell whether a field is a matrix of which this dimension alone may differ among sites."""
+    return len(field.shape) == 2 and [at for at in (0, 1) if field.shape[at] is None] == [dimension]
+
+
+def rules(schema: Schema) -> frozenset[Rule]:
+    """Return what a strategy must fold to take updates of this schema."""
+    return frozenset(field.rule for field in schema.values())
+
+
+def is_open(schema: Schema) -> bool:
+    """Tell whether sites of different tiers have tensors of different shapes."""
+    return any(None in field.shape for field in schema.values())
+
+
+def settle(schema: Schema, shapes: Mapping[str, Iterable[int]]) -> Schema:
+    """Return the schema of one tier, with the open sizes of these shapes; raises ValueError where one does not fit."""
+    if schema.keys() != shapes.keys():
+        raise ValueError(f"the schema and the shapes are of other tensors: {sorted(schema.keys() ^ shapes.keys())[:3]}")
+    return {key: replace(field, shape=_settled(key, field.shape, tuple(shapes[key]))) for key, field in schema.items()}
+
+
+def _settled(key: str, shape: tuple[int | None, ...], given: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != len(given) or any(size not in (None, own) for size, own in zip(shape, given, strict=True)):
+        raise ValueError(f"tensor {key} of shape {list(given)} does not fit the schema's {list(shape)}")
+    return given
+
+
+def size_bytes(schema: Schema) -> int:
+    """Bytes that the tensors of a settled schema take, without the header of a file."""
+    return sum(field.size_bytes for field in schema.values())

@@ -1,0 +1,84 @@
+"""What a schema allows to be said of tensors, and what it refuses to say."""
+
+import subprocess
+import sys
+
+import pytest
+
+from offsite.kernels.schema import Factors, Field, Rule, Schema, factors, is_open, rules, settle, size_bytes
+
+LORA: Schema = {
+    "0.q.A": Field("F32", (None, 6), Rule.PRODUCT, "0.q"),
+    "0.q.B": Field("F32", (4, None), Rule.PRODUCT, "0.q"),
+}
+SPARSE: Schema = {
+    "0.index": Field("I32", (3,), Rule.FIXED, "0", below=24),
+    "0.values": Field("F32", (3,), Rule.MEAN, "0"),
+}
+
+
+def test_the_factors_of_a_product_are_told_apart_by_their_shapes_whatever_their_names() -> None:
+    assert factors(LORA | SPARSE) == {"0.q": Factors(B="0.q.B", A="0.q.A")}
+    swapped = {"0.q.A": LORA["0.q.B"], "0.q.B": LORA["0.q.A"]}
+    assert factors(swapped) == {"0.q": Factors(B="0.q.A", A="0.q.B")}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"0.q.A": LORA["0.q.A"]},
+        {"0.q.A": LORA["0.q.A"], "0.q.C": LORA["0.q.A"]},
+        LORA | {"0.q.C": LORA["0.q.A"]},
+        LORA | {"0.q.B": Field("F32", (4, 2), Rule.PRODUCT, "0.q")},
+        LORA | {"0.q.B": Field("F32", (None, None), Rule.PRODUCT, "0.q")},
+        LORA | {"0.q.B": Field("F32", (4, None, 1), Rule.PRODUCT, "0.q")},
+    ],
+)
+def test_a_product_that_is_not_one_of_two_matrices_is_refused(schema: Schema) -> None:
+    with pytest.raises(ValueError, match=r"group '0.q': a product has factors \(d_out, None\)"):
+        factors(schema)
+
+
+def test_the_sizes_that_sites_choose_are_settled_by_their_shapes() -> None:
+    settled = settle(LORA | SPARSE, {"0.q.A": (2, 6), "0.q.B": (4, 2), "0.index": (3,), "0.values": (3,)})
+    assert is_open(LORA) and not is_open(settled) and not is_open(SPARSE)
+    assert settled["0.q.A"].shape == (2, 6) and settled["0.q.A"].group == "0.q"
+    assert size_bytes(settled) == 4 * (12 + 8 + 3 + 3)
+    assert rules(settled) == {Rule.PRODUCT, Rule.MEAN, Rule.FIXED}
+    with pytest.raises(ValueError, match="is open"):
+        size_bytes(LORA)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"0.q.A": (2, 6)}, r"other tensors: \['0.q.B'\]"),
+        ({"0.q.A": (2, 5), "0.q.B": (4, 2)}, r"tensor 0.q.A of shape \[2, 5\] does not fit the schema's \[None, 6\]"),
+        ({"0.q.A": (2, 6, 1), "0.q.B": (4, 2)}, "does not fit"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settle(LORA, shapes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rule", "below", "words"),
+    [
+        ("C64", (3,), Rule.MEAN, None, "dtype 'C64' is none of F64, F32"),
+        ("I32", (3,), Rule.MEAN, 9, "not mean"),
+        ("I32", (3,), Rule.FIXED, None, "not fixed and None"),
+        ("F32", (3,), Rule.FIXED, 9, "only integers have a bound"),
+        ("F32", (-1,), Rule.MEAN, None, "negative"),
+    ],
+)
+def test_a_field_that_could_not_be_folded_is_refused(
+    dtype: str, shape: tuple[int, ...], rule: Rule, below: int | None, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Field(dtype, shape, rule, below=below)
+
+
+def test_it_brings_no_tensor_library() -> None:
+    code = "import sys, offsite.kernels.schema; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
