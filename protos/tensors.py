@@ -1,8 +1,9 @@
 """Named tensors as safetensors files: the only form in which tensors cross a border."""
 
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
 Tensors = dict[str, torch.Tensor]
+
+PIECE_BYTES = 1 << 20  # of a tensor in memory at a time where a file is read through: it fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -63,31 +66,76 @@ def header(path: Path) -> dict[str, Entry]:
         return {name: Entry(dtype=piece.get_dtype(), shape=tuple(piece.get_shape())) for name, piece in slices.items()}
 
 
-def check(path: Path, expected: Mapping[str, Entry], *, what: str) -> Tensors:
-    """Load a file that must hold exactly the expected tensors, all finite; raises MismatchError on the first fault.
+def check(path: Path, expected: Mapping[str, Entry], *, what: str) -> None:
+    """Check that a file holds exactly the expected tensors, all finite; raises MismatchError on the first fault.
 
-    The header is judged before any tensor is read.
+    The header is judged before any tensor is read, and of the tensors a piece at a time is in memory.
     """
-    found = header(path)
-    if missing := sorted(expected.keys() - found.keys()):
+    check_header(path, expected, what=what)
+    with _values(path) as values:
+        for name in expected:
+            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in values(name) if not math.isfinite(_norm(piece)))
+            if bad:
+                raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not finite")
+
+
+def check_header(path: Path, expected: Mapping[str, Entry], *, what: str) -> None:
+    """Check that a file says it holds exactly the expected tensors; raises MismatchError on the first fault."""
+    entries = header(path)
+    if missing := sorted(expected.keys() - entries.keys()):
         raise MismatchError(f"{what}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    if extra := sorted(found.keys() - expected.keys()):
+    if extra := sorted(entries.keys() - expected.keys()):
         raise MismatchError(f"{what}: tensor {plain(extra[0], most=200)} was not asked for ({len(extra)} were not)")
     for name, entry in expected.items():
-        if found[name] != entry:
-            got = found[name]
+        if entries[name] != entry:
+            other = entries[name]
             raise MismatchError(
-                f"{what}: tensor {name} is {got.dtype} {list(got.shape)}, expected {entry.dtype} {list(entry.shape)}"
+                f"{what}: tensor {name} is {other.dtype} {list(other.shape)}, "
+                f"expected {entry.dtype} {list(entry.shape)}"
             )
-    tensors = load(path)
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not finite")
-    return tensors
 
 
-def distance(tensors: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> float:
-    """L2 norm, over all tensors together, of how far these are from those of the same names."""
-    squares = (float((tensors[name] - start[name]).double().square().sum()) for name in sorted(tensors))
-    return math.sqrt(sum(squares))
+def distance(path: Path, start: Path) -> float:
+    """L2 norm, over all tensors of a file together, of how far they are from those of the same names in another.
+
+    Not finite where a tensor of either is not. A piece of each is in memory at a time.
+    """
+    with _values(path) as values, _values(start) as starts:
+        squares = (
+            _norm(piece - other) ** 2
+            for name in sorted(header(path))
+            for piece, other in zip(values(name), starts(name), strict=True)
+        )
+        return math.sqrt(sum(squares))
+
+
+def _norm(piece: torch.Tensor) -> float:
+    """L2 norm, summed in double precision without a copy in it."""
+    piece = piece if piece.is_floating_point() else piece.double()  # of integers there is no norm
+    return float(torch.linalg.vector_norm(piece, dtype=torch.float64))
+
+
+@contextmanager
+def _values(path: Path) -> Iterator[Callable[[str], Iterator[torch.Tensor]]]:
+    """Open a file to read tensors by name as flat pieces, each of which holds until the next of the file is read.
+
+    A mapped file would do without the copy, but all that was touched of it would count as resident memory.
+    """
+    with _opened(path) as file, path.open("rb", buffering=0) as handle:
+        # A safetensors file is its header and then its tensors without a gap, which opening it has checked.
+        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}  # mapped: none is read by this
+        ends = list(itertools.accumulate(tensor.nbytes for tensor in tensors.values()))
+        begin = path.stat().st_size - (ends[-1] if ends else 0)
+        starts = dict(zip(tensors, (begin + end for end in (0, *ends)), strict=False))
+        buffer = memoryview(bytearray(PIECE_BYTES))
+
+        def pieces(name: str) -> Iterator[torch.Tensor]:
+            at, end = starts[name], starts[name] + tensors[name].nbytes
+            while at < end:
+                size = os.preadv(handle.fileno(), [buffer[: end - at]], at)
+                if not size:
+                    raise MismatchError(f"{path.name}: the file has become shorter while it was read")
+                yield torch.frombuffer(buffer[:size], dtype=tensors[name].dtype)
+                at += size
+
+        yield pieces

@@ -42,7 +42,8 @@ def own_start(path: Path, method: Method, model: nn.Module, places: Mapping[int,
 def receive(path: Path, start: Adapter) -> Adapter:
     """Read the adapter that was sent; raises MismatchError unless it has the start's tensors, all finite."""
     expected = {key: Entry("F32", tuple(tensor.shape)) for key, tensor in start.items()}
-    return tensors.check(path, expected, what="the adapter to start from")
+    tensors.check(path, expected, what="the adapter to start from")
+    return tensors.load(path)
 
 
 def strange_start(sent: Adapter, start: Adapter, dtype: torch.dtype) -> list[str]:

@@ -19,8 +19,7 @@ from offsite.protos.spec import Manifest
 
 def distance(blobs: Blobs, update: str, broadcast: str) -> float:
     """L2 norm of an update's change since the broadcast, over all of its tensors."""
-    start = tensors.load(blobs.path(broadcast))
-    return tensors.distance(tensors.load(blobs.path(update)), start)
+    return tensors.distance(blobs.path(update), blobs.path(broadcast))
 
 
 def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
 import json
+import math
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, room
@@ -77,10 +78,12 @@ class Upload:
         try:
             metrics = self._check_metrics()
             self._check_origin(tensors.about(self._file))
-            broadcast = tensors.load(self._blobs.path(self._spec.adapter))
-            expected = tensors.header(self._blobs.path(self._spec.adapter))
-            update = tensors.check(self._file, expected, what=self._what())
-            norm = tensors.distance(update, broadcast)
+            broadcast = self._blobs.path(self._spec.adapter)
+            expected = tensors.header(broadcast)
+            tensors.check_header(self._file, expected, what=self._what())
+            norm = tensors.distance(self._file, broadcast)
+            if not math.isfinite(norm):
+                tensors.check(self._file, expected, what=self._what())  # says where
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
             if not norm <= most:
                 raise MismatchError(f"{self._what()}: changed by a norm of {norm:.3g}, the run allows {most:g}")

@@ -1,5 +1,6 @@
 """Tensor files: whole or absent, and nothing but what was agreed gets in."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def expected(tmp_path: Path) -> dict[str, tensors.Entry]:
 
 
 def test_tensors_come_back_as_they_were(tmp_path: Path, expected: dict[str, tensors.Entry]) -> None:
-    found = tensors.check(tmp_path / "good", expected, what="update")
+    tensors.check(tmp_path / "good", expected, what="update")
+    found = tensors.load(tmp_path / "good")
     assert found.keys() == GOOD.keys() and all(torch.equal(found[key], GOOD[key]) for key in GOOD)
     assert expected["0.q.A"] == tensors.Entry(dtype="F32", shape=(2, 3))
 
@@ -47,6 +49,29 @@ def test_what_does_not_match_is_named(
     tensors.save(tmp_path / "bad", bad)
     with pytest.raises(MismatchError, match=f"update: {words}"):
         tensors.check(tmp_path / "bad", expected, what="update")
+
+
+def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    long = torch.randn(3, tensors.PIECE_BYTES // 4 + 5, generator=generator)  # some pieces, the last a short one
+    start = {"b": torch.zeros(2, 2), "a": long, "none": torch.zeros(0, 4), "one": torch.tensor(2.0)}
+    update = {"b": torch.eye(2), "a": long + 0.5, "none": torch.zeros(0, 4), "one": torch.tensor(-1.0)}
+    tensors.save(tmp_path / "start", start, metadata={"any": "thing"})
+    tensors.save(tmp_path / "update", update)
+    flat = torch.cat([(update[name] - start[name]).double().flatten() for name in start])
+    assert tensors.distance(tmp_path / "update", tmp_path / "start") == pytest.approx(float(flat.norm()), rel=1e-12)
+    assert tensors.distance(tmp_path / "start", tmp_path / "start") == 0
+
+
+def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:
+    long = {"a": torch.ones(tensors.PIECE_BYTES), "index": torch.arange(5), "z": torch.ones(3).bfloat16()}
+    tensors.save(tmp_path / "good", long)
+    tensors.check(tmp_path / "good", tensors.header(tmp_path / "good"), what="update")
+    long["a"][-1] = float("nan")
+    tensors.save(tmp_path / "bad", long)
+    with pytest.raises(MismatchError, match="tensor a holds 1 values that are not finite"):
+        tensors.check(tmp_path / "bad", tensors.header(tmp_path / "good"), what="update")
+    assert not math.isfinite(tensors.distance(tmp_path / "bad", tmp_path / "good"))
 
 
 @pytest.mark.parametrize(
