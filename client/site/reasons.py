@@ -23,6 +23,16 @@ def because(reason: str, *kinds: type[OffsiteError]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def faults(reason: str, kind: type[OffsiteError] = InputError) -> Iterator[None]:
+    """Call what the emulator package calls a ValueError by its kind: a fault of the files that are read, or another."""
+    with because(reason):
+        try:
+            yield
+        except ValueError as error:
+            raise kind(str(error)) from error
+
+
 def reason(error: OffsiteError) -> str:
     """Return what is told of an error, by its name in `Reason` of fleet.proto."""
     by_kind = next((name for kind, name in BY_KIND.items() if isinstance(error, kind)), "FAULT_INTERNAL")

@@ -201,10 +201,8 @@ class Rogue:
         self.channel.upload(self.fleet, self.header(task, path, digest=digest, examples=examples), path)
 
 
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model/` (a random Llama of 6 layers), sites' data, held-out data and public text."""
-    folder = tmp_path_factory.mktemp("material")
+def write_material(folder: Path) -> Path:
+    """Fill a folder with `model/` (a random Llama of 6 layers), sites' data, held-out data and public text."""
     words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "?", *WORDS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -227,6 +225,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append(text if name == "public" else {"prompt": " ".join(prompt), "completion": " ".join(completion)})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and texts."""
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture
