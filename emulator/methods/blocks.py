@@ -37,7 +37,7 @@ class Blocks:
         for place, layer in places.items():
             if any(isinstance(module, PackedLinear) for module in find(model).layers[place].modules()):
                 raise ValueError(
-                    f"layer {layer} is stored in few bits and cannot train as a whole; choose a method that trains beside it"
+                    f"layer {layer} is stored in few bits and cannot train as a whole; choose another method"
                 )
         return self.state(model, places)
 
@@ -72,7 +72,7 @@ class Blocks:
         changed = {key.rpartition(".")[0] for key in recovery}
         if found := next((key for key in adapter if key.rpartition(".")[0] in changed), None):
             raise ValueError(
-                f"{found}: the emulator's layer is not the base's, so it cannot take its place; choose a method that trains beside it"
+                f"{found}: the emulator's layer is not the base's, so it cannot take its place; choose another method"
             )
         return adapter
 
