@@ -14,6 +14,20 @@ from rich.text import Text
 from offsite.client.figures import short
 from offsite.client.session import Event
 from offsite.protos.documents import plain
+from offsite.protos.errors import InputError
+from offsite.protos.events import (
+    EVENTS,
+    EmulatorBuilt,
+    Measured,
+    RoundDone,
+    Selected,
+    SiteState,
+    StepBegun,
+    UpdateAccepted,
+    Waiting,
+    Warned,
+    read,
+)
 from offsite.protos.figures import perplexity, without_infinities
 from offsite.protos.spec import RunSpec
 
@@ -49,6 +63,7 @@ class RunView:
     phase: str = "waiting for sites"
     round: int = 0
     started: float = field(default_factory=time.time)
+    now: float = 0.0  # of the event that is taken
     training_since: float | None = None
     steps_done: int = 0
     sites: dict[str, SiteView] = field(default_factory=dict)
@@ -57,66 +72,68 @@ class RunView:
     def take(self, event: Event) -> str:
         """Add an event; return a line that tells it, or an empty one for what is only progress."""
         teller = getattr(self, f"_on_{event.kind}", None)
+        if event.kind not in EVENTS or teller is None:
+            return ""
         try:
-            return plain(teller(event)) if teller else ""
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return plain(f"{event.kind}: {event.data}", most=200)  # of another version, or of one who lies
+            self.now = event.at
+            return plain(teller(read(event.kind, event.data, round=event.round, site=event.site)))
+        except (ArithmeticError, InputError):  # of another version, or of one who lies
+            return plain(f"{event.kind}: {event.data}", most=200)
 
-    def _on_selected(self, event: Event) -> str:
-        self.sites = {plain(name, most=64): SiteView() for name in event.data["sites"]}
+    def _on_selected(self, event: Selected) -> str:
+        self.sites = {name: SiteView() for name in event.sites}
         return f"sites: {', '.join(self.sites)}"
 
-    def _on_step(self, event: Event) -> str:
-        name = event.data["step"]
+    def _on_step(self, event: StepBegun) -> str:
+        name = event.step
         self.phase = PHASES.get(name.partition(":")[0] if name.startswith("plug_in") else name, "averaging the updates")
         return self.phase
 
-    def _on_bundle(self, event: Event) -> str:
-        data = event.data
-        layers, size, share = len(data["layers"]), data["bytes"] / 1e6, data["disclosed"]
-        built = f"emulator: {layers} layers, {size:.0f} MB, {share:.0%} of the base's parameters"
-        return f"{built}; computed in {data['computed']}; learning rate {data['learning_rate']:g}"
+    def _on_bundle(self, event: EmulatorBuilt) -> str:
+        size, share = event.bytes / 1e6, event.disclosed
+        built = f"emulator: {len(event.layers)} layers, {size:.0f} MB, {share:.0%} of the base's parameters"
+        return f"{built}; computed in {event.computed}; learning rate {event.learning_rate:g}"
 
-    def _on_figure(self, event: Event) -> str:
-        value = perplexity(event.data["sets"].values())
-        self.figures[event.data["name"]] = value
-        return f"{event.data['name'].replace('_', ' ')}: perplexity {value:.2f}"
+    def _on_figure(self, event: Measured) -> str:
+        value = perplexity(event.sets.values())
+        self.figures[event.name] = value
+        return f"{event.name.replace('_', ' ')}: perplexity {value:.2f}"
 
-    def _on_waiting(self, event: Event) -> str:
-        here = ", ".join(event.data["present"]) or "nobody"
-        return f"waiting for {', '.join(event.data['sites']) or 'more sites'} (here: {here})"
+    def _on_waiting(self, event: Waiting) -> str:
+        here = ", ".join(event.present) or "nobody"
+        return f"waiting for {', '.join(event.sites) or 'more sites'} (here: {here})"
 
-    def _on_warning(self, event: Event) -> str:
-        return f"warning: {event.data['message']}"
+    def _on_warning(self, event: Warned) -> str:
+        return f"warning: {event.message}"
 
-    def _on_site(self, event: Event) -> str:
-        site, data = self.sites.setdefault(event.site, SiteView()), event.data
+    def _on_site(self, event: SiteState) -> str:
+        site = self.sites.setdefault(event.site, SiteView())
         before = site.state
-        self.round, site.state = event.round, plain(data["state"], most=64)
+        self.round, site.state = event.round, event.state
         if site.state in ("downloading", "loading"):
             self.phase = "training at the sites"
-        if site.state == "training" and data["step"]:
-            self.training_since = self.training_since or event.at
-            self.steps_done += max(0, data["step"] - site.step) if before == "training" else data["step"]
-            site.step, site.steps, site.loss = int(data["step"]), int(data["steps"]), data.get("loss", site.loss)
-        site.bytes_down = max(site.bytes_down, int(data.get("bytes_down", 0)))
+        if site.state == "training" and event.step:
+            self.training_since = self.training_since or self.now
+            self.steps_done += max(0, event.step - site.step) if before == "training" else event.step
+            site.step, site.steps = event.step, event.steps
+            site.loss = site.loss if event.loss is None else event.loss
+        site.bytes_down = max(site.bytes_down, event.bytes_down)
         if site.state in ("refused", "failed", "stalled", "left out"):
-            return f"round {event.round}: {event.site} {site.state}: {data['message']}"
+            return f"round {event.round}: {event.site} {site.state}: {event.message}"
         return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
 
-    def _on_update(self, event: Event) -> str:
+    def _on_update(self, event: UpdateAccepted) -> str:
         site = self.sites.setdefault(event.site, SiteView())
-        site.state, site.bytes_up, site.loss = "done", site.bytes_up + int(event.data["bytes"]), event.data["loss"]
-        size, examples = event.data["bytes"] / 1e6, event.data["examples"]
-        told = f"uploaded {size:.2f} MB after {examples} examples, mean loss {site.loss:.3f}"
-        return f"round {event.round}: {event.site} {told}"
+        site.state, site.bytes_up, site.loss = "done", site.bytes_up + event.bytes, event.loss
+        done = f"uploaded {event.bytes / 1e6:.2f} MB after {event.examples} examples, mean loss {event.loss:.3f}"
+        return f"round {event.round}: {event.site} {done}"
 
-    def _on_round(self, event: Event) -> str:
-        error = event.data["figures"].get("factor_mean_error")
-        told = f" (averaging factors instead of products would have been {error:.1%} off)" if error else ""
+    def _on_round(self, event: RoundDone) -> str:
+        error = event.figures.get("factor_mean_error")
+        apart = f" (averaging factors instead of products would have been {error:.1%} off)" if error else ""
         for site in self.sites.values():
             site.state, site.step = "waiting", 0
-        return f"round {event.round}: {event.data['sites']} updates averaged{told}"
+        return f"round {event.round}: {event.sites} updates averaged{apart}"
 
     def time_left(self) -> float | None:
         """Seconds of training left at the pace so far; None before there is a pace."""

@@ -4,14 +4,26 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from offsite.protos.documents import document
+from offsite.protos.ranges import Amount, Finite
 
-def perplexity(sets: Iterable[dict[str, Any]]) -> float:
-    """Perplexity over all tokens of several sets, each {"nll": nats, "tokens": count}; capped where floats end.
 
-    NaN where nothing was predicted, or a likelihood is NaN.
+@document
+class Score:
+    """How well the tokens of a text were predicted."""
+
+    nll: Finite | None  # sum of the negative log likelihoods, in nats; None: it is no finite number
+    tokens: Amount
+
+
+def perplexity(scores: Iterable[Score]) -> float:
+    """Perplexity over all tokens of several texts; capped where floats end.
+
+    NaN where nothing was predicted, or a likelihood is no finite number.
     """
-    known = list(sets)
-    nll, tokens = sum(one["nll"] for one in known), sum(one["tokens"] for one in known)
+    known = list(scores)
+    nll = sum(math.nan if score.nll is None else score.nll for score in known)
+    tokens = sum(score.tokens for score in known)
     return math.exp(min(nll / tokens, 700.0)) if tokens else math.nan
 
 

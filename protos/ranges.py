@@ -29,6 +29,11 @@ Moment = Annotated[float, Field(strict=True, ge=0, le=1e11, allow_inf_nan=False)
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def finite(value: float) -> float | None:
+    """Return a number that a document can hold; None for one that is infinite, NaN or beyond LARGEST."""
+    return value if abs(value) <= LARGEST else None
+
+
 def _readable(text: str) -> str:
     if not readable(text):
         raise ValueError("must hold no control characters")

@@ -24,7 +24,7 @@ from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system
-from offsite.protos.figures import marks, perplexity, protection, sentences
+from offsite.protos.figures import Score, marks, perplexity, protection, sentences
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 from offsite.protos.timeline import seconds
 
@@ -237,9 +237,10 @@ class Demo:
         report["spans"] += [{"who": "demo", "step": "materials", **span} for span in self._spans]
         for what, figure in MEASURED.items():
             told = json.loads((self._work / f"{what}.json").read_text())
-            for name, found in told["sets"].items():
-                report["sites"][name][figure] = perplexity([found])
-            report["overall"][figure] = perplexity(told["sets"].values())
+            scores = {name: Score(**score) for name, score in told["sets"].items()}
+            for name, score in scores.items():
+                report["sites"][name][figure] = perplexity([score])
+            report["overall"][figure] = perplexity(scores.values())
             report["spans"] += [{"who": "demo", "step": what, **span} for span in told["spans"]]
         report["protection"] = protection(report["overall"])
         report["marks"] = marks(report)

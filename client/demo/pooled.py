@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.protos.documents import document, from_json, to_plain
-from offsite.protos.ranges import Name, Positive
+from offsite.protos.ranges import Name, Positive, finite
 from offsite.protos.spec import LocalTraining, Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
@@ -58,7 +58,7 @@ def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, 
     for name, path in sorted(job.spec.evaluation.items()):
         exam = encode(read(Path(path)), tokenizer, max_length=training.max_length)
         found = likelihood(model, evaluation_batches(exam, batch_size=EVALUATION_BATCH))
-        sets[name] = {"nll": found.nll, "tokens": found.tokens}
+        sets[name] = {"nll": finite(found.nll), "tokens": found.tokens}
     marks.append(time.time())
     spans = [
         Span(kind="loading", start=marks[0], end=max(marks[:2])),

@@ -2,15 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from filelock import FileLock
 
 from offsite.coordinator.home import Home
 from offsite.emulator.evaluation.disclosure import Portion
+from offsite.protos.documents import document, parse, to_plain
 from offsite.protos.errors import RefusedError
+from offsite.protos.ranges import Digest
 
+STEP = "disclosure"  # in the journal
 Portions = Mapping[str, Portion]  # by the base's layer; "": what is in no layer
+
+
+@document
+class Disclosure:
+    """What a run's emulator holds of a base."""
+
+    base: Digest
+    portions: dict[str, Portion]
 
 
 def union(emulators: Iterable[Portions]) -> tuple[int, int]:
@@ -47,8 +57,11 @@ def record(home: Home, run: str, *, base: str, portions: Portions, bound: bool) 
     journal, policy = home.journal(), home.policy()
     try:
         with FileLock(home.root / "disclosures.lock"):  # of two runs that together disclose too much, one is refused
-            known = journal.steps_of_all("disclosure").items()
-            earlier = [_portions(step) for other, step in known if other != run and step["base"] == base]
+            known = {
+                other: parse(Disclosure, value, where=f"step {STEP} of run {other}")
+                for other, value in journal.steps_of_all(STEP).items()
+            }
+            earlier = [step.portions for other, step in known.items() if other != run and step.base == base]
             of = sum(portion.size for portion in portions.values())
             before, after = union(earlier), union([*earlier, portions])
             bounds = {"max_disclosed": policy.max_disclosed, "max_disclosed_lossy": policy.max_disclosed_lossy}
@@ -59,10 +72,6 @@ def record(home: Home, run: str, *, base: str, portions: Portions, bound: bool) 
                         f"the base would be disclosed, {before[which] / of:.1%} are by earlier ones, and {share:.0%} "
                         "may be; keep the layers of an earlier run, or ask the owner"
                     )
-            journal.add_step(run, "disclosure", {"base": base, "portions": dict(portions)})
+            journal.add_step(run, STEP, to_plain(Disclosure(base=base, portions=dict(portions))))
     finally:
         journal.close()
-
-
-def _portions(step: dict[str, Any]) -> Portions:
-    return {layer: Portion(*portion) for layer, portion in step["portions"].items()}

@@ -1,15 +1,33 @@
 """A bundle's manifest, read and told without any tensor library."""
 
 from pathlib import Path
-from typing import Any
 
 from offsite.protos.chunks import digest_file
-from offsite.protos.documents import from_json, to_plain
+from offsite.protos.documents import document, from_json, parse, to_plain
 from offsite.protos.errors import MismatchError, NotFoundError
+from offsite.protos.ranges import Amount, AtLeastZero, Digest
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import Manifest
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+
+
+@document
+class Description(Manifest):
+    """A manifest, and the figures of its bundle that people look at."""
+
+    bytes: Amount  # of all its files
+    disclosed: AtLeastZero  # parameters of the base that it holds as they are, as a share of all
+    disclosed_lossy: AtLeastZero  # and those in a format of few bits
+
+
+@document
+class Bundle:
+    """A bundle that was stored."""
+
+    manifest: Digest
+    manifest_size: Amount
+    bundle: Description
 
 
 def read(folder: Path, *, owner_public: Path | None = None) -> Manifest:
@@ -31,11 +49,11 @@ def read(folder: Path, *, owner_public: Path | None = None) -> Manifest:
     return manifest
 
 
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """Return the figures of a bundle that people look at."""
-    told: dict[str, Any] = to_plain(manifest)
-    return told | {
+def describe(manifest: Manifest) -> Description:
+    """Add to a manifest the figures of its bundle that people look at."""
+    figures = {
         "bytes": sum(entry.size for entry in manifest.files),
         "disclosed": manifest.verbatim / manifest.base.parameters,
         "disclosed_lossy": manifest.lossy / manifest.base.parameters,
     }
+    return parse(Description, to_plain(manifest) | figures, where="manifest")

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from offsite.coordinator.bundles import building
-from offsite.coordinator.bundles.manifests import MANIFEST, describe
+from offsite.coordinator.bundles.manifests import MANIFEST, Bundle, describe
 from offsite.coordinator.home import Home
-from offsite.coordinator.store.blobs import Blobs, room
+from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.emulator import bundle
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
-from offsite.protos.documents import canonical, from_json, to_plain
+from offsite.protos.documents import from_json, to_json
 from offsite.protos.spec import Manifest
 
 
@@ -22,26 +22,22 @@ def distance(blobs: Blobs, update: str, broadcast: str) -> float:
     return tensors.distance(blobs.path(update), blobs.path(broadcast))
 
 
-def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write an adapter to a path and store the file; return what names it."""
+def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> Stored:
+    """Write an adapter to a path and store the file."""
     tensors.save(path, adapter)
     digest, size = blobs.take(path)
-    return {"digest": digest, "size": size}
+    return Stored(digest=digest, size=size)
 
 
-def store_bundle(home: Home, built: building.Built) -> dict[str, Any]:
-    """Store a bundle's files; return what names them."""
+def store_bundle(home: Home, built: building.Built) -> Bundle:
+    """Store a bundle's files."""
     blobs, manifest = home.blobs(), built.manifest
     room(home.root, sum(entry.size for entry in manifest.files))
     for entry in manifest.files:
         blobs.take(built.folder / entry.path, digest=entry.digest)
     blobs.take(built.folder / MANIFEST)
-    document = canonical(to_plain(manifest))
-    return {
-        "manifest": digest_bytes(document),
-        "manifest_size": len(document),
-        "bundle": describe(manifest),
-    }
+    document = to_json(manifest)
+    return Bundle(manifest=digest_bytes(document), manifest_size=len(document), bundle=describe(manifest))
 
 
 def open_bundle(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from offsite.coordinator.commands.compare import compare
-from offsite.protos.recipes import render
-from offsite.protos.spec import BUILDERS, METHOD, TRAINABLE
+
+if TYPE_CHECKING:
+    from offsite.coordinator.bundles.manifests import Description
+    from offsite.protos.spec import Grounds
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,10 +26,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the bundle; new or empty.")],
     builder: Annotated[
         str, typer.Option(help="How, such as 'crash(keep=24)+quantised'; `offsite emulator builders` lists them.")
-    ] = render(BUILDERS),
+    ] = "crash",
     trainable: Annotated[
         str, typer.Option(help="Which layers train: 'ends(bottom=2,top=2)', 'spread(count=4)' or kept.")
-    ] = render([TRAINABLE]),
+    ] = "ends",
     public: Annotated[Path | None, typer.Option(help="Public text the builders may look at and tune on.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text the builders look at instead, such as the task's; never tuned on.")
@@ -53,7 +55,7 @@ def build(
     from offsite.coordinator.bundles.building import build as build_bundle
     from offsite.coordinator.bundles.manifests import describe
     from offsite.coordinator.bundles.trial import try_out
-    from offsite.emulator import methods
+    from offsite.emulator.methods.lora import Lora
     from offsite.protos import tensors
 
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -72,7 +74,7 @@ def build(
         )
         status.update("loading what was built, and taking a training step")
         try:
-            try_out(built, methods.make(METHOD.name, METHOD.settings))
+            try_out(built, Lora())
         except MismatchError:
             shutil.rmtree(out)
             raise
@@ -94,11 +96,11 @@ def list_builders() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from offsite.emulator import builders
+    from offsite.emulator.builders import BUILDERS
     from offsite.emulator.builders.base import STAGES
 
     table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
-    for name, kind in sorted(builders.BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
+    for name, kind in sorted(BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
         plug_in: Any = kind
         made = plug_in()
         settings = ", ".join(f"{field.name}={getattr(made, field.name)}" for field in fields(plug_in))
@@ -119,45 +121,46 @@ def inspect(
 ) -> None:
     """Check a bundle's digests (and signature) and say what it holds."""
     from offsite.coordinator.bundles.manifests import describe, read
+    from offsite.protos.documents import to_plain
 
     figures = describe(read(folder, owner_public=owner))
     if format == "json":
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(to_plain(figures), indent=2))
     else:
         _show(figures, str(folder), signature="valid" if owner else "not checked; name owner.pub with --owner")
 
 
-def _show(figures: dict[str, Any], title: str, *, signature: str) -> None:
+def _show(figures: "Description", title: str, *, signature: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from offsite.protos.spec import Choice
+    from offsite.protos.recipes import render
 
     table = Table(title=title, show_header=False, title_justify="left")
-    base = figures["base"]
-    table.add_row("base", f"{base['name']}: {base['layers']} layers, {base['parameters']:,} parameters")
-    table.add_row("base digest", base["digest"])
-    table.add_row("builders", render(tuple(Choice(**choice) for choice in figures["builders"])))
-    table.add_row("layers", " ".join(map(str, figures["layers"])))
-    if grounds := figures["grounds"]:
+    base = figures.base
+    table.add_row("base", f"{base.name}: {base.layers} layers, {base.parameters:,} parameters")
+    table.add_row("base digest", base.digest)
+    table.add_row("builders", render(figures.builders))
+    table.add_row("layers", " ".join(map(str, figures.layers)))
+    if grounds := figures.grounds:
         table.add_row("chosen", _grounds(grounds))
-    table.add_row("trainable", " ".join(map(str, figures["trainable"])))
-    table.add_row("parameters", f"{figures['parameters']:,}")
-    lossy = f", {figures['disclosed_lossy']:.1%} in few bits" if figures["lossy"] else ""
-    table.add_row("disclosed", f"{figures['disclosed']:.1%} of the base's parameters verbatim{lossy}")
-    if figures["experts"]:
-        table.add_row("experts", f"{figures['experts']:,} parameters, kept as they are; LoRA does not train them")
+    table.add_row("trainable", " ".join(map(str, figures.trainable)))
+    table.add_row("parameters", f"{figures.parameters:,}")
+    lossy = f", {figures.disclosed_lossy:.1%} in few bits" if figures.lossy else ""
+    table.add_row("disclosed", f"{figures.disclosed:.1%} of the base's parameters verbatim{lossy}")
+    if figures.experts:
+        table.add_row("experts", f"{figures.experts:,} parameters, kept as they are; LoRA does not train them")
     table.add_row("protection", "not protected: no attack was measured; see `offsite emulator compare`")
-    table.add_row("size", f"{figures['bytes'] / 1e6:,.1f} MB in {len(figures['files'])} files")
+    table.add_row("size", f"{figures.bytes / 1e6:,.1f} MB in {len(figures.files)} files")
     table.add_row("signature", signature)
     Console().print(table)
 
 
-def _grounds(told: dict[str, Any]) -> str:
+def _grounds(grounds: "Grounds") -> str:
     """Say in a line how near another choice of layers was."""
-    if told["gap"] is None:
+    if grounds.gap is None:
         return "no layer could go or stay instead of another"
-    text = f"layers that were told apart differ by {told['gap']:.1%} in 1 - CKA"
-    if told["ways"] == 1:
-        return f"{text}; no other choice is within {told['margin']:.0%}"
-    return f"{text}: of {told['ways']} ways the calibration text chose, by {told['lead']:.2f} nats a token"
+    text = f"layers that were told apart differ by {grounds.gap:.1%} in 1 - CKA"
+    if grounds.ways == 1:
+        return f"{text}; no other choice is within {grounds.margin:.0%}"
+    return f"{text}: of {grounds.ways} ways the calibration text chose, by {grounds.lead:.2f} nats a token"

@@ -23,9 +23,9 @@ from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
+from offsite.protos import figures
 from offsite.protos.documents import to_plain
-from offsite.protos.figures import perplexity
-from offsite.protos.spec import METHOD, Choice, TrainingSpec
+from offsite.protos.spec import Choice, TrainingSpec
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
 
@@ -91,9 +91,9 @@ class Bench:
     def bound(self, method: Choice, trained: Iterable[int]) -> Score:
         """Measure the base tuned itself, once for all candidates that train the same in the same layers.
 
-        Where a method trains only what a builder makes, the bound is that of a run's usual method.
+        Where a method trains only what a builder makes, the bound is LoRA.
         """
-        choice = METHOD if methods.make(method.name, method.settings).needs else method
+        choice = Choice(name="lora") if method.name == "grids" else method
         places = {layer: layer for layer in trained}
 
         def tuned() -> Score:
@@ -117,6 +117,5 @@ def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:
     found = likelihood(model, batches)
     if not math.isfinite(found.nll):
         raise ValueError(f"the model predicts held-out text with a loss of {found.nll}; a lower learning rate may help")
-    return Predicted(
-        nll=found.nll, tokens=found.tokens, perplexity=perplexity([{"nll": found.nll, "tokens": found.tokens}])
-    )
+    score = figures.Score(nll=found.nll, tokens=found.tokens)
+    return Predicted(nll=found.nll, tokens=found.tokens, perplexity=figures.perplexity([score]))

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
 from offsite.coordinator.runs.report import warnings
-from offsite.emulator import builders
-from offsite.emulator.evaluation.protection import Reach, protection
+from offsite.emulator.evaluation.attack import Attack, protection
 from offsite.emulator.likelihood import Likelihood
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
@@ -31,7 +30,7 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     without = {"leave it as it is": figures["emulator_zero_shot"], "tune it as asked": figures["emulator_tuned"]}
     attacks = row.measured.emulated.attacks | without
     found = protection(
-        {name: Reach(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
+        {name: Attack(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
         plug_in=_likelihood(figures["plug_in"].held_out),
         base=_likelihood(figures["base_zero_shot"].general),
         threshold=protected_from,
@@ -77,7 +76,7 @@ def recommend(rows: Sequence[Row], *, protected_from: float | None) -> tuple[int
         return None, (
             "No candidate is worth handing out: each has an emulator that is too small to be useful, a plug-in that "
             "does not beat the base, or figures that cannot be right. Keep more layers, "
-            f"add {builders.of('tuning')} to the chain, or train for more steps."
+            "add distilled to the chain, or train for more steps."
         )
     allowed = useful
     if protected_from is not None:

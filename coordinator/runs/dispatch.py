@@ -10,6 +10,7 @@ from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json
 from offsite.protos.errors import InputError
+from offsite.protos.events import Failed, Waiting
 from offsite.protos.spec import RunSpec
 
 LOOK_S = 0.5
@@ -88,7 +89,7 @@ class Dispatcher:
         try:
             return from_json(RunSpec, self._journal.run(run).spec, where="run spec")
         except InputError as error:
-            self._journal.end_run(run, "failed", error=str(error))
+            self._journal.end_run(run, Failed(error=str(error)))
             return None
 
     def _present(self) -> list[str]:
@@ -105,14 +106,11 @@ class Dispatcher:
         what = f"site{'s' * (len(missing) > 1)} {', '.join(missing)}" if missing else f"{more} more sites"
         note = f"waits for {what}"
         if run.state == "queued" or run.note != note:
-            self._journal.wait_run(run.id, note, sites=missing, present=present)
+            self._journal.wait_run(run.id, note, Waiting(sites=tuple(missing), present=tuple(present)))
         # While no coordinator was up, no site could come.
         since = max(run.waiting_at or time.time(), self._started - spec.wait_s + min(spec.wait_s, PRESENT_S))
         if time.time() - since > spec.wait_s:
             here = ", ".join(present) or "none"
             came = f"{what} did not enrol" if missing else f"{what} did not enrol, of at least {spec.min_sites},"
-            self._journal.end_run(
-                run.id,
-                "failed",
-                error=f"{came} within {spec.wait_s:g} s (here: {here}); `offsite site join` starts one",
-            )
+            error = f"{came} within {spec.wait_s:g} s (here: {here}); `offsite site join` starts one"
+            self._journal.end_run(run.id, Failed(error=error))

@@ -60,8 +60,8 @@ class InProcess:
         except OffsiteError as error:  # the journal's: it is full, or damaged
             log.error("run %s: left where it is: %s", run, error)
 
-    def _perform(self, *arguments: Any) -> dict[str, Any]:
-        from offsite.coordinator.runs.steps import perform  # torch: only once there is work
+    def _perform(self, *arguments: Any) -> bytes:
+        from offsite.coordinator.runs.steps.performing import perform  # torch: only once there is work
 
         try:
             return perform(*arguments)

@@ -3,11 +3,14 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from offsite.coordinator.store.journal import Journal
+from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
+from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json, to_plain
-from offsite.protos.figures import doubts, marks, perplexity, protection, sentences, without_infinities
+from offsite.protos.figures import Score, doubts, marks, perplexity, protection, sentences, without_infinities
 from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
@@ -18,32 +21,32 @@ UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly gui
 
 def assemble(journal: Journal, run: str) -> str:
     """Return the report of a run as JSON, from nothing but the journal."""
-    row, steps, tasks = journal.run(run), journal.steps(run), journal.tasks(run)
+    row, history, tasks = journal.run(run), History(journal, run), journal.tasks(run)
     spec = from_json(RunSpec, row.spec, where="run spec")
     accepted = [(task, from_json(UpdateMetrics, task.metrics, where="metrics")) for task in tasks if task.metrics]
-    spans = [
-        {"who": "coordinator", "step": name, **span} for name, step in steps.items() for span in step.get("spans", ())
-    ]
+    spans = [{"who": "coordinator", "step": name, **to_plain(span)} for name, span in history.spans()]
     spans += [
         {"who": task.site, "step": f"round {task.round + 1}", **to_plain(span)}
         for task, metrics in accepted
         for span in metrics.spans
     ]
-    overall, sites = perplexities({name: steps[name]["sets"] for name in FIGURES if name in steps})
-    built = steps["version:0"]
+    measured = {name: done.sets for name in FIGURES if (done := history.get(evaluate(name)))}
+    overall, sites = perplexities(measured)
+    built, folded = history[BUILD], [history[fold(number + 1)] for number in range(spec.rounds)]
+    bundle = to_plain(built.bundle)
     report = {
         "run": run,
         "name": spec.name,
         "model": spec.model,
-        "base": built["base"],
-        "bundle": {key: built["bundle"][key] for key in (*BUNDLE, "layers", "trainable")},
+        "base": to_plain(built.base),
+        "bundle": {key: bundle[key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),
         "strategy": to_plain(spec.strategy),
-        "training": to_plain(training(spec, built)),
-        "rounds": [_round(number, steps, accepted) for number in range(spec.rounds)],
+        "training": to_plain(training(spec, built.learning_rate)),
+        "rounds": [_round(number, history, accepted) for number in range(spec.rounds)],
         "overall": overall,
         "sites": sites,
-        "tokens": {name: value["tokens"] for name, value in steps.get("base_zero_shot", {"sets": {}})["sets"].items()},
+        "tokens": {name: score.tokens for name, score in measured.get("base_zero_shot", {}).items()},
         "bytes": {"down": sum(task.bytes_down for task in tasks), "up": sum(task.bytes_up for task in tasks)},
         "seconds": seconds(spans, start=row.submitted_at, end=time.time()),
         "spans": spans,
@@ -54,11 +57,11 @@ def assemble(journal: Journal, run: str) -> str:
         ]
         + [
             {"round": number + 1, "site": site, "state": "left out", "message": why}
-            for number in range(spec.rounds)
-            for site, why in steps[f"version:{number + 1}"].get("left_out", {}).items()
+            for number, version in enumerate(folded)
+            for site, why in version.left_out.items()
         ],
-        "vocabulary": built.get("vocabulary"),
-        "warnings": warnings(overall, vocabulary=built.get("vocabulary")),
+        "vocabulary": built.vocabulary,
+        "warnings": warnings(overall, vocabulary=built.vocabulary),
         "protection": protection(overall),
     }
     report["marks"] = marks(report)
@@ -66,16 +69,18 @@ def assemble(journal: Journal, run: str) -> str:
     return json.dumps(told | {"not_finite": gone}, allow_nan=False)
 
 
-def training(spec: RunSpec, built: dict[str, Any]) -> LocalTraining:
-    """Return how the sites of a run train, with what was chosen when its emulator was built."""
-    return LocalTraining(**to_plain(spec.training) | {"learning_rate": built["learning_rate"]})
+def training(spec: RunSpec, learning_rate: float) -> LocalTraining:
+    """Return how the sites of a run train, with the rate that was chosen when its emulator was built."""
+    return LocalTraining(**to_plain(spec.training) | {"learning_rate": learning_rate})
 
 
-def perplexities(evaluated: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Turn {figure: {set: {nll, tokens}}} into perplexities over all sets and per set."""
+def perplexities(
+    measured: Mapping[str, Mapping[str, Score]],
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Turn {figure: {set: score}} into perplexities over all sets and per set."""
     overall: dict[str, float] = {}
     sites: dict[str, dict[str, float]] = {}
-    for figure, sets in evaluated.items():
+    for figure, sets in measured.items():
         overall[figure] = perplexity(sets.values())
         for name, one in sets.items():
             sites.setdefault(name, {})[figure] = perplexity([one])
@@ -102,9 +107,9 @@ def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> lis
     return found + sentences({name: why for name, why in wrong.items() if name not in odd})
 
 
-def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateMetrics]]) -> dict[str, Any]:
-    version = steps[f"version:{number + 1}"]
-    plugged = steps.get(f"plug_in:{number + 1}")
+def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:
+    version = history[fold(number + 1)]
+    plugged = history.get(evaluate(f"plug_in:{number + 1}"))
     return {
         "round": number + 1,
         "sites": {
@@ -112,7 +117,7 @@ def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateM
                 "loss": metrics.loss,
                 "losses": metrics.losses,
                 "examples": metrics.examples,
-                "weight": version["lineage"].get(task.site, {}).get("weight", 0.0),
+                "weight": version.lineage[task.site].weight if task.site in version.lineage else 0.0,
                 "bytes_up": task.bytes_up,
                 "bytes_down": task.bytes_down,
                 "engine": metrics.engine,
@@ -121,5 +126,5 @@ def _round(number: int, steps: dict[str, Any], accepted: list[tuple[Any, UpdateM
             for task, metrics in accepted
             if task.round == number
         },
-        "figures": version["figures"] | ({"plug_in": perplexity(plugged["sets"].values())} if plugged else {}),
+        "figures": version.figures | ({"plug_in": perplexity(plugged.sets.values())} if plugged else {}),
     }

@@ -8,28 +8,35 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.report import assemble, perplexities, training, warnings
+from offsite.coordinator.runs.steps import results
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Publish, Realign, Update
+from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step, Version
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
-from offsite.protos.documents import canonical, from_json, plain, to_json
-from offsite.protos.errors import (
-    MismatchError,
-    NotFoundError,
-    OffsiteError,
-    ResourceError,
-    RunError,
-    from_status,
-    from_system,
+from offsite.protos.documents import from_json, plain, to_json
+from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError, ResourceError, RunError, from_system
+from offsite.protos.events import (
+    Completed,
+    EmulatorBuilt,
+    Event,
+    Failed,
+    Measured,
+    RoundDone,
+    SiteState,
+    StepBegun,
+    Warned,
 )
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
 
-Perform = Callable[[str, str, str, bytes, dict[str, Any]], dict[str, Any]]
-Tell = Callable[[dict[str, Any]], list[tuple[str, dict[str, Any]]]]
+R = TypeVar("R")
+Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity, run spec, order -> result
 
 POLL_S = 0.2
 TRIES = 6  # a step that ends its process so often, or is killed so often, ends the run
@@ -55,8 +62,9 @@ class Supervisor:
         self._run = run
         self._perform = perform
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
-        granted = self._journal.steps(run).get("granted")
-        self._document: bytes = canonical(granted) if granted else self._journal.run(run).spec
+        self._history = History(self._journal, run)
+        granted = self._history.get(GRANT)
+        self._document: bytes = to_json(granted) if granted else self._journal.run(run).spec
         self._spec = from_json(Grant, self._document, where="run spec")
         self._begun: dict[tuple[int, str], float | None] = {}
 
@@ -72,24 +80,22 @@ class Supervisor:
         except Cancelled:
             log.info("run %s: cancelled", self._run)
         except OffsiteError as error:
-            self._journal.end_run(self._run, "failed", error=str(error))
+            self._fail(str(error))
         except OSError as error:
-            self._journal.end_run(self._run, "failed", error=str(from_system(error)))
+            self._fail(str(from_system(error)))
         except Exception as error:  # a fault of ours must end the run with a word, not leave it hanging
             log.exception("run %s", self._run)
-            self._journal.end_run(
-                self._run,
-                "failed",
-                error=f"internal error: {type(error).__name__}: {plain(self._spec.told(error), most=300)}",
-            )
+            self._fail(f"internal error: {type(error).__name__}: {plain(self._spec.told(error), most=300)}")
         finally:
             self._journal.close()
+
+    def _fail(self, error: str) -> None:
+        self._journal.end_run(self._run, Failed(error=error))
 
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             return
-        names = self._journal.steps(self._run)["sites"]["names"]
-        self._step("version:0", "build", tell=_bundle, run=self._run, sites=names)
+        self._do(BUILD, Build(run=self._run, sites=self._history[SELECT].names), _built)
         self._baselines()
         for number in range(self._spec.rounds):
             self._round(number)
@@ -97,102 +103,94 @@ class Supervisor:
 
     # what is done once
 
-    def _step(self, name: str, step: str, *, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
-        """Do a step unless the journal has it, and return what it gave; `tell` makes the events that tell of it."""
-        done = self._journal.steps(self._run).get(name)
+    def _do(self, step: Step[R], order: Order, tell: Callable[[R], list[Event]] = lambda _: []) -> R:
+        """Do a step unless the journal has it, and return its result; `tell` makes the events that tell of it."""
+        done = self._history.get(step)
         if done is not None:
             return done
         self._heed()
-        begun = [event for event in self._journal.events(self._run, kind="step") if event.data["step"] == name]
-        if len(begun) >= TRIES:
+        begun = [event for event in self._journal.events(self._run, kind=StepBegun.kind)]
+        if sum(event.data["step"] == step.name for event in begun) >= TRIES:
             raise ResourceError(
-                f"step {name} was begun {TRIES} times and ended its process each time, so it is not tried again; "
+                f"step {step.name} was begun {TRIES} times and ended its process each time, so it is not tried again; "
                 "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
             )
-        self._journal.add_event(self._run, "step", step=name)
-        gave = self._perform(step, str(self._home.root), str(self._home.identity), self._document, arguments)
-        if "error" in gave:
-            raise from_status(gave["error"]["status"], gave["error"]["message"])
+        self._journal.add_event(self._run, StepBegun(step=step.name))
+        where = str(self._home.root), str(self._home.identity)
+        document = self._perform(order.step, *where, self._document, to_json(order))
+        result = from_json(step.gives, document, where=f"step {step.name}")
         self._heed()
-        return self._journal.add_step(self._run, name, gave, *(tell(gave) if tell else ()))
+        return self._history.record(step, result, *tell(result))
 
     def _heed(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled
 
     def _baselines(self) -> None:
-        built = self._journal.steps(self._run)["version:0"]
-        if not self._spec.evaluation:
-            return
-        self._evaluate("base_zero_shot", manifest=None, exact=None)
-        self._evaluate("emulator_zero_shot", manifest=built["manifest"], exact=None)
+        if self._spec.evaluation:
+            self._evaluate("base_zero_shot", manifest=None, exact=None)
+            self._evaluate("emulator_zero_shot", manifest=self._history[BUILD].manifest, exact=None)
 
     def _evaluate(self, figure: str, *, manifest: str | None, exact: str | None) -> None:
-        steps = self._journal.steps(self._run)
+        built = self._history[BUILD]
+        order = Evaluate(base=built.base.digest, manifest=manifest, exact=exact, recovery=built.recovery)
+        self._do(results.evaluate(figure), order, partial(self._measured, figure))
 
-        def tell(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-            told: list[tuple[str, dict[str, Any]]] = [("figure", {"name": figure, "sets": gave["sets"]})]
-            words = steps["version:0"].get("vocabulary")
-            if figure == "emulator_zero_shot":  # before anything is trained
-                overall, _ = perplexities({"base_zero_shot": steps["base_zero_shot"]["sets"], figure: gave["sets"]})
-                told += [("warning", {"message": warning}) for warning in warnings(overall, vocabulary=words)]
-            return told
-
-        base, recovery = steps["version:0"]["base"]["digest"], steps["version:0"]["recovery"]
-        self._step(figure, "evaluate", tell=tell, base=base, manifest=manifest, exact=exact, recovery=recovery)
+    def _measured(self, figure: str, measured: Evaluation) -> list[Event]:
+        news: list[Event] = [Measured(name=figure, sets=measured.sets)]
+        if figure == "emulator_zero_shot":  # before anything is trained
+            base = self._history[results.evaluate("base_zero_shot")]
+            overall, _ = perplexities({"base_zero_shot": base.sets, figure: measured.sets})
+            vocabulary = self._history[BUILD].vocabulary
+            news += [Warned(message=warning) for warning in warnings(overall, vocabulary=vocabulary)]
+        return news
 
     # a round
 
     def _round(self, number: int) -> None:
-        steps = self._journal.steps(self._run)
-        gave = steps.get(f"version:{number + 1}")
-        if gave is None:
-            sites = steps["sites"]["names"]
+        built, sites = self._history[BUILD], self._history[SELECT].names
+        folded = self._history.get(results.fold(number + 1))
+        if folded is None:
             for site in sites:
                 self._offer(number, site, attempt=0)
-            updates = self._collect(number)
-            start = {name: steps[f"version:{number}"][name] for name in ("residual", "broadcast")}
-            name, tell = f"version:{number + 1}", partial(_round, number + 1)
-            gave = self._step(name, "aggregate", tell=tell, **start, updates=updates, sites=sites)
+            updates, last = self._collect(number), self._version(number)
+            order = Aggregate(residual=last.residual, broadcast=last.broadcast, updates=updates, sites=sites)
+            folded = self._do(results.fold(number + 1), order, partial(_folded, number + 1))
+        more = number + 1 < self._spec.rounds
         every = self._spec.evaluate_every
-        if self._spec.evaluation and every and (number + 1) % every == 0 and number + 1 < self._spec.rounds:
-            self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=gave["exact"])
-        if self._spec.realign_steps and number + 1 < self._spec.rounds:
-            built = steps["version:0"]
-            base, recovery, manifest = built["base"]["digest"], built["recovery"], self._bundle(number)["manifest"]
-            name, exact = f"bundle:{number + 1}", gave["exact"]
-            self._step(name, "realign", base=base, manifest=manifest, exact=exact, recovery=recovery)
+        if self._spec.evaluation and every and (number + 1) % every == 0 and more:
+            self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=folded.exact)
+        if self._spec.realign_steps and more:
+            manifest = self._history.bundle(number).manifest
+            realign = Realign(base=built.base.digest, manifest=manifest, exact=folded.exact, recovery=built.recovery)
+            self._do(results.realign(number + 1), realign)
 
-    def _bundle(self, number: int) -> dict[str, Any]:
-        """Return the bundle that sites train on in a round: re-aligned to the last, if the run asks for that."""
-        steps = self._journal.steps(self._run)
-        return next(
-            (steps[f"bundle:{at}"] for at in range(number, 0, -1) if f"bundle:{at}" in steps), steps["version:0"]
-        )
+    def _version(self, number: int) -> Version:
+        return self._history[results.fold(number)] if number else self._history[BUILD]
 
     def _offer(self, number: int, site: str, *, attempt: int) -> None:
-        steps = self._journal.steps(self._run)
-        built, bundle, start = steps["version:0"], self._bundle(number), steps[f"version:{number}"]["broadcast"][site]
+        built, bundle = self._history[BUILD], self._history.bundle(number)
+        start = self._version(number).broadcast[site]
         task = TaskSpec(
             run=self._run,
             round=number,
             rounds=self._spec.rounds,
             site=site,
             attempt=attempt,
-            base=built["base"]["digest"],
-            manifest=bundle["manifest"],
-            manifest_size=bundle["manifest_size"],
-            adapter=start["digest"],
-            adapter_size=start["size"],
+            base=built.base.digest,
+            manifest=bundle.manifest,
+            manifest_size=bundle.manifest_size,
+            adapter=start.digest,
+            adapter_size=start.size,
             method=_without_ranks(self._spec.method),
-            method_hash=built["method_hash"],
-            training=training(self._spec, built),
+            method_hash=built.method_hash,
+            training=training(self._spec, built.learning_rate),
         )
         document = to_json(task)
         signature = sign(document, self._home.owner_key, purpose="task")
         self._journal.add_task(Key(self._run, number, site, attempt), spec=document, signature=signature)
 
-    def _collect(self, number: int) -> list[dict[str, Any]]:
+    def _collect(self, number: int) -> tuple[Update, ...]:
         """Wait until no task of the round is open; return the updates, or fail the run if they are too few."""
         while any([self._is_open(number, task) for task in self._latest(number)]):  # a list: each one is looked at
             self._heed()
@@ -204,14 +202,7 @@ class Supervisor:
         if len(done) < self._spec.min_sites:
             why = "; ".join(f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded")
             raise RunError(f"round {number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})")
-        return [
-            {
-                "site": task.site,
-                "digest": task.update,
-                "examples": from_json(UpdateMetrics, task.metrics, where="metrics").examples,
-            }
-            for task in done
-        ]
+        return tuple(Update(site=task.site, digest=task.update, examples=_metrics(task).examples) for task in done)
 
     def _latest(self, number: int) -> list[Row]:
         """Return each site's last attempt."""
@@ -240,10 +231,7 @@ class Supervisor:
         return self._begun[number, site]
 
     def _leave_out(self, number: int, task: Row, message: str) -> Literal[False]:
-        if self._journal.set_task(Key(self._run, number, task.site, task.attempt), state="stalled", message=message):
-            self._journal.add_event(
-                self._run, "site", round=number + 1, site=task.site, state="stalled", message=message
-            )
+        self._journal.close_task(Key(self._run, number, task.site, task.attempt), "stalled", message)
         return False
 
     def _is_rotten(self, number: int, task: Row) -> bool:
@@ -259,17 +247,14 @@ class Supervisor:
     # the end
 
     def _outcome(self) -> None:
-        steps = self._journal.steps(self._run)
-        exact = steps[f"version:{self._spec.rounds}"]["exact"]
+        built, rounds = self._history[BUILD], self._spec.rounds
+        exact = self._history[results.fold(rounds)].exact
         if self._spec.evaluation:
-            self._evaluate("emulator_tuned", manifest=self._bundle(self._spec.rounds - 1)["manifest"], exact=exact)
+            self._evaluate("emulator_tuned", manifest=self._history.bundle(rounds - 1).manifest, exact=exact)
             self._evaluate("plug_in", manifest=None, exact=exact)
-        built = steps["version:0"]
-        gave = self._step("publish", "publish", base=built["base"]["digest"], exact=exact, recovery=built["recovery"])
-        for name, file in gave["artifacts"].items():
-            self._journal.add_artifact(self._run, name, digest=file["digest"], size=file["size"])
-        self._journal.set_run(self._run, report=assemble(self._journal, self._run))
-        self._journal.end_run(self._run, "completed")
+        published = self._do(PUBLISH, Publish(base=built.base.digest, exact=exact, recovery=built.recovery))
+        report = assemble(self._journal, self._run)
+        self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)
 
 
 def _without_ranks(method: Choice) -> Choice:
@@ -277,15 +262,25 @@ def _without_ranks(method: Choice) -> Choice:
     return Choice(name=method.name, settings={k: v for k, v in method.settings.items() if k != "ranks"})
 
 
-def _bundle(gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    shown = {key: gave["bundle"][key] for key in ("layers", "bytes", "disclosed")}
-    return [("bundle", shown | {name: gave[name] for name in ("learning_rate", "computed")})]
+def _metrics(task: Row) -> UpdateMetrics:
+    return from_json(UpdateMetrics, task.metrics, where="metrics")
 
 
-def _round(number: int, gave: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    left_out = [
-        ("site", {"round": number, "site": site, "state": "left out", "message": why})
-        for site, why in gave["left_out"].items()
+def _built(built: Built) -> list[Event]:
+    about = built.bundle
+    return [
+        EmulatorBuilt(
+            layers=about.layers,
+            bytes=about.bytes,
+            disclosed=about.disclosed,
+            learning_rate=built.learning_rate,
+            computed=built.computed,
+        )
     ]
-    averaged = {"round": number, "sites": len(gave["lineage"]), "figures": gave["figures"]}
-    return [*left_out, ("round", averaged)]
+
+
+def _folded(number: int, folded: Folded) -> list[Event]:
+    left_out = [
+        SiteState(round=number, site=site, state="left out", message=why) for site, why in folded.left_out.items()
+    ]
+    return [*left_out, RoundDone(round=number, sites=len(folded.lineage), figures=folded.figures)]

@@ -132,21 +132,20 @@ class _Actor:
             os._exit(1)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    def _perform(self, *arguments: Any) -> dict[str, Any]:
+    def _perform(self, *arguments: Any) -> bytes:
         try:
-            gave: dict[str, Any] = ray.get(_perform.remote(self._threads, *arguments))
+            return bytes(ray.get(_perform.remote(self._threads, *arguments)))
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
             raise Lost from error
-        return gave
 
 
 @ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
-def _perform(threads: int, *arguments: Any) -> dict[str, Any]:
+def _perform(threads: int, *arguments: Any) -> bytes:
     import torch
 
-    from offsite.coordinator.runs.steps import perform
+    from offsite.coordinator.runs.steps.performing import perform
 
     torch.set_num_threads(threads or os.cpu_count() or 1)  # Ray would leave one thread per CPU asked for
     return perform(*arguments)

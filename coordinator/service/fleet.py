@@ -19,6 +19,8 @@ from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc, transfer_pb2
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, NotFoundError
+from offsite.protos.events import SiteState
+from offsite.protos.ranges import finite
 from offsite.protos.spec import Manifest, TaskSpec
 
 POLL_S = 0.1
@@ -140,12 +142,11 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 raise InputError(f"report: step {request.step} of {request.steps}, the task has {most}")
             received = max(request.bytes_down, task.bytes_down)
             told: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps}
-            told |= {"loss": request.loss} if request.HasField("loss") else {}
+            told |= {"loss": finite(request.loss)} if request.HasField("loss") else {}
             told |= {"message": "" if state in OPEN else sentence(request.reason), "bytes_down": received}
             if state not in OPEN:
                 self._told.forget(key)
-                if self._journal.set_task(key, **told):
-                    self._journal.add_event(key.run, "site", round=key.round + 1, site=site.name, **told)
+                self._journal.set_task(key, SiteState(round=key.round + 1, site=site.name, **told), **told)
                 return pb.ReportReply()
             if ahead(task, state=state, step=request.step, received=received):
                 return pb.ReportReply(stop=not self._told.tell(key, task, **told))

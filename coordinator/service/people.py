@@ -17,6 +17,7 @@ from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc, transfer_pb2
 from offsite.protos.documents import from_json, plain, to_json, to_plain
 from offsite.protos.errors import NotFoundError, OffsiteError, RefusedError
+from offsite.protos.events import Cancelled
 from offsite.protos.figures import without_infinities
 from offsite.protos.ranges import COUNT
 from offsite.protos.security.certificates import PEOPLE
@@ -32,7 +33,7 @@ def _judge(grant: Grant) -> None:
     from offsite.coordinator.runs.legality import judge
 
     try:
-        judge(grant, folders=grant.folders, whole=grant.whole)
+        judge(grant, folders=grant.folders)
     except OffsiteError as error:
         raise type(error)(grant.told(error)) from None
 
@@ -99,7 +100,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """End a run; one that is over stays as it ended."""
         async with self._gate(context, "owner", "researcher", request=request) as person:
             self._seen(request.id, person)
-            self._journal.end_run(request.id, "cancelled", error=f"cancelled by {person.name}")
+            self._journal.end_run(request.id, Cancelled(error=f"cancelled by {person.name}"))
             return self._status(self._journal.run(request.id), person)
 
     async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from offsite.coordinator.store.journal import OPEN, Journal, Key, Row
+from offsite.protos.events import SiteState
 
 WRITE_EVERY_S = 1.0  # a task's row
 FORGET_S = 3600.0  # a task that is over may end without another word
@@ -38,10 +39,10 @@ class Told:
         first, written, told = self._tasks.get(key, (now, 0.0, 0.0))
         if not rises and now - written < WRITE_EVERY_S:
             return True
-        if not self._journal.set_task(key, moved_at=now, **progress):
-            return False
+        event = None
         if rises or now - told >= max(WRITE_EVERY_S, (OLDER - 1) * (now - first)):
-            told = now
-            self._journal.add_event(key.run, "site", round=key.round + 1, site=key.site, **progress)
+            told, event = now, SiteState(round=key.round + 1, site=key.site, **progress)
+        if not self._journal.set_task(key, event, moved_at=now, **progress):
+            return False
         self._tasks[key] = first, now, told
         return True

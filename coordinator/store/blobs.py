@@ -10,12 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from offsite.protos.chunks import digest_file, is_digest
+from offsite.protos.documents import document
 from offsite.protos.errors import InputError, MismatchError, NotFoundError, ResourceError
+from offsite.protos.ranges import Amount, Digest
 
 FRESH_S = 600.0
 MARGIN_BYTES = 64 << 20  # left free on the disk, so that the journal can always be written
 
 log = logging.getLogger(__name__)
+
+
+@document
+class Stored:
+    """A file that was stored, by name."""
+
+    digest: Digest
+    size: Amount
 
 
 class Blobs:

@@ -4,13 +4,12 @@ Nothing else holds state: a supervisor or a server that is killed reads the jour
 Times are seconds since the epoch. Documents are kept as the bytes that were hashed or signed.
 """
 
-from typing import Any
-
 import sqlalchemy as sa
 
 from offsite.coordinator.store.runs import Runs, no_run
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, events
 from offsite.coordinator.store.tasks import Key, Tasks
+from offsite.protos.events import Event
 
 __all__ = ["LIVE", "OPEN", "Journal", "Key", "Row", "no_run"]
 
@@ -18,10 +17,10 @@ __all__ = ["LIVE", "OPEN", "Journal", "Key", "Row", "no_run"]
 class Journal(Runs, Tasks):
     """Typed access to the tables; every method is one transaction and may be repeated."""
 
-    def add_event(self, run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> None:
-        """Tell watchers something."""
+    def add_event(self, run: str, event: Event) -> None:
+        """Tell watchers something that changes nothing else."""
         with self._write() as connection:
-            connection.execute(event_row(run, kind, round=round, site=site, **data))
+            connection.execute(event_row(run, event))
 
     def events(self, run: str, *, after: int = 0, kind: str = "") -> list[Row]:
         """Return the events of a run after a sequence number, of one kind if it is named."""

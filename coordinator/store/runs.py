@@ -1,15 +1,17 @@
 """Runs in the journal: their states, the steps that were done for them, and the files they published."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
+from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps
 from offsite.protos.errors import ConflictError, NotFoundError
+from offsite.protos.events import End, Event, Selected, Waiting
 
 
 class Runs(Database):
@@ -79,25 +81,28 @@ class Runs(Database):
         with self._write() as connection:
             connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state.in_(LIVE)).values(**values))
 
-    def end_run(self, run: str, state: str, *, error: str = "") -> None:
-        """End a run once; a second end changes nothing."""
+    def end_run(self, run: str, end: End, *, report: str = "", published: Mapping[str, Stored] | None = None) -> None:
+        """End a run once, with its report and its published files by name; a second end changes nothing."""
         with self._write() as connection:
             ended = connection.execute(
                 sa.update(runs)
                 .where(runs.c.id == run, runs.c.state.in_(LIVE))
-                .values(state=state, error=error, note="", finished_at=time.time())
+                .values(state=end.kind, error=end.error, note="", report=report, finished_at=time.time())
             )
-            if ended.rowcount:
-                told: dict[str, Any] = {"error": error} if error else {}
-                connection.execute(event_row(run, state, **told))
+            if not ended.rowcount:
+                return
+            for name, file in (published or {}).items():
+                row = insert(artifacts).values(run=run, name=name, digest=file.digest, size=file.size)
+                connection.execute(row.on_conflict_do_nothing())
+            connection.execute(event_row(run, end))
 
-    def wait_run(self, run: str, note: str, **data: Any) -> None:
+    def wait_run(self, run: str, note: str, event: Waiting) -> None:
         """Let a queued run wait for its sites, told once, or change what a waiting one waits for."""
         with self._write() as connection:
             now = {"state": "waiting", "note": note, "waiting_at": time.time()}
             began = connection.execute(sa.update(runs).where(runs.c.id == run, runs.c.state == "queued").values(**now))
             if began.rowcount:
-                connection.execute(event_row(run, "waiting", **data))
+                connection.execute(event_row(run, event))
             else:
                 waits = (runs.c.id == run, runs.c.state == "waiting")
                 connection.execute(sa.update(runs).where(*waits).values(note=note))
@@ -111,18 +116,18 @@ class Runs(Database):
                 return False
             value = insert(steps).values(run=run, name="sites", value={"names": names})
             if connection.execute(value.on_conflict_do_nothing()).rowcount:
-                connection.execute(event_row(run, "selected", sites=names))
+                connection.execute(event_row(run, Selected(sites=tuple(names))))
             return True
 
     # steps
 
-    def add_step(self, run: str, name: str, value: dict[str, Any], *told: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-        """Record what a step gave, with events (kind, data) that tell it, and return the record: the first stands."""
+    def add_step(self, run: str, name: str, value: dict[str, Any], *news: Event) -> dict[str, Any]:
+        """Record what a step gave, with the events that tell it, and return the record: the first stands."""
         with self._write() as connection:
             query = insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
             if connection.execute(query).rowcount:
-                for kind, data in told:
-                    connection.execute(event_row(run, kind, **data))
+                for event in news:
+                    connection.execute(event_row(run, event))
             stood: dict[str, Any] = connection.execute(
                 sa.select(steps.c.value).where(steps.c.run == run, steps.c.name == name)
             ).scalar_one()
@@ -137,13 +142,6 @@ class Runs(Database):
         return {row.run: row.value for row in self._all(sa.select(steps).where(steps.c.name == name))}
 
     # artifacts
-
-    def add_artifact(self, run: str, name: str, *, digest: str, size: int) -> None:
-        """Publish a file of a run."""
-        with self._write() as connection:
-            query = insert(artifacts).values(run=run, name=name, digest=digest, size=size)
-            keys = ["run", "name"]
-            connection.execute(query.on_conflict_do_update(index_elements=keys, set_={"digest": digest, "size": size}))
 
     def artifacts(self, run: str) -> list[Row]:
         """Return the published files of a run by name."""

@@ -5,6 +5,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from offsite.protos.events import Event
+from offsite.protos.events import data as plain_data
+
 Row = sa.Row[Any]
 
 LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
@@ -83,7 +86,8 @@ artifacts = sa.Table(
 )
 
 
-def event_row(run: str, kind: str, *, round: int = 0, site: str = "", **data: Any) -> sa.Insert:
+def event_row(run: str, event: Event) -> sa.Insert:
     """Insert an event, now."""
-    values = {"run": run, "at": time.time(), "kind": kind, "round": round, "site": site, "data": data}
-    return sa.insert(events).values(**values)
+    data = plain_data(event)
+    beside = {"round": data.pop("round", 0), "site": data.pop("site", "")}
+    return sa.insert(events).values(run=run, at=time.time(), kind=event.kind, data=data, **beside)

@@ -9,6 +9,7 @@ from sqlalchemy.dialects.sqlite import insert
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, runs, sites, tasks
 from offsite.protos.errors import NotFoundError
+from offsite.protos.events import Event, SiteState
 
 
 class Key(NamedTuple):
@@ -60,19 +61,26 @@ class Tasks(Database):
         )
         return self._all(query)
 
-    def set_task(self, key: Key, **values: Any) -> bool:
-        """Change an open task and say whether it was open; a closed one stays as it is."""
-        with self._write() as connection:
-            query = sa.update(tasks).where(*_is(key), tasks.c.state.in_(OPEN))
-            return bool(connection.execute(query.values(**values)).rowcount)
+    def set_task(self, key: Key, event: Event | None = None, **values: Any) -> bool:
+        """Change an open task, with the event that tells it, and say whether it was open; a closed one stays."""
+        return self._set(key, OPEN, event, values)
+
+    def close_task(self, key: Key, state: str, message: str) -> bool:
+        """Close an open task without an update, tell why, and say whether it was open."""
+        return self._set(key, OPEN, _why(key, state, message), {"state": state, "message": message})
 
     def lose_update(self, key: Key, message: str) -> None:
         """Take back that an update was accepted: its file is lost."""
+        values = {"state": "failed", "message": message, "update": ""}
+        self._set(key, ("uploaded",), _why(key, "failed", message), values)
+
+    def _set(self, key: Key, states: tuple[str, ...], event: Event | None, values: dict[str, Any]) -> bool:
         with self._write() as connection:
-            query = sa.update(tasks).where(*_is(key), tasks.c.state == "uploaded")
-            if connection.execute(query.values(state="failed", update="", message=message)).rowcount:
-                told = {"state": "failed", "message": message}
-                connection.execute(event_row(key.run, "site", round=key.round + 1, site=key.site, **told))
+            query = sa.update(tasks).where(*_is(key), tasks.c.state.in_(states))
+            changed = bool(connection.execute(query.values(**values)).rowcount)
+            if changed and event is not None:
+                connection.execute(event_row(key.run, event))
+            return changed
 
     # sites
 
@@ -95,3 +103,7 @@ class Tasks(Database):
 
 def _is(key: Key) -> list[sa.ColumnElement[bool]]:
     return [tasks.c[name] == value for name, value in key._asdict().items()]
+
+
+def _why(key: Key, state: str, message: str) -> SiteState:
+    return SiteState(round=key.round + 1, site=key.site, state=state, message=message)

@@ -9,7 +9,9 @@ import pytest
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.retention import DAY_S, Retention, collect
+from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.protos.events import Completed, RoundDone, SiteState
 
 WORKED_WITH = ("manifest", "layer", "start", "update")
 
@@ -39,9 +41,8 @@ def make_run(home: Home, journal: Journal, name: str, *, ended_days_ago: float |
     journal.add_task(Key(name, 0, "ward", 0), spec=b"{}", signature=b"s")
     journal.set_task(Key(name, 0, "ward", 0), state="uploaded", update=files["update"])
     if ended_days_ago is not None:
-        journal.add_artifact(name, "adapter", digest=files["published"], size=1)
-        journal.set_run(name, report="{}")
-        journal.end_run(name, "completed")
+        published = {"adapter": Stored(digest=files["published"], size=1)}
+        journal.end_run(name, Completed(), report="{}", published=published)
         with journal._write() as connection:
             then = time.time() - ended_days_ago * DAY_S
             connection.exec_driver_sql("UPDATE runs SET finished_at = ? WHERE id = ?", (then, name))
@@ -85,10 +86,10 @@ def test_a_live_run_keeps_all_it_has_and_what_it_may_have_just_stored(home: Home
 def test_of_many_events_the_oldest_training_steps_go_and_no_other(home: Home) -> None:
     journal = home.journal()
     journal.add_run("r", token="r", owner="alice", spec=b"{}")
-    journal.add_event("r", "site", round=1, site="ward", state="taken")
+    journal.add_event("r", SiteState(round=1, site="ward", state="taken"))
     for step in range(6):
-        journal.add_event("r", "site", round=1, site="ward", state="training", step=step)
-    journal.add_event("r", "round", round=1)
+        journal.add_event("r", SiteState(round=1, site="ward", state="training", step=step))
+    journal.add_event("r", RoundDone(round=1, sites=1, figures={}))
     assert collect(home, Retention(most_events=5)).events == 3
     told = [(event.kind, event.data.get("step")) for event in journal.events("r")]
-    assert told == [("site", None), ("site", 3), ("site", 4), ("site", 5), ("round", None)]
+    assert told == [("site", 0), ("site", 3), ("site", 4), ("site", 5), ("round", None)]

@@ -27,6 +27,7 @@ from offsite.coordinator.store.tables import runs, tasks
 from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json
+from offsite.protos.events import Completed
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.revocation import Revocations
 from offsite.protos.spec import RunSpec, TaskSpec
@@ -76,7 +77,7 @@ class Coordinator:
         spec = to_json(RunSpec(model="m"))
         for run in ("live", "done"):
             self.journal.add_run(run, token=run, owner="alice", spec=spec)
-        self.journal.end_run("done", "completed")
+        self.journal.end_run("done", Completed())
         self.journal.add_task(KEY, spec=self.task, signature=b"s")
         self.gate = Gate(Revocations(kit / "crl.pem", seen=self.home.root / "crl-number"))
         self.fleet = FleetService(self.home, self.journal, blobs, self.gate)

@@ -1,7 +1,7 @@
 """Every kind of emulator through a whole round: built, trained at two sites, averaged, measured and published."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from offsite.client.site.policy import Policy
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.report import training
-from offsite.coordinator.runs.steps import perform
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Publish, Realign, Update
+from offsite.coordinator.runs.steps.performing import perform
+from offsite.coordinator.runs.steps.results import Built, Evaluation, Folded, Publication, Realigned
 from offsite.coordinator.store.blobs import Blobs
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.figures import perplexity
@@ -24,7 +26,8 @@ from offsite.protos.recipes import parse, parse_one
 from offsite.protos.security.pki import Authority
 from offsite.protos.spec import Manifest, TaskSpec, UpdateMetrics
 
-SITES = ["bank", "hospital"]
+R = TypeVar("R")
+SITES = ("bank", "hospital")
 
 
 class Round:
@@ -46,33 +49,36 @@ class Round:
             "merge": True,
         }
         self.spec = RunSpec(**{**fields, **changes})
-        self.built = self.do("build", run="r", sites=SITES)
+        self.built = self.do(Build(run="r", sites=SITES), Built)
 
-    def do(self, step: str, **arguments: Any) -> dict[str, Any]:
-        gave = perform(step, str(self.home.root), str(self.home.identity), to_json(self.spec), arguments)
-        assert "error" not in gave, gave
-        return gave
+    def do(self, order: Order, gives: type[R]) -> R:
+        where = str(self.home.root), str(self.home.identity)
+        return from_json(gives, perform(order.step, *where, to_json(self.spec), to_json(order)), where=order.step)
 
-    def train(self, site: str, manifest: str) -> dict[str, Any]:
+    def aggregate(self, *updates: Update) -> str:
+        order = Aggregate(residual={}, broadcast=self.built.broadcast, updates=updates, sites=SITES)
+        return self.do(order, Folded).exact
+
+    def train(self, site: str, manifest: str) -> Update:
         listed = from_json(Manifest, self.blobs.path(manifest).read_bytes(), where="manifest")
         bundle = self.folder / f"bundle-{manifest[7:15]}"
         for entry in listed.files:
             (bundle / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (bundle / entry.path).write_bytes(self.blobs.path(entry.digest).read_bytes())
-        sent = self.built["broadcast"][site]
+        sent = self.built.broadcast[site]
         task = TaskSpec(
             **{"run": "r", "round": 0, "rounds": 1, "site": site, "attempt": 0, "base": listed.base.digest},
-            **{"manifest": manifest, "manifest_size": 1, "adapter": sent["digest"], "adapter_size": 1},
+            **{"manifest": manifest, "manifest_size": 1, "adapter": sent.digest, "adapter_size": 1},
             **{
                 "method": self.spec.method,
-                "method_hash": self.built["method_hash"],
-                "training": training(self.spec, self.built),
+                "method_hash": self.built.method_hash,
+                "training": training(self.spec, self.built.learning_rate),
             },
         )
         job = TrainerJob(
             bundle=str(bundle),
             manifest=listed,
-            adapter=str(self.blobs.path(sent["digest"])),
+            adapter=str(self.blobs.path(sent.digest)),
             data=str(self.material / f"{site}.jsonl"),
             task=task,
             engine=EngineSpec(name="plain", device="cpu"),
@@ -82,11 +88,12 @@ class Round:
         train(job, say=lambda event, **fields: None, rendezvous=self.folder / "rendezvous")
         metrics = from_json(UpdateMetrics, (self.folder / site / "metrics.json").read_bytes(), where="metrics")
         digest, _ = self.blobs.take(self.folder / site / "update.safetensors")
-        return {"site": site, "digest": digest, "examples": metrics.examples}
+        return Update(site=site, digest=digest, examples=metrics.examples)
 
-    def figure(self, **arguments: Any) -> float:
-        gave = self.do("evaluate", base=self.built["base"]["digest"], recovery=self.built["recovery"], **arguments)
-        return perplexity(gave["sets"].values())
+    def figure(self, *, manifest: str | None, exact: str | None) -> float:
+        built = self.built
+        order = Evaluate(base=built.base.digest, manifest=manifest, exact=exact, recovery=built.recovery)
+        return perplexity(self.do(order, Evaluation).sets.values())
 
 
 RECIPES = [
@@ -105,18 +112,16 @@ def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
     torch.set_num_threads(1)
     extra = {"trainable": Choice(name="kept")} if "sketch" in builder or "loram" in builder else {}
     run = Round(tmp_path, material, builder=builder, method=method, strategy=Choice(name=strategy), **extra)
-    manifest, base = run.built["manifest"], run.built["base"]["digest"]
-    updates = [run.train(site, manifest) for site in SITES]
-    version = run.do("aggregate", residual={}, broadcast=run.built["broadcast"], updates=updates, sites=SITES)
-    exact = version["exact"]
+    manifest, base = run.built.manifest, run.built.base.digest
+    exact = run.aggregate(*(run.train(site, manifest) for site in SITES))
     assert run.figure(manifest=manifest, exact=exact) < run.figure(manifest=manifest, exact=None)
     plug_in = run.figure(manifest=None, exact=exact)
     assert plug_in < run.figure(manifest=None, exact=None)
 
-    files = run.do("publish", base=base, exact=exact, recovery=run.built["recovery"])["artifacts"]
-    for name, file in files.items():
+    published = run.do(Publish(base=base, exact=exact, recovery=run.built.recovery), Publication)
+    for name, file in published.artifacts.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / name).write_bytes(run.blobs.path(file["digest"]).read_bytes())
+        (tmp_path / "out" / name).write_bytes(run.blobs.path(file.digest).read_bytes())
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
@@ -138,15 +143,13 @@ def test_an_emulator_is_realigned_beside_the_adapter_and_its_trainable_layers_st
     run = Round(
         tmp_path, material, builder="uniform(keep=4)+distilled(steps=2)", method="lora(rank=4)", realign_steps=3
     )
-    first = run.built["manifest"]
-    update = run.train("bank", first)
-    exact = run.do("aggregate", residual={}, broadcast=run.built["broadcast"], updates=[update], sites=SITES)["exact"]
-    settings = {"base": run.built["base"]["digest"], "manifest": first, "exact": exact, "recovery": None}
-    again = run.do("realign", **settings)
-    assert again["manifest"] == run.do("realign", **settings)["manifest"] != first
+    first = run.built.manifest
+    exact = run.aggregate(run.train("bank", first))
+    order = Realign(base=run.built.base.digest, manifest=first, exact=exact, recovery=None)
+    again = run.do(order, Realigned).manifest
+    assert again == run.do(order, Realigned).manifest != first
     before, after = (
-        from_json(Manifest, run.blobs.path(digest).read_bytes(), where="manifest")
-        for digest in (first, again["manifest"])
+        from_json(Manifest, run.blobs.path(digest).read_bytes(), where="manifest") for digest in (first, again)
     )
     assert (before.layers, before.trainable, before.verbatim) == (after.layers, after.trainable, after.verbatim)
     same = [a.digest == b.digest for a, b in zip(before.files, after.files, strict=True) if a.path.startswith("model-")]

@@ -1,6 +1,7 @@
 """Building a run's bundle, and re-aligning it to the newest adapter."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,10 +12,13 @@ from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.inputs import folders, the_base, unfinished
+from offsite.coordinator.runs.steps.orders import Build, Realign
+from offsite.coordinator.runs.steps.results import Built, Realigned
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
+from offsite.emulator.builders.distilled import Distilled, realigned, tuned_places
 from offsite.emulator.outline import Draft
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
@@ -23,7 +27,7 @@ from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, to_plain
 
 
-def build(home: Home, spec: Grant, *, run: str, sites: list[str]) -> dict[str, Any]:
+def build(home: Home, spec: Grant, order: Build) -> Built:
     """Build and store the bundle and the adapters that sites of each rank start from."""
     timeline = Timeline()
     blobs = home.blobs()
@@ -45,7 +49,7 @@ def build(home: Home, spec: Grant, *, run: str, sites: list[str]) -> dict[str, A
         layout = bundle.described(manifest)
         emulator, _ = bundle.load(built.folder, layout=layout, dtype="auto")
         adapters = {}
-        for rank in sorted({method.rank_at(site) for site in sites}):
+        for rank in sorted({method.rank_at(site) for site in order.sites}):
             adapter = method.start(emulator, layout.outline.places, seed=spec.training.seed, rank=rank)
             method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
             adapters[rank] = store_adapter(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
@@ -53,58 +57,63 @@ def build(home: Home, spec: Grant, *, run: str, sites: list[str]) -> dict[str, A
         take_step(emulator, method, layout.outline.places, adapter)  # the last use of this copy
         recovery = None
         if built.recovery:
-            recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery)["digest"]
+            recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery).digest
         bound = spec.role == "researcher"
         if bound:
-            largest = max(adapter["size"] for adapter in adapters.values())
+            largest = max(adapter.size for adapter in adapters.values())
             size = sum(entry.size for entry in manifest.files)
-            home.policy().check_built(sites=len(sites), adapter=largest, bundle=size)
-        disclosures.record(home, run, base=manifest.base.digest, portions=built.portions, bound=bound)
+            home.policy().check_built(sites=len(order.sites), adapter=largest, bundle=size)
+        disclosures.record(home, order.run, base=manifest.base.digest, portions=built.portions, bound=bound)
         stored = store_bundle(home, built)
     shutil.rmtree(unfinished(home, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
-    return stored | {
-        "base": to_plain(manifest.base),
-        "method_hash": digest_bytes(canonical(identity)),
-        "broadcast": {site: adapters[method.rank_at(site)] for site in sites},
-        "learning_rate": rate,
-        "computed": built.computed,
-        "vocabulary": text_config(emulator).vocab_size,
-        "exact": None,
-        "residual": {},
-        "recovery": recovery,
-        "spans": timeline,
-    }
+    return Built(
+        manifest=stored.manifest,
+        manifest_size=stored.manifest_size,
+        bundle=stored.bundle,
+        base=manifest.base,
+        method_hash=digest_bytes(canonical(identity)),
+        broadcast={site: adapters[method.rank_at(site)] for site in order.sites},
+        residual={},
+        learning_rate=rate,
+        computed=built.computed,
+        vocabulary=text_config(emulator).vocab_size,
+        recovery=recovery,
+        spans=tuple(timeline),
+    )
 
 
-def realign(home: Home, spec: Grant, *, base: str, manifest: str, exact: str, recovery: str | None) -> dict[str, Any]:
+def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
     """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
     timeline = Timeline()
     blobs = home.blobs()
-    source = the_base(spec, base)
-    scratch = unfinished(home, spec, f"realign {exact}")
+    source = the_base(spec, order.base)
+    scratch = unfinished(home, spec, f"realign {order.exact}")
     with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
-        listed, emulator, _ = open_bundle(blobs, manifest, Path(folder) / "old", dtype="auto")
+        listed, emulator, _ = open_bundle(blobs, order.manifest, Path(folder) / "old", dtype="auto")
         dtype = quicken(full)
         quicken(emulator)
-        draft = Draft(full, emulator, bundle.described(listed).outline)
+        outline = bundle.described(listed).outline
         method = methods.make(spec.method.name, spec.method.settings)
-        adapter = tensors.load(blobs.path(exact))
-        last: Any = make_builder(spec.builders[-1].name, spec.builders[-1].settings)
-        text = building.material(
-            Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
-        )
-        aligned = last.realigned(
-            draft,
-            text,
-            steps=spec.realign_steps,
+        adapter = tensors.load(blobs.path(order.exact))
+        named = next(choice for choice in spec.builders if choice.name == Distilled.name)
+        settings: Any = make_builder(named.name, named.settings)
+        aligned = realigned(
+            full,
+            emulator,
+            outline,
             method=method,
             adapter=adapter,
-            recovered=recovered(blobs, method, adapter, recovery),
+            recovered=recovered(blobs, method, adapter, order.recovery),
+            material=building.material(
+                Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
+            ),
+            settings=replace(settings, steps=spec.realign_steps),
         )
+        draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))
         built = building.write(
-            aligned,
+            draft,
             tokenizer,
             Path(folder) / "new",
             dtype=dtype,
@@ -114,4 +123,6 @@ def realign(home: Home, spec: Grant, *, base: str, manifest: str, exact: str, re
         )
         stored = store_bundle(home, built)
     shutil.rmtree(scratch, ignore_errors=True)
-    return stored | {"spans": timeline}
+    return Realigned(
+        manifest=stored.manifest, manifest_size=stored.manifest_size, bundle=stored.bundle, spans=tuple(timeline)
+    )

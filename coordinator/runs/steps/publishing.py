@@ -2,28 +2,29 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from offsite.coordinator.bundles.stored import recovered
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.inputs import the_base
+from offsite.coordinator.runs.steps.orders import Publish
+from offsite.coordinator.runs.steps.results import Publication
 from offsite.coordinator.runs.steps.timeline import Timeline
-from offsite.coordinator.store.blobs import room
+from offsite.coordinator.store.blobs import Stored, room
 from offsite.emulator import methods, zoo
 from offsite.protos import tensors
 
 
-def publish(home: Home, spec: Grant, *, base: str, exact: str, recovery: str | None) -> dict[str, Any]:
+def publish(home: Home, spec: Grant, order: Publish) -> Publication:
     """Write the outcome as an adapter of the base (LoRA as peft does) and, if asked for, the merged model."""
     timeline = Timeline()
     blobs = home.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
-    source = the_base(spec, base)
+    source = the_base(spec, order.base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
-    adapter = recovered(blobs, method, tensors.load(blobs.path(exact)), recovery)
-    files: dict[str, dict[str, Any]] = {}
+    adapter = recovered(blobs, method, tensors.load(blobs.path(order.exact)), order.recovery)
+    files: dict[str, Stored] = {}
     with TemporaryDirectory(dir=home.scratch) as scratch:
         method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.base_name or spec.model)
         if spec.merge:
@@ -34,5 +35,5 @@ def publish(home: Home, spec: Grant, *, base: str, exact: str, recovery: str | N
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             name = path.relative_to(scratch).as_posix()
             digest, size = blobs.take(path)
-            files[name] = {"digest": digest, "size": size}
-    return {"artifacts": files, "spans": timeline}
+            files[name] = Stored(digest=digest, size=size)
+    return Publication(artifacts=files, spans=tuple(timeline))

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from offsite.protos.documents import to_plain
 from offsite.protos.spec import Span
 
 
-class Timeline(list[dict[str, Any]]):
+class Timeline(list[Span]):
     """The spans of one step."""
 
     @contextmanager
@@ -17,4 +16,4 @@ class Timeline(list[dict[str, Any]]):
         """Record a stretch of time of one kind."""
         start = time.time()
         yield
-        self.append(to_plain(Span(kind=kind, start=start, end=time.time())))
+        self.append(Span(kind=kind, start=start, end=time.time()))

@@ -8,7 +8,9 @@ import torch
 
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.coordinator.home import Home
-from offsite.coordinator.runs.steps import aggregate
+from offsite.coordinator.runs.steps.folding import aggregate
+from offsite.coordinator.runs.steps.orders import Aggregate, Update
+from offsite.coordinator.store.blobs import Stored
 from offsite.protos import tensors
 from offsite.protos.errors import RunError
 from offsite.protos.spec import Choice, RunSpec
@@ -42,31 +44,27 @@ def round_(tmp_path: Path) -> dict[str, Any]:
         tensors.save(tmp_path / name, {key: size * tensor for key, tensor in adapter.items()})
         return str(blobs.take(tmp_path / name)[0])
 
-    start = {"digest": store("start", 0.0), "size": 1}
+    start = Stored(digest=store("start", 0.0), size=1)
     for site, size in zip(SITES, (1.0, 1.1, 0.9, 100.0), strict=True):
-        rows[site] = {"site": site, "digest": store(site, size), "examples": 8}
+        rows[site] = Update(site=site, digest=store(site, size), examples=8)
     return {"home": home, "broadcast": dict.fromkeys(SITES, start), "updates": rows}
 
 
+def order(round_: dict[str, Any], senders: list[str]) -> Aggregate:
+    updates = tuple(round_["updates"][site] for site in senders)
+    return Aggregate(residual={}, broadcast=round_["broadcast"], updates=updates, sites=tuple(SITES))
+
+
 def test_the_others_are_averaged_as_if_the_harmful_one_had_never_come(round_: dict[str, Any]) -> None:
-    home, sent, rows = round_["home"], round_["broadcast"], round_["updates"]
     spec = RunSpec(model="m", method=Choice(name="lora", settings={"rank": 2}))
-    arguments: dict[str, Any] = {"residual": {}, "broadcast": sent, "sites": SITES}
-    found = aggregate(home, spec, updates=[*rows.values()], **arguments)
-    honest = aggregate(home, spec, updates=[rows[site] for site in SITES[:3]], **arguments)
-    assert found["exact"] == honest["exact"] and found["lineage"] == honest["lineage"]
-    assert list(found["left_out"]) == ["town"] and "times the round's median" in found["left_out"]["town"]
-    assert not honest["left_out"]
+    all_four = aggregate(round_["home"], spec, order(round_, SITES))
+    honest = aggregate(round_["home"], spec, order(round_, SITES[:3]))
+    assert all_four.exact == honest.exact and all_four.lineage == honest.lineage
+    assert list(all_four.left_out) == ["town"] and "times the round's median" in all_four.left_out["town"]
+    assert not honest.left_out
 
 
 def test_who_is_left_out_does_not_count_as_a_site(round_: dict[str, Any]) -> None:
     spec = RunSpec(model="m", method=Choice(name="lora", settings={"rank": 2}), min_sites=4)
     with pytest.raises(RunError, match="3 of at least 4 updates are left in the round .town: its update changed"):
-        aggregate(
-            round_["home"],
-            spec,
-            residual={},
-            broadcast=round_["broadcast"],
-            updates=[*round_["updates"].values()],
-            sites=SITES,
-        )
+        aggregate(round_["home"], spec, order(round_, SITES))

@@ -9,6 +9,7 @@ import pytest
 from offsite.coordinator.runs.dispatch import Dispatcher
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import to_json
+from offsite.protos.events import Completed
 from offsite.protos.spec import RunSpec
 
 
@@ -90,7 +91,7 @@ def test_no_more_runs_are_worked_on_than_there_are_places_and_the_oldest_come_fi
     dispatcher.look()
     assert executor.supervised == ["a", "b"]
     assert states(journal)["c"] == ("queued", "waits until one of 2 runs that are worked on has ended")
-    journal.end_run("a", "completed")
+    journal.end_run("a", Completed())
     dispatcher.look()
     assert executor.supervised == ["a", "b", "c"] and states(journal)["c"] == ("running", "")
 

@@ -6,18 +6,18 @@ import math
 import pytest
 
 from offsite.coordinator.runs.report import perplexities, warnings
-from offsite.protos.figures import doubts, marks, protection, without_infinities
+from offsite.protos.figures import Score, doubts, marks, protection, without_infinities
 from offsite.protos.timeline import seconds
 
 
 def test_over_all_is_over_all_tokens_not_over_sites() -> None:
-    overall, sites = perplexities({"plug_in": {"a": {"nll": 30.0, "tokens": 10}, "b": {"nll": 30.0, "tokens": 30}}})
+    overall, sites = perplexities({"plug_in": {"a": Score(nll=30.0, tokens=10), "b": Score(nll=30.0, tokens=30)}})
     assert overall["plug_in"] == pytest.approx(math.exp(60 / 40))
     assert sites["a"]["plug_in"] == pytest.approx(math.exp(3.0)) and sites["b"]["plug_in"] == pytest.approx(math.e)
 
 
 def test_a_broken_emulator_is_a_large_number_not_a_crash() -> None:
-    assert perplexities({"e": {"a": {"nll": 1e9, "tokens": 10}}})[0]["e"] == math.exp(700)
+    assert perplexities({"e": {"a": Score(nll=1e9, tokens=10)}})[0]["e"] == math.exp(700)
 
 
 def test_an_emulator_too_small_to_be_useful_is_a_warning() -> None:
@@ -32,7 +32,7 @@ def test_a_tuning_that_did_not_help_is_a_warning() -> None:
 
 
 def test_weights_that_are_no_numbers_still_give_a_report_that_is_json() -> None:
-    overall, sites = perplexities({"plug_in": {"a": {"nll": math.nan, "tokens": 4}, "b": {"nll": 1.0, "tokens": 0}}})
+    overall, sites = perplexities({"plug_in": {"a": Score(nll=None, tokens=4), "b": Score(nll=1.0, tokens=0)}})
     assert "not a finite perplexity" in warnings(overall)[0]
     told, gone = without_infinities({"overall": overall, "sites": sites, "spans": [{"end": math.inf}], "n": 1})
     assert json.loads(json.dumps(told, allow_nan=False))["overall"] == {"plug_in": None} and told["n"] == 1

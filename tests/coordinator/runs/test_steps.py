@@ -1,12 +1,14 @@
 """How a step ends that cannot be done: what a person can act on is told in a sentence, a fault of ours is raised."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from offsite.coordinator.runs import steps
+from offsite.coordinator.runs.steps import performing
+from offsite.coordinator.runs.steps.orders import Build
 from offsite.protos.documents import to_json
-from offsite.protos.errors import MismatchError
+from offsite.protos.errors import MismatchError, OffsiteError
 from offsite.protos.spec import RunSpec
 
 
@@ -29,11 +31,13 @@ def test_a_step_that_cannot_be_done_says_why(
     def fail(*_: object, **__: object) -> dict[str, object]:
         raise error
 
-    monkeypatch.setitem(steps.STEPS, "build", fail)
-    arguments = ("build", str(tmp_path), str(tmp_path), to_json(RunSpec(model="m")), {})
+    monkeypatch.setitem(performing.STEPS, "build", (Build, fail))
+    order = to_json(Build(run="r", sites=("ward",)))
+    arguments = ("build", str(tmp_path), str(tmp_path), to_json(RunSpec(model="m")), order)
     if status is None:
         with pytest.raises(RuntimeError, match=message):
-            steps.perform(*arguments)
+            performing.perform(*arguments)
     else:
-        told = steps.perform(*arguments)["error"]
-        assert told["status"] == status and message in told["message"]
+        with pytest.raises(OffsiteError, match=re.escape(message)) as raised:
+            performing.perform(*arguments)
+        assert raised.value.status == status and raised.value.__suppress_context__

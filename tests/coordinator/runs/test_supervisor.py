@@ -8,28 +8,43 @@ from typing import Any
 
 import pytest
 
+from offsite.coordinator.bundles.manifests import describe
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.steps.orders import Aggregate, Update
+from offsite.coordinator.runs.steps.results import Built
 from offsite.coordinator.runs.supervisor import TRIES, Lost, Supervisor
+from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos.chunks import digest_bytes
-from offsite.protos.documents import to_json
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import RunError
 from offsite.protos.security.pki import Authority
-from offsite.protos.spec import RunSpec, UpdateMetrics
+from offsite.protos.spec import BaseRef, Choice, Manifest, RunSpec, UpdateMetrics
 
 DIGEST = digest_bytes(b"anything")
-FIRST = {
-    "base": {"digest": DIGEST},
-    "bundle": {"layers": [], "bytes": 0, "disclosed": 0.0},
-    "broadcast": {"ward": {"digest": DIGEST, "size": 1}},
-    "learning_rate": 0.01,
-    "computed": "fp32",
-    "manifest": DIGEST,
-    "manifest_size": 1,
-    "method_hash": DIGEST,
-    "residual": {},
-    "recovery": None,
-    "exact": None,
-}
+BASE = BaseRef(name="m", digest=DIGEST, layers=1, parameters=1)
+MANIFEST = Manifest(
+    base=BASE,
+    builders=(Choice(name="whole"),),
+    layers=(0,),
+    trainable=(0,),
+    parameters=1,
+    verbatim=1,
+    lossy=0,
+    files=(),
+)
+FIRST = Built(
+    manifest=DIGEST,
+    manifest_size=1,
+    bundle=describe(MANIFEST),
+    base=BASE,
+    method_hash=DIGEST,
+    broadcast={"ward": Stored(digest=DIGEST, size=1)},
+    residual={},
+    learning_rate=0.01,
+    computed="fp32",
+    recovery=None,
+)
 
 
 @pytest.fixture
@@ -47,7 +62,7 @@ def journal(home: Home) -> Journal:
 
 
 def test_a_step_that_ends_its_process_again_and_again_ends_the_run(home: Home, journal: Journal) -> None:
-    def killed(*arguments: Any) -> dict[str, Any]:
+    def killed(*arguments: Any) -> bytes:
         raise Lost
 
     for _ in range(TRIES):
@@ -60,12 +75,13 @@ def test_a_step_that_ends_its_process_again_and_again_ends_the_run(home: Home, j
 
 
 def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(home: Home, journal: Journal) -> None:
-    asked: list[dict[str, Any]] = []
+    asked: list[bytes] = []
 
-    def perform(step: str, root: str, identity: str, spec: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-        asked.append(arguments)
-        status = {"status": "ABORTED", "message": "far enough"}
-        return FIRST if step == "build" else {"error": status}
+    def perform(step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+        asked.append(order)
+        if step != "build":
+            raise RunError("far enough")
+        return to_json(FIRST)
 
     def upload(attempt: int, content: bytes) -> None:
         file = home.scratch / "update"
@@ -85,7 +101,8 @@ def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(home:
     worker.join()
     digest = digest_bytes(b"update")
     assert journal.run("r").error == "far enough"
-    assert asked[-1]["updates"] == [{"site": "ward", "digest": digest, "examples": 3}]
+    order = from_json(Aggregate, asked[-1], where="order")
+    assert order.updates == (Update(site="ward", digest=digest, examples=3),)
     assert home.blobs().path(digest).read_bytes() == b"update"
     lost = journal.task(Key("r", 0, "ward", 0))
     assert lost.state == "failed" and "was lost at the coordinator" in lost.message and digest[9:] in lost.message

@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy
 
 from offsite.coordinator.store import blobs as blobs_module
-from offsite.coordinator.store.blobs import Blobs, room
+from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
+from offsite.protos.events import Cancelled, Completed, RoundDone
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
 
@@ -35,11 +36,12 @@ def test_a_submission_is_counted_once(journal: Journal) -> None:
 
 
 def test_a_run_ends_once(journal: Journal) -> None:
-    journal.end_run("r", "cancelled", error="by alice")
-    journal.end_run("r", "completed")
+    journal.end_run("r", Cancelled(error="by alice"))
+    journal.end_run("r", Completed(), report="{}", published={"adapter": Stored(digest=digest_bytes(b"a"), size=1)})
     journal.set_run("r", state="running")
     assert (journal.run("r").state, journal.run("r").error) == ("cancelled", "by alice")
     assert [event.kind for event in journal.events("r")] == ["cancelled"]
+    assert journal.run("r").report == "" and journal.artifacts("r") == []
 
 
 def test_a_step_is_recorded_once(journal: Journal) -> None:
@@ -60,14 +62,14 @@ def test_a_closed_task_stays_closed(journal: Journal) -> None:
 
 def test_tasks_of_an_ended_run_are_not_handed_out(journal: Journal) -> None:
     journal.add_task(KEY, spec=b"task", signature=b"s")
-    journal.end_run("r", "cancelled")
+    journal.end_run("r", Cancelled(error="by alice"))
     assert journal.open_tasks("a") == []
 
 
 def test_what_one_process_wrote_another_reads(journal: Journal, tmp_path: Path) -> None:
-    journal.add_event("r", "round", round=1, sites=3)
+    journal.add_event("r", RoundDone(round=1, sites=3, figures={}))
     other = Journal(tmp_path / "journal.db")
-    assert [(event.round, event.data) for event in other.events("r")] == [(1, {"sites": 3})]
+    assert [(event.round, event.data) for event in other.events("r")] == [(1, {"sites": 3, "figures": {}})]
     assert other.events("r", after=other.events("r")[0].seq) == []
     with pytest.raises(NotFoundError, match="no run 'x'"):
         other.run("x")

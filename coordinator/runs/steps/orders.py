@@ -1,0 +1,71 @@
+"""What each step is asked to do: documents, so that they reach its process as plain bytes, wherever that runs."""
+
+from typing import ClassVar
+
+from offsite.coordinator.store.blobs import Stored
+from offsite.protos.documents import document
+from offsite.protos.ranges import Digest, Name, Positive
+
+
+@document
+class Build:
+    """Build a run's emulator, and the adapters that its sites start from."""
+
+    step: ClassVar[str] = "build"
+    run: Name
+    sites: tuple[Name, ...]
+
+
+@document
+class Update:
+    """A site's update, and how many examples it saw: its weight."""
+
+    site: Name
+    digest: Digest
+    examples: Positive
+
+
+@document
+class Aggregate:
+    """Fold the updates of a round into the next version."""
+
+    step: ClassVar[str] = "aggregate"
+    residual: dict[str, Digest]
+    broadcast: dict[Name, Stored]
+    updates: tuple[Update, ...]
+    sites: tuple[Name, ...]
+
+
+@document
+class Realign:
+    """Tune the emulator's frozen layers beside the newest adapter."""
+
+    step: ClassVar[str] = "realign"
+    base: Digest
+    manifest: Digest
+    exact: Digest
+    recovery: Digest | None
+
+
+@document
+class Evaluate:
+    """Measure a model on the owner's held-out data."""
+
+    step: ClassVar[str] = "evaluate"
+    base: Digest
+    manifest: Digest | None  # of the emulator; None: measure the base
+    exact: Digest | None  # the adapter in it; None: as it is
+    recovery: Digest | None
+
+
+@document
+class Publish:
+    """Write the outcome of a run as files."""
+
+    step: ClassVar[str] = "publish"
+    base: Digest
+    exact: Digest
+    recovery: Digest | None
+
+
+Order = Build | Aggregate | Realign | Evaluate | Publish

@@ -1,0 +1,53 @@
+"""Doing a step by name, in whatever process: bytes in, bytes out."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.building import build, realign
+from offsite.coordinator.runs.steps.evaluation import evaluate
+from offsite.coordinator.runs.steps.folding import aggregate
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Publish, Realign
+from offsite.coordinator.runs.steps.publishing import publish
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
+
+STEPS: dict[str, tuple[type[Order], Callable[[Home, Grant, Any], object]]] = {
+    "build": (Build, build),
+    "realign": (Realign, realign),
+    "aggregate": (Aggregate, aggregate),
+    "evaluate": (Evaluate, evaluate),
+    "publish": (Publish, publish),
+}
+
+
+def perform(step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+    """Do one step by name and return its result as a document; raises OffsiteError where users can act on it."""
+    home = Home(Path(root), Path(identity)).prepare()
+    grant = from_json(Grant, spec, where="run spec")
+    kind, work = STEPS[step]
+    try:
+        return to_json(work(home, grant, from_json(kind, order, where=f"step {step}")))
+    except Exception as error:
+        known = _in_words(error, step)
+        if known is None:
+            raise
+        raise type(known)(grant.told(error, str(known)), reason=known.reason) from None
+
+
+def _in_words(error: Exception, step: str) -> OffsiteError | None:
+    """Return what a user can act on; None for a fault of ours. Libraries wrap what the system says, in many ways."""
+    if isinstance(error, OffsiteError):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return ResourceError(f"memory is missing for the step {step!r}; give it more, or take a smaller model or batch")
+    if "No space left on device" in str(error):
+        return from_system(OSError(errno.ENOSPC, "", getattr(error, "filename", None)))
+    if isinstance(error, OSError):
+        return from_system(error)
+    return InputError(str(error)) if isinstance(error, ValueError) else None

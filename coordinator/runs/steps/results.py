@@ -1,0 +1,114 @@
+"""What the steps of a run give, and the names under which the journal keeps it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import Field
+
+from offsite.coordinator.bundles.manifests import Bundle
+from offsite.coordinator.store.blobs import Stored
+from offsite.protos.documents import document
+from offsite.protos.figures import Score
+from offsite.protos.ranges import TEXT, AboveZero, Count, Digest, Finite, Name, Place, Share, Word
+from offsite.protos.spec import BaseRef, Span
+
+Message = Annotated[str, Field(max_length=TEXT)]
+R = TypeVar("R")
+
+
+@document
+class Version:
+    """What a round starts from, and what a run is worth there."""
+
+    broadcast: dict[Name, Stored]  # site -> the adapter that it starts from
+    residual: dict[str, Digest]  # rank -> what the owner keeps beside its broadcast
+    exact: Digest | None = None  # the adapter that goes into the base; None: nothing is trained yet
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Built(Version, Bundle):
+    """The bundle of the first round, and what was chosen and counted when it was built."""
+
+    base: BaseRef
+    method_hash: Digest  # of the base, the method and the layers it trains
+    learning_rate: AboveZero
+    computed: Message  # in which precision, and why
+    vocabulary: Count | None = None
+    recovery: Digest | None  # what brings an adapter back to the base; None: nothing is needed
+
+
+@document
+class Realigned(Bundle):
+    """The bundle of later rounds."""
+
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Part:
+    """A site's part in a version."""
+
+    update: Digest
+    weight: Share
+
+
+@document
+class Folded(Version):
+    """The version that a round ends in."""
+
+    exact: Digest
+    lineage: dict[Name, Part]
+    left_out: dict[Name, Message] = Field(default_factory=dict)  # site -> why its update is not in it
+    figures: dict[Word, Finite | None]
+
+
+@document
+class Evaluation:
+    """One figure."""
+
+    sets: dict[Name, Score]
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Publication:
+    """The outcome of a run."""
+
+    artifacts: dict[Place, Stored]  # by path
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Selection:
+    """The sites of a run."""
+
+    names: tuple[Name, ...]
+
+
+@dataclass(frozen=True)
+class Step(Generic[R]):
+    """Something that is done once: its name in the journal, and what it gives."""
+
+    name: str
+    gives: type[R]
+
+
+SELECT = Step("sites", Selection)
+BUILD = Step("version:0", Built)
+PUBLISH = Step("publish", Publication)
+
+
+def fold(number: int) -> Step[Folded]:
+    """Return the step that ends a round, counted from one."""
+    return Step(f"version:{number}", Folded)
+
+
+def realign(number: int) -> Step[Realigned]:
+    """Return the step that makes the bundle of a round, counted from zero as the rounds of tasks are."""
+    return Step(f"bundle:{number}", Realigned)
+
+
+def evaluate(figure: str) -> Step[Evaluation]:
+    """Return the step that measures a figure."""
+    return Step(figure, Evaluation)

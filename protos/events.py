@@ -1,0 +1,162 @@
+"""Events: what those who watch a run are told. The coordinator writes them, a client reads them.
+
+Each is a document; `kind` names it in the journal and on the wire. `round` counts from one.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from offsite.protos.documents import document, parse, to_plain
+from offsite.protos.figures import Score
+from offsite.protos.ranges import TEXT, Amount, AtLeastZero, Count, Finite, Name, Positive, Word
+from offsite.protos.spec import Layers
+
+Message = Annotated[str, Field(max_length=TEXT)]
+
+
+@document
+class Waiting:
+    """A run waits for sites; `present` are those that are here."""
+
+    kind: ClassVar[str] = "waiting"
+    sites: tuple[Name, ...]  # that it names and that are not here; empty: any would do
+    present: tuple[Name, ...]
+
+
+@document
+class Selected:
+    """The sites of a run are chosen, and it begins."""
+
+    kind: ClassVar[str] = "selected"
+    sites: tuple[Name, ...]
+
+
+@document
+class StepBegun:
+    """A step of the coordinator's begins; again where its process was killed in the course of it."""
+
+    kind: ClassVar[str] = "step"
+    step: Word
+
+
+@document
+class EmulatorBuilt:
+    """What sites will train on is built."""
+
+    kind: ClassVar[str] = "bundle"
+    layers: Layers
+    bytes: Amount
+    disclosed: AtLeastZero  # parameters of the base that it holds as they are, as a share of all
+    learning_rate: AtLeastZero
+    computed: Message  # in which precision, and why
+
+
+@document
+class Measured:
+    """A figure was measured on the held-out data."""
+
+    kind: ClassVar[str] = "figure"
+    name: Word
+    sets: dict[Name, Score]
+
+
+@document
+class Warned:
+    """What a careful reader would object to."""
+
+    kind: ClassVar[str] = "warning"
+    message: Message
+
+
+@document
+class SiteState:
+    """How far a site is with its task of a round, or why it is done without an update."""
+
+    kind: ClassVar[str] = "site"
+    round: Positive
+    site: Name
+    state: Word
+    message: Message = ""
+    step: Count = 0
+    steps: Count = 0
+    loss: Finite | None = None
+    bytes_down: Amount = 0
+
+
+@document
+class UpdateAccepted:
+    """A site's update of a round is kept."""
+
+    kind: ClassVar[str] = "update"
+    round: Positive
+    site: Name
+    loss: Finite
+    bytes: Amount
+    examples: Count
+
+
+@document
+class RoundDone:
+    """The updates of a round are averaged."""
+
+    kind: ClassVar[str] = "round"
+    round: Positive
+    sites: Count  # whose updates are in it
+    figures: dict[Word, Finite | None]
+
+
+@document
+class Completed:
+    """The run is over and has its outcome."""
+
+    kind: ClassVar[str] = "completed"
+    error: ClassVar[str] = ""
+
+
+@document
+class Failed:
+    """The run is over without an outcome."""
+
+    kind: ClassVar[str] = "failed"
+    error: Message
+
+
+@document
+class Cancelled:
+    """The run was ended by a person."""
+
+    kind: ClassVar[str] = "cancelled"
+    error: Message
+
+
+End = Completed | Failed | Cancelled
+Event = (
+    Waiting
+    | Selected
+    | StepBegun
+    | EmulatorBuilt
+    | Measured
+    | Warned
+    | SiteState
+    | UpdateAccepted
+    | RoundDone
+    | Completed
+    | Failed
+    | Cancelled
+)
+EVENTS: dict[str, type[Event]] = {event.kind: event for event in Event.__args__}
+
+
+def data(event: Event) -> dict[str, Any]:
+    """Return an event's fields as plain data, without those that are not known."""
+    return {name: value for name, value in to_plain(event).items() if value is not None}
+
+
+def read(kind: str, data: dict[str, Any], *, round: int = 0, site: str = "") -> Event:
+    """Read an event of a kind in EVENTS; `round` and `site` travel beside its data. Raises InputError."""
+    event = EVENTS[kind]
+    beside = {"round": round, "site": site}
+    own = {field.name: beside[field.name] for field in fields(event) if field.name in beside}
+    return parse(event, data | own, where=f"event {kind}")

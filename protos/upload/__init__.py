@@ -1,1 +1,0 @@
-"""What leaves a site: how an update becomes a file, and whether the coordinator lets it in."""
