@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,20 @@ from offsite.protos.errors import KINDS, OffsiteError, RunError
 
 GRACE_S = 15.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold interrupts back until a child that begins to run is also on the list of those to end."""
+    came: list[int] = []
+    previous = {one: signal.signal(one, lambda number, _: came.append(number)) for one in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 class Processes:
@@ -37,7 +52,7 @@ class Processes:
         self, name: str, *arguments: str, module: str = "offsite.client", environment: dict[str, str] | None = None
     ) -> None:
         """Run `python -m MODULE ARGUMENTS`; its output goes to `<logs>/<name>.log`."""
-        with self._log(name).open("wb") as log:
+        with self._log(name).open("wb") as log, _undisturbed():
             self._children[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
