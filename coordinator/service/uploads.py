@@ -1,8 +1,5 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
-import json
-import math
-
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
@@ -74,20 +71,13 @@ class Upload:
         size = self._file.stat().st_size if self._file.exists() else 0
         if size < self._header.size:
             raise InputError(f"{self._what()}: {size} of {self._header.size} bytes came; resume the upload")
-        from offsite.protos import tensors  # brings torch, which a server that only waits does not need
+        from offsite.protos.upload.admission import admit, admit_metrics  # torch: a server that only waits needs none
 
         try:
-            metrics = self._check_metrics()
-            self._check_origin(tensors.about(self._file))
-            broadcast = self._blobs.path(self._spec.adapter)
-            expected = tensors.header(broadcast)
-            tensors.check_header(self._file, expected, what=self._what())
-            norm = tensors.distance(self._file, broadcast)
-            if not math.isfinite(norm):
-                tensors.check(self._file, expected, what=self._what())  # says where
+            metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
+            admit_metrics(metrics, self._spec)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
-            if not norm <= most:
-                raise MismatchError(f"{self._what()}: changed by a norm of {norm:.3g}, the run allows {most:g}")
+            admit(self._file, self._spec, broadcast=self._blobs.path(self._spec.adapter), max_norm=most)
             digest, _ = self._blobs.take(self._file, digest=self._header.digest)
         except (InputError, MismatchError) as error:
             self._file.unlink(missing_ok=True)
@@ -101,30 +91,6 @@ class Upload:
         if self._journal.task(self._key).update != digest:
             raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")
         return digest
-
-    def _check_metrics(self) -> UpdateMetrics:
-        """Read what the site tells of itself; its weight is bounded by what it was asked to see."""
-        metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
-        training = self._spec.training
-        most = training.steps * training.batch_size
-        if metrics.examples > most:
-            raise MismatchError(
-                f"{self._what()}: says it saw {metrics.examples} examples, {most} at most were asked for"
-            )
-        if metrics.losses and len(metrics.losses) != training.steps:
-            raise MismatchError(f"{self._what()}: tells {len(metrics.losses)} losses of {training.steps} steps")
-        return metrics
-
-    def _check_origin(self, about: dict[str, str]) -> None:
-        """Refuse an update that starts from another broadcast, or comes from another method."""
-        try:
-            told = json.loads(about.get("offsite", "{}"))
-            told = told if isinstance(told, dict) else {}
-        except ValueError:
-            told = {}
-        for name, wanted in (("broadcast", self._spec.adapter), ("method_hash", self._spec.method_hash)):
-            if told.get(name) != wanted:
-                raise MismatchError(f"{self._what()}: its {name} is {told.get(name)}, expected {wanted}")
 
     def fail(self, message: str) -> None:
         """Close the attempt; the supervisor may offer another."""

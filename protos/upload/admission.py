@@ -1,0 +1,58 @@
+"""Whether an update is let in: what it says of itself, what it is made of, and how far it went."""
+
+import json
+import math
+from pathlib import Path
+
+from offsite.protos import tensors
+from offsite.protos.errors import MismatchError
+from offsite.protos.spec import TaskSpec, UpdateMetrics
+
+
+def described(task: TaskSpec) -> str:
+    """Name a task's update in messages."""
+    return f"update of {task.site}, round {task.round + 1}"
+
+
+def admit(file: Path, task: TaskSpec, *, broadcast: Path, max_norm: float) -> None:
+    """Raise MismatchError unless a file is an update that a task asked for.
+
+    Args:
+        file: the update.
+        task: what was asked for.
+        broadcast: the adapter that the task starts from.
+        max_norm: L2 norm of the largest change since the broadcast that is let in.
+    """
+    what = described(task)
+    _check_origin(tensors.about(file), task)
+    expected = tensors.header(broadcast)
+    tensors.check_header(file, expected, what=what)
+    norm = tensors.distance(file, broadcast)
+    if not math.isfinite(norm):
+        tensors.check(file, expected, what=what)  # says where
+    if not norm <= max_norm:
+        raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
+
+
+def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:
+    """Raise MismatchError if a site says that it saw more than it was asked to; its weight depends on it."""
+    asked = task.training.steps * task.training.batch_size
+    if metrics.examples > asked:
+        raise MismatchError(
+            f"{described(task)}: says it saw {metrics.examples} examples, {asked} at most were asked for"
+        )
+    if metrics.losses and len(metrics.losses) != task.training.steps:
+        raise MismatchError(f"{described(task)}: tells {len(metrics.losses)} losses of {task.training.steps} steps")
+
+
+def _check_origin(about: dict[str, str], task: TaskSpec) -> None:
+    """Refuse an update that starts from another broadcast, or comes from another method."""
+    try:
+        origin = json.loads(about.get("offsite", "{}"))
+    except ValueError:
+        origin = None
+    if not isinstance(origin, dict):
+        origin = {}
+    for name, wanted in (("broadcast", task.adapter), ("method_hash", task.method_hash)):
+        if origin.get(name) != wanted:
+            raise MismatchError(f"{described(task)}: its {name} is {origin.get(name)}, expected {wanted}")

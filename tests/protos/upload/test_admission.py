@@ -1,0 +1,99 @@
+"""What an update must be to be let in, as a function of files and documents."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.protos import tensors
+from offsite.protos.documents import canonical
+from offsite.protos.errors import MismatchError
+from offsite.protos.spec import Choice, LocalTraining, TaskSpec, UpdateMetrics
+from offsite.protos.upload.admission import admit, admit_metrics
+
+DIGEST = "sha256:" + "0" * 64
+START = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2)}
+TRAINED = START | {"0.q.B": torch.ones(4, 2)}  # changed by a norm of the root of 8
+ORIGIN = {"broadcast": DIGEST, "method_hash": DIGEST}
+TASK = TaskSpec(
+    run="run-1",
+    round=0,
+    rounds=1,
+    site="clinic",
+    attempt=0,
+    base=DIGEST,
+    manifest=DIGEST,
+    manifest_size=1,
+    adapter=DIGEST,
+    adapter_size=1,
+    method=Choice(name="lora"),
+    method_hash=DIGEST,
+    training=LocalTraining(steps=4, batch_size=2, learning_rate=1e-3),
+)
+
+Admit = Callable[..., None]
+
+
+@pytest.fixture
+def admitted(tmp_path: Path) -> Admit:
+    """Write an update beside its broadcast and judge it."""
+
+    def judge(update: dict[str, torch.Tensor], *, about: Any = ORIGIN, max_norm: float = 10.0) -> None:
+        tensors.save(tmp_path / "broadcast", START)
+        metadata = {} if about is None else {"offsite": about if isinstance(about, str) else canonical(about).decode()}
+        tensors.save(tmp_path / "update", update, metadata=metadata)
+        admit(tmp_path / "update", TASK, broadcast=tmp_path / "broadcast", max_norm=max_norm)
+
+    return judge
+
+
+def test_what_was_asked_for_is_let_in(admitted: Admit) -> None:
+    admitted(TRAINED)
+    admitted(TRAINED, max_norm=8**0.5)
+    admitted(START, max_norm=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"0.q.B": TRAINED["0.q.B"]}, "tensor 0.q.A is missing"),
+        (TRAINED | {"0.q.B": torch.zeros(2, 4)}, r"tensor 0.q.B is F32 \[2, 4\], expected F32 \[4, 2\]"),
+        (TRAINED | {"0.q.B": torch.full((4, 2), float("nan"))}, "tensor 0.q.B holds 8 values that are not finite"),
+        (TRAINED | {"0.q.B": torch.full((4, 2), 100.0)}, "changed by a norm of 283, the run allows 10"),
+    ],
+)
+def test_what_is_something_else_is_named(admitted: Admit, update: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
+        admitted(update)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        (ORIGIN | {"broadcast": "sha256:" + "1" * 64}, f"its broadcast is sha256:1+, expected {DIGEST}"),
+        (ORIGIN | {"method_hash": "sha256:" + "1" * 64}, "its method_hash is sha256:1+, expected"),
+        (None, "its broadcast is None"),
+        ("[]", "its broadcast is None"),
+        ("{", "its broadcast is None"),
+    ],
+)
+def test_what_comes_from_elsewhere_is_named(admitted: Admit, about: Any, words: str) -> None:
+    with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
+        admitted(TRAINED, about=about)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"examples": 9}, "says it saw 9 examples, 8 at most were asked for"),
+        ({"losses": (1.0, 1.0, 1.0)}, "tells 3 losses of 4 steps"),
+    ],
+)
+def test_a_site_cannot_say_that_it_did_more_than_was_asked(metrics: dict[str, Any], words: str) -> None:
+    told: dict[str, Any] = {"examples": 8, "tokens": 1, "loss": 1.0, "losses": (1.0,) * 4, "engine": "none"}
+    admit_metrics(UpdateMetrics(**told), TASK)
+    admit_metrics(UpdateMetrics(**told | {"losses": ()}), TASK)
+    with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
+        admit_metrics(UpdateMetrics(**told | metrics), TASK)
