@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
 from offsite.coordinator.runs.report import warnings
-from offsite.emulator.evaluation.attack import Attack, protection
+from offsite.emulator.evaluation.protection import Reach, protection
 from offsite.emulator.likelihood import Likelihood
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
@@ -30,7 +30,7 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     without = {"leave it as it is": figures["emulator_zero_shot"], "tune it as asked": figures["emulator_tuned"]}
     attacks = row.measured.emulated.attacks | without
     found = protection(
-        {name: Attack(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
+        {name: Reach(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
         plug_in=_likelihood(figures["plug_in"].held_out),
         base=_likelihood(figures["base_zero_shot"].general),
         threshold=protected_from,

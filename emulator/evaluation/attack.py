@@ -1,49 +1,85 @@
-"""What a site could do with an emulator: unfreeze everything and train. And what the owner may say of protection.
+"""What a site could do with an emulator: unfreeze everything and train, in several ways.
 
 The gap between plug-in and emulator that the literature calls privacy is measured with the emulator's middle frozen,
-which nothing makes a site keep frozen.
+which nothing makes a site keep frozen. How far an attack comes depends on how well it is made, so that one attack alone
+flatters the emulator: what counts is the strongest of a family.
 """
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from offsite.emulator import likelihood
-from offsite.emulator.batches import Batch, Encoded
+from offsite.emulator.batches import Batch, Encoded, evaluation_batches
 from offsite.emulator.formats.packed import PackedLinear
-from offsite.emulator.likelihood import Likelihood
+from offsite.emulator.seeds import generator
+from offsite.emulator.tuning.best import Best
 from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.emulator.tuning.rates import suited
 
 RATE = 2e-4  # a learning rate that suits whole layers, whatever suited the adapter
+HEALING_RATE = 3e-4  # and on public text
+HEALING = 2  # healing before the task's text takes this many times the tuning's steps
+LONGEST = 4  # and the longest attack this many
+EVALUATION_BATCH = 8
+
+Start = Literal["emulator", "tuned"]
+Marks = Mapping[int, Callable[[nn.Module], None]]  # after so many steps, what to do with the best that there is by then
+AS_IT_IS: tuple[Start, ...] = ("emulator",)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attacked emulator reaches on the task's held-out text and on general text."""
+    """One way to train all of an emulator; the steps are the most there are, as it ends early."""
 
-    task: Likelihood
-    general: Likelihood
-
-
-@dataclass(frozen=True)
-class Protection:
-    """How far the attacks stay behind what the owner keeps, in nats a token; the least over all attacks."""
-
-    task: float  # ln ppl(attack) - ln ppl(plug-in) on the task's text
-    general: float  # ln ppl(attack) - ln ppl(base) on general text
-    threshold: float | None
-    label: Literal["protected", "not protected"]
-    reason: str
+    start: Start = "emulator"  # as it was handed out, or as the sites' adapter has tuned it
+    healing: int = 0  # steps on public text, first
+    steps: int = 0  # steps on the task's text, then
 
     @property
-    def margin(self) -> float:
-        """The smaller of the two."""
-        return min(self.task, self.general)
+    def name(self) -> str:
+        """What is done, with the steps."""
+        done = {
+            "tuned": self.start == "tuned",
+            f"heal {self.healing}": self.healing,
+            f"unfreeze {self.steps}": self.steps,
+        }
+        return ", ".join(part for part, is_part in done.items() if is_part) or "as it is"
+
+
+def family(
+    steps: int, *, starts: Collection[Start] = AS_IT_IS, public: bool, task: bool, longest: int = LONGEST
+) -> tuple[Attack, ...]:
+    """Return the attacks that can be made with these starts and texts, at once and `longest` times a tuning's steps.
+
+    With the task's text: from every start, and on an emulator that was healed on public text first, where there is
+    some. Without it: on public text alone. Raises ValueError if there is no text.
+    """
+    lengths = sorted({steps, longest * steps})
+    if not task:
+        if not public:
+            raise ValueError("an attack trains on public text or on the task's, and there is neither")
+        return tuple(Attack(start, healing=count) for start in starts for count in lengths)
+    healed = [Attack(healing=HEALING * steps)] if public else []
+    return (
+        *healed,
+        *(replace(begun, steps=count) for begun in (*healed, *map(Attack, starts)) for count in lengths),
+    )
+
+
+def most_steps(attacks: Collection[Attack]) -> int:
+    """Return the optimiser steps that these attacks take together at most; longer ones go on from shorter ones."""
+    healed, trained = dict[Start, int](), dict[tuple[Start, int], int]()
+    for one in attacks:
+        healed[one.start] = max(one.healing, healed.get(one.start, 0))
+        trained[one.start, one.healing] = max(one.steps, trained.get((one.start, one.healing), 0))
+    return sum(healed.values()) + sum(trained.values())
 
 
 def unfrozen(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -78,59 +114,114 @@ def attack(
     encoded: Sequence[Encoded],
     schedule: Schedule,
     *,
+    dtype: torch.dtype | None = None,
+    patience: int | None = None,
+    at: Marks | None = None,
+    state: Path | None = None,
     tell: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
     """Return what a site makes of an emulator by training all of it on the text that it has; raises ValueError.
 
-    "unfreeze" is this on the site's own data, with the steps of the tuning; "heal" is this on public text. It computes
-    in the emulator's dtype, with fp32 parameters.
+    Args:
+        emulator: it stays as it is.
+        encoded: the text.
+        schedule: how to train.
+        dtype: to compute in, with fp32 parameters; the emulator's if none is given.
+        patience: steps without getting better on a tenth of the text that is held back, after which it ends; what it
+            returns is its best moment, the start included. None: all text, all steps and the last weights.
+        at: with patience, after these steps, what to do with the best that there is so far.
+        state: a file to go on from after a kill, of five times the emulator's fp32 size.
+        tell: hears (steps done, steps, loss).
     """
-    dtype = next(emulator.parameters()).dtype
+    computed = dtype or next(emulator.parameters()).dtype
     twin, parameters = unfrozen(emulator)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(batch.input_ids.device.type, dtype=computed, enabled=computed != torch.float32):
             return likelihood.loss(model, batch)
 
-    tune(twin, parameters, encoded, schedule, loss=loss, tell=tell)
+    if patience is None:
+        tune(twin, parameters, encoded, schedule, loss=loss, state=state, tell=tell)
+        return twin
+    kept, held_back = divided(encoded, seed=schedule.seed)
+    exam = evaluation_batches(held_back, batch_size=EVALUATION_BATCH)
+    device = next(twin.parameters()).device.type
+
+    def missed() -> float:
+        with torch.autocast(device, dtype=computed, enabled=computed != torch.float32):
+            return likelihood.likelihood(twin, exam).nll
+
+    best = Best(
+        parameters,
+        missed,
+        every=max(1, patience // 2),
+        patience=patience,
+        at={step: partial(call, twin) for step, call in (at or {}).items()},
+    )
+    tune(twin, parameters, kept, schedule, loss=loss, state=state, every=patience, observer=best, tell=tell)
+    best.restore()
     return twin
 
 
-def protection(
-    attacks: Mapping[str, Attack], *, plug_in: Likelihood, base: Likelihood, threshold: float | None = None
-) -> Protection:
-    """Judge an emulator by the attacks on it; only a stated threshold (nats) that every margin reaches protects.
-
-    `plug_in` is of the task's text, `base` of general text. Raises ValueError if there is no attack, if one has no
-    finite likelihood, as an attack that failed shows nothing, and unless the threshold is positive.
-    """
-    if not attacks:
-        raise ValueError("protection is measured by attacks, and none was given")
-    if threshold is not None and not threshold > 0:
-        raise ValueError(f"the threshold of protection is in nats and must be positive, got {threshold}")
-    task = {name: _mean(found.task, name) - _mean(plug_in, "plug-in") for name, found in attacks.items()}
-    general = {name: _mean(found.general, name) - _mean(base, "base") for name, found in attacks.items()}
-    least = min(task.values()), min(general.values())
-    said = "; ".join(
-        [_sentence(task, "the plug-in on the task's text"), _sentence(general, "the base on general text")]
+def divided(encoded: Sequence[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Return what an attacker trains on, and the tenth of its text that tells it when to end; raises ValueError."""
+    if len(encoded) < 2:
+        raise ValueError("an attack that ends early holds text back: it takes at least two examples")
+    order = torch.randperm(len(encoded), generator=generator(seed, "held back by the attacker")).tolist()
+    back = set(order[: max(1, len(encoded) // 10)])
+    return (
+        [one for place, one in enumerate(encoded) if place not in back],
+        [one for place, one in enumerate(encoded) if place in back],
     )
-    if threshold is None:
-        return Protection(*least, None, "not protected", f"no threshold was stated; {said}")
-    if min(least) < threshold:
-        return Protection(*least, threshold, "not protected", f"the stated {threshold:g} nats are not kept; {said}")
-    reason = f"every attack made ({', '.join(attacks)}) stays behind by the stated {threshold:g} nats; {said}"
-    return Protection(*least, threshold, "protected", reason)
 
 
-def _mean(found: Likelihood, whose: str) -> float:
-    mean = found.nll / found.tokens
-    if not math.isfinite(mean):
-        raise ValueError(f"{whose}: the likelihood is {mean} nats a token, which shows nothing; measure it anew")
-    return mean
+@dataclass(frozen=True)
+class Attacker:
+    """What a site that attacks has: models to start from, and texts; and for how long it tries."""
 
+    models: Mapping[Start, nn.Module]
+    steps: int  # of the tuning: so many without getting better end an attack
+    task: Sequence[Encoded] = ()
+    public: Sequence[Encoded] = ()
+    batch_size: int = 4
+    rate: float | None = None  # None: what suits whole layers of the model
+    healing_rate: float | None = None
+    seed: int = 0
+    state: Path | None = None  # a folder, to go on from after a kill with what is left to do
+    tell: Callable[[str, int, int], None] | None = None  # (what, steps done, steps)
 
-def _sentence(margins: Mapping[str, float], what: str) -> str:
-    name = min(margins, key=margins.__getitem__)
-    if margins[name] < 0:
-        return f"the attack {name!r} is better than {what}, by {-margins[name]:.2f} nats"
-    return f"the attack {name!r} comes within {margins[name]:.2f} nats of {what}"
+    def make(self, attacks: Collection[Attack], score: Callable[[Attack, nn.Module], None]) -> None:
+        """Make these attacks, and have what each makes of the emulator scored; raises ValueError.
+
+        Of attacks that begin alike the longer goes on from the shorter, and what was scored changes with that.
+        """
+        for start, model in self.models.items():
+            mine = [one for one in attacks if one.start == start]
+            if Attack(start) in mine:
+                score(Attack(start), model)
+            only_heal = {one.healing: partial(score, one) for one in mine if one.healing and not one.steps}
+            for healing in sorted({one.healing for one in mine if one.steps}):
+                begun = model
+                if healing:
+                    at = {healing: only_heal.pop(healing)} if healing in only_heal else {}
+                    begun = self._train(model, start, "heal", healing, at)
+                at = {one.steps: partial(score, one) for one in mine if one.steps and one.healing == healing}
+                self._train(begun, start, f"unfreeze {healing}", max(at), at)
+            if only_heal:
+                self._train(model, start, "heal", max(only_heal), only_heal)
+
+    def _train(self, model: nn.Module, start: Start, what: str, steps: int, at: Marks) -> nn.Module:
+        emulator, tell = self.models[start], self.tell
+        text, rate = self.task, self.rate or suited(RATE, emulator)
+        if what == "heal":
+            text, rate = self.public, self.healing_rate or suited(HEALING_RATE, emulator)
+        return attack(
+            model,
+            text,
+            Schedule(steps, rate, batch_size=self.batch_size, seed=self.seed),
+            dtype=next(emulator.parameters()).dtype,
+            patience=self.steps,
+            at=at,
+            state=self.state / f"{start} {what} {steps}.safetensors".replace(" ", "-") if self.state else None,
+            tell=(lambda step, steps, _: tell(f"attack: {start}, {what}", step, steps)) if tell else None,
+        )

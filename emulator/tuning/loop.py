@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +58,20 @@ class Schedule:
         return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
+class Observer(Protocol):
+    """Looks on while parameters are trained, and may end it early."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it keeps: written with the state, and read back into these tensors."""
+
+    def after(self, step: int) -> None:
+        """Look at the parameters after a step, counted from 1."""
+
+    def enough(self) -> bool:
+        """Tell, before a step, whether training is to end."""
+
+
 def tune(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -67,6 +81,7 @@ def tune(
     loss: Callable[[nn.Module, Batch], Tensor] = likelihood.loss,
     state: Path | None = None,
     every: int = 20,
+    observer: Observer | None = None,
     tell: Callable[[int, int, float], None] | None = None,
 ) -> list[float]:
     """Train these fp32 parameters in place with AdamW, everything else frozen; return the loss of each step.
@@ -76,27 +91,18 @@ def tune(
     undisturbed run; it knows the schedule, the text and the start, but not the loss, and is its owner's to remove.
     `tell` hears (steps done, steps, loss). Raises ValueError on a loss that is not finite and a state of other work.
     """
-    if not parameters or not encoded:
-        raise ValueError("tuning needs parameters that train and text to train on")
-    if other := next((name for name, p in parameters.items() if p.dtype != torch.float32), None):
-        raise ValueError(f"{other} has the dtype {parameters[other].dtype}; what trains must be torch.float32")
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=schedule.learning_rate,
-        fused=True,
-    )
+    _free(model, parameters, encoded)
+    optimizer = _optimizer(parameters, schedule)
     work = _identity(parameters, encoded, schedule) if state else ""
-    losses = _resume(state, work, parameters, optimizer) if state and state.exists() else []
+    kept = observer.tensors if observer else {}
+    losses = _resume(state, work, parameters, optimizer, kept) if state and state.exists() else []
     device = next(iter(parameters.values())).device
     training = model.training
     model.eval()
     try:
         for batch in _batches(encoded, schedule, len(losses)):
+            if observer and observer.enough():
+                break
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(len(losses))
             with _precision(model, device):
@@ -111,8 +117,10 @@ def tune(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(found.detach()))
+            if observer:
+                observer.after(len(losses))
             if state and (len(losses) % every == 0 or len(losses) == schedule.steps):
-                _save(state, work, parameters, optimizer, losses)
+                _save(state, work, parameters, optimizer, losses, kept)
             if tell:
                 tell(len(losses), schedule.steps, losses[-1])
     finally:
@@ -142,6 +150,27 @@ def trainable_copy(model: nn.Module, places: Sequence[int]) -> dict[str, nn.Para
                 setattr(module, leaf, copies[id(parameter)])
     del replaced
     return found
+
+
+def _free(model: nn.Module, parameters: Mapping[str, nn.Parameter], encoded: Sequence[Encoded]) -> None:
+    """Let these parameters train, and no other; raises ValueError if nothing can be trained."""
+    if not parameters or not encoded:
+        raise ValueError("tuning needs parameters that train and text to train on")
+    if other := next((name for name, p in parameters.items() if p.dtype != torch.float32), None):
+        raise ValueError(f"{other} has the dtype {parameters[other].dtype}; what trains must be torch.float32")
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=schedule.learning_rate,
+        fused=True,
+    )
 
 
 def _batches(encoded: Sequence[Encoded], schedule: Schedule, done: int) -> Iterator[Batch]:
@@ -180,9 +209,11 @@ def _save(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     losses: Sequence[float],
+    kept: Mapping[str, Tensor],
 ) -> None:
     """Write the whole state, so that at any moment the file is absent or whole."""
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    tensors |= {f"kept.{name}": tensor for name, tensor in kept.items()}
     for name, parameter in parameters.items():
         tensors[f"value.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
@@ -194,14 +225,20 @@ def _save(
 
 @torch.no_grad()
 def _resume(
-    state: Path, work: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
+    state: Path,
+    work: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    kept: Mapping[str, Tensor],
 ) -> list[float]:
-    """Read parameters and moments back; return the losses of the steps that are done."""
+    """Read parameters, moments and what was kept back; return the losses of the steps that are done."""
     try:
         with safe_open(state, "pt") as file:
             if (file.metadata() or {}).get("work") != work:
                 raise ValueError(f"{state} is of other work: another model, text or schedule; remove it to start anew")
             losses: list[float] = file.get_tensor("losses").tolist()
+            for name, tensor in kept.items():
+                tensor.copy_(file.get_tensor(f"kept.{name}"))
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"value.{name}"))
                 moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.runs.report import warnings
-from offsite.emulator.evaluation.attack import RATE, Attack, attack, protection
+from offsite.emulator.evaluation.attack import RATE, attack
+from offsite.emulator.evaluation.protection import Reach, protection
 from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.outline import Draft
@@ -74,7 +75,7 @@ def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, st
         for name, text in (("unfreeze", bench.train), ("heal", bench.public))
     }
     found = {
-        name: Attack(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
+        name: Reach(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
         for name, model in attacked.items()
     }
     plug_in, base = story.plug_in, likelihood(bench.base, bench.general)

@@ -1,17 +1,30 @@
-import math
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from offsite.emulator import methods
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.batches import Batch, Encoded, evaluation_batches
-from offsite.emulator.evaluation.attack import Attack, attack, protection, unfrozen
+from offsite.emulator.evaluation.attack import (
+    HEALING_RATE,
+    RATE,
+    Attack,
+    Attacker,
+    attack,
+    divided,
+    family,
+    most_steps,
+    unfrozen,
+)
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
-from offsite.emulator.likelihood import Likelihood, likelihood
+from offsite.emulator.likelihood import likelihood
 from offsite.emulator.tuning.loop import Schedule, tune
 
 
@@ -92,67 +105,157 @@ def test_unfreezing_beats_training_what_the_owner_meant_to_train(tiny: Any, enco
     assert attacked.nll < likelihood(meant, text).nll < likelihood(emulator, text).nll
 
 
-def at(mean: float) -> Likelihood:
-    return Likelihood(100 * mean, 100)
-
-
-def test_nothing_is_protected_unless_a_threshold_is_stated() -> None:
-    found = protection({"unfreeze": Attack(at(9), at(9))}, plug_in=at(2), base=at(3))
-    assert (found.label, found.threshold) == ("not protected", None)
-    assert "no threshold was stated" in found.reason
-
-
-def test_margins_are_the_least_over_attacks_in_nats_of_perplexity() -> None:
-    plug_in, base = Likelihood(40, 20), Likelihood(60, 20)
-    attacks = {"unfreeze": Attack(at(2.5), at(5)), "heal": Attack(at(3.5), at(3.25))}
-    found = protection(attacks, plug_in=plug_in, base=base)
-    assert found.task == pytest.approx(math.log(attacks["unfreeze"].task.perplexity / plug_in.perplexity))
-    assert found.general == pytest.approx(math.log(attacks["heal"].general.perplexity / base.perplexity))
-    assert (found.task, found.general, found.margin) == pytest.approx((0.5, 0.25, 0.25))
-    assert "'unfreeze' comes within 0.50 nats of the plug-in" in found.reason
-    assert "'heal' comes within 0.25 nats of the base" in found.reason
-
-
-@pytest.mark.parametrize(("threshold", "label"), [(0.25, "protected"), (0.26, "not protected")])
-@pytest.mark.parametrize("weakest", ["task", "general"])
-@pytest.mark.parametrize("first", [True, False])
-def test_protected_means_that_every_margin_of_every_attack_reaches_the_threshold(
-    threshold: float, label: str, weakest: str, first: bool
-) -> None:
-    weak = Attack(at(2.25), at(9)) if weakest == "task" else Attack(at(9), at(2.25))
-    pair = [("weak", weak), ("strong", Attack(at(9), at(9)))]
-    found = protection(dict(pair if first else pair[::-1]), plug_in=at(2), base=at(2), threshold=threshold)
-    assert found.label == label
-    assert f"{threshold:g} nats" in found.reason
-
-
-def test_an_attack_that_beats_the_plug_in_is_said_so() -> None:
-    found = protection({"unfreeze": Attack(at(1.9), at(9))}, plug_in=at(2), base=at(3), threshold=0.01)
-    assert found.label == "not protected" and found.task == pytest.approx(-0.1)
-    assert "'unfreeze' is better than the plug-in on the task's text, by 0.10 nats" in found.reason
-
-
-@pytest.mark.parametrize("mean", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["task", "general"])
-def test_an_attack_that_failed_protects_nothing(mean: float, part: str) -> None:
-    failed = Attack(at(mean), at(9)) if part == "task" else Attack(at(9), at(mean))
-    with pytest.raises(ValueError, match="heal: the likelihood is (nan|inf)"):
-        protection({"unfreeze": Attack(at(9), at(9)), "heal": failed}, plug_in=at(2), base=at(3), threshold=0.3)
-
-
-@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan])
-def test_a_threshold_that_anything_reaches_is_refused(threshold: float) -> None:
-    with pytest.raises(ValueError, match="must be positive"):
-        protection({"unfreeze": Attack(at(9), at(9))}, plug_in=at(2), base=at(3), threshold=threshold)
-
-
-def test_protection_without_an_attack_is_refused() -> None:
-    with pytest.raises(ValueError, match="none was given"):
-        protection({}, plug_in=at(2), base=at(3), threshold=0.3)
-
-
 def test_the_text_of_an_attack_is_that_of_its_steps(tiny: Any, encoded: list[Encoded], text: list[Batch]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(3, 1e-3, batch_size=4)
     mine, _ = unfrozen(emulator)
     tune(mine, dict(mine.named_parameters()), encoded, schedule)
     assert likelihood(attack(emulator, encoded, schedule), text) == likelihood(mine, text)
+
+
+# The family
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def counting(by: int) -> list[Encoded]:
+    """A text that can be learned: each word is the one before and so many."""
+    rows = [tuple(range(start, start + 10 * by, by)) for start in range(40, 60)]
+    return [Encoded(row, row) for row in rows]
+
+
+@pytest.fixture
+def task() -> list[Encoded]:
+    return counting(by=1)
+
+
+@pytest.fixture
+def public() -> list[Encoded]:
+    return counting(by=-2)
+
+
+def made(attacker: Attacker, attacks: tuple[Attack, ...]) -> dict[Attack, nn.Module]:
+    """What each attack makes of an emulator, as it is when it is scored."""
+    scored: dict[Attack, nn.Module] = {}
+    attacker.make(attacks, lambda one, model: scored.update({one: copy.deepcopy(model)}))
+    assert len(scored) == len(attacks)
+    return scored
+
+
+def test_the_family_is_every_start_and_text_at_one_and_four_times_the_steps() -> None:
+    both = family(10, starts=("emulator", "tuned"), public=True, task=True)
+    assert [one.name for one in both] == [
+        "heal 20",
+        *("heal 20, unfreeze 10", "heal 20, unfreeze 40"),
+        *("unfreeze 10", "unfreeze 40"),
+        *("tuned, unfreeze 10", "tuned, unfreeze 40"),
+    ]
+    assert most_steps(both) == 20 + 3 * 40
+    assert [one.name for one in family(10, public=True, task=False)] == ["heal 10", "heal 40"]
+    assert [one.name for one in family(10, public=False, task=True, longest=1)] == ["unfreeze 10"]
+    with pytest.raises(ValueError, match="there is neither"):
+        family(10, public=False, task=False)
+
+
+def test_without_an_early_end_an_attack_is_plain_training_of_all_weights(tiny: Any, task: list[Encoded]) -> None:
+    emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(3, 1e-3, batch_size=4)
+    plain, parameters = unfrozen(emulator)
+    tune(plain, parameters, task, schedule)
+    assert same(attack(emulator, task, schedule), plain)
+
+
+def test_a_tenth_is_held_back_at_random_and_nothing_else_decides_when_to_end(tiny: Any, public: list[Encoded]) -> None:
+    kept, held_back = divided(public, seed=1)
+    assert (len(kept), len(held_back)) == (18, 2) and {*kept, *held_back} == {*public}
+    assert divided(public, seed=1) == (kept, held_back) != divided(public, seed=2)
+    with pytest.raises(ValueError, match="at least two examples"):
+        divided(public[:1], seed=1)
+    # On a text that training cannot make likelier the held-back tenth ends it at once; the start is the best moment.
+    emulator = restack(tiny(), [0, 1, 3])
+    heard: list[int] = []
+    attacked = attack(emulator, public, Schedule(40, 0.5, seed=1), patience=4, tell=lambda step, *_: heard.append(step))
+    assert heard[-1] == 4 and same(attacked, unfrozen(emulator)[0])
+
+
+def test_the_held_back_tenth_is_not_trained_on(tiny: Any, public: list[Encoded]) -> None:
+    emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(4, 1e-3, batch_size=18)  # each step sees all that is left
+    kept, held_back = divided(public, seed=0)
+    other = [one if one in kept else Encoded((5, 6, 7), (5, 6, 7)) for one in public]
+    seen: list[list[float]] = [[], []]
+    for losses, text in zip(seen, (public, other), strict=True):
+        attack(emulator, text, schedule, patience=99, tell=lambda _, __, loss, losses=losses: losses.append(loss))  # type: ignore[misc]
+    assert seen[0] == seen[1] and len(seen[0]) == 4
+
+
+def test_the_shorter_attack_is_the_beginning_of_the_longer(
+    tiny: Any, task: list[Encoded], public: list[Encoded]
+) -> None:
+    emulator = restack(tiny(), [0, 1, 3])
+    attacker = Attacker({"emulator": emulator}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3)
+    scored = made(attacker, family(4, public=True, task=True))
+    for one, model in scored.items():
+        assert same(made(attacker, (one,))[one], model), one.name
+    healed = attack(emulator, public, Schedule(8, 3e-3), patience=4)
+    assert same(scored[Attack(healing=8)], healed)
+    assert same(scored[Attack(healing=8, steps=4)], attack(healed, task, Schedule(4, 3e-3), patience=4))
+
+
+def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, task: list[Encoded]) -> None:
+    attacker = Attacker({"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, rate=3e-3)
+    scored = made(attacker, (Attack(), *family(4, public=False, task=True)))
+    exam = evaluation_batches(divided(task, seed=0)[1], batch_size=8)
+    start, short, long = (likelihood(model, exam).nll for model in scored.values())
+    assert long < short < start
+
+
+def test_a_tuned_emulator_is_attacked_with_its_adapter(tiny: Any, task: list[Encoded]) -> None:
+    emulator, method, places = restack(tiny(), [0, 1, 3]), methods.make("lora", {}), {0: 0, 2: 3}
+    tuned = method.attach(copy.deepcopy(emulator), places, method.start(emulator, places, seed=0))
+    tune(tuned, method.named_parameters(tuned, places), task, Schedule(4, 1e-2))
+    attacker = Attacker({"emulator": emulator, "tuned": tuned}, steps=4, task=task, rate=3e-3)
+    text = evaluation_batches(task, batch_size=8)
+    scored = made(attacker, (Attack("tuned"), Attack("tuned", steps=4)))
+    begun, ended = (likelihood(model, text).nll for model in scored.values())
+    assert begun == likelihood(tuned, text).nll and ended < begun
+    assert sum(parameter.numel() for parameter in unfrozen(tuned)[1].values()) > sum(
+        parameter.numel() for parameter in emulator.parameters()
+    )
+
+
+@pytest.mark.parametrize("killed_at", [("heal", 5), ("unfreeze 8", 2), ("unfreeze 8", 9), ("unfreeze 0", 16)])
+def test_killed_attacks_go_on_with_what_is_left(
+    tiny: Any, task: list[Encoded], public: list[Encoded], tmp_path: Path, killed_at: tuple[str, int]
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(what: str, step: int, steps: int) -> None:
+        if killed_at[0] in what and step == killed_at[1]:
+            raise Killed
+
+    attacker = Attacker(
+        {"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3
+    )
+    attacks = family(4, public=True, task=True)
+    whole, scored = made(attacker, attacks), dict[Attack, nn.Module]()
+
+    def keep(one: Attack, model: nn.Module) -> None:
+        assert one not in scored
+        scored[one] = copy.deepcopy(model)
+
+    with pytest.raises(Killed):
+        replace(attacker, state=tmp_path, tell=kill).make(attacks, keep)
+    heard: list[int] = []
+    going_on = replace(attacker, state=tmp_path, tell=lambda _, step, __: heard.append(step))
+    going_on.make([one for one in attacks if one not in scored], keep)
+    assert all(same(scored[one], model) for one, model in whole.items())
+    assert len(heard) < most_steps(attacks) - killed_at[1] // 4 * 4 + 1
+
+
+def test_rates_suit_whole_layers_unless_they_are_given(tiny: Any, task: list[Encoded]) -> None:
+    emulator = restack(tiny(), [0, 1, 3])
+    by_default = Attacker({"emulator": emulator}, steps=2, task=task, public=task)
+    given = replace(by_default, rate=RATE, healing_rate=HEALING_RATE)
+    one = Attack(healing=2, steps=2)
+    assert same(made(by_default, (one,))[one], made(given, (one,))[one])

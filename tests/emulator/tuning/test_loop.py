@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, Encoded, training_batches
-from offsite.emulator.likelihood import loss
+from offsite.emulator.batches import Batch, Encoded, evaluation_batches, training_batches
+from offsite.emulator.likelihood import likelihood, loss
+from offsite.emulator.tuning.best import Best
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
 SCHEDULE = Schedule(8, 1e-2, batch_size=2, warmup_steps=2, decay="cosine", weight_decay=0.1, seed=3)
@@ -181,3 +182,32 @@ def test_what_trains_must_be_fp32(tiny: Any, encoded: list[Encoded]) -> None:
     model = tiny().to(torch.bfloat16)
     with pytest.raises(ValueError, match="must be torch.float32"):
         tune(model, dict(layers(model)[0].named_parameters()), encoded, SCHEDULE)
+
+
+@pytest.mark.parametrize("killed_after", [4, 7])
+def test_what_an_observer_keeps_is_killed_and_goes_on_with_the_training(
+    tiny: Any, encoded: list[Encoded], tmp_path: Path, killed_after: int
+) -> None:
+    def trained(state: Path, tell: Any = None) -> dict[str, Tensor]:
+        model, parameters = copy_of(tiny(), [2, 3])
+        exam = evaluation_batches(encoded[:2], batch_size=2)
+        best = Best(parameters, lambda: likelihood(model, exam).nll, every=2, patience=99)
+        tune(model, parameters, encoded[2:], SCHEDULE, state=state, every=3, observer=best, tell=tell)
+        return {**values(parameters), **best.tensors}
+
+    def kill(step: int, steps: int, loss: float) -> None:
+        if step == killed_after:
+            raise Killed
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(tmp_path / "state", kill)
+    assert same(trained(tmp_path / "state"), whole)
+    assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_observer_that_has_had_enough_ends_the_training(tiny: Any, encoded: list[Encoded]) -> None:
+    model, parameters = copy_of(tiny(), [2])
+    losses = tune(model, parameters, encoded, SCHEDULE, observer=Best(parameters, lambda: 1.0, every=1, patience=3))
+    model, parameters = copy_of(tiny(), [2])
+    assert losses == tune(model, parameters, encoded, SCHEDULE)[:3], "and changes nothing before"
