@@ -47,7 +47,17 @@ def compare(
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; longer ones are cut.", min=2)] = 256,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of frozen weights.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of starting values and the order of examples.", min=0)] = 0,
-    attack_steps: Annotated[int | None, typer.Option(help="Steps of an attack. (default: --steps)", min=1)] = None,
+    attack_steps: Annotated[
+        int | None, typer.Option(help="Steps of the shorter attacks. (default: --steps)", min=1)
+    ] = None,
+    attack_longest: Annotated[
+        int,
+        typer.Option(
+            help="Steps of the longer attacks, in multiples of that; with 4 attacking takes up to 14 times as many "
+            "steps, with 1 up to 5 times.",
+            min=1,
+        ),
+    ] = 4,
     attack_learning_rate: Annotated[
         float | None, typer.Option(help="Of the attacks, which train all of it. (default: what suits the model)")
     ] = None,
@@ -95,6 +105,7 @@ def compare(
             },
             "learning_rate": learning_rate,
             "attack_steps": attack_steps or steps,
+            "attack_longest": attack_longest,
             "attack_learning_rate": attack_learning_rate,
             "protected_from": protected_from,
             "tasks": tuple(task or ()),

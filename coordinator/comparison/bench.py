@@ -1,7 +1,7 @@
 """What all candidates of a comparison are measured with, and what is the same for many of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.coordinator.comparison.finished import Finished
+from offsite.coordinator.attacks import scored
 from offsite.coordinator.comparison.plan import Plan
-from offsite.coordinator.comparison.rows import Answered, Predicted, Score
+from offsite.coordinator.comparison.rows import Answered, Attacked, Predicted, Score
 from offsite.coordinator.comparison.texts import Texts
+from offsite.coordinator.store.finished import Finished
 from offsite.emulator import methods
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
+from offsite.emulator.evaluation.attack import STARTS, Attacker, Start, family
 from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
@@ -83,6 +85,28 @@ class Bench:
             general=_predicted(model, self.texts.general),
             accuracy=answers,
         )
+
+    def attacked(
+        self, models: Mapping[Start, nn.Module], depends: dict[str, Any], *, state: Path
+    ) -> tuple[Attacked, ...]:
+        """Attack an emulator, from these starts, on what a site would have and on public text."""
+        plan = self.plan
+        attacks = family(plan.attack_steps, starts=STARTS, public=True, task=True, longest=plan.attack_longest)
+        attacker = Attacker(
+            models,
+            steps=plan.attack_steps,
+            task=self.texts.train,
+            public=self.texts.public,
+            batch_size=plan.training.batch_size,
+            rate=plan.attack_learning_rate,
+            healing_rate=plan.attack_learning_rate,
+            seed=plan.training.seed,
+            state=state,
+            tell=self.tell,
+        )
+        mine = [one for one in attacks if one.start in models]
+        scores = scored(mine, attacker, self.score, cls=Score, finished=self.finished, depends=depends)
+        return tuple(Attacked(start=one.start, healing=one.healing, steps=one.steps, score=scores[one]) for one in mine)
 
     def zero_shot(self) -> Score:
         """Measure the base as it is, once."""

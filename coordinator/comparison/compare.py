@@ -11,12 +11,12 @@ import torch
 
 from offsite.coordinator.bundles import building
 from offsite.coordinator.comparison.bench import Bench, Tell
-from offsite.coordinator.comparison.finished import Finished
 from offsite.coordinator.comparison.measure import measured, unfinished
 from offsite.coordinator.comparison.plan import Plan
 from offsite.coordinator.comparison.rows import Candidate, Comparison, Row
 from offsite.coordinator.comparison.texts import Texts, digests
 from offsite.coordinator.comparison.verdict import frontier, judged, recommend
+from offsite.coordinator.store.finished import Finished
 from offsite.emulator import zoo
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.zoo.tasks import LocalTask, locate

@@ -11,16 +11,14 @@ from torch import nn
 
 from offsite.coordinator.bundles import building, manifests
 from offsite.coordinator.bundles.building import Built
-from offsite.coordinator.comparison.bench import Bench, schedule
-from offsite.coordinator.comparison.rows import ATTACKS, Candidate, ClientStep, Emulated, Measured
+from offsite.coordinator.comparison.bench import Bench
+from offsite.coordinator.comparison.rows import Candidate, ClientStep, Emulated, Measured
 from offsite.emulator import bundle, methods
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import training_batches
-from offsite.emulator.evaluation.attack import RATE, attack
 from offsite.emulator.evaluation.cost import Cost, costs
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
-from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
 from offsite.protos.recipes import render
@@ -44,7 +42,7 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
     layout = bundle.described(built.manifest)
     emulator, _ = bundle.load(built.folder, layout=layout, dtype=bench.dtype)  # as a site reads it
     emulator.to(bench.device).eval()
-    emulated = bench.finished(Emulated, _build(candidate, bench), lambda: _emulated(bench, built, emulator))
+    emulated = bench.finished(Emulated, _build(candidate, bench), lambda: _emulated(candidate, bench, built, emulator))
 
     places = layout.outline.places
     tuned = method.attach(emulator, places, method.start(emulator, places, seed=bench.plan.training.seed))
@@ -52,6 +50,11 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
     bench.train(tuned, trained, method, "tuning the emulator")
     emulator_tuned = bench.score(tuned)
     adapter = method.recover(method.state(tuned, places), built.recovery)
+    attacks = bench.attacked(
+        {"tuned": tuned},
+        bench.identity | {"candidate": to_plain(candidate)},
+        state=unfinished(candidate, bench) / "attacks",
+    )
     step = _costs(bench, tuned, trained, method)
 
     return Measured(
@@ -63,6 +66,7 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
             "plug_in": bench.score(_plugged(bench, method, adapter)),
             "base_tuned": bench.bound(candidate.method, layout.outline.trainable),
         },
+        attacks=attacks,
         client=ClientStep(**asdict(step["client"])),
         full=ClientStep(**asdict(step["full"])),
         seconds=time.time() - start,
@@ -100,21 +104,16 @@ def _built(candidate: Candidate, bench: Bench) -> Built:
     return replace(built, folder=folder)
 
 
-def _emulated(bench: Bench, built: Built, emulator: nn.Module) -> Emulated:
-    """Measure an emulator, then attack it by training all of it: "unfreeze" on a site's data, "heal" on public text."""
-    plan = bench.plan
-    way = schedule(plan.training, steps=plan.attack_steps, rate=plan.attack_learning_rate or suited(RATE, emulator))
-    zero_shot = bench.score(emulator)
-    attacks = {}
-    for name, text in zip(ATTACKS, (bench.texts.train, bench.texts.public), strict=True):
-        bench.tell(f"attack: {name}", 0, 1)
-        attacks[name] = bench.score(attack(emulator, text, way))
+def _emulated(candidate: Candidate, bench: Bench, built: Built, emulator: nn.Module) -> Emulated:
+    """Measure an emulator as it is handed out, then attack it."""
     manifest = built.manifest
     return Emulated(
         layers=manifest.layers,
         trained=manifest.trainable,
-        zero_shot=zero_shot,
-        attacks=attacks,
+        zero_shot=bench.score(emulator),
+        attacks=bench.attacked(
+            {"emulator": emulator}, _build(candidate, bench), state=unfinished(candidate, bench) / "attacks"
+        ),
         verbatim=manifest.verbatim,
         lossy=manifest.lossy,
         parameters=manifest.base.parameters,

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from offsite.coordinator.comparison.rows import Candidate
 from offsite.emulator import builders, methods, placements
+from offsite.emulator.evaluation.attack import LONGEST
 from offsite.protos.documents import document, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.ranges import AboveZero, Place, Positive, Word
@@ -27,7 +28,8 @@ class Plan:
     general: Place = ""  # to measure general ability on; empty: the second half of the public text
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     learning_rate: AboveZero | None = None  # of tuning; None: what suits each method and the model
-    attack_steps: Positive
+    attack_steps: Positive  # as many as the tuning's
+    attack_longest: Positive = LONGEST  # times as many in the longest attacks
     attack_learning_rate: AboveZero | None = None  # None: what suits whole layers of the model
     protected_from: AboveZero | None = None  # nats
     tasks: Annotated[tuple[Word, ...], Field(max_length=64)] = ()  # of lm-eval

@@ -103,7 +103,7 @@ def _figures(rows: Sequence[Row]) -> str:
     most = base
     for place, one in enumerate(measured):
         found = {name: one.figures[name].held_out.perplexity for name in COLOURS if name != "base_zero_shot"}
-        hit = {name: one.emulated.attacks[name].held_out.perplexity for name in CROSSES}
+        hit = {name: one.strongest[name].score.held_out.perplexity for name in CROSSES}
         every = [min(value, edge) for value in (*found.values(), *hit.values())]
         most = max(most, *every)
         axes.plot([min(every), max(every)], [place, place], color="#d5dbe2", linewidth=1, zorder=0)

@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from offsite.emulator.evaluation.attack import Attack
 from offsite.protos.documents import document
-from offsite.protos.ranges import Amount, Finite
+from offsite.protos.ranges import Amount, Count, Finite
 from offsite.protos.recipes import render
 from offsite.protos.spec import Chain, Choice, Layers
 
 FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned")
-ATTACKS = ("unfreeze", "heal")
+ATTACKS = ("unfreeze", "heal")  # by the last text they train on: the task's, or public text
 
 
 @document
@@ -57,6 +58,26 @@ class Score:
 
 
 @document
+class Attacked:
+    """What one attack made of an emulator."""
+
+    start: Literal["emulator", "tuned"]
+    healing: Count  # steps at most, as are the others
+    steps: Count
+    score: Score
+
+    @property
+    def name(self) -> str:
+        """What was done."""
+        return Attack(self.start, self.healing, self.steps).name
+
+    @property
+    def kind(self) -> str:
+        """Of ATTACKS."""
+        return "unfreeze" if self.steps else "heal"
+
+
+@document
 class ClientStep:
     """What one optimiser step costs a site."""
 
@@ -72,7 +93,7 @@ class Emulated:
     layers: Layers
     trained: Layers  # layer ids of the base
     zero_shot: Score
-    attacks: dict[str, Score]
+    attacks: tuple[Attacked, ...]  # on it as it is handed out
     verbatim: Amount  # parameters of the base that the bundle holds as they are
     lossy: Amount  # and in a format of few bits
     parameters: Amount  # of the base
@@ -85,6 +106,7 @@ class Measured:
 
     emulated: Emulated
     figures: dict[str, Score]  # the five
+    attacks: tuple[Attacked, ...]  # on the tuned emulator
     client: ClientStep  # on the emulator
     full: ClientStep  # LoRA on every layer of the base, in the same run
     seconds: Finite
@@ -93,6 +115,25 @@ class Measured:
     def plug_in(self) -> float:
         """Perplexity of the plug-in on held-out text, by which candidates are compared."""
         return self.figures["plug_in"].held_out.perplexity
+
+    @property
+    def every_attack(self) -> tuple[Attacked, ...]:
+        """All attacks, on the emulator as it is handed out and as it is tuned."""
+        return (*self.emulated.attacks, *self.attacks)
+
+    @property
+    def strongest(self) -> dict[str, Attacked]:
+        """Of each kind of attack the one that predicts held-out text best."""
+        return {
+            kind: min((one for one in self.every_attack if one.kind == kind), key=lambda one: one.score.held_out.nll)
+            for kind in ATTACKS
+        }
+
+    @property
+    def lost(self) -> float:
+        """How far the plug-in stays behind tuning on the base itself, in nats a token."""
+        plug_in, bound = self.figures["plug_in"].held_out, self.figures["base_tuned"].held_out
+        return plug_in.nll / plug_in.tokens - bound.nll / bound.tokens
 
     @property
     def disclosed(self) -> float:

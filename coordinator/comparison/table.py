@@ -70,19 +70,23 @@ def _figures(found: Comparison) -> Table:
 
 
 def _given_away(found: Comparison) -> Table:
-    grid = _grid("what a site can make of it (perplexity, and on general text), and what it is told")
+    grid = _grid("the strongest attacks (perplexity, and on general text), what the plug-in loses, what a site is told")
     for name in ATTACKS:
         grid.add_column(f"attack:\n{name}", justify="right", style="red")
         grid.add_column("on\ngeneral", justify="right", style="dim")
-    for head in ("margin\n(nats)", "pro-\ntected", "ver-\nbatim", "lossy"):
+    for head in ("margin\n(nats)", "behind\nbound", "pro-\ntected", "ver-\nbatim", "lossy"):
         grid.add_column(head, justify="right")
     for row in found.rows:
         if row.measured and row.protection:
             one = row.measured.emulated
-            scores = [one.attacks[name] for name in ATTACKS]
+            scores = [row.measured.strongest[name].score for name in ATTACKS]
             cells = [short(text.perplexity) for score in scores for text in (score.held_out, score.general)]
-            cells += [f"{row.protection.margin:.2f}", "yes" if row.protection.label == "protected" else "no"]
-            cells += [share(one.verbatim, one.parameters), share(one.lossy, one.parameters)]
+            cells += [f"{row.protection.margin:.2f}", f"{row.measured.lost:.2f}"]
+            cells += [
+                "yes" if row.protection.label == "protected" else "no",
+                share(one.verbatim, one.parameters),
+                share(one.lossy, one.parameters),
+            ]
             grid.add_row(_number(found, row), *cells)
     return grid
 

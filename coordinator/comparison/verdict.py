@@ -28,7 +28,7 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     figures = row.measured.figures
     # Training can make an emulator worse; nobody who attacks is bound to keep what it gave.
     without = {"leave it as it is": figures["emulator_zero_shot"], "tune it as asked": figures["emulator_tuned"]}
-    attacks = row.measured.emulated.attacks | without
+    attacks = {one.name: one.score for one in row.measured.every_attack} | without
     found = protection(
         {name: Reach(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
         plug_in=_likelihood(figures["plug_in"].held_out),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ EVALUATION_BATCH = 8
 
 Start = Literal["emulator", "tuned"]
 Marks = Mapping[int, Callable[[nn.Module], None]]  # after so many steps, what to do with the best that there is by then
-AS_IT_IS: tuple[Start, ...] = ("emulator",)
+STARTS: tuple[Start, ...] = get_args(Start)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Attack:
 
 
 def family(
-    steps: int, *, starts: Collection[Start] = AS_IT_IS, public: bool, task: bool, longest: int = LONGEST
+    steps: int, *, starts: Collection[Start] = STARTS, public: bool, task: bool, longest: int = LONGEST
 ) -> tuple[Attack, ...]:
     """Return the attacks that can be made with these starts and texts, at once and `longest` times a tuning's steps.
 
@@ -207,8 +207,15 @@ class Attacker:
                     begun = self._train(model, start, "heal", healing, at)
                 at = {one.steps: partial(score, one) for one in mine if one.steps and one.healing == healing}
                 self._train(begun, start, f"unfreeze {healing}", max(at), at)
+                self._forget(start)
             if only_heal:
                 self._train(model, start, "heal", max(only_heal), only_heal)
+                self._forget(start)
+
+    def _forget(self, start: Start) -> None:
+        """Remove what attacks that are done could have gone on from."""
+        for path in self.state.glob(f"{start}-*") if self.state else ():
+            path.unlink()
 
     def _train(self, model: nn.Module, start: Start, what: str, steps: int, at: Marks) -> nn.Module:
         emulator, tell = self.models[start], self.tell

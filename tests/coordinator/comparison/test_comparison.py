@@ -101,16 +101,22 @@ def test_what_is_given_away_and_what_it_costs_grow_with_what_is_kept(outcome: Ou
 def test_an_attack_trains_more_than_a_site_is_asked_to(outcome: Outcome) -> None:
     for number in (1, 3):
         one = outcome.one(number)
-        unfreeze, heal = one.emulated.attacks["unfreeze"], one.emulated.attacks["heal"]
+        assert [attack.name for attack in one.every_attack] == [
+            *("heal 8", "heal 8, unfreeze 4", "heal 8, unfreeze 16", "unfreeze 4", "unfreeze 16"),
+            *("tuned, unfreeze 4", "tuned, unfreeze 16"),
+        ]
+        by_name = {attack.name: attack.score for attack in one.every_attack}
+        unfreeze, heal = by_name["unfreeze 4"], by_name["heal 8"]
         assert unfreeze.held_out.nll < one.figures["emulator_tuned"].held_out.nll
         assert heal.general.nll < unfreeze.general.nll and unfreeze.held_out.nll < heal.held_out.nll
+        strongest = one.strongest["unfreeze"].score.held_out.nll
+        assert strongest == min(score.held_out.nll for score in by_name.values()) < unfreeze.held_out.nll
 
 
-def test_methods_share_an_emulator_and_its_attacks(outcome: Outcome) -> None:
+def test_methods_share_an_emulator_and_its_attacks_but_not_those_on_it_as_it_is_tuned(outcome: Outcome) -> None:
     assert outcome.one(1).emulated == outcome.one(2).emulated
+    assert outcome.one(1).attacks != outcome.one(2).attacks
     assert outcome.one(1).figures["plug_in"] != outcome.one(2).figures["plug_in"]
-    heard = [*outcome.before.heard, *outcome.after.heard]
-    assert heard.count("attack: unfreeze") == heard.count("attack: heal") == 2
 
 
 def test_a_candidate_that_cannot_be_built_has_the_reason_in_its_row(outcome: Outcome) -> None:

@@ -3,12 +3,14 @@
 import io
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from offsite.coordinator.comparison.rows import (
     FIGURES,
+    Attacked,
     Candidate,
     ClientStep,
     Comparison,
@@ -32,6 +34,10 @@ def score(held_out: float, general: float = 20.0) -> Score:
     return Score(held_out=predicted(held_out), general=predicted(general))
 
 
+def attacked(found: Score, **how: Any) -> Attacked:
+    return Attacked(**{"start": "emulator", "healing": 0, "steps": 0} | how, score=found)
+
+
 def row(
     number: int,
     *,
@@ -40,6 +46,7 @@ def row(
     unfreeze: float = 30.0,
     heal: float = 60.0,
     tuned: float = 100.0,
+    tuned_unfreeze: float = 999.0,
     general: float = 40.0,
     bound: float = 23.0,
     megabytes: int = 100,
@@ -52,13 +59,14 @@ def row(
             layers=(0, 1, 3),
             trained=(0, 3),
             zero_shot=score(zero_shot),
-            attacks={"unfreeze": score(unfreeze, general), "heal": score(heal, general)},
+            attacks=(attacked(score(unfreeze, general), steps=4), attacked(score(heal, general), healing=8)),
             verbatim=verbatim,
             lossy=0,
             parameters=100,
             bytes=megabytes * 10**6,
         ),
         figures={name: score(value, 400.0 if "emulator" in name else 20.0) for name, value in figures.items()},
+        attacks=(attacked(score(tuned_unfreeze, general), start="tuned", steps=4),),
         client=ClientStep(flops=flops, peak_bytes=50, cpu_s=0.1),
         full=ClientStep(flops=20, peak_bytes=100, cpu_s=0.2),
         seconds=1.0,
@@ -94,6 +102,18 @@ def test_the_margin_is_that_of_the_best_attack_on_either_text() -> None:
     near_task, near_base = judge(row(1, plug_in=27.0, unfreeze=30.0), row(2, unfreeze=90.0, heal=80.0, general=21.0))
     assert near_task.protection and near_task.protection.margin == pytest.approx(math.log(30 / 27))
     assert near_base.protection and near_base.protection.margin == pytest.approx(math.log(21 / 20))
+
+
+def test_the_strongest_of_all_attacks_counts_wherever_it_began() -> None:
+    (found,) = judge(row(1, plug_in=27.0, unfreeze=40.0, tuned_unfreeze=30.0, heal=50.0, bound=23.0))
+    assert found.measured and found.protection
+    assert found.protection.margin == pytest.approx(math.log(30 / 27))
+    assert "'tuned, unfreeze 4' comes within 0.11 nats of the plug-in" in found.protection.reason
+    assert {kind: one.name for kind, one in found.measured.strongest.items()} == {
+        "unfreeze": "tuned, unfreeze 4",
+        "heal": "heal 8",
+    }
+    assert found.measured.lost == pytest.approx(math.log(27 / 23))
 
 
 def test_an_attack_that_does_harm_is_given_up() -> None:

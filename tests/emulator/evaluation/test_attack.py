@@ -144,7 +144,7 @@ def made(attacker: Attacker, attacks: tuple[Attack, ...]) -> dict[Attack, nn.Mod
 
 
 def test_the_family_is_every_start_and_text_at_one_and_four_times_the_steps() -> None:
-    both = family(10, starts=("emulator", "tuned"), public=True, task=True)
+    both = family(10, public=True, task=True)
     assert [one.name for one in both] == [
         "heal 20",
         *("heal 20, unfreeze 10", "heal 20, unfreeze 40"),
@@ -152,8 +152,8 @@ def test_the_family_is_every_start_and_text_at_one_and_four_times_the_steps() ->
         *("tuned, unfreeze 10", "tuned, unfreeze 40"),
     ]
     assert most_steps(both) == 20 + 3 * 40
-    assert [one.name for one in family(10, public=True, task=False)] == ["heal 10", "heal 40"]
-    assert [one.name for one in family(10, public=False, task=True, longest=1)] == ["unfreeze 10"]
+    assert [one.name for one in family(10, starts=["emulator"], public=True, task=False)] == ["heal 10", "heal 40"]
+    assert [one.name for one in family(10, starts=["emulator"], public=False, task=True, longest=1)] == ["unfreeze 10"]
     with pytest.raises(ValueError, match="there is neither"):
         family(10, public=False, task=False)
 
@@ -193,7 +193,7 @@ def test_the_shorter_attack_is_the_beginning_of_the_longer(
 ) -> None:
     emulator = restack(tiny(), [0, 1, 3])
     attacker = Attacker({"emulator": emulator}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3)
-    scored = made(attacker, family(4, public=True, task=True))
+    scored = made(attacker, family(4, starts=["emulator"], public=True, task=True))
     for one, model in scored.items():
         assert same(made(attacker, (one,))[one], model), one.name
     healed = attack(emulator, public, Schedule(8, 3e-3), patience=4)
@@ -203,7 +203,7 @@ def test_the_shorter_attack_is_the_beginning_of_the_longer(
 
 def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, task: list[Encoded]) -> None:
     attacker = Attacker({"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, rate=3e-3)
-    scored = made(attacker, (Attack(), *family(4, public=False, task=True)))
+    scored = made(attacker, (Attack(), *family(4, starts=["emulator"], public=False, task=True)))
     exam = evaluation_batches(divided(task, seed=0)[1], batch_size=8)
     start, short, long = (likelihood(model, exam).nll for model in scored.values())
     assert long < short < start
@@ -237,7 +237,7 @@ def test_killed_attacks_go_on_with_what_is_left(
     attacker = Attacker(
         {"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3
     )
-    attacks = family(4, public=True, task=True)
+    attacks = family(4, starts=["emulator"], public=True, task=True)
     whole, scored = made(attacker, attacks), dict[Attack, nn.Module]()
 
     def keep(one: Attack, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison has measured so far, kept so that one that was killed goes on where it was."""
+"""Results kept as they come, so that long work that was killed goes on where it was."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +20,28 @@ class Finished:
 
     def __call__(self, cls: type[T], depends: dict[str, Any], compute: Callable[[], T]) -> T:
         """Return the document that was kept for this, else compute and keep it."""
-        path = self.folder / f"{self.name(depends)}.json"
-        if path.exists():
-            try:
-                return from_json(cls, path.read_bytes(), where=str(path))
-            except OffsiteError:
-                pass  # of another version, or cut off by a full disk: it is computed again
-        found = compute()
+        known = self.known(cls, depends)
+        if known is not None:
+            return known
+        found, path = compute(), self._path(depends)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_bytes(to_json(found))
         partial.replace(path)
         return found
+
+    def known(self, cls: type[T], depends: dict[str, Any]) -> T | None:
+        """Return the document that was kept for this, if there is one that can be read."""
+        path = self._path(depends)
+        if not path.exists():
+            return None
+        try:
+            return from_json(cls, path.read_bytes(), where=str(path))
+        except OffsiteError:
+            return None  # of another version, or cut off by a full disk: it is computed again
+
+    def _path(self, depends: dict[str, Any]) -> Path:
+        return self.folder / f"{self.name(depends)}.json"
 
     def name(self, depends: dict[str, Any]) -> str:
         """Return a name for what depends on this, the same whenever it is asked for."""
