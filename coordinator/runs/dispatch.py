@@ -58,7 +58,8 @@ class Dispatcher:
         self._fault = fault
         self._specs = {run.id: spec for run in runs if (spec := self._spec(run.id))}
         runs = [run for run in runs if run.id in self._specs]
-        present = self._present()
+        idle = all(run.state == "running" for run in runs)
+        present = [] if idle else self._journal.present(time.time() - PRESENT_S)
         running = [run for run in runs if run.state == "running"]
         free = self._places - len(running)
         if not fault and (before or time.monotonic() - self._supervised > SUPERVISE_EVERY_S):
@@ -91,10 +92,6 @@ class Dispatcher:
         except InputError as error:
             self._journal.end_run(run, Failed(error=str(error)))
             return None
-
-    def _present(self) -> list[str]:
-        since = time.time() - PRESENT_S
-        return [site.name for site in self._journal.sites() if site.seen_at >= since]
 
     def _note(self, run: Row, note: str) -> None:
         if run.note != note:

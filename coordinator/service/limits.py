@@ -15,6 +15,7 @@ from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.ranges import AMOUNT
 
 RATE, BURST = 50.0, 200.0  # calls a second of one certificate in the long run, and at once after a rest
+REST_S = BURST / RATE  # after which a caller may do at once what a new one may
 CALLS = 32  # of one certificate in progress: a poll, a heartbeat and a transfer, or as many watched runs
 TRANSFERS = 4  # of one certificate in progress: one, and what the network has not yet told to be broken
 ALL_TRANSFERS = 64  # each holds up to three chunks of a mebibyte for a reader that stalls
@@ -53,6 +54,7 @@ class Limits:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._taken: dict[int, _Taken] = {}
+        self._swept = clock()
         self._transfers = 0
 
     def __len__(self) -> int:
@@ -93,10 +95,12 @@ class Limits:
             self._transfers -= 1
 
     def _caller(self, serial: int) -> _Taken:
-        if serial not in self._taken:
-            now = self._clock()
-            rested = [key for key, one in self._taken.items() if not one.calls and now - one.at > BURST / RATE]
+        now = self._clock()
+        if now - self._swept > REST_S:
+            self._swept = now
+            rested = [key for key, one in self._taken.items() if not one.calls and now - one.at > REST_S]
             for key in rested:
                 del self._taken[key]
+        if serial not in self._taken:
             self._taken[serial] = _Taken(tokens=BURST, at=now)
         return self._taken[serial]

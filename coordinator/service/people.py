@@ -10,21 +10,22 @@ from typing import Any
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.changes import Changes
+from offsite.coordinator.service.threads import in_thread
 from offsite.coordinator.service.transfers import send
 from offsite.coordinator.store.blobs import Blobs
-from offsite.coordinator.store.journal import LIVE, Journal, Row, no_run
+from offsite.coordinator.store.journal import Journal, Row, no_run
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc, transfer_pb2
 from offsite.protos.documents import from_json, plain, to_json, to_plain
 from offsite.protos.errors import NotFoundError, OffsiteError, RefusedError
 from offsite.protos.events import Cancelled
 from offsite.protos.figures import without_infinities
-from offsite.protos.ranges import COUNT
 from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.security.tls import Peer
 from offsite.protos.spec import RunSpec
 
-POLL_S = 0.1
+RECHECK_S = 2.0  # one who watches a run in which nothing happens
 PAGE = 500  # runs of one list, whose errors are sentences
 
 
@@ -42,9 +43,16 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     """The Runs service. A researcher's runs are theirs: for other researchers they do not exist."""
 
     def __init__(
-        self, journal: Journal, blobs: Blobs, gate: Gate, wake: Callable[[], None], *, policy: OwnerPolicy
+        self,
+        journal: Journal,
+        blobs: Blobs,
+        gate: Gate,
+        changes: Changes,
+        wake: Callable[[], None],
+        *,
+        policy: OwnerPolicy,
     ) -> None:
-        self._journal, self._blobs, self._gate, self._wake = journal, blobs, gate, wake
+        self._journal, self._blobs, self._gate, self._changes, self._wake = journal, blobs, gate, changes, wake
         self._policy = policy
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
@@ -54,59 +62,69 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             run = secrets.token_hex(4)
             token = f"{person.name} {request.token or run}"  # one person's token is nobody else's
             granted = None
-            if not self._journal.submitted(token):
-                grant = self._grant(spec, person)
+            if not await in_thread(self._journal.submitted, token):
+                grant = await in_thread(self._grant, spec, person)
                 await asyncio.to_thread(_judge, grant)
-                granted = to_plain(self._grant(spec, person))  # others of theirs may have come in meanwhile
-            row = self._journal.add_run(run, token=token, owner=person.name, spec=to_json(spec), granted=granted)
+                granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
+            row = await in_thread(
+                self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
+            )
             self._wake()
-            return self._status(row, person)
+            return await in_thread(self._status, row.id, person)  # of the first submission with the token
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """Return one run."""
         async with self._gate(context, *PEOPLE, request=request) as person:
-            return self._status(self._seen(request.id, person), person)
+            return await in_thread(self._status, request.id, person)
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
         """Return a page of runs, newest first and in brief."""
         async with self._gate(context, *PEOPLE, request=request) as person:
-            limit = min(request.limit or PAGE, PAGE)
-            if request.before:
-                self._seen(request.before, person)
-            owner = person.name if person.role == "researcher" else None
-            rows = self._journal.page(limit=limit + 1, before=request.before, owner=owner)
-            done = self._journal.rounds_done(row.id for row in rows[:limit])
-            return pb.ListReply(runs=[_brief(row, done.get(row.id, 0)) for row in rows[:limit]], more=len(rows) > limit)
+            return await in_thread(self._page, request, person)
+
+    def _page(self, request: pb.ListRequest, person: Peer) -> pb.ListReply:
+        limit = min(request.limit or PAGE, PAGE)
+        if request.before:
+            self._seen(request.before, person)
+        owner = person.name if person.role == "researcher" else None
+        rows = self._journal.page(limit=limit + 1, before=request.before, owner=owner)
+        done = self._journal.rounds_done(row.id for row in rows[:limit])
+        return pb.ListReply(runs=[_brief(row, done.get(row.id, 0)) for row in rows[:limit]], more=len(rows) > limit)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
         """Stream events until the run is over and all were sent."""
         async with self._gate(context, *PEOPLE, request=request) as person:
-            self._seen(request.id, person)
+            await in_thread(self._seen, request.id, person)
             after, live = request.after, True
             while live:
-                live = (
-                    self._journal.run(request.id).state in LIVE
-                )  # before the events: none written at the end is missed
-                for row in self._journal.events(request.id, after=after):
-                    after = row.seq
-                    yield pb.Event(
-                        seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=_json(row.data)
-                    )
+                number = self._changes.number  # before the look: what is written after it makes it another one
+                live, events = await in_thread(self._news, request.id, after)
+                for event in events:
+                    after = event.seq
+                    yield event
                 if live:
-                    await asyncio.sleep(POLL_S)
+                    await self._changes.after(number, timeout_s=RECHECK_S)
                     self._gate.recheck(person)
+
+    def _news(self, run: str, after: int) -> tuple[bool, list[pb.Event]]:
+        """Return whether a run is not over, and its events after one."""
+        live = self._journal.is_live(run)  # before the events: none written at the end is missed
+        return live, [
+            pb.Event(seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=_json(row.data))
+            for row in self._journal.events(run, after=after)
+        ]
 
     async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """End a run; one that is over stays as it ended."""
         async with self._gate(context, "owner", "researcher", request=request) as person:
-            self._seen(request.id, person)
-            self._journal.end_run(request.id, Cancelled(error=f"cancelled by {person.name}"))
-            return self._status(self._journal.run(request.id), person)
+            await in_thread(self._seen, request.id, person)
+            await in_thread(self._journal.end_run, request.id, Cancelled(error=f"cancelled by {person.name}"))
+            return await in_thread(self._status, request.id, person)
 
     async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a published file of a run of the caller's, if the policy lets them have it; nothing else can be had."""
         async with self._gate(context, "owner", "researcher", request=request, transfer=True) as person:
-            published = self._journal.publications(request.digest)
+            published = await in_thread(self._journal.publications, request.digest)
             seen = [row for row in published if person.role == "owner" or row.owner == person.name]
             if not seen:
                 raise NotFoundError(f"{plain(request.digest)} is not a published file")
@@ -118,7 +136,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""
         async with self._gate(context, *PEOPLE, request=request):
-            rows = self._journal.sites()
+            rows = await in_thread(self._journal.sites)
             return pb.SitesReply(
                 sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
             )
@@ -134,7 +152,8 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             raise no_run(run)
         return row
 
-    def _status(self, row: Row, person: Peer) -> pb.RunStatus:
+    def _status(self, run: str, person: Peer) -> pb.RunStatus:
+        row = self._seen(run, person)
         status = _brief(row, self._journal.rounds_done([row.id]).get(row.id, 0))
         files = [
             file
@@ -156,14 +175,13 @@ def _json(value: Any) -> str:
 
 
 def _brief(row: Row, done: int) -> pb.RunStatus:
-    """What a list shows of a run. A spec of another version, or beyond today's ranges, must not end the list."""
-    spec = json.loads(row.spec)
+    """What a list shows of a run."""
     return pb.RunStatus(
         id=row.id,
-        name=plain(str(spec.get("name", "")), most=200),
+        name=plain(row.name, most=200),
         state=row.state,
         round=done,
-        rounds=min(int(spec.get("rounds", 1)), COUNT),
+        rounds=row.rounds,
         error=plain(row.error, most=500),
         note=plain(row.note, most=500),
         submitted_at=row.submitted_at,

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from offsite.coordinator.store.journal import OPEN, Journal, Key, Row
+from offsite.coordinator.store.journal import OPEN, Key, Move, Row
 from offsite.protos.events import SiteState
 
 WRITE_EVERY_S = 1.0  # a task's row
@@ -16,12 +16,12 @@ def ahead(task: Row, *, state: str, step: int, received: int) -> bool:
     return (OPEN.index(state), step, received) > (OPEN.index(task.state), task.step, task.bytes_down)
 
 
-class Told:
-    """When the journal was last told of an open task; forgotten with `forget` once it is over."""
+class Pace:
+    """How often the journal is told of each open task; what is over is let go of with `forget`."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self) -> None:
         self._tasks: dict[Key, tuple[float, float, float]] = {}  # first report, last write, last event
+        self._swept = time.time()
 
     def __len__(self) -> int:
         """Return of how many tasks there is state."""
@@ -31,18 +31,21 @@ class Told:
         """Let go of a task that is over."""
         self._tasks.pop(key, None)
 
-    def tell(self, key: Key, task: Row, **progress: Any) -> bool:
-        """Record progress of an open task, if it is time to; False when the task is closed."""
+    def move(self, key: Key, task: Row, **progress: Any) -> Move | None:
+        """Return how progress of an open task is to be recorded; None if it is not time to."""
         now, rises = time.time(), progress["state"] != task.state
-        if key not in self._tasks:
-            self._tasks = {one: times for one, times in self._tasks.items() if now - times[1] < FORGET_S}
+        self._sweep(now)
         first, written, told = self._tasks.get(key, (now, 0.0, 0.0))
         if not rises and now - written < WRITE_EVERY_S:
-            return True
+            return None
         event = None
         if rises or now - told >= max(WRITE_EVERY_S, (OLDER - 1) * (now - first)):
             told, event = now, SiteState(round=key.round + 1, site=key.site, **progress)
-        if not self._journal.set_task(key, event, moved_at=now, **progress):
-            return False
         self._tasks[key] = first, now, told
-        return True
+        return Move(key, {"moved_at": now, **progress}, event)
+
+    def _sweep(self, now: float) -> None:
+        """Let go, now and then, of tasks of which nothing was heard for long."""
+        if now - self._swept > FORGET_S:
+            self._swept = now
+            self._tasks = {key: times for key, times in self._tasks.items() if now - times[1] < FORGET_S}

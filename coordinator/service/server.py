@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from offsite.coordinator.retention import Retention, collect
 from offsite.coordinator.runs.dispatch import PLACES, Dispatcher
 from offsite.coordinator.runs.executor import Executor
 from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.limits import CALLS
 from offsite.coordinator.service.people import RunsService
@@ -30,6 +32,7 @@ from offsite.protos.security.tls import server_credentials
 log = logging.getLogger(__name__)
 
 COLLECT_EVERY_S = 6 * 3600.0
+CONNECTIONS = 4096  # of sites and people; each takes a file of this process
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second coordinator would take half of the calls without a word
@@ -39,7 +42,7 @@ OPTIONS = (
     ("grpc.max_receive_message_length", 6 << 20),  # a chunk, a spec or an update's metrics
     ("grpc.max_metadata_size", 4096),
     ("grpc.max_concurrent_streams", 2 * CALLS),  # of one connection; `Limits` bounds those of one certificate
-    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_age_ms", 3_600_000),  # what stalls on a connection ends with it; what goes on resumes
     ("grpc.max_connection_age_grace_ms", 300_000),
@@ -92,21 +95,21 @@ class Server:
         executor = self._make_executor(self._home)
         if not await self._start(executor, stop):
             return
-        dispatcher = Dispatcher(journal, executor, places=self._places)
+        _allow_files(2 * CONNECTIONS)
+        dispatcher, changes = Dispatcher(journal, executor, places=self._places), Changes(journal)
         server = grpc.aio.server(options=OPTIONS)
         port = self._bind(server, address)
-        add_FleetServicer_to_server(FleetService(self._home, journal, blobs, gate), server)  # type: ignore[no-untyped-call]
-        runs = RunsService(journal, blobs, gate, dispatcher.wake, policy=self._policy)
+        fleet = FleetService(self._home, journal, blobs, gate, changes)
+        add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]
+        runs = RunsService(journal, blobs, gate, changes, dispatcher.wake, policy=self._policy)
         add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
         await server.start()
         try:
             ready(port)
-            work = asyncio.create_task(dispatcher.work())
-            collecting = asyncio.create_task(self._collect())
-            await asyncio.wait(
-                {work, collecting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in (work, collecting):
+            jobs = (dispatcher.work(), changes.follow(), fleet.waiting.work(), self._collect())
+            work = [asyncio.create_task(job) for job in jobs]
+            await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+            for task in work:
                 if task.done():
                     task.result()  # raises: the journal is damaged
         finally:
@@ -140,6 +143,14 @@ class Server:
             return server.add_secure_port(str(address), server_credentials(self._identity))
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {address}: {error}") from None
+
+
+def _allow_files(count: int) -> None:
+    """Raise the bound on this process's open files, as far as it may be: often it is a thousand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _probe(address: Address) -> None:

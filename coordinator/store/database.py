@@ -1,7 +1,7 @@
 """How the journal's database is opened, read and written, and what it says put into words."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._engine = _open(path)
+        self._on_write: Callable[[], object] | None = None
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
         with _in_words(self._path), self._engine.begin() as connection:
             yield connection
+        if self._on_write is not None:
+            self._on_write()
 
     def _all(self, query: sa.Select[Any]) -> list[Row]:
         with _in_words(self._path), self._engine.connect() as connection:
@@ -39,13 +42,47 @@ class Database:
             if (said := str(connection.execute(sa.text("PRAGMA quick_check(1)")).scalar_one())) != "ok":
                 raise _damaged(self._path, said)
 
+    def watch(self, on_write: Callable[[], object]) -> "Watch":
+        """Return what tells whether the database has changed; what is written through this object calls `on_write`.
+
+        It is called in the thread that wrote, once what it wrote can be read.
+        """
+        self._on_write = on_write
+        return Watch(self._path, self._engine)
+
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
 
 
+class Watch:
+    """Tells whether a database has changed since the last look, whichever process wrote.
+
+    A look reads one number from memory that SQLite shares between processes: it takes microseconds, and waits for
+    nobody who reads or writes.
+    """
+
+    def __init__(self, path: Path, engine: sa.Engine) -> None:
+        self._path = path
+        self._connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._version = self._look()
+
+    def changed(self) -> bool:
+        """Tell whether anything was committed since the last look."""
+        before, self._version = self._version, self._look()
+        return before != self._version
+
+    def _look(self) -> int:
+        with _in_words(self._path):
+            return int(self._connection.exec_driver_sql("PRAGMA data_version").scalar_one())
+
+    def close(self) -> None:
+        """Look no more."""
+        self._connection.close()
+
+
 def _open(path: Path) -> sa.Engine:
-    """Open a journal, made if missing; columns that an older one lacks are added. Raises OffsiteError."""
+    """Open a journal, made if missing; columns and indices that an older one lacks are added. Raises OffsiteError."""
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
     sa.event.listen(engine, "connect", _prepare)
     with _in_words(path):
@@ -57,6 +94,8 @@ def _open(path: Path) -> sa.Engine:
                     if column.name not in there:
                         made = sa.schema.CreateColumn(column).compile(dialect=engine.dialect)
                         connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {made}"))
+                for index in table.indexes:
+                    index.create(connection, checkfirst=True)
     return engine
 
 

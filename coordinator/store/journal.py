@@ -8,10 +8,10 @@ import sqlalchemy as sa
 
 from offsite.coordinator.store.runs import Runs, no_run
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, events
-from offsite.coordinator.store.tasks import Key, Tasks
+from offsite.coordinator.store.tasks import Key, Move, Tasks
 from offsite.protos.events import Event
 
-__all__ = ["LIVE", "OPEN", "Journal", "Key", "Row", "no_run"]
+__all__ = ["LIVE", "OPEN", "Journal", "Key", "Move", "Row", "no_run"]
 
 
 class Journal(Runs, Tasks):

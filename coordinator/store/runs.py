@@ -1,7 +1,9 @@
 """Runs in the journal: their states, the steps that were done for them, and the files they published."""
 
+import json
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,10 +14,17 @@ from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps
 from offsite.protos.errors import ConflictError, NotFoundError
 from offsite.protos.events import End, Event, Selected, Waiting
+from offsite.protos.ranges import COUNT
 
 
 class Runs(Database):
     """The tables of runs, steps and artifacts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        for row in self._all(sa.select(runs.c.id, runs.c.spec).where(runs.c.rounds.is_(None))):  # of an older version
+            with self._write() as connection:
+                connection.execute(sa.update(runs).where(runs.c.id == row.id).values(**_title(row.spec)))
 
     def add_run(self, run: str, *, token: str, owner: str, spec: bytes, granted: dict[str, Any] | None = None) -> Row:
         """Insert a run and what was granted, or return the one of the same token; raises ConflictError.
@@ -25,7 +34,8 @@ class Runs(Database):
         with self._write() as connection:
             added = connection.execute(
                 insert(runs)
-                .values(id=run, token=token, owner=owner, spec=spec, state="queued", submitted_at=time.time())
+                .values(id=run, token=token, owner=owner, spec=spec, **_title(spec))
+                .values(state="queued", submitted_at=time.time())
                 .on_conflict_do_nothing()
             )
             if added.rowcount and granted is not None:
@@ -42,6 +52,10 @@ class Runs(Database):
             raise no_run(run)
         return found[0]
 
+    def is_live(self, run: str) -> bool:
+        """Tell whether a run is not over."""
+        return bool(self._all(sa.select(runs.c.id).where(runs.c.id == run, runs.c.state.in_(LIVE))))
+
     def submitted(self, token: str) -> bool:
         """Tell whether a token was used."""
         return bool(self._all(sa.select(runs.c.id).where(runs.c.token == token)))
@@ -56,8 +70,9 @@ class Runs(Database):
         return self._all(query.where(runs.c.state.in_(states)) if states else query)
 
     def page(self, *, limit: int, before: str = "", owner: str | None = None) -> list[Row]:
-        """Return the newest runs (of one owner), or those submitted before a run, newest first."""
-        query = sa.select(runs).order_by(runs.c.submitted_at.desc(), runs.c.id.desc()).limit(limit)
+        """Return the newest runs (of one owner), or those submitted before a run, newest first, without documents."""
+        brief = (column for column in runs.c if column.name not in ("spec", "report"))
+        query = sa.select(*brief).order_by(runs.c.submitted_at.desc(), runs.c.id.desc()).limit(limit)
         if owner is not None:
             query = query.where(runs.c.owner == owner)
         if before:
@@ -67,7 +82,8 @@ class Runs(Database):
 
     def rounds_done(self, ids: Iterable[str]) -> dict[str, int]:
         """Return how many rounds each run has finished; a run that has no emulator yet is not in it."""
-        versions = steps.c.run.in_(list(ids)), steps.c.name.startswith("version:")
+        named = sa.and_(steps.c.name >= "version:", steps.c.name < "version;")  # as the index is sorted
+        versions = steps.c.run.in_(list(ids)), named
         query = sa.select(steps.c.run, sa.func.count().label("versions")).where(*versions).group_by(steps.c.run)
         return {row.run: row.versions - 1 for row in self._all(query)}
 
@@ -156,6 +172,15 @@ class Runs(Database):
         """Return (name, owner) of each published file with a digest: as what, and by whose run."""
         query = sa.select(artifacts.c.name, runs.c.owner).join(runs, runs.c.id == artifacts.c.run)
         return self._all(query.where(artifacts.c.digest == digest))
+
+
+def _title(spec: bytes) -> dict[str, Any]:
+    """Read what a list shows of a spec; one that another version wrote, or the disk garbled, must not end the list."""
+    try:
+        document = json.loads(spec)
+        return {"name": str(document.get("name", "")), "rounds": min(max(int(document.get("rounds", 1)), 0), COUNT)}
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        return {"name": "", "rounds": 1}
 
 
 def no_run(run: str) -> NotFoundError:

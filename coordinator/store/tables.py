@@ -28,6 +28,10 @@ runs = sa.Table(
     sa.Column("report", sa.String, default=""),
     sa.Column("submitted_at", sa.Float),
     sa.Column("finished_at", sa.Float, default=0.0),
+    sa.Column("name", sa.String),  # this and the next are the spec's, for lists: a spec can be long
+    sa.Column("rounds", sa.Integer),
+    sa.Index("runs_newest", "submitted_at", "id"),
+    sa.Index("runs_of_owner", "owner", "submitted_at", "id"),
 )
 tasks = sa.Table(
     "tasks",
@@ -48,6 +52,7 @@ tasks = sa.Table(
     sa.Column("bytes_up", sa.Integer, default=0),
     sa.Column("update", sa.String, default=""),
     sa.Column("metrics", sa.String, default=""),
+    sa.Index("tasks_by_state", "state", "site"),
 )
 steps = sa.Table(  # work that was done and what it gave, so that it is never done again
     "steps",
@@ -81,13 +86,18 @@ artifacts = sa.Table(
     metadata,
     sa.Column("run", sa.String, primary_key=True),
     sa.Column("name", sa.String, primary_key=True),
-    sa.Column("digest", sa.String),
+    sa.Column("digest", sa.String, index=True),
     sa.Column("size", sa.Integer),
 )
 
 
 def event_row(run: str, event: Event) -> sa.Insert:
     """Insert an event, now."""
+    return sa.insert(events).values(**event_values(run, event))
+
+
+def event_values(run: str, event: Event) -> dict[str, Any]:
+    """Return the columns of an event, now."""
     data = plain_data(event)
     beside = {"round": data.pop("round", 0), "site": data.pop("site", "")}
-    return sa.insert(events).values(run=run, at=time.time(), kind=event.kind, data=data, **beside)
+    return {"run": run, "at": time.time(), "kind": event.kind, "data": data, **beside}

@@ -1,13 +1,14 @@
 """Tasks in the journal, and the sites that do them."""
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from offsite.coordinator.store.database import Database
-from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, runs, sites, tasks
+from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, event_values, events, runs, sites, tasks
 from offsite.protos.errors import NotFoundError
 from offsite.protos.events import Event, SiteState
 
@@ -21,20 +22,33 @@ class Key(NamedTuple):
     attempt: int
 
 
+class Move(NamedTuple):
+    """A change of an open task: the fields that change, and the event that tells of it, if one does."""
+
+    key: Key
+    values: dict[str, Any]
+    event: Event | None = None
+
+
+_IS_OPEN = tasks.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN])
+# One statement for all changes of open tasks, in bursts of thousands: each names the fields that it sets.
+_CHANGE = sa.update(tasks).where(_IS_OPEN, *(tasks.c[name] == sa.bindparam(f"its_{name}") for name in Key._fields))
+
+
 class Tasks(Database):
     """The tables of tasks and sites."""
 
     def add_task(self, key: Key, *, spec: bytes, signature: bytes) -> None:
         """Offer a task; the same key again changes nothing."""
-        with self._write() as connection:
-            values = {
-                **key._asdict(),
-                "spec": spec,
-                "signature": signature,
-                "state": "offered",
-                "moved_at": time.time(),
-            }
-            connection.execute(insert(tasks).values(**values).on_conflict_do_nothing())
+        self.add_tasks([(key, spec, signature)])
+
+    def add_tasks(self, offers: Iterable[tuple[Key, bytes, bytes]]) -> None:
+        """Offer tasks (key, spec, signature), all or none; a key that is there already stays as it is."""
+        now = {"state": "offered", "moved_at": time.time()}
+        rows = [{**key._asdict(), "spec": spec, "signature": signature, **now} for key, spec, signature in offers]
+        if rows:
+            with self._write() as connection:
+                connection.execute(insert(tasks).on_conflict_do_nothing(), rows)
 
     def tasks(self, run: str, round: int | None = None) -> list[Row]:
         """Return the tasks of a run or of one of its rounds, by round, site and attempt."""
@@ -51,36 +65,55 @@ class Tasks(Database):
             )
         return found[0]
 
-    def open_tasks(self, site: str) -> list[Row]:
-        """Return the open tasks of a site in live runs, those of the oldest run first."""
+    def open_tasks(self, *names: str) -> list[Row]:
+        """Return the open tasks of some sites in live runs, those of the oldest run first."""
         query = (
             sa.select(tasks)
             .join(runs, runs.c.id == tasks.c.run)
-            .where(tasks.c.site == site, tasks.c.state.in_(OPEN), runs.c.state.in_(LIVE))
+            .where(tasks.c.site.in_(names), tasks.c.state.in_(OPEN), runs.c.state.in_(LIVE))
             .order_by(runs.c.submitted_at, tasks.c.round, tasks.c.attempt.desc())
         )
         return self._all(query)
 
+    def next_tasks(self, names: Sequence[str]) -> list[Row | None]:
+        """Return the task that each of some sites should do next, or None."""
+        first = {task.site: task for task in reversed(self.open_tasks(*names))}
+        return [first.get(name) for name in names]
+
+    def offered(self) -> set[str]:
+        """Return the sites that have a task in a live run which they have not taken."""
+        query = sa.select(tasks.c.site).join(runs, runs.c.id == tasks.c.run)
+        return {row.site for row in self._all(query.where(tasks.c.state == "offered", runs.c.state.in_(LIVE)))}
+
     def set_task(self, key: Key, event: Event | None = None, **values: Any) -> bool:
         """Change an open task, with the event that tells it, and say whether it was open; a closed one stays."""
-        return self._set(key, OPEN, event, values)
+        return self.move_tasks([Move(key, values, event)])[0]
 
     def close_task(self, key: Key, state: str, message: str) -> bool:
         """Close an open task without an update, tell why, and say whether it was open."""
-        return self._set(key, OPEN, _why(key, state, message), {"state": state, "message": message})
+        return self.set_task(key, _why(key, state, message), state=state, message=message)
+
+    def move_tasks(self, moves: Sequence[Move]) -> list[bool]:
+        """Change open tasks and tell of it, in one transaction; say of each whether it was open: a closed one stays."""
+        with self._write() as connection:
+            were_open = [
+                bool(connection.execute(_CHANGE, {**move.values, **_named(move.key)}).rowcount) for move in moves
+            ]
+            rows = [
+                event_values(move.key.run, move.event)
+                for move, was_open in zip(moves, were_open, strict=True)
+                if was_open and move.event is not None
+            ]
+            if rows:
+                connection.execute(sa.insert(events), rows)
+        return were_open
 
     def lose_update(self, key: Key, message: str) -> None:
         """Take back that an update was accepted: its file is lost."""
-        values = {"state": "failed", "message": message, "update": ""}
-        self._set(key, ("uploaded",), _why(key, "failed", message), values)
-
-    def _set(self, key: Key, states: tuple[str, ...], event: Event | None, values: dict[str, Any]) -> bool:
         with self._write() as connection:
-            query = sa.update(tasks).where(*_is(key), tasks.c.state.in_(states))
-            changed = bool(connection.execute(query.values(**values)).rowcount)
-            if changed and event is not None:
-                connection.execute(event_row(key.run, event))
-            return changed
+            query = sa.update(tasks).where(*_is(key), tasks.c.state == "uploaded")
+            if connection.execute(query.values(state="failed", message=message, update="")).rowcount:
+                connection.execute(event_row(key.run, _why(key, "failed", message)))
 
     # sites
 
@@ -91,18 +124,26 @@ class Tasks(Database):
             query = insert(sites).values(name=site, **values)
             connection.execute(query.on_conflict_do_update(index_elements=["name"], set_=values))
 
-    def see(self, site: str) -> None:
-        """Record that a site called just now."""
+    def see(self, *names: str) -> None:
+        """Record that sites were heard just now."""
         with self._write() as connection:
-            connection.execute(sa.update(sites).where(sites.c.name == site).values(seen_at=time.time()))
+            connection.execute(sa.update(sites).where(sites.c.name.in_(names)).values(seen_at=time.time()))
 
     def sites(self) -> list[Row]:
         """Return the enrolled sites by name."""
         return self._all(sa.select(sites).order_by(sites.c.name))
 
+    def present(self, since: float) -> list[str]:
+        """Return by name the sites that were heard since a time."""
+        return [row.name for row in self._all(sa.select(sites.c.name).where(sites.c.seen_at >= since).order_by("name"))]
+
 
 def _is(key: Key) -> list[sa.ColumnElement[bool]]:
     return [tasks.c[name] == value for name, value in key._asdict().items()]
+
+
+def _named(key: Key) -> dict[str, Any]:
+    return {f"its_{name}": value for name, value in key._asdict().items()}
 
 
 def _why(key: Key, state: str, message: str) -> SiteState:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import grpc
 from cryptography import x509
@@ -30,10 +31,16 @@ def channel_credentials(identity: Identity, *, pinned: bytes = b"") -> grpc.Chan
 def peer(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
     """Read who is calling from a gRPC auth context; raises IdentityError for one whose certificate does not hold."""
     for pem in auth_context.get("x509_pem_cert", ()):
-        caller = Peer.of(x509.load_pem_x509_certificate(pem))
+        caller = _peer(pem)
         caller.check_date()
         return caller
     raise IdentityError("the caller showed no certificate; connect over TLS with a kit from the model owner")
+
+
+@lru_cache(maxsize=4096)
+def _peer(pem: bytes) -> Peer:
+    """Read whose a certificate is; the same ones come again with every call."""
+    return Peer.of(x509.load_pem_x509_certificate(pem))
 
 
 # What the details of an UNAVAILABLE call, or of a handshake of Python's own, hold, and what it means. A server never

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from offsite.coordinator.home import Home
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.limits import Limits
 from offsite.coordinator.service.people import RunsService
@@ -80,8 +81,9 @@ class Coordinator:
         self.journal.end_run("done", Completed())
         self.journal.add_task(KEY, spec=self.task, signature=b"s")
         self.gate = Gate(Revocations(kit / "crl.pem", seen=self.home.root / "crl-number"))
-        self.fleet = FleetService(self.home, self.journal, blobs, self.gate)
-        self.people = RunsService(self.journal, blobs, self.gate, lambda: None, policy=OwnerPolicy())
+        changes = Changes(self.journal)
+        self.fleet = FleetService(self.home, self.journal, blobs, self.gate, changes)
+        self.people = RunsService(self.journal, blobs, self.gate, changes, lambda: None, policy=OwnerPolicy())
         self.certificates = {
             name: (authority.issue(role, name) / "tls.crt").read_bytes()  # type: ignore[arg-type]
             for role, name in (("site", "bank"), ("owner", "alice"))

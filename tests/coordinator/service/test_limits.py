@@ -2,14 +2,15 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.supervisor import Supervisor
-from offsite.coordinator.service import limits
+from offsite.coordinator.service import limits, progress
 from offsite.coordinator.service.limits import Limits, check_request
-from offsite.coordinator.service.progress import Told, ahead
+from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.documents import to_json
@@ -109,17 +110,28 @@ def test_going_back_and_forth_is_no_progress(journal: Journal) -> None:
 def test_a_task_that_goes_on_is_told_of_ever_more_seldom(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("offsite.coordinator.service.progress.time.time", clock)
-    told = Told(journal)
+    pace = Pace()
     for half in range(2000, 2060):  # seconds 1000 to 1030 of a task, twice a second
-        told.tell(KEY, journal.task(KEY), state="training", step=0 if half == 2000 else half)
+        move = pace.move(KEY, journal.task(KEY), state="training", step=0 if half == 2000 else half)
+        assert move is None or journal.move_tasks([move]) == [True]
         clock.now += 0.5 if half > 2000 else 1000
     assert journal.task(KEY).step >= 2058, "the task's own row is told every second"
     assert 3 <= len(journal.events("r")) <= 5, "an event comes with every hundredth of the task's age"
-    journal.set_task(KEY, state="stalled")
-    clock.now += 2
-    assert not told.tell(KEY, journal.task(KEY), state="training", step=10_000)
-    told.forget(KEY)
-    assert len(told) == 0
+    assert len(pace) == 1
+    pace.forget(KEY)
+    assert len(pace) == 0
+
+
+def test_of_tasks_that_are_not_heard_of_again_nothing_is_kept(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("offsite.coordinator.service.progress.time.time", clock)
+    pace, task = Pace(), journal.task(KEY)
+    pace.move(KEY, task, state="taken")
+    clock.now += 1.5 * progress.FORGET_S
+    pace.move(KEY._replace(site="b"), task, state="taken")
+    assert len(pace) == 1
 
 
 def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_renews(
@@ -138,13 +150,17 @@ def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_renews(
         supervisor = Supervisor(home, "r", perform=lambda *_: {})
         return supervisor._is_open(0, journal.task(KEY))
 
+    def move(**progress: Any) -> bool:
+        made = Pace().move(KEY, journal.task(KEY), **progress)
+        return made is not None and journal.move_tasks([made]) == [True]
+
     clock.now += 1000
     journal.see("a")
     assert is_open(), "a site that is busy with another run is waited for while it is here"
-    Told(journal).tell(KEY, journal.task(KEY), state="taken", step=0)
+    assert move(state="taken", step=0)
     for step in range(3):
         clock.now += 33
-        assert Told(journal).tell(KEY, journal.task(KEY), state="training", step=step) and is_open()
+        assert move(state="training", step=step) and is_open()
     clock.now += 2
     assert not is_open()
     assert journal.task(KEY).message == "was not done 100 s after it took its task"

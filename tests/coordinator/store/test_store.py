@@ -13,10 +13,10 @@ import sqlalchemy
 from offsite.coordinator.store import blobs as blobs_module
 from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.coordinator.store.database import Unwritable
-from offsite.coordinator.store.journal import Journal, Key
+from offsite.coordinator.store.journal import Journal, Key, Move
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
-from offsite.protos.events import Cancelled, Completed, RoundDone
+from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
 
@@ -164,7 +164,56 @@ def test_what_hinders_the_journal_is_a_sentence(journal: Journal, tmp_path: Path
 def test_an_older_journal_gets_the_columns_that_it_lacks(tmp_path: Path) -> None:
     Journal(tmp_path / "journal.db").close()
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
-        connection.execute("ALTER TABLE runs DROP COLUMN note")
-        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('old', 'queued', 'x')")
+        for column in ("note", "name", "rounds"):
+            connection.execute(f"ALTER TABLE runs DROP COLUMN {column}")
+        for index in ("runs_newest", "tasks_by_state"):
+            connection.execute(f"DROP INDEX {index}")
+        spec = b'{"name": "old one", "rounds": 3}'
+        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('old', 'queued', ?)", (spec,))
+        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('odd', 'queued', ?)", (b"\xff[]",))
         connection.commit()
-    assert Journal(tmp_path / "journal.db").run("old").note == ""
+    journal = Journal(tmp_path / "journal.db")
+    assert [(run.note, run.name, run.rounds) for run in map(journal.run, ("old", "odd"))] == [
+        ("", "old one", 3),
+        ("", "", 1),
+    ]
+    journal.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
+        indices = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert {"runs_newest", "tasks_by_state"} <= indices
+
+
+def test_what_the_fleet_asks_for_is_looked_up_and_not_searched_for(tmp_path: Path) -> None:
+    journal, plans = Journal(tmp_path / "journal.db"), []
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith(("SELECT", "UPDATE")):
+            plan = connection.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans.extend(row[3] for row in plan)
+
+    journal.add_run("r", token="t", owner="alice", spec=b"{}")
+    journal.add_task(KEY, spec=b"task", signature=b"s")
+    sqlalchemy.event.listen(journal._engine, "before_cursor_execute", explain)
+    journal.next_tasks(["a", "b"])
+    journal.offered()
+    journal.set_task(KEY, state="training")
+    journal.events("r", after=3)
+    journal.page(limit=3, owner="alice")
+    journal.page(limit=3)
+    journal.rounds_done(["r"])
+    journal.publications("sha256:0")
+    assert len(plans) >= 9 and not [plan for plan in plans if plan.startswith("SCAN") and "INDEX" not in plan], plans
+    assert not [plan for plan in plans if "ORDER BY" in plan and "tasks" in plan]
+
+
+def test_each_site_is_given_the_task_of_the_oldest_run_and_many_tasks_change_at_once(journal: Journal) -> None:
+    journal.add_run("r2", token="t2", owner="alice", spec=b"spec")
+    keys = [Key(run, 0, site, 0) for run in ("r2", "r") for site in ("a", "b")]
+    journal.add_tasks((key, f"{key.run}-{key.site}".encode(), b"s") for key in keys)
+    journal.add_tasks([])
+    assert [task and task.spec for task in journal.next_tasks(["b", "c", "a"])] == [b"r-b", None, b"r-a"]
+    assert journal.set_task(keys[2], state="uploaded")
+    moves = [Move(key, {"state": "taken"}, SiteState(round=1, site=key.site, state="taken")) for key in keys]
+    assert journal.move_tasks(moves) == [True, True, False, True]
+    assert [(event.site, event.round, event.data["state"]) for event in journal.events("r")] == [("b", 1, "taken")]
+    assert [event.site for event in journal.events("r2")] == ["a", "b"] and journal.offered() == set()

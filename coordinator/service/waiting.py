@@ -1,0 +1,96 @@
+"""Sites that wait for a task: one query for all of them when the journal has changed, none while nothing happens."""
+
+import asyncio
+import logging
+
+from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.changes import Changes
+from offsite.coordinator.service.threads import Batch, in_thread
+from offsite.coordinator.store.database import Unwritable
+from offsite.coordinator.store.journal import Journal, Row
+from offsite.protos.errors import OffsiteError
+from offsite.protos.security.certificates import Peer
+
+BEAT_S = 2.0
+AGAIN_S = 1.0  # after the journal could not be used
+
+log = logging.getLogger(__name__)
+
+
+class WaitingRoom:
+    """Who waits for a task, and who was heard; it tells the journal every few seconds, in one transaction."""
+
+    def __init__(self, journal: Journal, gate: Gate, changes: Changes) -> None:
+        self._journal, self._gate, self._changes = journal, gate, changes
+        self._calls: dict[str, dict[asyncio.Future[Row], Peer]] = {}  # by site
+        self._heard: set[str] = set()
+        self._next_task = Batch(journal.next_tasks)
+
+    def __len__(self) -> int:
+        """Return how many sites wait."""
+        return len(self._calls)
+
+    def hear(self, site: str) -> None:
+        """Note that a site called."""
+        self._heard.add(site)
+
+    async def task(self, site: Peer, wait_s: float) -> Row | None:
+        """Return a site's next open task, once there is one; None if there is none for so long.
+
+        Raises IdentityError when its certificate ceases to hold meanwhile.
+        """
+        self.hear(site.name)
+        told: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
+        calls = self._calls.setdefault(site.name, {})
+        calls[told] = site  # before the look: a task that is written after it is handed out by `work`
+        try:
+            return await self._next_task(site.name) or await asyncio.wait_for(told, wait_s)
+        except TimeoutError:
+            return None
+        finally:
+            del calls[told]
+            if not calls:
+                del self._calls[site.name]
+
+    async def work(self) -> None:
+        """Hand out tasks as they are written, and keep the journal up to date on who is here."""
+        await asyncio.gather(self._hand_out(), self._beat())
+
+    async def _hand_out(self) -> None:
+        number = -1
+        while True:
+            number = await self._changes.after(number)
+            try:
+                if self._calls and (names := self._calls.keys() & await in_thread(self._journal.offered)):
+                    for task in await in_thread(self._journal.next_tasks, list(names)):
+                        if task is not None:
+                            self._tell(task)
+            except Unwritable as error:
+                log.error("%s", error)
+                await asyncio.sleep(AGAIN_S)
+                number = -1  # what was not read is still to be told
+
+    def _tell(self, task: Row) -> None:
+        for told in self._calls.get(task.site, ()):
+            if not told.done():
+                told.set_result(task)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for calls in self._calls.values():
+                for told, site in calls.items():
+                    self._recheck(told, site)
+            present, self._heard = self._calls.keys() | self._heard, set()
+            try:
+                if present:
+                    await in_thread(self._journal.see, *present)
+            except Unwritable as error:
+                log.error("%s", error)
+
+    def _recheck(self, told: "asyncio.Future[Row]", site: Peer) -> None:
+        try:
+            self._gate.recheck(site)
+        except OffsiteError as error:
+            if not told.done():
+                told.set_exception(error)
