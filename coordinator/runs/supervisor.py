@@ -151,8 +151,7 @@ class Supervisor:
         built, sites = self._history[BUILD], self._history[SELECT].names
         folded = self._history.get(results.fold(number + 1))
         if folded is None:
-            for site in sites:
-                self._offer(number, site, attempt=0)
+            self._offer(number, *sites, attempt=0)
             updates, last = self._collect(number), self._version(number)
             order = Aggregate(residual=last.residual, broadcast=last.broadcast, updates=updates, sites=sites)
             folded = self._do(results.fold(number + 1), order, partial(_folded, number + 1))
@@ -168,10 +167,17 @@ class Supervisor:
     def _version(self, number: int) -> Version:
         return self._history[results.fold(number)] if number else self._history[BUILD]
 
-    def _offer(self, number: int, site: str, *, attempt: int) -> None:
+    def _offer(self, number: int, *sites: str, attempt: int) -> None:
+        """Write tasks of a round, all at once; those that are there already stay."""
+        tasks = [self._task(number, site, attempt) for site in sites]
+        signed = [(document, sign(document, self._home.owner_key, purpose="task")) for document in map(to_json, tasks)]
+        keys = [Key(self._run, number, site, attempt) for site in sites]
+        self._journal.add_tasks((key, *offer) for key, offer in zip(keys, signed, strict=True))
+
+    def _task(self, number: int, site: str, attempt: int) -> TaskSpec:
         built, bundle = self._history[BUILD], self._history.bundle(number)
         start = self._version(number).broadcast[site]
-        task = TaskSpec(
+        return TaskSpec(
             run=self._run,
             round=number,
             rounds=self._spec.rounds,
@@ -186,9 +192,6 @@ class Supervisor:
             method_hash=built.method_hash,
             training=training(self._spec, built.learning_rate),
         )
-        document = to_json(task)
-        signature = sign(document, self._home.owner_key, purpose="task")
-        self._journal.add_task(Key(self._run, number, site, attempt), spec=document, signature=signature)
 
     def _collect(self, number: int) -> tuple[Update, ...]:
         """Wait until no task of the round is open; return the updates, or fail the run if they are too few."""
