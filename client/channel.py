@@ -13,7 +13,7 @@ import grpc
 
 from offsite.client.apart import many, one
 from offsite.protos.addresses import parse
-from offsite.protos.chunks import digest_file, is_digest, read_chunks
+from offsite.protos.chunks import digest_file, hex_of, is_digest, read_chunks
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
@@ -190,9 +190,9 @@ class Channel:
         """
         if not is_digest(digest):
             raise MismatchError(f"{digest!r} is not a digest")
-        if path.exists() and digest_file(path) == digest:
+        if path.exists() and digest_file(path, like=digest) == digest:
             return 0
-        partial = path.with_name(f"{path.name}.{digest[7:19]}.partial")
+        partial = path.with_name(f"{path.name}.{hex_of(digest, most=12)}.partial")
         received = 0
 
         def attempt() -> None:
@@ -210,7 +210,7 @@ class Channel:
         with _disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.patiently(attempt, progress=lambda: received)
-        if (found := digest_file(partial)) != digest:
+        if (found := digest_file(partial, like=digest)) != digest:
             partial.unlink()
             raise MismatchError(f"{path.name}: its digest is {found}, expected {digest}; what came was thrown away")
         os.replace(partial, path)

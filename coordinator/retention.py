@@ -5,16 +5,15 @@ bundles, broadcasts, updates and averages) goes some days after its end. A run t
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import LIVE, Journal, Row
+from offsite.protos.chunks import DIGEST
 
 DAY_S = 24 * 3600.0
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,15 @@ def _worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:
     """Return every digest that a run's steps and tasks name, and that the manifests among them name."""
     steps = journal.steps(run)
     tasks = journal.tasks(run)
-    digests = set(DIGEST.findall(json.dumps(steps))) | {task.update for task in tasks}
-    digests |= {digest for task in tasks for digest in DIGEST.findall(task.spec.decode())}
+    digests = _named(json.dumps(steps)) | {task.update for task in tasks}
+    digests |= {digest for task in tasks for digest in _named(task.spec.decode())}
     manifests = {value["manifest"] for value in steps.values() if "manifest" in value}
     for manifest in manifests:
         if manifest in blobs:
-            digests |= set(DIGEST.findall(blobs.path(manifest).read_text()))
+            digests |= _named(blobs.path(manifest).read_text())
     return digests
+
+
+def _named(text: str) -> set[str]:
+    """Return the digests that stand in a text."""
+    return {match[0] for match in DIGEST.finditer(text)}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from offsite.client.site.policy import MIB, Policy
-from offsite.protos.chunks import digest_bytes
+from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.errors import ConflictError, ResourceError, from_system
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import TaskSpec
@@ -78,11 +78,11 @@ class WorkFolder:
 
     def bundle(self, task: TaskSpec) -> Path:
         """Return the folder of a task's emulator; its manifest is beside it, with the ending .json."""
-        return self.path / "bundles" / task.manifest[7:23]
+        return self.path / "bundles" / hex_of(task.manifest, most=16)
 
     def adapter(self, task: TaskSpec) -> Path:
         """Return the file of what a task starts from."""
-        return self.path / "adapters" / f"{task.adapter[7:23]}.safetensors"
+        return self.path / "adapters" / f"{hex_of(task.adapter, most=16)}.safetensors"
 
     def task(self, task: TaskSpec) -> Path:
         """Return the folder of what a task gives."""

@@ -44,7 +44,7 @@ def read(folder: Path, *, owner_public: Path | None = None) -> Manifest:
     for entry in manifest.files:
         if not (folder / entry.path).is_file():
             raise MismatchError(f"{folder}: {entry.path} is missing, the manifest names it")
-        if (found := digest_file(folder / entry.path)) != entry.digest:
+        if (found := digest_file(folder / entry.path, like=entry.digest)) != entry.digest:
             raise MismatchError(f"{folder / entry.path}: its digest is {found}, the manifest says {entry.digest}")
     return manifest
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
-from offsite.protos.chunks import digest_bytes
+from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import plain
 
 BEAT_S = 2.0
@@ -54,7 +54,7 @@ def _join(address: str, root: str) -> None:
         raise RuntimeError(f"it would listen on {listens} instead of loopback")
     ray.init(
         address=address or "local",
-        namespace=f"offsite-{digest_bytes(root.encode())[7:23]}",  # this coordinator's own supervisors
+        namespace=f"offsite-{hex_of(digest_bytes(root.encode()), most=16)}",  # this coordinator's own supervisors
         log_to_driver=False,
         logging_level=logging.ERROR,
         **local,

@@ -3,7 +3,7 @@
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
-from offsite.protos.chunks import is_digest
+from offsite.protos.chunks import hex_of, is_digest
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
 from offsite.protos.events import UpdateAccepted
@@ -24,7 +24,7 @@ class Upload:
         if not is_digest(header.digest):
             raise InputError(f"{self._what()}: {header.digest!r} is not a digest")
         self._stem = f"{header.key.run}-{header.key.round}-{site}-{header.key.attempt}-"
-        self._file = home.spool / (self._stem + header.digest[7:])
+        self._file = home.spool / (self._stem + hex_of(header.digest))
         self._run = journal.run(header.key.run)
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.protos.chunks import digest_file, is_digest
+from offsite.protos.chunks import ALGORITHMS, algorithm_of, digest_file, hex_of, is_digest
 from offsite.protos.documents import document
 from offsite.protos.errors import InputError, MismatchError, NotFoundError, ResourceError
 from offsite.protos.ranges import Amount, Digest
@@ -33,7 +33,7 @@ class Blobs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+        self._folder("blake3").mkdir(parents=True, exist_ok=True)
         self._checked: dict[str, tuple[tuple[int, int], float]] = {}  # digest -> its file's state, and when
 
     def path(self, digest: str) -> Path:
@@ -41,7 +41,7 @@ class Blobs:
         path = self._place(digest)
         if not path.is_file():
             raise NotFoundError(f"{self.root}: no blob {digest}; put it back from a backup, or submit the run again")
-        if (actual := digest_file(path)) != digest:
+        if (actual := digest_file(path, like=digest)) != digest:
             error = MismatchError(
                 f"{path}: the file has changed since it was stored (its digest is {actual[:19]}...); look at the disk, "
                 "then put the file back from a backup, or submit the run again"
@@ -66,36 +66,46 @@ class Blobs:
 
     def _place(self, digest: str) -> Path:
         if not is_digest(digest):
-            raise InputError(f"{digest!r} is not a digest; expected sha256:<64 hex digits>")
-        return self.root / digest[7:9] / digest[9:]
+            raise InputError(f"{digest!r} is not a digest; expected blake3:<64 hex digits>")
+        digits = hex_of(digest)
+        return self._folder(algorithm_of(digest)) / digits[:2] / digits[2:]
+
+    def _folder(self, algorithm: str) -> Path:
+        """Where the blobs of an algorithm are; those of SHA-256 lie where they lay before there was another."""
+        return self.root if algorithm == "sha256" else self.root / algorithm
 
     def __contains__(self, digest: str) -> bool:
         return self._place(digest).is_file()
 
     def take(self, file: Path, *, digest: str | None = None) -> tuple[str, int]:
         """Move a file in and return (digest, size); durable on return. Raises MismatchError if it is not `digest`."""
-        found = digest_file(file)
+        found = digest_file(file, like=digest or "blake3:")
         if digest is not None and found != digest:
             raise MismatchError(f"{file.name}: its digest is {found}, announced was {digest}")
+        return found, self.keep(file, found)
+
+    def keep(self, file: Path, digest: str) -> int:
+        """Move in a file whose digest the caller has seen and return its size; durable on return."""
         size = file.stat().st_size
-        place = self._place(found)
+        place = self._place(digest)
         place.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(fcntl.LOCK_SH):
-            if place.is_file() and digest_file(place) == found:  # else it has rotted, and is replaced
+            if place.is_file() and digest_file(place, like=digest) == digest:  # else it has rotted, and is replaced
                 os.utime(place)
                 file.unlink()
-                return found, size
+                return size
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             file.replace(place)
-            _sync_folder(place.parent)
-        return found, size
+            for folder in (place.parent, place.parent.parent):  # which may be as new as the file
+                _sync_folder(folder)
+        return size
 
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
         """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""
         files = size = 0
-        for path in self.root.glob("??/*"):
-            if f"sha256:{path.parent.name}{path.name}" in keep:
+        for algorithm, path in ((one, path) for one in ALGORITHMS for path in self._folder(one).glob("??/*")):
+            if f"{algorithm}:{path.parent.name}{path.name}" in keep:
                 continue
             with self._locked(fcntl.LOCK_EX):  # nobody finds it there meanwhile
                 about = path.stat()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from offsite.protos.chunks import digest_bytes
+from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import canonical, from_json, to_json
 from offsite.protos.errors import OffsiteError
 
@@ -45,4 +45,4 @@ class Finished:
 
     def name(self, depends: dict[str, Any]) -> str:
         """Return a name for what depends on this, the same whenever it is asked for."""
-        return digest_bytes(canonical(depends)).removeprefix("sha256:")[:32]
+        return hex_of(digest_bytes(canonical(depends)), most=32)

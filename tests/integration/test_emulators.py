@@ -20,6 +20,7 @@ from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Or
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import Built, Evaluation, Folded, Publication, Realigned
 from offsite.coordinator.store.blobs import Blobs
+from offsite.protos.chunks import hex_of
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.figures import perplexity
 from offsite.protos.recipes import parse, parse_one
@@ -61,7 +62,7 @@ class Round:
 
     def train(self, site: str, manifest: str) -> Update:
         listed = from_json(Manifest, self.blobs.path(manifest).read_bytes(), where="manifest")
-        bundle = self.folder / f"bundle-{manifest[7:15]}"
+        bundle = self.folder / f"bundle-{hex_of(manifest, most=8)}"
         for entry in listed.files:
             (bundle / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (bundle / entry.path).write_bytes(self.blobs.path(entry.digest).read_bytes())

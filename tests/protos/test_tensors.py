@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offsite.protos import tensors
-from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, is_digest, read_chunks
+from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, hex_of, is_digest, read_chunks
 from offsite.protos.errors import MismatchError
 
 GOOD = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2)}
@@ -93,7 +93,18 @@ def test_chunks_cover_a_file_from_any_offset(tmp_path: Path) -> None:
     assert digest_bytes(data) == digest_file(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["", "sha256:", "sha256:" + "G" * 64, "sha256:" + "a" * 63, "../" + "a" * 68])
+def test_a_digest_says_its_algorithm_and_those_of_older_journals_are_still_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    blake3 = "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"  # of the algorithm's paper
+    sha256 = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of FIPS 180
+    assert digest_bytes(b"abc") == digest_file(tmp_path / "file") == blake3
+    assert digest_file(tmp_path / "file", like="sha256:" + "0" * 64) == sha256
+    assert is_digest(blake3) and is_digest(sha256) and hex_of(sha256, most=4) == "ba78"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "sha256:", "blake3:" + "G" * 64, "md5:" + "a" * 64, "blake3:" + "a" * 64 + "\n", "../" + "a" * 68]
+)
 def test_only_digests_are_digests(text: str) -> None:
     assert not is_digest(text) and is_digest(digest_bytes(b""))
 

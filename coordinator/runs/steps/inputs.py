@@ -5,7 +5,7 @@ from pathlib import Path
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.emulator import zoo
-from offsite.protos.chunks import digest_bytes
+from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import RunSpec
@@ -26,4 +26,4 @@ def folders(spec: Grant) -> list[Path]:
 
 def unfinished(home: Home, spec: RunSpec, step: str) -> Path:
     """Where a long step keeps its state, so that it goes on after a kill: the same work finds the same folder."""
-    return home.scratch / f"unfinished-{digest_bytes(to_json(spec) + step.encode())[7:23]}"
+    return home.scratch / f"unfinished-{hex_of(digest_bytes(to_json(spec) + step.encode()), most=16)}"

@@ -88,7 +88,7 @@ def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(home:
         file.write_bytes(content)
         digest, _ = home.blobs().take(file)
         if attempt == 0:
-            (home.root / "blobs" / digest[7:9] / digest[9:]).write_bytes(b"Update")
+            home.blobs().path(digest).write_bytes(b"Update")
         metrics = UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")
         values = {"state": "uploaded", "update": digest, "metrics": to_json(metrics).decode()}
         assert journal.set_task(Key("r", 0, "ward", attempt), **values)

@@ -1,8 +1,10 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
 import contextlib
+import hashlib
 import shutil
 import sqlite3
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,20 @@ def test_a_blob_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="announced was"):
         blobs.take(tmp_path / "file", digest=digest_bytes(b"one"))
     assert digest_bytes(b"three") not in blobs and (tmp_path / "file").exists()
+
+
+def test_blobs_of_an_older_journal_are_read_and_collected_like_new_ones(tmp_path: Path) -> None:
+    blobs, old = Blobs(tmp_path / "blobs"), "sha256:" + hashlib.sha256(b"old").hexdigest()
+    place = tmp_path / "blobs" / old[7:9] / old[9:]  # where SHA-256 alone put it
+    place.parent.mkdir()
+    place.write_bytes(b"old")
+    (tmp_path / "file").write_bytes(b"new")
+    new, _ = blobs.take(tmp_path / "file")
+    assert new.startswith("blake3:") and blobs.path(old) == place and blobs.path(new).read_bytes() == b"new"
+    (tmp_path / "file").write_bytes(b"old")
+    assert blobs.take(tmp_path / "file", digest=old) == (old, 3) and blobs.path(old) == place
+    assert blobs.sweep({old}, before=time.time() + 1) == (1, 3) and old in blobs and new not in blobs
+    assert blobs.sweep(set(), before=time.time() + 1) == (1, 3) and old not in blobs
 
 
 def test_only_a_digest_names_a_blob(tmp_path: Path) -> None:
