@@ -8,22 +8,20 @@ is built, and who may fetch a merged model when it is fetched, both by the polic
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from re import fullmatch
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from offsite.coordinator.runs.grant import Grant
-from offsite.protos.documents import document, from_toml, parse, to_plain
+from offsite.emulator.catalogue import BUILDERS, FIRST, METHODS
+from offsite.protos.documents import document, from_toml, nearest, parse, to_plain
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
-from offsite.protos.ranges import AboveZero, Name, Place, Positive, Share
+from offsite.protos.ranges import AboveZero, Name, Place, Positive, Share, Word
 from offsite.protos.security.certificates import Role
 from offsite.protos.spec import Choice, RunSpec
 
-BuilderName = Literal["additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform", "whole"]
-MethodName = Literal["blocks", "grids", "lora"]
-NARROWING = ("crash", "uniform", "loram")  # a chain without any of them stands for the whole base
-
 MIB = 1 << 20
+Words = Annotated[tuple[Word, ...], Field(max_length=256)]
 
 
 @document
@@ -32,8 +30,8 @@ class OwnerPolicy:
 
     models: dict[Name, Place] = Field(default_factory=dict)  # name -> a folder, a hub id or a name from the zoo
     data: tuple[Place, ...] = ()  # folders whose files runs may name, by their path inside
-    builders: tuple[BuilderName, ...] = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
-    methods: tuple[MethodName, ...] = ("grids", "lora")  # `blocks` publishes layers of the base, trained a little
+    builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
+    methods: Words = ("grids", "lora")  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
@@ -47,6 +45,13 @@ class OwnerPolicy:
     max_live_runs: Positive = 4  # of one researcher
     max_adapter_mib: AboveZero = 64.0
     max_bundle_mib: AboveZero = 16384.0
+
+    def __post_init__(self) -> None:
+        """Refuse a name of a builder or a method that there is none of."""
+        for field, known in (("builders", BUILDERS), ("methods", METHODS)):
+            for name in getattr(self, field):
+                if name not in known:
+                    raise ValueError(f"{field}: there is no {known.kind} {name!r}; {nearest(name, list(known))}")
 
     @classmethod
     def load(cls, path: Path) -> "OwnerPolicy":
@@ -86,6 +91,7 @@ class OwnerPolicy:
             "role": "researcher" if bound else "owner",
             "names": names,
             "folders": self.data if bound else (),
+            "whole": not bound or FIRST in self.builders,
             "base_name": spec.model if spec.model in self.models else "",
         }
         return parse(Grant, placed | granted, where="run spec")
@@ -97,8 +103,6 @@ class OwnerPolicy:
         for builder in spec.builders:
             if builder.name not in self.builders:
                 raise _refused("builders", f"{builder.name} is not among {', '.join(self.builders)}")
-        if "whole" not in self.builders and not any(builder.name in NARROWING for builder in spec.builders):
-            raise _refused("builders", f"without {' or '.join(NARROWING)} an emulator is the whole base")
         if spec.method.name not in self.methods:
             raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
         if spec.merge and person not in self.merged:
@@ -158,7 +162,7 @@ class OwnerPolicy:
         return [
             ("models", models or "none", "what a researcher's run may name as its model"),
             ("data folders", "\n".join(self.data) or "none", "whose files runs may name by their path inside"),
-            ("builders", ", ".join(self.builders), "of emulators; whole hands out the base itself"),
+            ("builders", ", ".join(self.builders), f"of emulators; {FIRST} hands out the base itself"),
             ("methods", ", ".join(self.methods), "blocks publishes layers of the base, trained a little"),
             ("most disclosed", f"{self.max_disclosed:.0%}", f"verbatim {share}"),
             ("with few bits", f"{self.max_disclosed_lossy:.0%}", f"verbatim or rounded {share}"),

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+# What an emulator may have that a later builder, or a method, needs. Another package may add to these.
+REDUCTION = "reduction"  # layers or parts of layers are gone
+CENTROIDS = "centroids"  # maps whose entries are one of a few values that can train
+
 
 @dataclass(frozen=True)
 class Grounds:

@@ -1,11 +1,12 @@
 """Which layers of an emulator train: a choice of its own, whatever builds the emulator and whatever trains in them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-from offsite.emulator import plugins
+from offsite.emulator import catalogue
+from offsite.kernels.plugins import Plugins
 
 
 class Placement(Protocol):
@@ -81,9 +82,5 @@ class Kept:
         return tuple(kept)
 
 
-PLACEMENTS: dict[str, type[Placement]] = {Ends.name: Ends, Spread.name: Spread, Kept.name: Kept}
-
-
-def make(name: str, settings: Mapping[str, Any]) -> Placement:
-    """Make a placement; raises ValueError on an unknown name or setting."""
-    return plugins.make("placement", PLACEMENTS, name, settings)
+PLACEMENTS: Plugins[Placement] = catalogue.PLACEMENTS
+make = PLACEMENTS.make

@@ -45,6 +45,10 @@ class Choice:
 
 Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # builders, in the order they work
 
+# The plug-ins of a run that names no others.
+BUILDERS = (Choice(name="crash"),)
+TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
+
 
 @document
 class TrainingSpec:
@@ -74,10 +78,10 @@ class RunSpec:
 
     model: Place  # at the coordinator: a path, a hub id or a name from the model zoo
     name: Line = ""
-    builders: Chain = (Choice(name="crash"),)
-    trainable: Choice = Field(default_factory=lambda: Choice(name="ends"))  # which layers train
-    method: Choice = Field(default_factory=lambda: Choice(name="lora"))
-    strategy: Choice = Field(default_factory=lambda: Choice(name="low-rank"))
+    builders: Chain = BUILDERS
+    trainable: Choice = TRAINABLE  # which layers train
+    method: Choice = METHOD
+    strategy: Choice = STRATEGY
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     rounds: Positive = 1
     sites: Names = ()  # empty: every site that is enrolled when the run starts

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from offsite.emulator.catalogue import METHODS
 from offsite.protos.documents import document, from_toml, nearest
 from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.ranges import AboveZero, Digest, Flag, Place, Positive, Word
-from offsite.protos.spec import Manifest, Ratio, TaskSpec
+from offsite.protos.spec import METHOD, Manifest, Ratio, TaskSpec
 
 MIB = 1 << 20
-METHODS = ("blocks", "grids", "lora")  # those of offsite.emulator.methods, which brings a tensor library
 
 Bases = Annotated[tuple[Digest, ...], Field(max_length=1024, description="base models to work for, by digest, or any")]
 Folders = Annotated[
@@ -35,7 +35,7 @@ class Policy:
 
     bases: Bases
     data: Folders
-    methods: Annotated[tuple[Word, ...], Field(max_length=16)] = _bound(("lora",), "what may be trained")
+    methods: Annotated[tuple[Word, ...], Field(max_length=16)] = _bound((METHOD.name,), "what may be trained")
     min_steps: Positive = _bound(4, "steps of every round; an update of one or two is the gradient, which is the text")
     max_steps: Positive = _bound(200, "steps of a round")
     min_batch_size: Positive = _bound(4, "sequences of a step; the fewer, the more an update says of each")

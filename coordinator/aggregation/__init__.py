@@ -3,19 +3,25 @@
 from typing import Any
 
 from offsite.coordinator.aggregation.base import Aggregate, Fold, Strategy
-from offsite.coordinator.aggregation.factor_mean import FactorMean
-from offsite.coordinator.aggregation.low_rank import LowRank
-from offsite.coordinator.aggregation.mean import Mean
-from offsite.protos.documents import parse
+from offsite.kernels.plugins import Plugins
 from offsite.protos.errors import InputError
 
 __all__ = ["STRATEGIES", "Aggregate", "Fold", "Strategy", "make"]
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (LowRank, FactorMean, Mean)}
+STRATEGIES: Plugins[Strategy] = Plugins(
+    "strategy",
+    {
+        "factor-mean": "offsite.coordinator.aggregation.factor_mean:FactorMean",
+        "low-rank": "offsite.coordinator.aggregation.low_rank:LowRank",
+        "mean": "offsite.coordinator.aggregation.mean:Mean",
+    },
+    group="offsite.strategies",
+)
 
 
 def make(name: str, settings: dict[str, Any]) -> Strategy:
     """Return a strategy by name; raises InputError that names the known ones or the wrong setting."""
-    if name not in STRATEGIES:
-        raise InputError(f"strategy: there is no {name!r}; known are {', '.join(sorted(STRATEGIES))}")
-    return parse(STRATEGIES[name], settings, where=f"strategy {name}")
+    try:
+        return STRATEGIES.make(name, settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error

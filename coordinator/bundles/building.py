@@ -159,7 +159,7 @@ def _build_streamed(
     """Build an emulator of a base that is never in memory as a whole."""
     depth: Any = makers[0]
     if len(makers) > 1 or depth.stage != "depth":
-        raise ValueError("only crash, uniform and whole, each by itself, build from layers read one at a time")
+        raise ValueError(f"only {builders.of('depth')}, each by itself, build from layers read one at a time")
     model, stored = checkpoint.stream()
     tokenizer = zoo.load_tokenizer(checkpoint.folder)
     zoo.refuse_strange_words(checkpoint.folder, tokenizer, model)

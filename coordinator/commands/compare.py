@@ -85,12 +85,14 @@ def compare(
     from offsite.coordinator.comparison.plan import Plan, cross
     from offsite.coordinator.comparison.table import table
     from offsite.protos.documents import parse, to_json
+    from offsite.protos.recipes import render
+    from offsite.protos.spec import METHOD, TRAINABLE
 
     plan = parse(
         Plan,
         {
             "model": model,
-            "candidates": cross(grid, trainable or ["ends"], method or ["lora"]),
+            "candidates": cross(grid, trainable or [render([TRAINABLE])], method or [render([METHOD])]),
             "train": str(train),
             "held_out": str(held_out),
             "public": str(public),

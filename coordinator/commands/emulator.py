@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from offsite.coordinator.commands.compare import compare
+from offsite.protos.recipes import render
+from offsite.protos.spec import BUILDERS, METHOD, TRAINABLE
 
 if TYPE_CHECKING:
     from offsite.coordinator.bundles.manifests import Description
@@ -26,10 +28,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the bundle; new or empty.")],
     builder: Annotated[
         str, typer.Option(help="How, such as 'crash(keep=24)+quantised'; `offsite emulator builders` lists them.")
-    ] = "crash",
+    ] = render(BUILDERS),
     trainable: Annotated[
         str, typer.Option(help="Which layers train: 'ends(bottom=2,top=2)', 'spread(count=4)' or kept.")
-    ] = "ends",
+    ] = render([TRAINABLE]),
     public: Annotated[Path | None, typer.Option(help="Public text the builders may look at and tune on.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text the builders look at instead, such as the task's; never tuned on.")
@@ -55,7 +57,7 @@ def build(
     from offsite.coordinator.bundles.building import build as build_bundle
     from offsite.coordinator.bundles.manifests import describe
     from offsite.coordinator.bundles.trial import try_out
-    from offsite.emulator.methods.lora import Lora
+    from offsite.emulator import methods
     from offsite.protos import tensors
 
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -74,7 +76,7 @@ def build(
         )
         status.update("loading what was built, and taking a training step")
         try:
-            try_out(built, Lora())
+            try_out(built, methods.make(METHOD.name, METHOD.settings))
         except MismatchError:
             shutil.rmtree(out)
             raise
@@ -96,11 +98,11 @@ def list_builders() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from offsite.emulator.builders import BUILDERS
+    from offsite.emulator import builders
     from offsite.emulator.builders.base import STAGES
 
     table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
-    for name, kind in sorted(BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
+    for name, kind in sorted(builders.BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
         plug_in: Any = kind
         made = plug_in()
         settings = ", ".join(f"{field.name}={getattr(made, field.name)}" for field in fields(plug_in))
@@ -133,8 +135,6 @@ def inspect(
 def _show(figures: "Description", title: str, *, signature: str) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from offsite.protos.recipes import render
 
     table = Table(title=title, show_header=False, title_justify="left")
     base = figures.base

@@ -27,7 +27,7 @@ from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos import figures
 from offsite.protos.documents import to_plain
-from offsite.protos.spec import Choice, TrainingSpec
+from offsite.protos.spec import METHOD, Choice, TrainingSpec
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
 
@@ -115,9 +115,9 @@ class Bench:
     def bound(self, method: Choice, trained: Iterable[int]) -> Score:
         """Measure the base tuned itself, once for all candidates that train the same in the same layers.
 
-        Where a method trains only what a builder makes, the bound is LoRA.
+        Where a method trains only what a builder makes, the bound is that of a run's usual method.
         """
-        choice = Choice(name="lora") if method.name == "grids" else method
+        choice = METHOD if methods.make(method.name, method.settings).needs else method
         places = {layer: layer for layer in trained}
 
         def tuned() -> Score:

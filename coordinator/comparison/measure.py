@@ -22,6 +22,7 @@ from offsite.emulator.plug import plug
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
 from offsite.protos.recipes import render
+from offsite.protos.spec import METHOD
 
 
 def measured(candidate: Candidate, bench: Bench) -> Measured:
@@ -131,9 +132,9 @@ def _plugged(bench: Bench, method: Method, adapter: Adapter) -> nn.Module:
 
 
 def _costs(bench: Bench, tuned: nn.Module, trained: Mapping[str, nn.Parameter], method: Method) -> dict[str, Cost]:
-    """Measure a client's step beside one of LoRA on every layer of the base."""
+    """Measure a client's step beside one of a run's usual method on every layer of the base."""
     bench.tell("measuring a client's step", 0, 1)
-    full = method if method.name == "lora" else methods.make("lora", {})
+    full = method if method.name == METHOD.name else methods.make(METHOD.name, METHOD.settings)
     base = bench.own()
     everywhere = {layer: layer for layer in range(len(layers(base)))}
     base = full.attach(base, everywhere, full.start(base, everywhere, seed=bench.plan.training.seed))

@@ -61,11 +61,11 @@ def cross(grids: Sequence[str], placed: Sequence[str], trained: Sequence[str]) -
         if not any(chain == paired for paired, _ in pairs):
             raise InputError(
                 f"{render(chain)} goes with none of the methods {', '.join(render([way]) for way in ways)}, "
-                "which train what the sketch builder makes"
+                "which train what it does not build"
             )
     for way in ways:
         if not any(way == paired for _, paired in pairs):
-            raise InputError(f"{render([way])} goes with none of the chains: it trains what the sketch builder makes")
+            raise InputError(f"{render([way])} goes with none of the chains: it trains what none of them builds")
     return tuple(
         Candidate(builders=chain, trainable=place, method=way)
         for chain in chains
@@ -77,7 +77,8 @@ def cross(grids: Sequence[str], placed: Sequence[str], trained: Sequence[str]) -
 
 def fits(chain: Sequence[Choice], method: Choice) -> bool:
     """Tell whether a method trains what a chain builds."""
-    return method.name != "grids" or any(choice.name == "sketch" for choice in chain)
+    way = methods.make(method.name, method.settings)
+    return way.needs <= builders.provided([builders.make(choice.name, choice.settings) for choice in chain])
 
 
 def _ones(texts: Sequence[str]) -> list[Choice]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
 from offsite.coordinator.runs.report import warnings
+from offsite.emulator import builders
 from offsite.emulator.evaluation.protection import Reach, protection
 from offsite.emulator.likelihood import Likelihood
 
@@ -76,7 +77,7 @@ def recommend(rows: Sequence[Row], *, protected_from: float | None) -> tuple[int
         return None, (
             "No candidate is worth handing out: each has an emulator that is too small to be useful, a plug-in that "
             "does not beat the base, or figures that cannot be right. Keep more layers, "
-            "add distilled to the chain, or train for more steps."
+            f"add {builders.of('tuning')} to the chain, or train for more steps."
         )
     allowed = useful
     if protected_from is not None:

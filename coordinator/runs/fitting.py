@@ -6,8 +6,7 @@ from typing import Any
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.anatomy.structure import layers, positions
-from offsite.emulator.builders.uniform import Uniform
-from offsite.emulator.builders.whole import Whole
+from offsite.emulator.builders.base import evenly
 from offsite.emulator.outline import Outline
 from offsite.protos.spec import RunSpec
 
@@ -41,7 +40,6 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
 def _outline(spec: RunSpec, model: Any) -> Outline:
     """Return an outline of as many layers as the run's will have; which they are may be decided by text."""
     placement = placements.make(spec.trainable.name, spec.trainable.settings)
-    first: Any = builders.make(spec.builders[0].name, spec.builders[0].settings)
-    if first.stage != "depth" or isinstance(first, Whole):
-        return Whole().outline(model, (), placement)
-    return Uniform(first.keep).outline(model, (), placement)
+    chain = [builders.make(choice.name, choice.settings) for choice in spec.builders]
+    depth = len(layers(model))
+    return evenly(depth, builders.first(chain).kept(depth), placement)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from offsite.protos.documents import document
-from offsite.protos.ranges import Place
+from offsite.protos.ranges import Flag, Place
 from offsite.protos.spec import RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
@@ -20,6 +20,7 @@ class Grant(RunSpec):
     role: Literal["owner", "researcher"] = "owner"  # of who submitted it
     names: dict[Place, Place] = Field(default_factory=dict)  # place -> what the run calls it
     folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere
+    whole: Flag = True  # whether its emulator may be the base with nothing removed
     base_name: Place = ""  # what sites and reports call the base; empty: as its folder is called
 
     def told(self, error: BaseException, sentence: str = "") -> str:

@@ -6,16 +6,22 @@ from pathlib import Path
 from offsite.coordinator import aggregation
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
+from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import read
-from offsite.protos.errors import InputError
+from offsite.emulator.methods import Method
+from offsite.emulator.outline import REDUCTION
+from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.spec import RunSpec
 
 
-def judge(spec: RunSpec, *, folders: Sequence[str] = ()) -> None:
-    """Raise InputError with one sentence if the run cannot be done as it is written; links stay within the folders."""
+def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
+    """Raise InputError with one sentence if the run cannot be done as it is written; links stay within the folders.
+
+    Where an emulator may not be the `whole` base, one that would be raises RefusedError.
+    """
     try:
         method = methods.make(spec.method.name, spec.method.settings)
-        _judge_emulator(spec)
+        _judge_emulator(spec, method, whole=whole)
         if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
             judge_fit(spec, folder)
         for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
@@ -41,7 +47,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = ()) -> None:
         raise InputError(f"min_sites is {spec.min_sites}, but only {len(spec.sites)} sites are named")
 
 
-def _judge_emulator(spec: RunSpec) -> None:
+def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:
     """Raise ValueError if its emulator cannot be built, or cannot be trained by its method."""
     chain = [builders.make(choice.name, choice.settings) for choice in spec.builders]
     builders.check(chain)
@@ -56,7 +62,16 @@ def _judge_emulator(spec: RunSpec) -> None:
             )
     if spec.calibration and not any(builder.looks_at_text for builder in chain):
         raise ValueError(f"calibration is text to look at, and none of {', '.join(names)} does; leave it out")
-    if spec.method.name == "grids" and "sketch" not in names:
-        raise ValueError("the method grids trains the grids of a sketch: put sketch among the builders")
-    if spec.realign_steps and names[-1] != "distilled":
-        raise ValueError("realign_steps goes on with what the builder distilled does: put it last in builders")
+    has = builders.provided(chain)
+    if missing := sorted(method.needs - has):
+        raise ValueError(
+            f"the method {method.name} trains {missing[0]}: put {builders.providers(missing[0])} among the builders"
+        )
+    if spec.realign_steps and not isinstance(chain[-1], Realigner):
+        fitting = " or ".join(name for name, kind in builders.BUILDERS.items() if issubclass(kind, Realigner))
+        raise ValueError(f"realign_steps goes on with what the last builder does: put {fitting} last in builders")
+    if not whole and REDUCTION not in has:
+        raise RefusedError(
+            f"the owner's policy refuses the run (builders): without {builders.providers(REDUCTION)} an emulator is "
+            "the whole base"
+        )

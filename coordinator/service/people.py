@@ -34,7 +34,7 @@ def _judge(grant: Grant) -> None:
     from offsite.coordinator.runs.legality import judge
 
     try:
-        judge(grant, folders=grant.folders)
+        judge(grant, folders=grant.folders, whole=grant.whole)
     except OffsiteError as error:
         raise type(error)(grant.told(error)) from None
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from offsite.emulator import plugins
 from offsite.emulator.anatomy.structure import described, layers, linears, text_config
+from offsite.kernels import plugins
 
 
 @dataclass(frozen=True)

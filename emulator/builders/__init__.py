@@ -1,41 +1,21 @@
 """Builders: how an emulator is made of the base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from offsite.emulator import plugins
+from offsite.emulator import catalogue
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
-from offsite.emulator.builders.additive import AdditiveCodebooks
-from offsite.emulator.builders.base import STAGES, Builder, Material
-from offsite.emulator.builders.crash import Crash
-from offsite.emulator.builders.distilled import Distilled
-from offsite.emulator.builders.loram import Loram
-from offsite.emulator.builders.quantised import Quantised
-from offsite.emulator.builders.sketched import Sketched
-from offsite.emulator.builders.uniform import Uniform
-from offsite.emulator.builders.whole import Whole
+from offsite.emulator.builders.base import STAGES, Builder, DepthBuilder, Material
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Placement
+from offsite.kernels.plugins import Plugins
 
-BUILDERS: dict[str, type[Builder]] = {
-    AdditiveCodebooks.name: AdditiveCodebooks,
-    Crash.name: Crash,
-    Distilled.name: Distilled,
-    Loram.name: Loram,
-    Quantised.name: Quantised,
-    Sketched.name: Sketched,
-    Uniform.name: Uniform,
-    Whole.name: Whole,
-}
+BUILDERS: Plugins[Builder] = catalogue.BUILDERS
+make = BUILDERS.make
 
-__all__ = ["BUILDERS", "Builder", "Material", "check", "make", "run"]
-
-
-def make(name: str, settings: Mapping[str, Any]) -> Builder:
-    """Make a builder; raises ValueError on an unknown name or setting."""
-    return plugins.make("builder", BUILDERS, name, settings)
+__all__ = ["BUILDERS", "Builder", "Material", "check", "first", "make", "of", "provided", "providers", "run"]
 
 
 def check(chain: Sequence[Builder]) -> None:
@@ -46,20 +26,34 @@ def check(chain: Sequence[Builder]) -> None:
         if STAGES.index(before.stage) >= STAGES.index(after.stage):
             raise ValueError(
                 f"{after.name} cannot follow {before.name}: builders come in the order "
-                f"{', '.join(f'{stage} ({_of(stage)})' for stage in STAGES)}, at most one of each"
+                f"{', '.join(f'{stage} ({of(stage)})' for stage in STAGES)}, at most one of each"
             )
-    names = [builder.name for builder in chain]
-    if "distilled" in names and not {"crash", "uniform", "loram"} & {*names}:
-        raise ValueError(
-            "distilled tunes what was dropped or pruned back into shape: put crash, uniform or loram first"
-        )
+    for at, builder in enumerate(chain):
+        if missing := sorted(builder.needs - provided(chain[:at])):
+            raise ValueError(f"{builder.name} needs {missing[0]}: put {providers(missing[0])} before it")
+
+
+def provided(chain: Sequence[Builder]) -> frozenset[str]:
+    """Return what an emulator has that a chain built, such as `outline.REDUCTION`."""
+    return frozenset().union(*(builder.provides for builder in chain))
+
+
+def providers(feature: str) -> str:
+    """Name the builders that give an emulator what is missing."""
+    return _listed(name for name, kind in BUILDERS.items() if feature in kind.provides)
+
+
+def first(chain: Sequence[Builder]) -> DepthBuilder:
+    """Return the builder that decides which layers stay: the chain's own, or else the one that keeps them all."""
+    decides: Any = chain[0] if chain[0].stage == "depth" else make(catalogue.FIRST, {})
+    chosen: DepthBuilder = decides
+    return chosen
 
 
 def run(chain: Sequence[Builder], placement: Placement, base: nn.Module, material: Material) -> Draft:
     """Build an emulator of a base, which stays as it is; raises ValueError."""
     check(chain)
-    first: Any = chain[0] if chain[0].stage == "depth" else Whole()
-    outline = first.outline(base, material.batches, placement)
+    outline = first(chain).outline(base, material.batches, placement)
     refuse_mixture(base, [outline.layers[place] for place in outline.own])
     draft = Draft(base, restack(base, outline.layers, outline.shared), outline)
     for builder in chain:
@@ -69,5 +63,10 @@ def run(chain: Sequence[Builder], placement: Placement, base: nn.Module, materia
     return draft
 
 
-def _of(stage: str) -> str:
-    return " or ".join(sorted(name for name, kind in BUILDERS.items() if kind.stage == stage)) or "none"
+def of(stage: str) -> str:
+    """Name the builders of a stage."""
+    return _listed(name for name, kind in BUILDERS.items() if kind.stage == stage)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " or ".join(sorted(names)) or "none"

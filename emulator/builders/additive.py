@@ -39,6 +39,8 @@ class AdditiveCodebooks:
 
     name: ClassVar[str] = "additive"
     stage: ClassVar[Stage] = "storage"
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
 from offsite.emulator.batches import Batch, Encoded
+from offsite.emulator.methods.base import Adapter, Method
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Placement
 
@@ -35,6 +36,8 @@ class Builder(Protocol):
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    provides: ClassVar[frozenset[str]]  # what emulators have that it built, such as `outline.REDUCTION`
+    needs: ClassVar[frozenset[str]]  # what those must have that it goes on with
 
     @property
     def looks_at_text(self) -> bool:
@@ -49,6 +52,10 @@ class Builder(Protocol):
 
 class DepthBuilder(Builder, Protocol):
     """A builder of the stage "depth"."""
+
+    def kept(self, depth: int) -> int:
+        """Return how many of `depth` layers it keeps, which does not depend on any text."""
+        ...
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide which layers stay and which of them train; raises ValueError if the settings do not fit."""
@@ -67,9 +74,36 @@ class ChangeBuilder(Builder, Protocol):
         ...
 
 
+@runtime_checkable
+class Realigner(Protocol):
+    """A builder whose work is gone on with between rounds, beside what the sites have trained so far."""
+
+    def realigned(
+        self, draft: Draft, material: Material, *, steps: int, method: Method, adapter: Adapter, recovered: Adapter
+    ) -> Draft:
+        """Return the draft changed again, without the adapter in it; `recovered` is the adapter as the base has it.
+
+        The given draft stays as it was. Raises ValueError if it cannot be changed.
+        """
+        ...
+
+
 def kept_of(depth: int, keep: int | None) -> int:
     """Return how many layers to keep: as asked, else four fifths, which still guides training without distillation."""
     return math.ceil(0.8 * depth) if keep is None else keep
+
+
+def evenly(depth: int, keep: int, placement: Placement) -> Outline:
+    """Keep `keep` layers in all: those the placement fixes, and of the rest evenly; raises ValueError."""
+    fixed = placement.fixed(depth)
+    inner = droppable(depth, keep=keep, fixed=fixed)
+    kept = sorted({*fixed, *(inner[at] for at in even(len(inner), keep - len(fixed)))})
+    return Outline(tuple(kept), placement.choose(kept, depth))
+
+
+def even(n: int, k: int) -> list[int]:
+    """Choose k of n indices, round(i (n-1)/(k-1)) with halves to the even one; a single one is the middle."""
+    return [n // 2] if k == 1 else [round(i * (n - 1) / (k - 1)) for i in range(k)]
 
 
 def droppable(depth: int, *, keep: int, fixed: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from offsite.emulator.batches import Batch, longest
 from offsite.emulator.builders.base import Stage, droppable, kept_of
 from offsite.emulator.builders.reductions import Kept, Ways, cluster, drop
 from offsite.emulator.likelihood import likelihood
-from offsite.emulator.outline import Grounds, Outline
+from offsite.emulator.outline import REDUCTION, Grounds, Outline
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import in_fp32
 
@@ -43,13 +43,19 @@ class Crash:
 
     name: ClassVar[str] = "crash"
     stage: ClassVar[Stage] = "depth"
+    provides: ClassVar[frozenset[str]] = frozenset({REDUCTION})
+    needs: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = True
     trains_on_text: ClassVar[bool] = False
+
+    def kept(self, depth: int) -> int:
+        """Return `keep`, or four fifths of the depth."""
+        return kept_of(depth, self.keep)
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by how `model` represents the calibration text; raises ValueError if the settings do not fit."""
         depth = len(layers(model))
-        keep, fixed = kept_of(depth, self.keep), placement.fixed(depth)
+        keep, fixed = self.kept(depth), placement.fixed(depth)
         inner = droppable(depth, keep=keep, fixed=fixed)
         reduce = cluster if self.reduction == "cluster" else drop
         with in_fp32(model):

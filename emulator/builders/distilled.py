@@ -13,7 +13,7 @@ from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter, Method
-from offsite.emulator.outline import Draft, Outline
+from offsite.emulator.outline import REDUCTION, Draft, Outline
 from offsite.emulator.tuning import distil, rates
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
@@ -37,6 +37,8 @@ class Distilled:
 
     name: ClassVar[str] = "distilled"
     stage: ClassVar[Stage] = "tuning"
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({REDUCTION})
     looks_at_text: ClassVar[bool] = False
     trains_on_text: ClassVar[bool] = True
 
@@ -70,35 +72,28 @@ class Distilled:
         told = _distil(self, teacher, model, outline, places, material)
         return replace(draft, model=told, tuned=tuple(sorted({*draft.tuned, *places})))
 
+    def realigned(
+        self, draft: Draft, material: Material, *, steps: int, method: Method, adapter: Adapter, recovered: Adapter
+    ) -> Draft:
+        """Return the draft distilled again for what its sites have trained so far, without the adapter in it.
 
-def realigned(
-    base: nn.Module,
-    emulator: nn.Module,
-    outline: Outline,
-    *,
-    method: Method,
-    adapter: Adapter,
-    recovered: Adapter,
-    material: Material,
-    settings: Distilled,
-) -> nn.Module:
-    """Return the emulator distilled again for what its sites have trained so far, without the adapter in it.
+        As in FedBiOT (KDD 2024): the student has the adapter and the teacher is the base with it as `recovered`;
+        neither trains. The given models stay as they were. Raises ValueError if the layers cannot be tuned.
+        """
+        outline = draft.outline
+        teacher = method.attach(_twin(draft.base), {layer: layer for layer in outline.places.values()}, recovered)
+        places = tuned_places(draft.base, draft.model, outline)
+        values = hashlib.sha256()
+        for key in sorted(adapter):
+            values.update(key.encode() + adapter[key].detach().cpu().contiguous().numpy().tobytes())
 
-    As in FedBiOT (KDD 2024): the student has the adapter and the teacher is the base with it as `recovered`; neither
-    trains. The given models stay as they were. Raises ValueError if the layers cannot be tuned.
-    """
-    teacher = method.attach(_twin(base), {layer: layer for layer in outline.places.values()}, recovered)
-    places = tuned_places(base, emulator, outline)
-    values = hashlib.sha256()
-    for key in sorted(adapter):
-        values.update(key.encode() + adapter[key].detach().cpu().contiguous().numpy().tobytes())
+        def attach(student: nn.Module) -> nn.Module:
+            return method.attach(_twin(student), outline.places, adapter)
 
-    def attach(student: nn.Module) -> nn.Module:
-        return method.attach(_twin(student), outline.places, adapter)
-
-    return _distil(
-        settings, teacher, emulator, outline, places, material, attach=attach, purpose=f"realign {values.hexdigest()}"
-    )
+        purpose = f"realign {values.hexdigest()}"
+        settings = replace(self, steps=steps)
+        told = _distil(settings, teacher, draft.model, outline, places, material, attach=attach, purpose=purpose)
+        return replace(draft, model=told, tuned=tuple(sorted({*draft.tuned, *places})))
 
 
 def tuned_places(base: nn.Module, model: nn.Module, outline: Outline) -> list[int]:
@@ -117,7 +112,7 @@ def tuned_places(base: nn.Module, model: nn.Module, outline: Outline) -> list[in
             if isinstance(module, PackedLinear):
                 raise ValueError(
                     f"the map {path} of layer {outline.layers[place]} is packed as {module.format.name} and cannot be "
-                    "tuned; put distilled before quantised"
+                    f"tuned; put {Distilled.name} before what packs it"
                 )
     return places
 

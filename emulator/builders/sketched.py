@@ -15,7 +15,7 @@ from offsite.emulator.builders.storage import Which, chosen, importance, refuse_
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.outline import Draft, Outline
+from offsite.emulator.outline import CENTROIDS, Draft, Outline
 from offsite.kernels.sketch import sketch
 
 
@@ -33,6 +33,8 @@ class Sketched:
 
     name: ClassVar[str] = "sketch"
     stage: ClassVar[Stage] = "storage"
+    provides: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
+    needs: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = True
     trains_on_text: ClassVar[bool] = False
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
-from offsite.emulator.builders.base import Stage, droppable, kept_of
-from offsite.emulator.outline import Outline
+from offsite.emulator.builders.base import Stage, evenly, kept_of
+from offsite.emulator.outline import REDUCTION, Outline
 from offsite.emulator.placements import Placement
 
 
@@ -21,18 +21,16 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     stage: ClassVar[Stage] = "depth"
+    provides: ClassVar[frozenset[str]] = frozenset({REDUCTION})
+    needs: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = False
     trains_on_text: ClassVar[bool] = False
+
+    def kept(self, depth: int) -> int:
+        """Return `keep`, or four fifths of the depth."""
+        return kept_of(depth, self.keep)
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Decide by the layers' numbers alone; raises ValueError if they do not fit the depth."""
         depth = len(layers(model))
-        keep, fixed = kept_of(depth, self.keep), placement.fixed(depth)
-        inner = droppable(depth, keep=keep, fixed=fixed)
-        kept = sorted({*fixed, *(inner[at] for at in even(len(inner), keep - len(fixed)))})
-        return Outline(tuple(kept), placement.choose(kept, depth))
-
-
-def even(n: int, k: int) -> list[int]:
-    """Choose k of n indices, round(i (n-1)/(k-1)) with halves to the even one; a single one is the middle."""
-    return [n // 2] if k == 1 else [round(i * (n - 1) / (k - 1)) for i in range(k)]
+        return evenly(depth, self.kept(depth), placement)

@@ -19,8 +19,14 @@ class Whole:
 
     name: ClassVar[str] = "whole"
     stage: ClassVar[Stage] = "depth"
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = False
     trains_on_text: ClassVar[bool] = False
+
+    def kept(self, depth: int) -> int:
+        """Return all of them."""
+        return depth
 
     def outline(self, model: nn.Module, batches: Sequence[Batch], placement: Placement) -> Outline:
         """Keep every layer; raises ValueError if there are not as many as are to train."""

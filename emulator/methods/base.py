@@ -71,6 +71,7 @@ class Method(Protocol):
 
     name: ClassVar[str]
     kind: ClassVar[str]  # how its adapters may be aggregated: "low-rank" or "linear"
+    needs: ClassVar[frozenset[str]]  # what of an emulator it trains, such as `outline.CENTROIDS`; mostly nothing
     rate: ClassVar[float]  # the learning rate that `tuning.rates` begins with
 
     def rank_at(self, site: str) -> int:

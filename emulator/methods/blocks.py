@@ -21,6 +21,7 @@ class Blocks:
 
     name: ClassVar[str] = "blocks"
     kind: ClassVar[str] = "linear"
+    needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 2e-4
 
     def rank_at(self, site: str) -> int:
@@ -35,7 +36,9 @@ class Blocks:
         """Return the layers as they are; raises ValueError if their maps are stored in a format of few bits."""
         for place, layer in places.items():
             if any(isinstance(module, PackedLinear) for module in find(model).layers[place].modules()):
-                raise ValueError(f"layer {layer} is stored in few bits and cannot train as a whole; train lora")
+                raise ValueError(
+                    f"layer {layer} is stored in few bits and cannot train as a whole; choose another method"
+                )
         return self.state(model, places)
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
@@ -69,7 +72,7 @@ class Blocks:
         changed = {key.rpartition(".")[0] for key in recovery}
         if found := next((key for key in adapter if key.rpartition(".")[0] in changed), None):
             raise ValueError(
-                f"{found}: the emulator's layer is not the base's, so it cannot take its place; train lora"
+                f"{found}: the emulator's layer is not the base's, so it cannot take its place; choose another method"
             )
         return adapter
 

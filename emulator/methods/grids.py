@@ -16,6 +16,7 @@ from offsite.emulator.anatomy.structure import find, is_transposed, linears, sha
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
 from offsite.emulator.methods.base import Adapter
+from offsite.emulator.outline import CENTROIDS
 from offsite.kernels.schema import Field, Rule, Schema
 from offsite.kernels.sketch import decode
 
@@ -29,6 +30,7 @@ class Grids:
 
     name: ClassVar[str] = "grids"
     kind: ClassVar[str] = "linear"
+    needs: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
     rate: ClassVar[float] = 3e-4
 
     def rank_at(self, site: str) -> int:
@@ -117,7 +119,7 @@ def _sketched(model: nn.Module, places: Mapping[int, int]) -> dict[str, PackedLi
         if not any(key.startswith(f"{layer}.") for key in found):
             raise ValueError(
                 f"layer {layer} has no sketched map, and grids trains nothing else: build the emulator with the "
-                "builder sketch and its layers set to 'all', or train lora"
+                "builder sketch and its layers set to 'all', or choose another method"
             )
     return found
 

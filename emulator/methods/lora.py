@@ -40,6 +40,7 @@ class Lora:
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[str] = "low-rank"
+    needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
 
     def __post_init__(self) -> None:

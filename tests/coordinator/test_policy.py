@@ -1,5 +1,6 @@
 """The owner's policy: what a researcher may name, ask for and have, and what emulators disclose together."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,17 @@ import pytest
 
 from offsite.coordinator.bundles.disclosures import record, union
 from offsite.coordinator.home import Home
-from offsite.coordinator.policy import NARROWING, OwnerPolicy
+from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.legality import judge
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.disclosure import Portion
 from offsite.emulator.examples import read
 from offsite.emulator.methods import METHODS
 from offsite.protos.documents import parse
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
+from offsite.protos.recipes import parse as parse_recipe
+from offsite.protos.recipes import parse_one
 from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
 
@@ -61,7 +65,6 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"evaluation": {"x": "../secret.jsonl"}}, r"\(data\)"),
         ({"evaluation": {"x": "outside.jsonl"}}, r"\(data\).*leads out"),
         ({"builders": (Choice(name="whole"),)}, r"\(builders\)"),
-        ({"builders": (Choice(name="quantised"),)}, r"\(builders\).*whole base"),
         ({"method": Choice(name="blocks")}, r"\(methods\)"),
         ({"merge": True}, r"\(merged\)"),
         ({"rounds": 21}, r"\(max_rounds\): 21 is more than 20"),
@@ -78,6 +81,16 @@ def test_a_researcher_is_refused_what_an_owner_may_ask(policy: OwnerPolicy, fiel
     with pytest.raises(RefusedError, match=said):
         grant(policy, **fields)
     grant(policy, role="owner", **fields)
+
+
+@pytest.mark.parametrize(("chain", "allowed"), [("quantised", False), ("loram+quantised", True), ("crash", True)])
+def test_a_researcher_is_refused_an_emulator_that_is_the_whole_base(material: Path, chain: str, allowed: bool) -> None:
+    policy = OwnerPolicy(models={"base": str(material / "model")}, data=(str(material),))
+    fields = {"builders": parse_recipe(chain), "trainable": parse_one("ends(bottom=1,top=1)"), "public": "public.jsonl"}
+    for role, passes in (("researcher", allowed), ("owner", True)):
+        granted = grant(policy, role=role, training=TrainingSpec(max_length=32), **fields)
+        with contextlib.nullcontext() if passes else pytest.raises(RefusedError, match=r"\(builders\).*whole base"):
+            judge(granted, whole=granted.whole)
 
 
 def test_without_a_file_a_researcher_may_name_nothing_and_files_that_are_not_there_are_not_found(
@@ -105,7 +118,7 @@ def test_merged_models_are_for_those_the_policy_names(policy: OwnerPolicy, place
     [
         ('data = ["nowhere"]', "data: nowhere is not a folder"),
         ('[models]\nbase = "/no/such/folder"', "models: base: /no/such/folder is neither a folder"),
-        ('builders = ["crush"]', "builders"),
+        ('builders = ["crush"]', "builders: there is no builder 'crush'; did you mean crash"),
         ("max_disclosed = 1.1", "max_disclosed"),
         ("max_round = 3", "max_round"),
     ],
@@ -122,7 +135,6 @@ def test_the_example_and_the_table_have_every_bound_and_the_default_all_builders
     assert all(f"{name} = " in example or f"[{name}]" in example for name in OwnerPolicy.__dataclass_fields__)
     assert len(default.describe()) == len(OwnerPolicy.__dataclass_fields__) - 1  # batch and length share a row
     assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {"blocks"}
-    assert {*NARROWING} <= BUILDERS.keys()
 
 
 def portions(*kept: int, part: str = "", share: float = 1.0, lossy: bool = False) -> dict[str, Portion]:

@@ -13,7 +13,7 @@ from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.examples import read
 from offsite.emulator.likelihood import likelihood
-from offsite.emulator.methods import Lora
+from offsite.emulator.methods.lora import Lora
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.precision import DTYPES, fastest

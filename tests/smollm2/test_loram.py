@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from offsite.emulator.methods import Lora
+from offsite.emulator.methods.lora import Lora
 from offsite.emulator.placements import Kept
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,6 @@
 """Building a run's bundle, and re-aligning it to the newest adapter."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +17,6 @@ from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
-from offsite.emulator.builders.distilled import Distilled, realigned, tuned_places
 from offsite.emulator.outline import Draft
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
@@ -94,26 +92,23 @@ def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
         listed, emulator, _ = open_bundle(blobs, order.manifest, Path(folder) / "old", dtype="auto")
         dtype = quicken(full)
         quicken(emulator)
-        outline = bundle.described(listed).outline
+        draft = Draft(full, emulator, bundle.described(listed).outline)
         method = methods.make(spec.method.name, spec.method.settings)
         adapter = tensors.load(blobs.path(order.exact))
-        named = next(choice for choice in spec.builders if choice.name == Distilled.name)
-        settings: Any = make_builder(named.name, named.settings)
-        aligned = realigned(
-            full,
-            emulator,
-            outline,
+        last: Any = make_builder(spec.builders[-1].name, spec.builders[-1].settings)
+        text = building.material(
+            Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
+        )
+        aligned = last.realigned(
+            draft,
+            text,
+            steps=spec.realign_steps,
             method=method,
             adapter=adapter,
             recovered=recovered(blobs, method, adapter, order.recovery),
-            material=building.material(
-                Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
-            ),
-            settings=replace(settings, steps=spec.realign_steps),
         )
-        draft = Draft(full, aligned, outline, tuned=tuple(tuned_places(full, emulator, outline)))
         built = building.write(
-            draft,
+            aligned,
             tokenizer,
             Path(folder) / "new",
             dtype=dtype,

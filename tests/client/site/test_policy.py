@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from offsite.client.site.policy import METHODS, Policy, refusal
+from offsite.client.site.policy import Policy, refusal
 from offsite.client.site.reasons import reason
 from offsite.coordinator.service.reasons import sentence
-from offsite.emulator import methods
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.spec import BaseRef, Choice, FileEntry, LocalTraining, Manifest, TaskSpec
@@ -177,10 +176,6 @@ def test_folders_are_beside_the_file_wherever_the_agent_runs(tmp_path: Path) -> 
     file.write_text('bases = ["any"]\ndata = ["none"]\n')
     with pytest.raises(InputError, match="none is not a folder"):
         Policy.load(file)
-
-
-def test_the_methods_a_policy_knows_are_those_there_are() -> None:
-    assert set(METHODS) == set(methods.METHODS)
 
 
 def test_every_refusal_has_a_name_on_the_wire_and_a_sentence_at_the_coordinator() -> None:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation import FactorMean, LowRank, Strategy
+from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.aggregation.base import Adapter, adapter, pairs
+from offsite.coordinator.aggregation.factor_mean import FactorMean
+from offsite.coordinator.aggregation.low_rank import LowRank
 from offsite.protos.errors import InputError
 
 OUT, IN = 24, 16
@@ -111,5 +113,5 @@ def test_the_told_factor_error_is_the_true_one() -> None:
 def test_unknown_names_and_settings_are_refused_with_what_is_known() -> None:
     with pytest.raises(InputError, match="factor-mean, low-rank"):
         aggregation.make("fedavg", {})
-    with pytest.raises(InputError, match="strategy low-rank: momentum"):
+    with pytest.raises(InputError, match="strategy 'low-rank' has no setting 'momentum'; its settings are tolerance"):
         aggregation.make("low-rank", {"momentum": 1})

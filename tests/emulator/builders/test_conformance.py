@@ -109,7 +109,7 @@ def test_an_emulator_is_repeatable_travels_whole_and_trains_nothing_but_its_adap
         (["crash", "uniform"], "uniform cannot follow crash"),
         (["crash", "quantised", "sketch"], "sketch cannot follow quantised"),
         (["crash", "quantised", "distilled"], "distilled cannot follow quantised"),
-        (["whole", "distilled"], "put crash, uniform or loram first"),
+        (["whole", "distilled"], "distilled needs reduction: put crash or loram or uniform before it"),
         ([], "an emulator needs a builder; there are additive, crash"),
     ],
 )

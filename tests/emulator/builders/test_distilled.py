@@ -12,11 +12,12 @@ from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, collate
 from offsite.emulator.builders import run
 from offsite.emulator.builders.base import Material
-from offsite.emulator.builders.distilled import Distilled, realigned
+from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.builders.loram import Loram
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.likelihood import likelihood
-from offsite.emulator.methods import Blocks, Lora
+from offsite.emulator.methods.blocks import Blocks
+from offsite.emulator.methods.lora import Lora
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Kept
 from offsite.emulator.tuning import distil
@@ -211,7 +212,7 @@ def test_what_cannot_be_distilled_says_why(tiny: Any, encoded: list[Encoded]) ->
     attention: Any = layers(draft.model)[2].self_attn
     weight = attention.q_proj.weight.detach()
     attention.q_proj = PackedLinear(Plain(), {"matrix": weight}, None, d_out=32, d_in=32)
-    with pytest.raises(ValueError, match=r"self_attn.q_proj of layer 4 is packed .*distilled before quantised"):
+    with pytest.raises(ValueError, match=r"self_attn.q_proj of layer 4 is packed .*distilled before what packs it"):
         QUICK.change(draft, Material(encoded=encoded))
     with pytest.raises(ValueError, match="kd_weight and lm_weight"):
         Distilled(kd_weight=0.0, lm_weight=0.0)
@@ -230,9 +231,10 @@ def test_realigning_brings_the_emulator_closer_beside_the_adapter(
     quiet = Material(encoded=encoded, scratch=tmp_path)
 
     def align(adapter: dict[str, Tensor]) -> nn.Module:
-        return realigned(
-            base, emulator, ENDS, method=method, adapter=adapter, recovered=adapter, material=quiet, settings=QUICK
-        )
+        draft = Draft(base, emulator, ENDS)
+        again = QUICK.realigned(draft, quiet, steps=QUICK.steps, method=method, adapter=adapter, recovered=adapter)
+        assert again.tuned == (1, 2) and again.base is base
+        return again.model
 
     found = align(adapter)
     assert same(tensors(base), untouched) and same(tensors(emulator), given)

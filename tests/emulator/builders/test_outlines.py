@@ -7,9 +7,9 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, longest
 from offsite.emulator.builders import BUILDERS, make
+from offsite.emulator.builders.base import even
 from offsite.emulator.builders.crash import nearest, pooled
 from offsite.emulator.builders.reductions import MARGIN, cluster
-from offsite.emulator.builders.uniform import even
 from offsite.emulator.likelihood import likelihood
 from offsite.emulator.outline import Outline
 from offsite.emulator.placements import Ends, Kept, Spread

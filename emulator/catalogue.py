@@ -1,0 +1,52 @@
+"""The plug-ins of this package by name, family by family, and where each of them is.
+
+To add one, write its file and name it here. Whoever only needs to know the names loads no tensor library for them.
+"""
+
+from typing import Any
+
+from offsite.kernels.plugins import Plugins
+
+METHODS: Plugins[Any] = Plugins(
+    "method",
+    {
+        "blocks": "offsite.emulator.methods.blocks:Blocks",
+        "grids": "offsite.emulator.methods.grids:Grids",
+        "lora": "offsite.emulator.methods.lora:Lora",
+    },
+    group="offsite.methods",
+)
+BUILDERS: Plugins[Any] = Plugins(
+    "builder",
+    {
+        "additive": "offsite.emulator.builders.additive:AdditiveCodebooks",
+        "crash": "offsite.emulator.builders.crash:Crash",
+        "distilled": "offsite.emulator.builders.distilled:Distilled",
+        "loram": "offsite.emulator.builders.loram:Loram",
+        "quantised": "offsite.emulator.builders.quantised:Quantised",
+        "sketch": "offsite.emulator.builders.sketched:Sketched",
+        "uniform": "offsite.emulator.builders.uniform:Uniform",
+        "whole": "offsite.emulator.builders.whole:Whole",
+    },
+    group="offsite.builders",
+)
+FIRST = "whole"  # the builder that a chain begins with where it names none that decides which layers stay
+FORMATS: Plugins[Any] = Plugins(
+    "format",
+    {
+        "additive": "offsite.emulator.formats.additive:Additive",
+        "int4": "offsite.emulator.formats.int4:Int4",
+        "nf4": "offsite.emulator.formats.nf4:NF4",
+        "sketch": "offsite.emulator.formats.sketch:Sketch",
+    },
+    group="offsite.formats",
+)
+PLACEMENTS: Plugins[Any] = Plugins(
+    "placement",
+    {
+        "ends": "offsite.emulator.placements:Ends",
+        "spread": "offsite.emulator.placements:Spread",
+        "kept": "offsite.emulator.placements:Kept",
+    },
+    group="offsite.placements",
+)
