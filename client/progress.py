@@ -38,6 +38,7 @@ PHASES = {
     "emulator_zero_shot": "measuring the emulator",
     "emulator_tuned": "measuring the tuned emulator",
     "plug_in": "measuring the plug-in",
+    "attack": "attacking the emulator",
     "publish": "writing the adapter",
 }
 LINE_EVERY_S = 10.0  # where there is no live screen

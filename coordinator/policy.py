@@ -37,7 +37,7 @@ class OwnerPolicy:
     merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
     max_rounds: Positive = 20
     max_steps: Positive = 1000  # optimiser steps of one round at one site
-    max_tuning_steps: Positive = 10_000  # of a builder, and of realignment between rounds
+    max_tuning_steps: Positive = 10_000  # of a builder, of realignment between rounds, and of an attack
     max_batch_size: Positive = 64
     max_length: Positive = 4096
     max_rank: Positive = 256  # of LoRA
@@ -84,6 +84,7 @@ class OwnerPolicy:
             "model": model,
             "public": texts.get(spec.public, ""),
             "calibration": texts.get(spec.calibration, ""),
+            "attack_text": texts.get(spec.attack_text, ""),
             "evaluation": {exam: texts[name] for exam, name in spec.evaluation.items()},
         }
         names = {place: name for name, place in {spec.model: model, **texts}.items() if place != name}
@@ -113,7 +114,7 @@ class OwnerPolicy:
         for bound, asked in {
             "max_rounds": spec.rounds,
             "max_steps": training.steps,
-            "max_tuning_steps": max(spec.realign_steps, *tuning),
+            "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
             "max_rank": _largest(spec.method, "rank"),
@@ -169,7 +170,11 @@ class OwnerPolicy:
             ("merged models", ", ".join(self.merged) or "owners only", "who may have the base with the change in it"),
             ("most rounds", str(self.max_rounds), "of one run"),
             ("most steps", str(self.max_steps), "of one round at one site"),
-            ("most tuning", f"{self.max_tuning_steps} steps", "of a builder or a realignment, on the owner's machine"),
+            (
+                "most tuning",
+                f"{self.max_tuning_steps} steps",
+                "of a builder, a realignment or an attack, on the owner's machine",
+            ),
             ("largest batch", f"{self.max_batch_size} of {self.max_length} tokens", "sequences of one step"),
             ("largest rank", str(self.max_rank), "of LoRA"),
             ("most sites", str(self.max_sites), "of one run"),
@@ -194,7 +199,7 @@ def _model(policy: Path, name: str, place: str) -> str:
 
 
 def _texts(spec: RunSpec) -> list[str]:
-    return [name for name in (spec.public, spec.calibration, *spec.evaluation.values()) if name]
+    return [name for name in (spec.public, spec.calibration, spec.attack_text, *spec.evaluation.values()) if name]
 
 
 def _largest(choice: Choice, *settings: str) -> int:

@@ -1,7 +1,7 @@
 """The one way in which likelihoods become the perplexities that people compare."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from offsite.protos.documents import document
@@ -79,16 +79,46 @@ def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:
     return (whole if isinstance(value, dict) else list(whole.values())), places
 
 
-def protection(overall: dict[str, float]) -> dict[str, str]:
-    """Say in a run's report what an attack on its emulator showed; a run states no threshold, so nothing is claimed."""
-    if "attack" not in overall or "plug_in" not in overall:
-        return {"label": "not protected", "reason": "no attack on the emulator was measured"}
-    if not all(math.isfinite(overall[name]) and overall[name] > 0 for name in ("attack", "plug_in")):
-        return {"label": "not protected", "reason": "the attack's figure or the plug-in's is no finite number"}
-    margin = math.log(overall["attack"] / overall["plug_in"])
-    told = f"within {margin:.2f} nats of the plug-in" if margin >= 0 else f"{-margin:.2f} nats better than the plug-in"
-    return {
-        "label": "not protected",
-        "reason": f"no threshold was stated; with everything unfrozen the emulator comes to perplexity "
-        f"{overall['attack']:.2f}, {told}",
-    }
+def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, task: bool) -> dict[str, Any]:
+    """Say in a run's report what attacks on its emulator showed; a run states no threshold, so nothing is claimed.
+
+    Args:
+        overall: the figures over all texts, "attack" that of the strongest attack.
+        attacks: what was done in each, the strongest first.
+        task: whether an attack had text of the task.
+
+    "margin" is how far the best that a site can have stays behind the plug-in, "lost" how far that stays behind tuning
+    on the base, in nats a token; None where it was not measured.
+    """
+    plug_in = _nats(overall, "plug_in")
+    reached = {name: nats for name in ("attack", "emulator_tuned") if (nats := _nats(overall, name)) is not None}
+    bound = _nats(overall, "base_tuned")
+    if bound is None or plug_in is None:
+        lost, beside = None, "what tuning on the base itself gives was not measured"
+    else:
+        lost = plug_in - bound
+        beside = f"the plug-in is {_behind(lost)} tuning on the base itself"
+    told = {"label": "not protected", "margin": None, "lost": lost}
+    if not attacks:
+        return told | {"reason": f"no attack on the emulator was asked for, so none was measured; {beside}"}
+    if plug_in is None or "attack" not in reached:
+        return told | {"reason": f"the attack's figure or the plug-in's is no finite number; {beside}"}
+    margin = min(reached.values()) - plug_in
+    said = [
+        f"no threshold was stated; the strongest of {len(attacks)} attacks ({attacks[0]}) brings the emulator to "
+        f"perplexity {overall['attack']:.2f}, {_behind(reached['attack'] - plug_in)} the plug-in"
+    ]
+    if margin < reached["attack"] - plug_in:
+        said.append(f"the emulator tuned as asked is stronger than that, {_behind(margin)} the plug-in")
+    if not task:
+        said.append("they had public text alone, and a site, which has the task's, may come further")
+    return told | {"margin": margin, "reason": "; ".join([*said, beside])}
+
+
+def _nats(overall: Mapping[str, float], figure: str) -> float | None:
+    value = overall.get(figure)
+    return math.log(value) if value is not None and 0 < value < math.inf else None
+
+
+def _behind(nats: float) -> str:
+    return f"{nats:.2f} nats behind" if nats >= 0 else f"{-nats:.2f} nats ahead of"

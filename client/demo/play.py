@@ -242,7 +242,7 @@ class Demo:
                 report["sites"][name][figure] = perplexity([score])
             report["overall"][figure] = perplexity(scores.values())
             report["spans"] += [{"who": "demo", "step": what, **span} for span in told["spans"]]
-        report["protection"] = protection(report["overall"])
+        report["protection"] = protection(report["overall"], [one["name"] for one in report["attacks"]], task=True)
         report["marks"] = marks(report)
         wrong = {name: why for name, why in report["marks"].get("overall", {}).items() if name in MEASURED.values()}
         report["warnings"] += sentences(wrong)

@@ -1,13 +1,14 @@
 """What a submitted run may ask for; judged before anything is trained."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.builders.base import Realigner
-from offsite.emulator.examples import read
+from offsite.emulator.examples import Example, read
 from offsite.emulator.methods import Method
 from offsite.emulator.outline import REDUCTION
 from offsite.protos.errors import InputError, RefusedError
@@ -24,8 +25,9 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         _judge_emulator(spec, method, whole=whole)
         if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
             judge_fit(spec, folder)
-        for path in filter(None, (*spec.evaluation.values(), spec.public, spec.calibration)):
-            read(Path(path), folders=[Path(folder) for folder in folders])
+        paths = {*spec.evaluation.values(), spec.public, spec.calibration, spec.attack_text} - {""}
+        texts = {path: read(Path(path), folders=[Path(folder) for folder in folders]) for path in sorted(paths)}
+        _judge_attacks(spec, texts)
     except ValueError as error:
         raise InputError(str(error)) from error
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
@@ -45,6 +47,37 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
     if spec.sites and len(spec.sites) < spec.min_sites:
         raise InputError(f"min_sites is {spec.min_sites}, but only {len(spec.sites)} sites are named")
+
+
+def _judge_attacks(spec: RunSpec, texts: Mapping[str, Sequence[Example]]) -> None:
+    """Raise ValueError if the attacks asked for cannot be made, or would train on what they are measured on."""
+    if not spec.attack_steps:
+        if spec.attack_text:
+            raise ValueError("attack_text is for attacks, and none is asked for: give attack_steps, or leave it out")
+        return
+    if not spec.evaluation:
+        raise ValueError("attacks are measured on held-out examples: give some as evaluation, or set attack_steps to 0")
+    given = {name: place for name in ("public", "attack_text") if (place := getattr(spec, name))}
+    if not given:
+        raise ValueError(
+            "attacks train on public text or the task's: give some as public or attack_text, or set attack_steps to 0"
+        )
+    for name, place in given.items():
+        if len(texts[place]) < 2:
+            raise ValueError(
+                f"{name}: an attack holds a tenth of its text back, and {place} has one example; give more"
+            )
+        trained = {_key(example) for example in texts[place]}
+        for exam, path in sorted(spec.evaluation.items()):
+            if both := sum(_key(example) in trained for example in texts[path]):
+                raise ValueError(
+                    f"{name}: {both} of the {len(texts[path])} held-out examples of {exam} are in {place}, and an "
+                    "attack must not train on what it is measured on; take them out of one of the two"
+                )
+
+
+def _key(example: Example) -> str:
+    return json.dumps(example.row, sort_keys=True, default=str)
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.coordinator.runs.history import History
-from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
+from offsite.coordinator.runs.steps.results import ATTACK, BUILD, evaluate, fold
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json, to_plain
 from offsite.protos.figures import Score, doubts, marks, perplexity, protection, sentences, without_infinities
@@ -31,6 +31,9 @@ def assemble(journal: Journal, run: str) -> str:
         for span in metrics.spans
     ]
     measured = {name: done.sets for name in FIGURES if (done := history.get(evaluate(name)))}
+    attacks = made.attacks if (made := history.get(ATTACK)) else ()
+    if attacks:
+        measured["attack"] = attacks[0].sets
     overall, sites = perplexities(measured)
     built, folded = history[BUILD], [history[fold(number + 1)] for number in range(spec.rounds)]
     bundle = to_plain(built.bundle)
@@ -62,7 +65,8 @@ def assemble(journal: Journal, run: str) -> str:
         ],
         "vocabulary": built.vocabulary,
         "warnings": warnings(overall, vocabulary=built.vocabulary),
-        "protection": protection(overall),
+        "attacks": [{"name": one.name, "overall": perplexity(one.sets.values())} for one in attacks],
+        "protection": protection(overall, [one.name for one in attacks], task=bool(spec.attack_text)),
     }
     report["marks"] = marks(report)
     told, gone = without_infinities(report)

@@ -1,4 +1,5 @@
 import io
+import re
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> N
         "overall": row | {"attack": None},  # as where nothing was attacked
         "tokens": {"helpdesk": 12345},
         "warnings": ["the emulator is too small"],
+        "attacks": [{"name": "heal 96, unfreeze 192", "overall": 18.6}, {"name": "heal 96", "overall": None}],
         "protection": {"label": "not protected", "reason": "no threshold was stated"},
         "bytes": {"down": 2e6, "up": 1e6},
         "seconds": {"total": 10, "training": 6, "evaluation": 2, "loading": 1, "download": 0, "overhead": 1},
@@ -22,6 +24,9 @@ def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> N
     text = told.getvalue()
     assert "…" not in text and text.count("31,416") == 2 * len(FIGURES) - 1
     assert all(word in text for head in FIGURES.values() for word in head.split("\n"))
+    assert "attack: heal 96, unfreeze 192: perplexity 18.60\nattack: heal 96: perplexity not finite" in re.sub(
+        " +\n", "\n", text
+    )
     assert "warning: the emulator is too small" in text and "not protected: no threshold was stated" in text
     assert "2.0 MB down" in text and "overhead 1 = 10%" in text
 
@@ -34,6 +39,7 @@ def told(report: dict[str, Any]) -> str:
 
 EMPTY: dict[str, Any] = {
     **{"sites": {}, "overall": {}, "tokens": {}, "warnings": [], "bytes": {"down": 0, "up": 0}},
+    "attacks": [],
     "protection": {"label": "not protected", "reason": "no attack on the emulator was measured"},
     "seconds": dict.fromkeys(("total", "training", "evaluation", "loading", "download", "overhead"), 0.0),
 }

@@ -23,7 +23,8 @@ def report() -> dict[str, Any]:
         **{"method": {"name": "lora"}, "strategy": {"name": "low-rank"}, "training": {"steps": 2}},
         "rounds": [{"round": 1, "sites": {"bank": {**told, "peak_memory_bytes": 2**53, "engine": "x"}}, "figures": {}}],
         **{"warnings": ["w"], "overall": HUGE, "sites": {"bank": HUGE}, "tokens": {"bank": 10**300}},
-        "protection": {"label": "not protected", "reason": "r"},
+        "attacks": [{"name": "<i>heal 4", "overall": 1e304}, {"name": "unfreeze 4", "overall": None}],
+        "protection": {"label": "not protected", "reason": "r", "margin": None, "lost": 0.25},
         "left_out": [{"round": 1, "site": "lab", "state": "failed", "message": "<script>"}],
         **{"bytes": {"down": 2**53, "up": 0}, "seconds": times, "spans": spans},
     }
@@ -34,6 +35,8 @@ def test_huge_missing_and_odd_figures_are_drawn_or_left_out(tmp_path: Path) -> N
     page = (tmp_path / "report.html").read_text()
     assert "1.0e+304" in page and "lab failed: &lt;script&gt;" in page and "<b>x</b>" not in page
     assert page.count("<svg") == 3 and len(page) < 300_000
+    assert "<td>&lt;i&gt;heal 4</td><td>1.0e+304</td>" in page and "there is no margin to tell" in page
+    assert "the plug-in loses 0.25 nats against tuning on the base" in page
     nothing = report() | {"overall": {}, "sites": {}, "tokens": {}, "rounds": [], "spans": []}
     write(nothing, tmp_path / "nothing.html")
     assert "Perplexity on" not in (tmp_path / "nothing.html").read_text()

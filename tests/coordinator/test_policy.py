@@ -46,9 +46,11 @@ def grant(policy: OwnerPolicy, *, role: Any = "researcher", live: int = 0, **fie
 
 
 def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPolicy, place: Path) -> None:
-    granted = grant(policy, public="inside.jsonl", evaluation={"ward": "held-out/ward.jsonl"})
+    granted = grant(
+        policy, public="inside.jsonl", attack_text="public.jsonl", evaluation={"ward": "held-out/ward.jsonl"}
+    )
     assert granted.model == str(place / "model") and granted.base_name == "base"
-    assert granted.public == str(place / "texts" / "public.jsonl")
+    assert granted.public == granted.attack_text == str(place / "texts" / "public.jsonl")
     assert granted.evaluation == {"ward": str(place / "texts" / "held-out" / "ward.jsonl")}
     said = f"{place}/model/config.json is bad, {place}/texts/held-out/ward.jsonl too, as is {place}/other/x.bin"
     assert granted.discreet(said) == "base/config.json is bad, held-out/ward.jsonl too, as is x.bin"
@@ -62,6 +64,7 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"model": "org/name"}, r"\(models\)"),
         ({"public": "/etc/passwd"}, r"\(data\)"),
         ({"calibration": "held-out/../../secret.jsonl"}, r"\(data\)"),
+        ({"attack_text": "outside.jsonl"}, r"\(data\).*leads out"),
         ({"evaluation": {"x": "../secret.jsonl"}}, r"\(data\)"),
         ({"evaluation": {"x": "outside.jsonl"}}, r"\(data\).*leads out"),
         ({"builders": (Choice(name="whole"),)}, r"\(builders\)"),
@@ -72,6 +75,7 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"training": TrainingSpec(batch_size=65)}, r"\(max_batch_size\)"),
         ({"training": TrainingSpec(max_length=4097)}, r"\(max_length\)"),
         ({"realign_steps": 10_001}, r"\(max_tuning_steps\)"),
+        ({"attack_steps": 2501}, r"\(max_tuning_steps\): 10004 is more than 10000"),
         ({"builders": (Choice(name="crash"), Choice(name="distilled", settings={"steps": 10_001}))}, "max_tuning"),
         ({"min_sites": 101}, r"\(max_sites\)"),
         ({"live": 4}, r"\(max_live_runs\)"),

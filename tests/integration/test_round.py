@@ -82,11 +82,16 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     federation.coordinate()
     federation.join("hospital")
     federation.join("bank")
-    held_out = str(federation.material / "held-out.jsonl")
+    exam = federation.material / "held-out.jsonl"
+    own = federation.folder / "own.jsonl"  # text of the task that the owner has; attacks are not measured on it
+    rows = [row for row in (federation.material / "hospital.jsonl").open() if row not in exam.read_text()]
+    own.write_text("".join(rows))
     spec = federation.spec(
         rounds=2,
         method=Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}}),
-        evaluation={"exam": held_out},
+        evaluation={"exam": str(exam)},
+        attack_steps=4,
+        attack_text=str(own),
         evaluate_every=1,
         merge=True,
         min_sites=2,
@@ -102,7 +107,12 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
 
     report = run.report
     assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]
-    assert report["overall"].keys() == {"base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in"}
+    figures = {"base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "attack"}
+    assert report["overall"].keys() == figures
+    assert len(report["attacks"]) == 7 and report["protection"]["margin"] is not None
+    assert report["overall"]["attack"] == report["attacks"][0]["overall"] < report["overall"]["emulator_zero_shot"]
+    assert f"the strongest of 7 attacks ({report['attacks'][0]['name']})" in report["protection"]["reason"]
+    assert "tuning on the base itself gives was not measured" in report["protection"]["reason"]
     assert report["sites"]["exam"] == pytest.approx(report["overall"])
     assert report["rounds"][0]["figures"]["plug_in"] < report["overall"]["base_zero_shot"]
     assert report["bytes"]["down"] > report["bytes"]["up"] > 0

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import nn
 
 from offsite.coordinator.bundles.stored import open_bundle, recovered
 from offsite.coordinator.home import Home
@@ -13,7 +15,7 @@ from offsite.coordinator.runs.steps.orders import Evaluate
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
-from offsite.emulator.batches import encode, evaluation_batches
+from offsite.emulator.batches import Batch, encode, evaluation_batches
 from offsite.emulator.examples import read
 from offsite.emulator.likelihood import likelihood
 from offsite.emulator.plug import plug
@@ -44,13 +46,26 @@ def evaluate(home: Home, spec: Grant, order: Evaluate) -> Evaluation:
             if adapter is not None:
                 model = method.attach(model, bundle.described(listed).outline.places, adapter)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scores: dict[str, Score] = {}
-    for name, path in sorted(spec.evaluation.items()):
-        batches = evaluation_batches(
+    scores = measure(model, exams(spec, tokenizer), timeline)
+    return Evaluation(sets=scores, spans=tuple(timeline))
+
+
+def exams(spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
+    """Read the owner's held-out data by name."""
+    return {
+        name: evaluation_batches(
             encode(read(Path(path), folders=folders(spec)), tokenizer, max_length=spec.training.max_length),
             batch_size=EVALUATION_BATCH,
         )
+        for name, path in sorted(spec.evaluation.items())
+    }
+
+
+def measure(model: nn.Module, exams: dict[str, list[Batch]], timeline: Timeline) -> dict[str, Score]:
+    """Tell how well a model predicts each text."""
+    scores: dict[str, Score] = {}
+    for name, batches in exams.items():
         with timeline.span("evaluation"):
             measured = likelihood(model, batches)
         scores[name] = Score(nll=finite(measured.nll), tokens=measured.tokens)
-    return Evaluation(sets=scores, spans=tuple(timeline))
+    return scores

@@ -59,6 +59,15 @@ class Evaluate:
 
 
 @document
+class Attack:
+    """Attack the emulator, as it was handed out and as the sites have tuned it."""
+
+    step: ClassVar[str] = "attack"
+    manifest: Digest
+    exact: Digest
+
+
+@document
 class Publish:
     """Write the outcome of a run as files."""
 
@@ -68,4 +77,4 @@ class Publish:
     recovery: Digest | None
 
 
-Order = Build | Aggregate | Realign | Evaluate | Publish
+Order = Build | Aggregate | Realign | Evaluate | Attack | Publish

@@ -9,10 +9,11 @@ import torch
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate
-from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Publish, Realign
+from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign
 from offsite.coordinator.runs.steps.publishing import publish
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
@@ -22,6 +23,7 @@ STEPS: dict[str, tuple[type[Order], Callable[[Home, Grant, Any], object]]] = {
     "realign": (Realign, realign),
     "aggregate": (Aggregate, aggregate),
     "evaluate": (Evaluate, evaluate),
+    "attack": (Attack, attack),
     "publish": (Publish, publish),
 }
 

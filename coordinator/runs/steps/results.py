@@ -9,7 +9,7 @@ from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.store.blobs import Stored
 from offsite.protos.documents import document
 from offsite.protos.figures import Score
-from offsite.protos.ranges import TEXT, AboveZero, Count, Digest, Finite, Name, Place, Share, Word
+from offsite.protos.ranges import TEXT, AboveZero, Count, Digest, Finite, Line, Name, Place, Share, Word
 from offsite.protos.spec import BaseRef, Span
 
 Message = Annotated[str, Field(max_length=TEXT)]
@@ -72,6 +72,21 @@ class Evaluation:
 
 
 @document
+class Attacked(Evaluation):
+    """What one attack made of the emulator."""
+
+    name: Line  # what was done
+
+
+@document
+class Attacks:
+    """What a family of attacks made of it, the strongest first."""
+
+    attacks: Annotated[tuple[Attacked, ...], Field(min_length=1)]
+    spans: tuple[Span, ...] = ()
+
+
+@document
 class Publication:
     """The outcome of a run."""
 
@@ -96,6 +111,7 @@ class Step(Generic[R]):
 
 SELECT = Step("sites", Selection)
 BUILD = Step("version:0", Built)
+ATTACK = Step("attack", Attacks)
 PUBLISH = Step("publish", Publication)
 
 

@@ -37,7 +37,8 @@ def test_weights_that_are_no_numbers_still_give_a_report_that_is_json() -> None:
     told, gone = without_infinities({"overall": overall, "sites": sites, "spans": [{"end": math.inf}], "n": 1})
     assert json.loads(json.dumps(told, allow_nan=False))["overall"] == {"plug_in": None} and told["n"] == 1
     assert gone == ["overall.plug_in", "sites.a.plug_in", "sites.b.plug_in", "spans.0.end"]
-    assert protection({"attack": math.nan, "plug_in": 2.0})["label"] == "not protected"
+    told = protection({"attack": math.nan, "plug_in": 2.0}, ["heal 4"], task=True)
+    assert told["label"] == "not protected" and "is no finite number" in told["reason"] and told["margin"] is None
 
 
 def test_a_site_whose_clock_is_wrong_does_not_change_how_long_a_run_took() -> None:
@@ -71,3 +72,32 @@ def test_a_figure_that_cannot_be_right_is_marked_and_warned_of(figure: str, valu
     told = warnings(row, vocabulary=49_152)
     assert any("cannot be right" in one or "finite" in one for one in told)
     assert not [one for one in warnings(HONEST, vocabulary=49_152) if "cannot be right" in one]
+
+
+def test_where_no_attack_was_asked_for_the_report_says_so_and_claims_nothing() -> None:
+    told = protection({"plug_in": 9.0, "emulator_tuned": 60.0}, task=False)
+    assert told == {
+        "label": "not protected",
+        "margin": None,
+        "lost": None,
+        "reason": "no attack on the emulator was asked for, so none was measured; what tuning on the base itself gives "
+        "was not measured",
+    }
+
+
+def test_the_strongest_attack_stands_beside_what_the_plug_in_loses() -> None:
+    told = protection(HONEST, ["heal 8, unfreeze 16", "heal 8"], task=True)
+    assert told["margin"] == pytest.approx(math.log(12 / 9)) and told["lost"] == pytest.approx(math.log(9 / 7))
+    assert told["reason"] == (
+        "no threshold was stated; the strongest of 2 attacks (heal 8, unfreeze 16) brings the emulator to perplexity "
+        "12.00, 0.29 nats behind the plug-in; the plug-in is 0.25 nats behind tuning on the base itself"
+    )
+    better = protection(HONEST | {"attack": 8.0}, ["unfreeze 4"], task=True)
+    assert better["margin"] < 0 and "8.00, 0.12 nats ahead of the plug-in" in better["reason"]
+
+
+def test_an_attack_that_does_not_reach_the_tuned_emulator_is_not_the_margin() -> None:
+    told = protection(HONEST | {"attack": 70.0}, ["heal 4"], task=False)
+    assert told["margin"] == pytest.approx(math.log(60 / 9))
+    assert "the emulator tuned as asked is stronger than that, 1.90 nats behind the plug-in" in told["reason"]
+    assert "they had public text alone, and a site, which has the task's, may come further" in told["reason"]

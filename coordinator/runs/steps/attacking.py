@@ -1,0 +1,79 @@
+"""Attacking the emulator, as a site could."""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from offsite.coordinator.attacks import scored
+from offsite.coordinator.bundles.stored import open_bundle
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.evaluation import exams, measure
+from offsite.coordinator.runs.steps.inputs import folders, unfinished
+from offsite.coordinator.runs.steps.orders import Attack
+from offsite.coordinator.runs.steps.results import Attacked, Attacks, Evaluation
+from offsite.coordinator.runs.steps.timeline import Timeline
+from offsite.coordinator.store.finished import Finished
+from offsite.emulator import bundle, methods
+from offsite.emulator.batches import Encoded, encode
+from offsite.emulator.evaluation.attack import Attacker, Start, family
+from offsite.emulator.examples import read
+from offsite.emulator.precision import DTYPES
+from offsite.protos import tensors
+from offsite.protos.documents import to_plain
+from offsite.protos.figures import perplexity
+
+
+def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
+    """Train all of the emulator in several ways, on public text and the owner's text of the task, and measure each.
+
+    It trains on no text that is measured on. Killed, it goes on with the attacks that are left.
+    """
+    timeline = Timeline()
+    scratch = unfinished(home, spec, f"attack {order.manifest} {order.exact}")
+    with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as folder:
+        dtype = DTYPES[spec.training.precision]
+        listed, emulator, tokenizer = open_bundle(home.blobs(), order.manifest, Path(folder), dtype=dtype)
+        emulator.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        places, method = bundle.described(listed).outline.places, methods.make(spec.method.name, spec.method.settings)
+        tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.exact)))
+    models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
+
+    def text(place: str) -> list[Encoded]:
+        if not place:
+            return []
+        return encode(read(Path(place), folders=folders(spec)), tokenizer, max_length=spec.training.max_length)
+
+    task, public, held_out = text(spec.attack_text), text(spec.public), exams(spec, tokenizer)
+    with timeline.span("training"):
+        scores = scored(
+            family(spec.attack_steps, public=bool(public), task=bool(task), longest=spec.attack_longest),
+            Attacker(
+                models,
+                steps=spec.attack_steps,
+                task=task,
+                public=public,
+                batch_size=spec.training.batch_size,
+                seed=spec.training.seed,
+                state=scratch / "state",
+            ),
+            lambda model: Evaluation(sets=measure(model, held_out, timeline)),
+            cls=Evaluation,
+            finished=Finished(scratch / "scores"),
+            depends=to_plain(order),
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    attacks = [Attacked(name=one.name, sets=score.sets) for one, score in scores.items()]
+    attacks.sort(key=_reached)
+    return Attacks(attacks=tuple(attacks), spans=tuple(timeline))
+
+
+def _reached(made: Attacked) -> tuple[bool, float]:
+    """Order attacks by perplexity, those that have none last."""
+    value = perplexity(made.sets.values())
+    return math.isnan(value), value
