@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offsite.client.figures import FIGURES, short
@@ -77,7 +78,13 @@ def _bars(figure: Figure, report: dict[str, Any]) -> None:
         axes.set_yscale("log")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
-    axes.legend(frameon=False, fontsize=8, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _legend(axes, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _legend(axes: Axes, **where: Any) -> None:
+    """Name what was drawn, if anything was."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, **where)
 
 
 def _drawn(value: Any) -> float:
@@ -100,7 +107,7 @@ def _losses(figure: Figure, report: dict[str, Any]) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
     axes.set_xlabel("round (a line ends each)")
     axes.set_ylabel("mean training loss (nats)")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _times(figure: Figure, report: dict[str, Any]) -> None:
@@ -126,4 +133,4 @@ def _times(figure: Figure, report: dict[str, Any]) -> None:
     axes.set_yticks(range(len(who)), who)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the first of them")
-    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _legend(axes, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from offsite.client.site import agent, training
+from offsite.client.site import agent, rows
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import Policy
+from offsite.client.site.reasons import faults
 from offsite.client.site.reporter import Reporter
 from offsite.coordinator.service.reasons import sentence
 from offsite.protos import fleet_pb2 as pb
@@ -141,8 +142,8 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     site = agent.Agent(channel, config, say=lambda *_: None)
     work.task(one.task).mkdir(parents=True)
     (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
-    with pytest.raises(InputError) as caught, training._faults("FAULT_DATA"):
-        training._read(one)
+    with pytest.raises(InputError) as caught, faults("FAULT_DATA"):
+        rows.read(one)
     fault = from_status(caught.value.status, str(caught.value), reason=caught.value.reason)  # as it leaves the trainer
     reporter = Reporter(channel, None, one.task, every_s=1000.0)  # type: ignore[arg-type]
     reporter._fleet = SimpleNamespace(Report=None)  # type: ignore[assignment]
