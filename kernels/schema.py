@@ -28,6 +28,7 @@ class Rule(StrEnum):
     MEAN = "mean"  # the weighted mean of each value
     PRODUCT = "product"  # two factors, of which the product B @ A is averaged
     FIXED = "fixed"  # the same at every site and in every round, as an index is
+    LOCAL = "local"  # a site's own, of which the coordinator makes others before they are folded
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Field:
         """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
         if self.dtype not in FLOATS | INTEGERS:
             raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS | INTEGERS)}")
-        if self.dtype in INTEGERS and (self.rule is not Rule.FIXED or self.below is None):
-            raise ValueError(f"integers ({self.dtype}) are fixed and below something, not {self.rule} and {self.below}")
+        if self.dtype in INTEGERS and (self.rule not in (Rule.FIXED, Rule.LOCAL) or self.below is None):
+            raise ValueError(
+                f"integers ({self.dtype}) are fixed or local and below something, not {self.rule} and {self.below}"
+            )
         if self.dtype in FLOATS and self.below is not None:
             raise ValueError(f"only integers have a bound: below = {self.below} of {self.dtype}")
         if any(size is not None and size < 0 for size in self.shape):
@@ -88,6 +91,14 @@ def factors(schema: Schema) -> dict[str, Factors]:
 def _is_open(field: Field, dimension: int) -> bool:
     """Tell whether a field is a matrix of which this dimension alone may differ among sites."""
     return len(field.shape) == 2 and [at for at in (0, 1) if field.shape[at] is None] == [dimension]
+
+
+def groups(schema: Schema) -> dict[str, list[str]]:
+    """Return the sorted keys of each group; a tensor without one is a group by its own name."""
+    keys: dict[str, list[str]] = {}
+    for key, field in sorted(schema.items()):
+        keys.setdefault(field.group or key, []).append(key)
+    return keys
 
 
 def rules(schema: Schema) -> frozenset[Rule]:

@@ -38,6 +38,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOUND_MAX_BUNDLE_MIB: _ClassVar[Reason]
     BOUND_MAX_EMULATOR_PERPLEXITY: _ClassVar[Reason]
     BOUND_SUSPICIOUS: _ClassVar[Reason]
+    BOUND_MIN_NOISE: _ClassVar[Reason]
     FAULT_INTERNAL: _ClassVar[Reason]
     FAULT_DATA: _ClassVar[Reason]
     FAULT_EMULATOR: _ClassVar[Reason]
@@ -75,6 +76,7 @@ BOUND_MAX_UPLOAD_MIB: Reason
 BOUND_MAX_BUNDLE_MIB: Reason
 BOUND_MAX_EMULATOR_PERPLEXITY: Reason
 BOUND_SUSPICIOUS: Reason
+BOUND_MIN_NOISE: Reason
 FAULT_INTERNAL: Reason
 FAULT_DATA: Reason
 FAULT_EMULATOR: Reason

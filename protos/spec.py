@@ -44,6 +44,7 @@ class Choice:
 
 
 Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # builders, in the order they work
+Stages = Annotated[tuple[Choice, ...], Field(max_length=4)]  # of an upload, in the order they pack it
 
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)
@@ -177,6 +178,7 @@ class TaskSpec:
     method: Choice
     method_hash: Digest  # digest of the base, the method and the layers it trains
     training: LocalTraining
+    upload: Stages = ()  # what becomes of the update before it leaves the site
 
 
 @document

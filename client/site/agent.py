@@ -33,6 +33,7 @@ from offsite.protos.errors import (
     UnreachableError,
     from_system,
 )
+from offsite.protos.recipes import render
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import Manifest, Span, TaskSpec, UpdateMetrics
@@ -155,9 +156,8 @@ class Agent:
             raise MismatchError(what, reason="FAULT_TASK")
         self._config.policy.check_task(task)
         self._config.policy.check_data(self._config.data)
-        self._say(
-            "task", {"run": task.run, "round": task.round + 1, "rounds": task.rounds, "steps": task.training.steps}
-        )
+        about = {"run": task.run, "round": task.round + 1, "rounds": task.rounds, "steps": task.training.steps}
+        self._say("task", about | {"upload": render(task.upload) or "plain"})
         folder = self._work.task(task)
         folder.mkdir(parents=True, exist_ok=True)
         update, metrics = folder / "update.safetensors", folder / "metrics.json"
@@ -186,6 +186,7 @@ class Agent:
             policy=self._config.policy,
             task=task,
             engine=self._config.engine,
+            secret=str(self._work.secret.resolve()),
             out=str(folder),
         )
         if reporter.stopped:

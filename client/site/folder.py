@@ -2,6 +2,7 @@
 
     owner.json      whose it is
     lock            held by the process that works in it
+    secret          what the noise on its updates comes from
     site.log        what the site says of itself, with details that never leave it
     bundles/        emulators, kept for later rounds and runs
     adapters/       what the open tasks start from
@@ -23,6 +24,7 @@ from typing import Any, Self
 from offsite.client.site.policy import MIB, Policy
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.errors import ConflictError, ResourceError, from_system
+from offsite.protos.security.draws import SECRET_BYTES
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import TaskSpec
 
@@ -57,6 +59,14 @@ class WorkFolder:
             partial = path / "owner.partial"
             partial.write_text(json.dumps(owner))
             partial.replace(document)
+            secret = path / "secret"
+            _draw(secret)
+            if secret.stat().st_size != SECRET_BYTES:
+                os.close(lock)
+                raise ConflictError(
+                    f"{secret}: not the {SECRET_BYTES} bytes of a site's secret; restore it, or remove it once no task "
+                    "is open"
+                )
         except OSError as error:
             raise from_system(error) from None
         except (ValueError, KeyError, TypeError):
@@ -75,6 +85,11 @@ class WorkFolder:
         self._log.info(json.dumps({"event": kind, "at": time.time(), **data}, ensure_ascii=False, default=str))
 
     # where things are
+
+    @property
+    def secret(self) -> Path:
+        """Return the file of the site's secret, which never leaves it."""
+        return self.path / "secret"
 
     def bundle(self, task: TaskSpec) -> Path:
         """Return the folder of a task's emulator; its manifest is beside it, with the ending .json."""
@@ -120,6 +135,19 @@ class WorkFolder:
         for document in (self.path / "bundles").glob("*.json"):
             if not document.with_suffix("").is_dir():
                 document.unlink()
+
+
+def _draw(secret: Path) -> None:
+    """Draw a site's secret, unless it has one: with another, a task that is repeated would get other noise."""
+    if secret.exists():
+        return
+    partial = secret.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.urandom(SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(secret)
 
 
 def _hold(lock: int, path: Path) -> None:

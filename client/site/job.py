@@ -47,4 +47,5 @@ class TrainerJob:
     policy: Policy  # of the site
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
+    secret: Place  # file of the site's secret, from which stages of an upload draw
     out: Place  # folder, made by the trainer: update.safetensors and metrics.json

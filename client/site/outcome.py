@@ -1,4 +1,4 @@
-"""What a trainer leaves for the agent to send: the adapter after training, and its metrics."""
+"""What a trainer leaves for the agent to send: the adapter after training, packed by the stages, and its metrics."""
 
 import resource
 import sys
@@ -6,10 +6,14 @@ from pathlib import Path
 
 import torch
 
+from offsite.client.site.handout import Handout
+from offsite.client.site.job import TrainerJob
 from offsite.emulator.methods import Adapter
-from offsite.protos import tensors
+from offsite.kernels.schema import Tensors, settle
+from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import MismatchError
+from offsite.protos.security.draws import derive
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 
@@ -24,8 +28,16 @@ def check(adapter: Adapter, broadcast: Adapter) -> None:
             raise MismatchError(what, reason="FAULT_DIVERGED")
 
 
-def write(adapter: Adapter, metrics: UpdateMetrics, task: TaskSpec, out: Path) -> None:
-    """Write an adapter beside its metrics, each whole or not at all."""
+def pack(adapter: Adapter, handed: Handout, job: TrainerJob) -> Tensors:
+    """Return what leaves the site of an adapter; raises InputError, ValueError where a stage cannot pack it."""
+    task = job.task
+    schema = settle(handed.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
+    key = derive(Path(job.secret).read_bytes(), "upload", task.run, task.round, task.site)
+    return upload.pack(upload.make(task.upload), adapter, handed.broadcast, schema, key=key)
+
+
+def write(update: Tensors, metrics: UpdateMetrics, task: TaskSpec, out: Path) -> None:
+    """Write an update beside its metrics, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "metrics.json.partial"
     partial.write_bytes(to_json(metrics))
@@ -40,7 +52,7 @@ def write(adapter: Adapter, metrics: UpdateMetrics, task: TaskSpec, out: Path) -
         "method_hash": task.method_hash,
     }
     # One entry, because safetensors writes several in random order and the same work must give the same bytes.
-    tensors.save(out / "update.safetensors", adapter, metadata={"offsite": canonical(about).decode()})
+    tensors.save(out / "update.safetensors", update, metadata={"offsite": canonical(about).decode()})
 
 
 def peak_memory_bytes() -> int:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from offsite.emulator.catalogue import METHODS
+from offsite.protos import upload
 from offsite.protos.documents import document, from_toml, nearest
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.ranges import AboveZero, Digest, Flag, Place, Positive, Word
+from offsite.protos.ranges import AboveZero, AtLeastZero, Digest, Flag, Place, Positive, Word
 from offsite.protos.spec import METHOD, Manifest, Ratio, TaskSpec
 
 MIB = 1 << 20
@@ -47,6 +48,7 @@ class Policy:
     min_length: Positive = _bound(32, "tokens at which sequences may be cut; shorter ones hold few words to tell apart")
     max_length: Positive = _bound(4096, "tokens of a sequence")
     max_rounds: Positive = _bound(20, "rounds of a run")
+    min_noise: AtLeastZero = _bound(0.0, "of the change's rms, added before an update leaves; 0: none is asked for")
     max_upload_mib: AboveZero = _bound(64.0, "size of an update")
     max_bundle_mib: AboveZero = _bound(4096.0, "size of an emulator")
     per_step_metrics: Flag = _bound(False, "whether the loss of every step leaves, or one mean a round")
@@ -88,7 +90,7 @@ class Policy:
             raise RefusedError(f"{data}: the policy allows data only in {where}", reason="BOUND_DATA")
 
     def check_task(self, task: TaskSpec) -> None:
-        """Raise RefusedError naming the first bound a task goes beyond."""
+        """Raise RefusedError naming the first bound a task goes beyond, InputError for a stage that is not known."""
         training = task.training
         if "any" not in self.bases and task.base not in self.bases:
             raise refusal("bases", f"base {task.base} is not among those allowed")
@@ -109,6 +111,12 @@ class Policy:
                 raise refusal(f"min_{bound}", f"{what}: {asked:g} asked for, at least {least:g} allowed")
             if asked > most:
                 raise refusal(f"max_{bound}", f"{what}: {asked:g} asked for, at most {most:g} allowed")
+        stages = upload.make(task.upload)
+        noise = max((stage.noise for stage in stages), default=0.0)
+        if noise < self.min_noise:
+            raise refusal(
+                "min_noise", f"noise on the update: {noise:g} of the change's rms, at least {self.min_noise:g}"
+            )
         self.check_update(task.adapter_size)  # an update is as large as what it starts from
 
     def check_rows(self, task: TaskSpec, *, seen: int, distinct: int) -> None:

@@ -60,7 +60,9 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
             engine=f"{job.engine.title}, {ranks.device.type}",
             peak_memory_bytes=outcome.peak_memory_bytes(),
         )
-        outcome.write(adapter, metrics, job.task, Path(job.out))
+        with faults("FAULT_TASK"):
+            update = outcome.pack(adapter, handed, job)
+        outcome.write(update, metrics, job.task, Path(job.out))
 
 
 def _make_repeatable() -> None:

@@ -18,6 +18,7 @@ _HINTS = {
     "min_length": "ask for a higher training.max_length",
     "max_length": "ask for a lower training.max_length",
     "max_rounds": "ask for fewer rounds",
+    "min_noise": "ask for more noise among the stages of upload",
     "max_upload_mib": "ask for a lower rank, or train fewer layers",
     "max_bundle_mib": "the emulator is too large for it",
     "max_emulator_perplexity": "the emulator predicts its text too badly",

@@ -46,7 +46,7 @@ def emulator() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `bundle/`, `adapter.safetensors` and `data.jsonl`."""
+    """A folder with `bundle/`, `adapter.safetensors`, `secret` and `data.jsonl`."""
     folder = tmp_path_factory.mktemp("site")
     words = {word: index for index, word in enumerate(["?", "<s>", "</s>", "<pad>", *(f"w{n}" for n in range(WORDS))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="?"))
@@ -66,6 +66,7 @@ def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for at, row in enumerate(drawn)
     ]
+    (folder / "secret").write_bytes(bytes(range(32)))
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -79,6 +80,8 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
         training: dict[str, Any] | None = None,
         policy: dict[str, Any] | None = None,
         data: Path | None = None,
+        upload: tuple[Choice, ...] = (),
+        secret: Path | None = None,
         **engine: Any,
     ) -> TrainerJob:
         settings = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "max_length": 32} | (training or {})
@@ -107,6 +110,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             method=METHOD,
             method_hash=DIGEST,
             training=LocalTraining(**settings),
+            upload=upload,
         )
         return TrainerJob(
             bundle=str(site_files / "bundle"),
@@ -116,6 +120,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             policy=Policy(**LAX | (policy or {})),
             task=task,
             engine=EngineSpec(**{"name": "plain", "device": "cpu", "threads": 1} | engine),
+            secret=str(secret or site_files / "secret"),
             out=str(tmp_path / "out"),
         )
 

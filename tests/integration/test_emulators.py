@@ -76,6 +76,7 @@ class Round:
                 "training": training(self.spec, self.built.learning_rate),
             },
         )
+        (self.folder / "secret").write_bytes(bytes(32))
         job = TrainerJob(
             bundle=str(bundle),
             manifest=listed,
@@ -84,6 +85,7 @@ class Round:
             task=task,
             engine=EngineSpec(name="plain", device="cpu"),
             policy=Policy(bases=("any",), data=("/",), suspicious="warn"),
+            secret=str(self.folder / "secret"),
             out=str(self.folder / site),
         )
         train(job, say=lambda event, **fields: None, rendezvous=self.folder / "rendezvous")

@@ -53,6 +53,20 @@ def test_only_the_sites_own_user_reads_the_folder_and_its_log(tmp_path: Path) ->
     assert "a private sentence" in (folder.path / "site.log").read_text()
 
 
+def test_a_site_draws_its_secret_once_and_keeps_it_to_itself(tmp_path: Path) -> None:
+    secrets = []
+    for name in ("bank", "bank", "hospital"):
+        folder = WorkFolder.open(tmp_path / name, kit(name))
+        folder.clear_tasks()
+        secrets.append(folder.secret.read_bytes())
+        assert folder.secret.stat().st_mode & 0o777 == 0o600 and len(secrets[-1]) == 32
+        folder.close()
+    assert secrets[0] == secrets[1] != secrets[2]
+    folder.secret.write_bytes(b"")
+    with pytest.raises(ConflictError, match="secret: not the 32 bytes .* restore it"):
+        WorkFolder.open(tmp_path / "hospital", kit("hospital"))
+
+
 def test_what_no_task_needs_goes_and_what_the_next_round_needs_stays(tmp_path: Path) -> None:
     folder = WorkFolder.open(tmp_path / "work", kit("bank"))
     folder.task(TASK).mkdir(parents=True)

@@ -83,6 +83,25 @@ def test_by_default_a_task_of_few_steps_is_refused_in_every_round(steps: int, ro
     assert reason(caught.value) == "BOUND_MIN_STEPS"
 
 
+def noise(share: float) -> Choice:
+    return Choice(name="noise", settings={"share": share})
+
+
+@pytest.mark.parametrize("upload", [(), (noise(0.009),)])
+def test_an_update_with_less_noise_than_a_site_asks_for_is_refused(upload: tuple[Choice, ...]) -> None:
+    policy = Policy(**POLICY | {"min_noise": 0.01})
+    policy.check_task(task(upload=(Choice(name="noise"),)))
+    policy.check_task(task(upload=(noise(0.001), noise(0.02))))
+    with pytest.raises(RefusedError, match=r"\(min_noise\): noise on the update: .*, at least 0.01") as caught:
+        policy.check_task(task(upload=upload))
+    assert reason(caught.value) == "BOUND_MIN_NOISE"
+
+
+def test_a_stage_that_this_site_does_not_know_is_named() -> None:
+    with pytest.raises(InputError, match="there is no stage 'nosie' .did you mean noise.*; known are noise"):
+        Policy(**POLICY).check_task(task(upload=(Choice(name="nosie"),)))
+
+
 def test_few_distinct_sequences_or_many_passes_are_refused() -> None:
     policy = Policy(bases=("any",), data=("/",))
     asked = task(rounds=2, training=LocalTraining(learning_rate=1e-3, steps=8))  # 64 sequences in all
@@ -152,6 +171,7 @@ def test_the_table_has_every_field_with_a_sentence() -> None:
         ('methods = ["lorra"]', "there is no method 'lorra'; did you mean lora?"),
         ("max_upload_mib = inf", "inf"),
         ("max_passes = 0", "max_passes"),
+        ("min_noise = -1.0", "min_noise"),
         ("max_steps = 5000000000", "max_steps"),
         ('suspicious = "ignore"', "suspicious: Input should be 'refuse' or 'warn'"),
         ("max_step = 5", "did you mean max_steps?"),
