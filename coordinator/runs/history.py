@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.results import BUILD, Step, realign
+from offsite.coordinator.runs.steps.results import BUILD, Step, Version, fold, realign
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import parse, to_plain
 from offsite.protos.events import Event
@@ -45,6 +45,10 @@ class History:
         """Return the bundle that sites train on in a round: re-aligned to the last, if the run asks for that."""
         aligned = (self.get(realign(at)) for at in range(number, 0, -1))
         return next((bundle for bundle in aligned if bundle is not None), self[BUILD])
+
+    def version(self, number: int) -> Version:
+        """Return what a round starts from."""
+        return self[fold(number)] if number else self[BUILD]
 
     def spans(self) -> Iterator[tuple[str, Span]]:
         """Yield (step, where its time went)."""

@@ -7,13 +7,15 @@ moment and started again, it reads the journal, skips what is done and goes on w
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
-from offsite.coordinator.runs.report import assemble, perplexities, training, warnings
+from offsite.coordinator.runs.report import assemble, perplexities, warnings
+from offsite.coordinator.runs.rounds import Round
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign, Update
 from offsite.coordinator.runs.steps.results import (
@@ -25,12 +27,11 @@ from offsite.coordinator.runs.steps.results import (
     Evaluation,
     Folded,
     Step,
-    Version,
 )
-from offsite.coordinator.store.database import Unwritable
-from offsite.coordinator.store.journal import LIVE, OPEN, Key, Row
+from offsite.coordinator.store.database import Unwritable, Watch
+from offsite.coordinator.store.journal import LIVE
 from offsite.protos.documents import from_json, plain, to_json
-from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError, ResourceError, RunError, from_system
+from offsite.protos.errors import OffsiteError, ResourceError, from_system
 from offsite.protos.events import (
     Completed,
     EmulatorBuilt,
@@ -42,15 +43,13 @@ from offsite.protos.events import (
     StepBegun,
     Warned,
 )
-from offsite.protos.security.signing import sign
-from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
 
 R = TypeVar("R")
 Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity, run spec, order -> result
 
-POLL_S = 0.2
+POLL_S = 0.05  # of one number, whether the journal has changed
+POLLS = 20  # until a round is looked at though it has not
 TRIES = 6  # a step that ends its process so often, or is killed so often, ends the run
-ATTEMPTS = 2  # a site that fails a task is asked once more
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +65,16 @@ class Cancelled(Exception):
 class Supervisor:
     """One run's state machine over the journal."""
 
-    def __init__(self, home: Home, run: str, *, perform: Perform) -> None:
+    def __init__(self, home: Home, run: str, *, perform: Perform, rest: Callable[[float], None] = time.sleep) -> None:
         self._home = home
         self._journal = home.journal()
         self._run = run
-        self._perform = perform
+        self._perform, self._rest = perform, rest  # how a step is done; what it does for some seconds of waiting
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
         self._history = History(self._journal, run)
         granted = self._history.get(GRANT)
         self._document: bytes = to_json(granted) if granted else self._journal.run(run).spec
         self._spec = from_json(Grant, self._document, where="run spec")
-        self._begun: dict[tuple[int, str], float | None] = {}
 
     def run(self) -> None:
         """Bring the run to its end, from wherever the journal says it is.
@@ -100,7 +98,7 @@ class Supervisor:
             self._journal.close()
 
     def _fail(self, error: str) -> None:
-        self._journal.end_run(self._run, Failed(error=error))
+        self._journal.end_run(self._run, Failed(error=plain(error, most=10_000)))
 
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
@@ -158,13 +156,14 @@ class Supervisor:
     # a round
 
     def _round(self, number: int) -> None:
-        built, sites = self._history[BUILD], self._history[SELECT].names
-        folded = self._history.get(results.fold(number + 1))
+        built, step = self._history[BUILD], results.fold(number + 1)
+        folded = self._history.get(step)
         if folded is None:
-            self._offer(number, *sites, attempt=0)
-            updates, last = self._collect(number), self._version(number)
-            order = Aggregate(residual=last.residual, broadcast=last.broadcast, updates=updates, sites=sites)
-            folded = self._do(results.fold(number + 1), order, partial(_folded, number + 1))
+            updates, last = self._updates(number), self._history.version(number)
+            order = Aggregate(
+                residual=last.residual, broadcast=last.broadcast, updates=updates, sites=self._history[SELECT].names
+            )
+            folded = self._do(step, order, partial(_folded, number + 1))
         more = number + 1 < self._spec.rounds
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and more:
@@ -174,88 +173,23 @@ class Supervisor:
             realign = Realign(base=built.base.digest, manifest=manifest, exact=folded.exact, recovery=built.recovery)
             self._do(results.realign(number + 1), realign)
 
-    def _version(self, number: int) -> Version:
-        return self._history[results.fold(number)] if number else self._history[BUILD]
+    def _updates(self, number: int) -> tuple[Update, ...]:
+        """Have a round's tasks done; return the updates, or fail the run if they are too few."""
+        current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
+        current.open()
+        with closing(self._journal.watch()) as watch:
+            while True:
+                if not current.look(since=self._started) and (updates := current.updates()) is not None:
+                    return updates
+                self._heed()
+                self._wait(watch)
 
-    def _offer(self, number: int, *sites: str, attempt: int) -> None:
-        """Write tasks of a round, all at once; those that are there already stay."""
-        tasks = [self._task(number, site, attempt) for site in sites]
-        signed = [(document, sign(document, self._home.owner_key, purpose="task")) for document in map(to_json, tasks)]
-        keys = [Key(self._run, number, site, attempt) for site in sites]
-        self._journal.add_tasks((key, *offer) for key, offer in zip(keys, signed, strict=True))
-
-    def _task(self, number: int, site: str, attempt: int) -> TaskSpec:
-        built, bundle = self._history[BUILD], self._history.bundle(number)
-        start = self._version(number).broadcast[site]
-        return TaskSpec(
-            run=self._run,
-            round=number,
-            rounds=self._spec.rounds,
-            site=site,
-            attempt=attempt,
-            base=built.base.digest,
-            manifest=bundle.manifest,
-            manifest_size=bundle.manifest_size,
-            adapter=start.digest,
-            adapter_size=start.size,
-            method=_without_ranks(self._spec.method),
-            method_hash=built.method_hash,
-            training=training(self._spec, built.learning_rate),
-        )
-
-    def _collect(self, number: int) -> tuple[Update, ...]:
-        """Wait until no task of the round is open; return the updates, or fail the run if they are too few."""
-        while any([self._is_open(number, task) for task in self._latest(number)]):  # a list: each one is looked at
-            self._heed()
-            time.sleep(POLL_S)
-        tasks = self._latest(number)
-        if any([self._is_rotten(number, task) for task in tasks if task.state == "uploaded"]):
-            return self._collect(number)  # from sites that are asked once more
-        done = [task for task in tasks if task.state == "uploaded"]
-        if len(done) < self._spec.min_sites:
-            why = "; ".join(f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded")
-            raise RunError(f"round {number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})")
-        return tuple(Update(site=task.site, digest=task.update, examples=_metrics(task).examples) for task in done)
-
-    def _latest(self, number: int) -> list[Row]:
-        """Return each site's last attempt."""
-        return list({task.site: task for task in self._journal.tasks(self._run, number)}.values())
-
-    def _is_open(self, number: int, task: Row) -> bool:
-        """Tell whether a task may still give an update; offers another attempt, and leaves out who got stuck."""
-        if task.state == "failed" and task.attempt + 1 < ATTEMPTS:
-            self._offer(number, task.site, attempt=task.attempt + 1)
-            return True
-        if task.state not in OPEN:
-            return False
-        if (begun := self._begun_at(number, task.site)) and time.time() - begun > self._spec.task_s:
-            return self._leave_out(number, task, f"was not done {self._spec.task_s:.0f} s after it took its task")
-        moved = max(task.moved_at, self._started)
-        if task.state == "offered":  # the site may be busy with another run; it is enough that it is here
-            moved = max(moved, *(site.seen_at for site in self._journal.sites() if site.name == task.site), 0.0)
-        if time.time() - moved <= self._spec.stall_s:
-            return True
-        return self._leave_out(number, task, f"got no further for {self._spec.stall_s:.0f} s")
-
-    def _begun_at(self, number: int, site: str) -> float | None:
-        """When a site took its first task of a round; the journal knows, so no restart gives it more time."""
-        if self._begun.get((number, site)) is None:
-            self._begun[number, site] = self._journal.begun_at(self._run, number, site)
-        return self._begun[number, site]
-
-    def _leave_out(self, number: int, task: Row, message: str) -> Literal[False]:
-        self._journal.close_task(Key(self._run, number, task.site, task.attempt), "stalled", message)
-        return False
-
-    def _is_rotten(self, number: int, task: Row) -> bool:
-        """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
-        try:
-            self._home.blobs().path(task.update)
-        except (MismatchError, NotFoundError) as error:
-            message = f"its update was lost at the coordinator: {error}"
-            self._journal.lose_update(Key(self._run, number, task.site, task.attempt), message)
-            return True
-        return False
+    def _wait(self, watch: Watch) -> None:
+        """Wait until the journal has changed, or a while: time alone may be up for a site."""
+        for _ in range(POLLS):
+            self._rest(POLL_S)
+            if watch.changed():
+                return
 
     # the end
 
@@ -271,15 +205,6 @@ class Supervisor:
         published = self._do(PUBLISH, Publish(base=built.base.digest, exact=exact, recovery=built.recovery))
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)
-
-
-def _without_ranks(method: Choice) -> Choice:
-    """What a site is told of the method: not who else takes part, nor at which rank; its own is the broadcast's."""
-    return Choice(name=method.name, settings={k: v for k, v in method.settings.items() if k != "ranks"})
-
-
-def _metrics(task: Row) -> UpdateMetrics:
-    return from_json(UpdateMetrics, task.metrics, where="metrics")
 
 
 def _built(built: Built) -> list[Event]:

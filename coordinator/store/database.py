@@ -42,7 +42,7 @@ class Database:
             if (said := str(connection.execute(sa.text("PRAGMA quick_check(1)")).scalar_one())) != "ok":
                 raise _damaged(self._path, said)
 
-    def watch(self, on_write: Callable[[], object]) -> "Watch":
+    def watch(self, on_write: Callable[[], object] | None = None) -> "Watch":
         """Return what tells whether the database has changed; what is written through this object calls `on_write`.
 
         It is called in the thread that wrote, once what it wrote can be read.
@@ -141,7 +141,10 @@ def _damaged(path: Path, what: str) -> MismatchError:
     )
 
 
+# WAL lets readers go on while one writes; FULL makes a commit durable before it returns.
+PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
+
+
 def _prepare(connection: Any, _: Any) -> None:
-    """WAL lets readers go on while one writes; FULL makes a commit durable before it returns."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")

@@ -6,6 +6,7 @@ Times are seconds since the epoch. Documents are kept as the bytes that were has
 
 import sqlalchemy as sa
 
+from offsite.coordinator.store.rounds import Rounds
 from offsite.coordinator.store.runs import Runs, no_run
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, events
 from offsite.coordinator.store.tasks import Key, Move, Tasks
@@ -14,7 +15,7 @@ from offsite.protos.events import Event
 __all__ = ["LIVE", "OPEN", "Journal", "Key", "Move", "Row", "no_run"]
 
 
-class Journal(Runs, Tasks):
+class Journal(Runs, Tasks, Rounds):
     """Typed access to the tables; every method is one transaction and may be repeated."""
 
     def add_event(self, run: str, event: Event) -> None:
@@ -26,12 +27,6 @@ class Journal(Runs, Tasks):
         """Return the events of a run after a sequence number, of one kind if it is named."""
         query = sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq)
         return self._all(query.where(events.c.kind == kind) if kind else query)
-
-    def begun_at(self, run: str, round: int, site: str) -> float | None:
-        """Return when a site was first heard in a round (0 is the first): when it took its task. None before that."""
-        told = events.c.run == run, events.c.kind == "site", events.c.round == round + 1, events.c.site == site
-        begun: float | None = self._all(sa.select(sa.func.min(events.c.at)).where(*told))[0][0]
-        return begun
 
     def thin(self, run: str, *, most: int, dry_run: bool = False) -> int:
         """Remove a run's oldest events of training steps, so that at most so many events are left; return how many."""

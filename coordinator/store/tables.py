@@ -71,6 +71,7 @@ events = sa.Table(
     sa.Column("round", sa.Integer, default=0),
     sa.Column("site", sa.String, default=""),
     sa.Column("data", sa.JSON),
+    sa.Index("events_of_site", "run", "round", "site", "at"),
 )
 sites = sa.Table(
     "sites",

@@ -1,115 +1,256 @@
-"""The supervisor alone, with steps that a test stands for: what ends a run, and what is asked for once more."""
+"""The supervisor as a function: rounds, attempts, who is left out, and what ends a run."""
 
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+import itertools
 from typing import Any
 
 import pytest
 
-from offsite.coordinator.bundles.manifests import describe
-from offsite.coordinator.home import Home
-from offsite.coordinator.runs.steps.orders import Aggregate, Update
-from offsite.coordinator.runs.steps.results import Built
-from offsite.coordinator.runs.supervisor import TRIES, Lost, Supervisor
-from offsite.coordinator.store.blobs import Stored
-from offsite.coordinator.store.journal import Journal, Key
-from offsite.protos.chunks import digest_bytes
-from offsite.protos.documents import from_json, to_json
-from offsite.protos.errors import RunError
-from offsite.protos.security.pki import Authority
-from offsite.protos.spec import BaseRef, Choice, Manifest, RunSpec, UpdateMetrics
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign, Update
+from offsite.coordinator.runs.supervisor import TRIES, Lost
+from offsite.coordinator.store.database import Unwritable
+from offsite.protos.documents import from_json
+from offsite.protos.errors import ResourceError
+from offsite.protos.events import Cancelled
+from offsite.protos.security.signing import verify
+from offsite.protos.spec import Choice, TaskSpec
 
-DIGEST = digest_bytes(b"anything")
-BASE = BaseRef(name="m", digest=DIGEST, layers=1, parameters=1)
-MANIFEST = Manifest(
-    base=BASE,
-    builders=(Choice(name="whole"),),
-    layers=(0,),
-    trainable=(0,),
-    parameters=1,
-    verbatim=1,
-    lossy=0,
-    files=(),
-)
-FIRST = Built(
-    manifest=DIGEST,
-    manifest_size=1,
-    bundle=describe(MANIFEST),
-    base=BASE,
-    method_hash=DIGEST,
-    broadcast={"ward": Stored(digest=DIGEST, size=1)},
-    residual={},
-    learning_rate=0.01,
-    computed="fp32",
-    recovery=None,
-)
+EXAM = {"exam": "held-out.jsonl"}
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    identity = Authority.create(tmp_path / "pki").issue("coordinator", "coordinator")
-    return Home(tmp_path / "home", identity).prepare()
+def asked(stand: Any, kind: type[Any]) -> list[Any]:
+    return [order for order in stand.done if isinstance(order, kind)]
 
 
-@pytest.fixture
-def journal(home: Home) -> Journal:
-    journal = home.journal()
-    journal.add_run("r", token="t", owner="alice", spec=to_json(RunSpec(model="m")))
-    journal.begin_run("r", ["ward"])
-    return journal
+def told(stand: Any, kind: str) -> list[Any]:
+    return [event for event in stand.journal.events("r") if event.kind == kind]
 
 
-def test_a_step_that_ends_its_process_again_and_again_ends_the_run(home: Home, journal: Journal) -> None:
-    def killed(*arguments: Any) -> bytes:
+def test_each_round_starts_from_the_last_and_ends_in_a_version(stand: Any) -> None:
+    stand.submit("bank", "ward", rounds=3)
+    assert stand.run().state == "completed"
+    rounds = asked(stand, Aggregate)
+    assert [[update.site for update in order.updates] for order in rounds] == 3 * [["bank", "ward"]]
+    first, second, third = (order.broadcast["ward"].digest for order in rounds)
+    tasks = [from_json(TaskSpec, task.spec, where="task") for task in stand.journal.tasks("r") if task.site == "ward"]
+    assert [task.adapter for task in tasks] == [first, second, third] and len({first, second, third}) == 3
+    assert asked(stand, Publish)[0].exact == stand.journal.steps("r")["version:3"]["exact"]
+    assert [event.round for event in told(stand, "round")] == [1, 2, 3]
+
+
+def test_a_task_is_signed_and_says_nothing_of_the_other_sites(stand: Any) -> None:
+    stand.submit("bank", "ward", method=Choice(name="lora", settings={"rank": 4, "ranks": {"bank": 2}}))
+    stand.run()
+    for task in stand.journal.tasks("r"):
+        verify(task.spec, task.signature, stand.home.identity / "owner.pub", purpose="task")
+        assert from_json(TaskSpec, task.spec, where="task").method.settings == {"rank": 4}
+
+
+def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> None:
+    stand.submit("ward", rounds=3, evaluation=EXAM, evaluate_every=2)
+    stand.run()
+    names = ["base_zero_shot", "emulator_zero_shot", "plug_in:2", "emulator_tuned", "plug_in"]
+    assert [event.data["name"] for event in told(stand, "figure")] == names
+    bare, emulator, between, tuned, plugged = asked(stand, Evaluate)
+    assert (bare.manifest, bare.exact) == (None, None) and emulator.exact is None
+    assert (between.manifest, plugged.manifest) == (None, None) and plugged.exact == tuned.exact != between.exact
+
+
+def test_the_next_round_trains_on_the_bundle_that_was_realigned(stand: Any) -> None:
+    stand.submit("ward", rounds=3, realign_steps=5)
+    stand.run()
+    manifests = [from_json(TaskSpec, task.spec, where="task").manifest for task in stand.journal.tasks("r")]
+    first, second = asked(stand, Realign)
+    assert manifests[:2] == [first.manifest, second.manifest] and len(set(manifests)) == 3
+    assert second.exact == stand.journal.steps("r")["version:2"]["exact"]
+
+
+def test_a_site_that_fails_is_asked_once_more_and_then_left_out(stand: Any) -> None:
+    stand.act = lambda task: stand.close(task) if task.site == "bank" else stand.upload(task)
+    stand.submit("bank", "ward")
+    assert stand.run().state == "completed"
+    assert [(task.site, task.attempt, task.state) for task in stand.journal.tasks("r")] == [
+        ("bank", 0, "failed"),
+        ("bank", 1, "failed"),
+        ("ward", 0, "uploaded"),
+    ]
+    assert [update.site for update in asked(stand, Aggregate)[0].updates] == ["ward"]
+
+
+def test_a_site_that_refuses_is_not_asked_again_and_too_few_updates_end_the_run(stand: Any) -> None:
+    stand.act = lambda task: stand.close(task, "refused", "policy")
+    stand.submit("bank", "ward", min_sites=2)
+    error = "round 1 got 0 of at least 2 updates (bank: refused: policy; ward: refused: policy)"
+    run = stand.run()
+    assert (run.state, run.error) == ("failed", error) and len(stand.journal.tasks("r")) == 2
+    assert told(stand, "failed")[0].data == {"error": error} and asked(stand, Aggregate) == []
+
+
+def test_an_error_names_some_of_very_many_sites(stand: Any) -> None:
+    stand.act = lambda task: stand.close(task, "refused", "policy")
+    stand.submit(*(f"site-{number}" for number in range(30)))
+    assert stand.run().error.endswith("; and 10 more)")
+
+
+@pytest.mark.parametrize("step", ["build", "evaluate", "aggregate", "publish"])
+def test_what_a_step_says_ends_the_run(stand: Any, step: str) -> None:
+    def full(_: bytes) -> None:
+        raise ResourceError("the disk is full")
+
+    stand.submit("ward", evaluation=EXAM)
+    setattr(stand, f"_{step}", full)
+    run = stand.run()
+    assert (run.state, run.error) == ("failed", "the disk is full")
+
+
+def test_a_fault_of_ours_ends_the_run_with_a_word(stand: Any) -> None:
+    stand.submit("ward")
+    stand._aggregate = lambda order: {}["missing"]
+    run = stand.run()
+    assert (run.state, run.error) == ("failed", "internal error: KeyError: 'missing'")
+
+
+@pytest.mark.parametrize("error", [Lost, Unwritable])
+def test_where_nothing_is_wrong_with_the_run_it_is_left_open(stand: Any, error: type[Exception]) -> None:
+    def away(_: bytes) -> None:
+        raise error
+
+    whole, stand._aggregate = stand._aggregate, away
+    stand.submit("ward")
+    with pytest.raises(error):
+        stand.run()
+    assert stand.journal.run("r").state == "running"
+    stand._aggregate = whole
+    assert stand.run().state == "completed" and len(asked(stand, Build)) == 1, "what was done is not done again"
+
+
+def test_a_step_that_ends_its_process_again_and_again_ends_the_run(stand: Any) -> None:
+    def away(_: bytes) -> None:
         raise Lost
 
+    stand.submit("ward")
+    stand._build = away
     for _ in range(TRIES):
-        assert journal.run("r").state == "running"
         with pytest.raises(Lost):
-            Supervisor(home, "r", perform=killed).run()
-    Supervisor(home, "r", perform=killed).run()
-    run = journal.run("r")
+            stand.run()
+    run = stand.run()
     assert run.state == "failed" and f"step version:0 was begun {TRIES} times" in run.error and "memory" in run.error
 
 
-def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(home: Home, journal: Journal) -> None:
-    asked: list[bytes] = []
-
-    def perform(step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
-        asked.append(order)
-        if step != "build":
-            raise RunError("far enough")
-        return to_json(FIRST)
-
-    def upload(attempt: int, content: bytes) -> None:
-        file = home.scratch / "update"
-        file.write_bytes(content)
-        digest, _ = home.blobs().take(file)
-        if attempt == 0:
-            home.blobs().path(digest).write_bytes(b"Update")
-        metrics = UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")
-        values = {"state": "uploaded", "update": digest, "metrics": to_json(metrics).decode()}
-        assert journal.set_task(Key("r", 0, "ward", attempt), **values)
-
-    worker = threading.Thread(target=Supervisor(home, "r", perform=perform).run)
-    worker.start()
-    for attempt in (0, 1):
-        _until(lambda attempt=attempt: len(journal.tasks("r", 0)) == attempt + 1)
-        upload(attempt, b"update")
-    worker.join()
-    digest = digest_bytes(b"update")
-    assert journal.run("r").error == "far enough"
-    order = from_json(Aggregate, asked[-1], where="order")
-    assert order.updates == (Update(site="ward", digest=digest, examples=3),)
-    assert home.blobs().path(digest).read_bytes() == b"update"
-    lost = journal.task(Key("r", 0, "ward", 0))
-    assert lost.state == "failed" and "was lost at the coordinator" in lost.message and digest[9:] in lost.message
+def test_a_run_that_is_cancelled_is_not_worked_on_any_more(stand: Any) -> None:
+    stand.act = lambda _: stand.journal.end_run("r", Cancelled(error="cancelled by alice"))
+    stand.submit("ward")
+    assert stand.run().state == "cancelled" and asked(stand, Aggregate) == []
+    assert [event.kind for event in stand.journal.events("r")][-1] == "cancelled"
 
 
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_what_a_step_gave_after_the_run_was_cancelled_is_not_kept(stand: Any) -> None:
+    def late(order: bytes) -> Any:
+        stand.journal.end_run("r", Cancelled(error="cancelled by alice"))
+        return whole(order)
+
+    whole, stand._aggregate = stand._aggregate, late
+    stand.submit("ward")
+    assert stand.run().state == "cancelled" and "version:1" not in stand.journal.steps("r")
+
+
+def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(stand: Any) -> None:
+    def rot(task: Any) -> None:
+        stand.upload(task)
+        if task.attempt == 0:
+            stand.home.blobs().path(stand.journal.tasks("r")[0].update).write_bytes(b"Update")
+
+    stand.act = rot
+    stand.submit("ward")
+    assert stand.run().state == "completed"
+    lost, kept = stand.journal.tasks("r")
+    assert lost.state == "failed" and "was lost at the coordinator" in lost.message and lost.update == ""
+    assert asked(stand, Aggregate)[0].updates == (Update(site="ward", digest=kept.update, examples=3),)
+    assert stand.home.blobs().path(kept.update).is_file()
+
+
+class Clock:
+    """The time, which passes only while the supervisor rests."""
+
+    def __init__(self, stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self._rest = 1e6, stand.rest
+        monkeypatch.setattr("time.time", lambda: self.now)
+        stand.rest = self.rest
+
+    def rest(self, seconds: float) -> None:
+        self.now += 10
+        self._rest(seconds)
+
+
+def test_a_site_that_gets_no_further_is_left_out(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, took = Clock(stand, monkeypatch), []
+
+    def act(task: Any) -> None:
+        if task.site == "ward" and clock.now > 1e6 + 200:
+            stand.upload(task)
+        elif task.site == "ward" or not took:
+            took.append(task.site)
+            stand.move(task, step=len(took))
+
+    stand.act = act
+    stand.submit("bank", "ward", stall_s=50.0)
+    stand.run()
+    bank, ward = stand.journal.tasks("r")
+    assert (bank.state, bank.message) == ("stalled", "got no further for 50 s") and ward.state == "uploaded"
+    stalled = [event for event in told(stand, "site") if event.data["state"] == "stalled"]
+    assert [(event.site, event.round, event.data["message"]) for event in stalled] == [("bank", 1, bank.message)]
+
+
+def test_a_site_that_is_here_and_busy_with_another_run_is_waited_for(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(stand, monkeypatch)
+    for site in ("bank", "ward"):
+        stand.journal.enrol(site)
+
+    def act(task: Any) -> None:
+        if task.site == "ward":  # bank was never heard of again
+            stand.journal.see("ward")
+            if clock.now > 1e6 + 200:
+                stand.upload(task)
+
+    stand.act = act
+    stand.submit("bank", "ward", stall_s=50.0)
+    stand.run()
+    assert [task.state for task in stand.journal.tasks("r")] == ["stalled", "uploaded"]
+
+
+def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_nor_an_attempt_renews(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, steps = Clock(stand, monkeypatch), itertools.count(1)
+
+    def act(task: Any) -> None:
+        if clock.now == 1e6 + 40:
+            stand.close(task)
+        else:
+            stand.move(task, step=next(steps))
+        if clock.now == 1e6 + 70:
+            raise Lost
+
+    stand.act = act
+    stand.submit("ward", stall_s=50.0, task_s=100.0)
+    with pytest.raises(Lost):
+        stand.run()
+    assert "(ward: stalled: was not done 100 s after it took its task)" in stand.run().error
+    assert clock.now == 1e6 + 10 + 110, "it took its task after 10 s"
+    assert [task.attempt for task in stand.journal.tasks("r")] == [0, 1]
+
+
+def test_while_no_coordinator_was_up_no_site_could_get_further(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(stand, monkeypatch)
+
+    def act(task: Any) -> None:
+        raise Lost
+
+    stand.act = act
+    stand.submit("ward", stall_s=50.0)
+    with pytest.raises(Lost):
+        stand.run()
+    clock.now += 1000
+    stand.act = stand.upload
+    assert stand.run().state == "completed"

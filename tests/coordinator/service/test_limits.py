@@ -2,20 +2,15 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from offsite.coordinator.home import Home
-from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.service import limits, progress
 from offsite.coordinator.service.limits import Limits, check_request
 from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos import fleet_pb2 as pb
-from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, ResourceError
-from offsite.protos.spec import RunSpec
 from offsite.protos.transfer_pb2 import Chunk
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
@@ -132,35 +127,3 @@ def test_of_tasks_that_are_not_heard_of_again_nothing_is_kept(
     clock.now += 1.5 * progress.FORGET_S
     pace.move(KEY._replace(site="b"), task, state="taken")
     assert len(pace) == 1
-
-
-def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_renews(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    clock.now = 1e6
-    monkeypatch.setattr("time.time", clock)
-    home = Home(tmp_path, tmp_path)
-    journal = home.journal()
-    journal.add_run("r", token="t", owner="alice", spec=to_json(RunSpec(model="m", stall_s=50.0, task_s=100.0)))
-    journal.add_task(KEY, spec=b"task", signature=b"s")
-    journal.enrol("a")
-
-    def is_open() -> bool:  # as a supervisor sees it that was started just now
-        supervisor = Supervisor(home, "r", perform=lambda *_: {})
-        return supervisor._is_open(0, journal.task(KEY))
-
-    def move(**progress: Any) -> bool:
-        made = Pace().move(KEY, journal.task(KEY), **progress)
-        return made is not None and journal.move_tasks([made]) == [True]
-
-    clock.now += 1000
-    journal.see("a")
-    assert is_open(), "a site that is busy with another run is waited for while it is here"
-    assert move(state="taken", step=0)
-    for step in range(3):
-        clock.now += 33
-        assert move(state="training", step=step) and is_open()
-    clock.now += 2
-    assert not is_open()
-    assert journal.task(KEY).message == "was not done 100 s after it took its task"

@@ -1,0 +1,119 @@
+"""One round of a run: tasks are offered to its sites, and waited for until each has given an update or cannot."""
+
+import time
+from collections.abc import Iterable
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.report import training
+from offsite.coordinator.runs.steps.orders import Update
+from offsite.coordinator.runs.steps.results import BUILD, SELECT
+from offsite.coordinator.store.journal import Journal, Key, Row
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import MismatchError, NotFoundError, RunError
+from offsite.protos.security.signing import sign
+from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
+
+ATTEMPTS = 2  # a site that fails a task is asked once more
+NAMED = 20  # sites that an error names, at most
+
+
+class Round:
+    """The tasks of one round, counted from zero; all it knows of them is in the journal."""
+
+    def __init__(self, home: Home, journal: Journal, run: str, spec: Grant, history: History, number: int) -> None:
+        self._home, self._journal, self._run, self._spec = home, journal, run, spec
+        self._history, self._number = history, number
+
+    def open(self) -> None:
+        """Offer a task to every site; what was offered before stands."""
+        self._offer((site, 0) for site in self._history[SELECT].names)
+
+    def look(self, *, since: float) -> bool:
+        """Tell whether there is something to wait for.
+
+        A site that failed is asked once more, and one that got stuck is left out. Before `since`, nobody was there to
+        whom sites could have said that they get further.
+        """
+        now, spec = time.time(), self._spec
+        moved_before = now - spec.stall_s
+        standing = self._journal.standing(
+            *(self._run, self._number),
+            attempts=ATTEMPTS,
+            moved_before=moved_before if since < moved_before else 0.0,
+            begun_before=now - spec.task_s,
+        )
+        self._offer((task.site, task.attempt + 1) for task in standing.failed)
+        for task in standing.overdue:
+            late = f"was not done {spec.task_s:.0f} s after it took its task"
+            stuck = f"got no further for {spec.stall_s:.0f} s"
+            self._journal.close_task(self._key(task), "stalled", late if task.late else stuck)
+        return standing.open > len(standing.overdue) or bool(standing.failed)
+
+    def updates(self) -> tuple[Update, ...] | None:
+        """Return the updates of a round that nobody works on any more; None if a site is asked again for one.
+
+        Raises RunError if they are too few.
+        """
+        tasks = list({task.site: task for task in self._journal.tasks(self._run, self._number)}.values())  # the last
+        done = [task for task in tasks if task.state == "uploaded"]
+        if any([self._is_rotten(task) for task in done]):  # a list: each one is looked at
+            return None
+        if len(done) < self._spec.min_sites:
+            reasons = [f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded"]
+            more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+            why = "; ".join(reasons[:NAMED] + more)
+            raise RunError(
+                f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
+            )
+        return tuple(Update(site=task.site, digest=task.update, examples=_examples(task)) for task in done)
+
+    def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
+        """Write tasks, all at once; those that are there already stay."""
+        offers = []
+        for site, attempt in attempts:
+            document = to_json(self._task(site, attempt))
+            signature = sign(document, self._home.owner_key, purpose="task")
+            offers.append((Key(self._run, self._number, site, attempt), document, signature))
+        self._journal.add_tasks(offers)
+
+    def _task(self, site: str, attempt: int) -> TaskSpec:
+        built, bundle = self._history[BUILD], self._history.bundle(self._number)
+        start = self._history.version(self._number).broadcast[site]
+        return TaskSpec(
+            run=self._run,
+            round=self._number,
+            rounds=self._spec.rounds,
+            site=site,
+            attempt=attempt,
+            base=built.base.digest,
+            manifest=bundle.manifest,
+            manifest_size=bundle.manifest_size,
+            adapter=start.digest,
+            adapter_size=start.size,
+            method=_without_ranks(self._spec.method),
+            method_hash=built.method_hash,
+            training=training(self._spec, built.learning_rate),
+        )
+
+    def _is_rotten(self, task: Row) -> bool:
+        """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
+        try:
+            self._home.blobs().path(task.update)
+        except (MismatchError, NotFoundError) as error:
+            self._journal.lose_update(self._key(task), f"its update was lost at the coordinator: {error}")
+            return True
+        return False
+
+    def _key(self, task: Row) -> Key:
+        return Key(self._run, self._number, task.site, task.attempt)
+
+
+def _without_ranks(method: Choice) -> Choice:
+    """What a site is told of the method: not who else takes part, nor at which rank; its own is the broadcast's."""
+    return Choice(name=method.name, settings={k: v for k, v in method.settings.items() if k != "ranks"})
+
+
+def _examples(task: Row) -> int:
+    return from_json(UpdateMetrics, task.metrics, where="metrics").examples

@@ -1,0 +1,138 @@
+"""A run whose steps and sites a test stands for: all in one thread, without a tensor, a process or a pause."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offsite.coordinator.bundles.manifests import describe
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign
+from offsite.coordinator.runs.steps.results import Built, Evaluation, Folded, Part, Publication, Realigned
+from offsite.coordinator.runs.supervisor import Supervisor
+from offsite.coordinator.store.blobs import Stored
+from offsite.coordinator.store.journal import OPEN, Key, Row
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.events import SiteState, UpdateAccepted
+from offsite.protos.figures import Score
+from offsite.protos.security.pki import Authority
+from offsite.protos.spec import BaseRef, Choice, Manifest, RunSpec, Span, UpdateMetrics
+
+BASE = BaseRef(name="m", digest=digest_bytes(b"base"), layers=3, parameters=9)
+MANIFEST = Manifest(
+    **{"base": BASE, "builders": (Choice(name="any"),), "layers": (0, 2), "trainable": (0,), "files": ()},
+    **{"parameters": 6, "verbatim": 6, "lossy": 0},
+)
+SPANS = (Span(kind="evaluation", start=1.0, end=2.0),)
+
+
+def stored(content: bytes) -> Stored:
+    return Stored(digest=digest_bytes(content), size=len(content))
+
+
+class Stand:
+    """Does the steps of one run and the work of its sites; equal orders give equal results.
+
+    `act` is what a site does with an open task, `done` every order in turn. To be changed by a test.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home, self.journal = home, home.journal()
+        self.act: Callable[[Row], None] = self.upload
+        self.done: list[Any] = []
+
+    def submit(self, *sites: str, **fields: Any) -> None:
+        """Add a run, and select its sites if they are named."""
+        self.journal.add_run("r", token="t", owner="alice", spec=to_json(RunSpec(model="m", **fields)))
+        if sites:
+            self.journal.begin_run("r", list(sites))
+
+    def run(self) -> Row:
+        """Have a supervisor take the run as far as it goes; return the run."""
+        Supervisor(self.home, "r", perform=self.perform, rest=self.rest).run()
+        return self.journal.run("r")
+
+    def rest(self, _: float) -> None:
+        for task in self.journal.tasks("r"):
+            if task.state in OPEN:
+                self.act(task)
+
+    def upload(self, task: Row, *, keep: bool = True) -> None:
+        """Accept an update of a task, with a file behind it or without."""
+        content = f"update {task.round} {task.site}".encode()
+        if keep:
+            file = self.home.scratch / "update"
+            file.write_bytes(content)
+            self.home.blobs().take(file)
+        metrics = UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")
+        values = {"state": "uploaded", "update": digest_bytes(content), "metrics": to_json(metrics).decode()}
+        accepted = UpdateAccepted(round=task.round + 1, site=task.site, loss=1.0, bytes=len(content), examples=3)
+        self.journal.set_task(key(task), accepted, **values, bytes_up=len(content))
+
+    def close(self, task: Row, state: str = "failed", message: str = "no memory") -> None:
+        """Close a task without an update."""
+        self.journal.close_task(key(task), state, message)
+
+    def move(self, task: Row, **values: Any) -> None:
+        """Have a site say how far it is with a task, and the journal tell it."""
+        event = SiteState(round=task.round + 1, site=task.site, state="training", **values)
+        self.journal.set_task(key(task), event, state="training", moved_at=time.time(), **values)
+
+    def perform(self, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+        return to_json(getattr(self, f"_{step}")(order))
+
+    def _take(self, kind: type[Any], order: bytes) -> Any:
+        self.done.append(from_json(kind, order, where="order"))
+        return self.done[-1]
+
+    def _build(self, order: bytes) -> Built:
+        sites = self._take(Build, order).sites
+        return Built(
+            **{"manifest": digest_bytes(b"manifest"), "manifest_size": 8, "bundle": describe(MANIFEST), "base": BASE},
+            **{"method_hash": digest_bytes(b"method"), "learning_rate": 0.01, "computed": "fp32", "recovery": None},
+            **{"broadcast": {site: stored(b"start") for site in sites}, "residual": {}, "spans": SPANS},
+        )
+
+    def _aggregate(self, order: bytes) -> Folded:
+        asked = self._take(Aggregate, order)
+        return Folded(
+            broadcast={site: stored(order) for site in asked.sites},
+            residual={},
+            exact=digest_bytes(order),
+            lineage={one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates},
+            figures={"residual": 0.0},
+            spans=SPANS,
+        )
+
+    def _realign(self, order: bytes) -> Realigned:
+        self._take(Realign, order)
+        return Realigned(manifest=digest_bytes(order), manifest_size=8, bundle=describe(MANIFEST), spans=SPANS)
+
+    def _evaluate(self, order: bytes) -> Evaluation:
+        asked = self._take(Evaluate, order)
+        bad = asked.manifest is not None and asked.exact is None  # an emulator that nothing was trained on
+        nll = (8000.0 if bad else 1000.0) + int(digest_bytes(order)[7:9], 16)
+        return Evaluation(sets={"exam": Score(nll=nll, tokens=1000)}, spans=SPANS)
+
+    def _publish(self, order: bytes) -> Publication:
+        self._take(Publish, order)
+        return Publication(artifacts={"adapter/model": stored(order)}, spans=SPANS)
+
+
+def key(task: Row) -> Key:
+    return Key(task.run, task.round, task.site, task.attempt)
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A coordinator's kit."""
+    return Authority.create(tmp_path_factory.mktemp("kit") / "pki").issue("coordinator", "coordinator")
+
+
+@pytest.fixture
+def stand(tmp_path: Path, kit: Path) -> Stand:
+    """A stand over an empty home."""
+    return Stand(Home(tmp_path / "home", kit).prepare())
