@@ -18,22 +18,20 @@ from rich.console import Console
 from rich.text import Text
 
 from offsite.client.demo import policy
-from offsite.client.demo.pooled import PooledJob
+from offsite.client.demo.outcome import join
+from offsite.client.demo.pooled import Pooled, PooledJob, What
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system
-from offsite.protos.figures import Score, marks, perplexity, protection, sentences
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
-from offsite.protos.timeline import seconds
 
 if TYPE_CHECKING:  # it reads a model's packages, which takes seconds that a refusal need not wait
     from offsite.client.demo.data import SiteData
 
 MARK = ".offsite-demo"  # says that a folder is ours to empty
-MEASURED: dict[Literal["bound", "attack"], str] = {"bound": "base_tuned", "attack": "attack"}
-POOLED = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
+POOLED: dict[What, str] = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin while they wait starve the other processes
 
 
@@ -89,7 +87,7 @@ class Demo:
                 if run.state != "completed":
                     raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
                 run.result(self._out)
-            for what in MEASURED:
+            for what in POOLED:
                 self._pooled(processes, run, model, sites, what)
         return self._report(run, started)
 
@@ -195,13 +193,10 @@ class Demo:
         self._say(f"computing in {chosen}" + (f": {race()}" if device.type == "cpu" else ""))
         return chosen
 
-    def _pooled(
-        self, processes: Processes, run: Run, model: str, sites: "list[SiteData]", what: Literal["bound", "attack"]
-    ) -> None:
+    def _pooled(self, processes: Processes, run: Run, model: str, sites: "list[SiteData]", what: What) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
         spec = run.spec
-        steps = spec.rounds * spec.training.steps * len(sites)
-        self._say(f"the {what}: {steps} steps on {POOLED[what]}, with all data pooled, which only a demo can do")
+        self._say(f"the {what}: training {POOLED[what]}, with all data pooled, which only a demo can do")
         document = next((self._work / "sites" / sites[0].name / "work" / "bundles").glob("*.json"))
         job = PooledJob(
             what=what,
@@ -209,8 +204,9 @@ class Demo:
             training=parse(LocalTraining, run.report["training"], where="report: training"),
             manifest=from_json(Manifest, document.read_bytes(), where=str(document)),
             bundle=str(document.with_suffix("")),
+            adapter=str(self._out / "adapter"),
             data={site.name: str(site.train) for site in sites},
-            steps=steps,
+            steps=spec.rounds * spec.training.steps * len(sites),
         )
         paths = (self._work / f"{what}-job.json", self._work / f"{what}.json")
         paths[0].write_bytes(to_json(job))
@@ -221,12 +217,13 @@ class Demo:
                     return
                 if line["step"] == 1:
                     begun = time.time()
-                left = (time.time() - begun) / max(1, line["step"] - 1) * (steps - line["step"])
-                told = f"the {what}: step {line['step']} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
+                step, steps = line["step"], line["steps"]
+                left = (time.time() - begun) / max(1, step - 1) * (steps - step)
+                told = f"the {what}: step {step} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
                 status.update(Text(told))
                 if self._format == "json":
-                    print(json.dumps({**line, "event": what, "steps": steps}), flush=True)
-                elif not self._console.is_terminal and line["step"] % 16 == 0:
+                    print(json.dumps({**line, "event": what}), flush=True)
+                elif not self._console.is_terminal and step % 16 == 0:
                     self._say(told)
 
     def _report(self, run: Run, started: float) -> dict[str, Any]:
@@ -235,18 +232,9 @@ class Demo:
 
         report = run.report
         report["spans"] += [{"who": "demo", "step": "materials", **span} for span in self._spans]
-        for what, figure in MEASURED.items():
-            told = json.loads((self._work / f"{what}.json").read_text())
-            scores = {name: Score(**score) for name, score in told["sets"].items()}
-            for name, score in scores.items():
-                report["sites"][name][figure] = perplexity([score])
-            report["overall"][figure] = perplexity(scores.values())
-            report["spans"] += [{"who": "demo", "step": what, **span} for span in told["spans"]]
-        report["protection"] = protection(report["overall"], [one["name"] for one in report["attacks"]], task=True)
-        report["marks"] = marks(report)
-        wrong = {name: why for name, why in report["marks"].get("overall", {}).items() if name in MEASURED.values()}
-        report["warnings"] += sentences(wrong)
-        report["seconds"] = seconds(report["spans"], start=started, end=time.time())
+        files = {what: self._work / f"{what}.json" for what in POOLED}
+        measured = {what: from_json(Pooled, file.read_bytes(), where=str(file)) for what, file in files.items()}
+        join(report, measured, started=started)
         (self._out / "report.json").write_text(json.dumps(report, indent=2))
         write(report, self._out / "report.html")
         return report

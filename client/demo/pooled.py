@@ -1,8 +1,8 @@
-"""What takes all sites' data in one place: the bound of what could be gained, and the attack on the emulator.
+"""What takes all sites' data in one place: the bound of what could be gained, and the attacks on the emulator.
 
 The bound is the same method, trained on the base itself for as many steps as all sites together; in earnest nobody has
-the model and the data in one place. The attack is what the sites could do if they joined: they unfreeze all of the
-emulator that they hold and train that, on the same data and for as many steps. Each runs as a process of its own,
+the model and the data in one place. The attacks are what the sites could do if they joined: they unfreeze all of the
+emulator that they hold and train that, on the same data. Each of the two jobs runs as a process of its own,
 `python -m offsite.client.demo.pooled JOB.json OUT.json`, which prints a JSON line for each step.
 """
 
@@ -10,106 +10,158 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from offsite.protos.documents import document, from_json, to_plain
+from offsite.protos.figures import Score, perplexity
 from offsite.protos.ranges import Name, Positive, finite
 from offsite.protos.spec import LocalTraining, Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
+What = Literal["bound", "attack"]
+Tell = Callable[[int, int, float], None]  # step, of how many, its loss
 
 
 @document
 class PooledJob:
     """What to train and what to measure; paths are absolute."""
 
-    what: Literal["bound", "attack"]
+    what: What
     spec: RunSpec
     training: LocalTraining  # as the sites trained
     manifest: Manifest
     bundle: str  # a site's copy of the emulator
+    adapter: str  # the folder of the run's outcome, in peft format
     data: dict[Name, str]  # every site's training examples
     steps: Positive  # those of all sites and rounds together
 
 
-def measure(job: PooledJob, *, tell: Callable[[int, float], None]) -> dict[str, Any]:
-    """Train and evaluate; return {"sets": {name: {nll, tokens}}, "spans"}; `tell` gets each step and its loss."""
-    from offsite.emulator import bundle, zoo
-    from offsite.emulator.batches import encode, evaluation_batches
-    from offsite.emulator.examples import read
-    from offsite.emulator.likelihood import likelihood
-    from offsite.emulator.precision import DTYPES
+@document
+class Pooled:
+    """What a job measured: of each way of training how well the sites' exams were predicted, the best first."""
 
-    marks = [time.time()]
-    training = job.training
-    dtype = DTYPES[training.precision]
-    if job.what == "attack":
-        model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
-    else:
-        model, tokenizer = zoo.load_base(zoo.locate(job.spec.model, cache=zoo.cache_folder()), dtype=dtype)
-    pooled = [example for path in job.data.values() for example in read(Path(path))]
-    encoded = encode(pooled, tokenizer, max_length=training.max_length)
-    marks.append(time.time())
-    model = (_attack if job.what == "attack" else _bound)(job, model, encoded, tell)
-    marks.append(time.time())
-    sets = {}
-    for name, path in sorted(job.spec.evaluation.items()):
-        exam = encode(read(Path(path)), tokenizer, max_length=training.max_length)
-        found = likelihood(model, evaluation_batches(exam, batch_size=EVALUATION_BATCH))
-        sets[name] = {"nll": finite(found.nll), "tokens": found.tokens}
-    marks.append(time.time())
-    spans = [
-        Span(kind="loading", start=marks[0], end=max(marks[:2])),
-        Span(kind="training", start=marks[1], end=max(marks[1:3])),
-        Span(kind="evaluation", start=marks[2], end=max(marks[2:4])),
-    ]
-    return {"sets": sets, "spans": [to_plain(span) for span in spans]}
+    scores: dict[str, dict[Name, Score]]
+    spans: tuple[Span, ...]
 
 
-def _bound(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float], None]) -> Any:
-    """Train the base as a site trains the emulator."""
-    from offsite.client.site.engines import ENGINES, join
-    from offsite.client.site.job import EngineSpec
-    from offsite.emulator import methods
-    from offsite.emulator.batches import training_batches
+class Pool:
+    """A job at work."""
 
-    training, engine_spec = job.training, EngineSpec(name="plain")
-    places = {layer: layer for layer in job.manifest.trainable}
-    method = methods.make(job.spec.method.name, job.spec.method.settings)
-    model = method.attach(model, places, method.start(model, places, seed=training.seed))
-    trained = method.named_parameters(model, places)
-    engine = ENGINES[engine_spec.name](model, trained, training, engine_spec, join(engine_spec, Path(os.devnull)))
-    model.train()
-    batches = training_batches(
-        encoded, batch_size=training.batch_size, steps=job.steps, first_step=0, seed=training.seed
-    )
-    for step, batch in enumerate(batches, start=1):
-        tell(step, engine.step(batch))
-    return model
+    def __init__(self, job: PooledJob, tell: Tell) -> None:
+        from offsite.emulator.precision import DTYPES
 
+        self._job, self._tell = job, tell
+        self._dtype = DTYPES[job.training.precision]
+        self._spans: list[Span] = []
 
-def _attack(job: PooledJob, model: Any, encoded: Any, tell: Callable[[int, float], None]) -> Any:
-    """Train all of the emulator, at a rate that suits whole layers."""
-    from offsite.emulator.evaluation.attack import RATE, attack
-    from offsite.emulator.tuning.loop import Schedule
-    from offsite.emulator.tuning.rates import suited
+    def measure(self) -> Pooled:
+        """Train and evaluate."""
+        scores = self._attacks() if self._job.what == "attack" else self._bound()
+        best = sorted(scores, key=lambda name: perplexity(scores[name].values()))
+        return Pooled(scores={name: scores[name] for name in best}, spans=tuple(self._spans))
 
-    training = job.training
-    schedule = Schedule(job.steps, suited(RATE, model), batch_size=training.batch_size, seed=training.seed)
-    return attack(model, encoded, schedule, tell=lambda step, _, loss: tell(step, loss))
+    def _bound(self) -> dict[str, dict[str, Score]]:
+        """Train the base as a site trains the emulator."""
+        from offsite.client.site.engines import ENGINES, join
+        from offsite.client.site.job import EngineSpec
+        from offsite.emulator import methods, zoo
+        from offsite.emulator.batches import training_batches
+
+        job, training, plain = self._job, self._job.training, EngineSpec(name="plain")
+        with self._span("loading"):
+            source = zoo.locate(job.spec.model, cache=zoo.cache_folder())
+            model, tokenizer = zoo.load_base(source, dtype=self._dtype)
+            encoded = self._encoded(job.data.values(), tokenizer)
+        with self._span("training"):
+            places = {layer: layer for layer in job.manifest.trainable}
+            method = methods.make(job.spec.method.name, job.spec.method.settings)
+            model = method.attach(model, places, method.start(model, places, seed=training.seed))
+            trained = method.named_parameters(model, places)
+            engine = ENGINES[plain.name](model, trained, training, plain, join(plain, Path(os.devnull)))
+            model.train()
+            batches = training_batches(
+                encoded, batch_size=training.batch_size, steps=job.steps, first_step=0, seed=training.seed
+            )
+            for step, batch in enumerate(batches, start=1):
+                self._tell(step, job.steps, engine.step(batch))
+        return {"bound": self._scores(model, tokenizer)}
+
+    def _attacks(self) -> dict[str, dict[str, Score]]:
+        """Train all of the emulator: as it is, and as the sites have tuned it.
+
+        Of the whole family (`offsite emulator compare`, `attack_steps` of a run) these cost least.
+        """
+        import copy
+
+        from offsite.emulator import bundle, methods
+        from offsite.emulator.evaluation.attack import STARTS, Attack, Attacker, most_steps
+        from offsite.emulator.methods import lora
+
+        job, training = self._job, self._job.training
+        with self._span("loading"):
+            layout = bundle.described(job.manifest)
+            emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
+            method = methods.make(job.spec.method.name, job.spec.method.settings)
+            tuned = method.attach(copy.deepcopy(emulator), layout.outline.places, lora.read(Path(job.adapter)))
+            encoded = self._encoded(job.data.values(), tokenizer)
+        attacks = [Attack(start, steps=job.steps) for start in STARTS]
+        scores: dict[str, dict[str, Score]] = {}
+        done = 0
+
+        def tell(what: str, step: int, steps: int, loss: float) -> None:
+            nonlocal done
+            done += 1
+            self._tell(done, most_steps(attacks), loss)
+
+        with self._span("training"):
+            Attacker(
+                {"emulator": emulator, "tuned": tuned},
+                steps=job.steps,
+                task=encoded,
+                batch_size=training.batch_size,
+                seed=training.seed,
+                tell=tell,
+            ).make(attacks, lambda one, model: scores.update({one.name: self._scores(model, tokenizer)}))
+        return scores
+
+    def _scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+        from offsite.emulator.batches import evaluation_batches
+        from offsite.emulator.likelihood import likelihood
+
+        scores = {}
+        with self._span("evaluation"):
+            for name, path in sorted(self._job.spec.evaluation.items()):
+                batches = evaluation_batches(self._encoded([path], tokenizer), batch_size=EVALUATION_BATCH)
+                found = likelihood(model, batches)
+                scores[name] = Score(nll=finite(found.nll), tokens=found.tokens)
+        return scores
+
+    def _encoded(self, paths: Any, tokenizer: Any) -> Any:
+        from offsite.emulator.batches import encode
+        from offsite.emulator.examples import read
+
+        examples = [example for path in paths for example in read(Path(path))]
+        return encode(examples, tokenizer, max_length=self._job.training.max_length)
+
+    @contextmanager
+    def _span(self, kind: Any) -> Iterator[None]:
+        start = time.time()
+        yield
+        self._spans.append(Span(kind=kind, start=start, end=max(start, time.time())))
 
 
 def main(job: Path, out: Path) -> None:
-    """Do a job and write what it gave."""
+    """Do a job and write what it measured."""
 
-    def tell(step: int, loss: float) -> None:
-        print(json.dumps({"event": "step", "step": step, "loss": loss}), flush=True)
+    def tell(step: int, steps: int, loss: float) -> None:
+        print(json.dumps({"event": "step", "step": step, "steps": steps, "loss": loss}), flush=True)
 
-    gave = measure(from_json(PooledJob, job.read_bytes(), where=str(job)), tell=tell)
+    pooled = Pool(from_json(PooledJob, job.read_bytes(), where=str(job)), tell).measure()
     partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(gave))
+    partial.write_text(json.dumps(to_plain(pooled)))
     partial.replace(out)
     print(json.dumps({"event": "done"}), flush=True)
 

@@ -102,7 +102,7 @@ class Bench:
             healing_rate=plan.attack_learning_rate,
             seed=plan.training.seed,
             state=state,
-            tell=self.tell,
+            tell=lambda what, step, steps, _: self.tell(what, step, steps),
         )
         mine = [one for one in attacks if one.start in models]
         scores = scored(mine, attacker, self.score, cls=Score, finished=self.finished, depends=depends)

@@ -18,16 +18,7 @@ from offsite.coordinator.runs.report import assemble, perplexities, warnings
 from offsite.coordinator.runs.rounds import Round
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign, Update
-from offsite.coordinator.runs.steps.results import (
-    ATTACK,
-    BUILD,
-    PUBLISH,
-    SELECT,
-    Built,
-    Evaluation,
-    Folded,
-    Step,
-)
+from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step
 from offsite.coordinator.store.database import Unwritable, Watch
 from offsite.coordinator.store.journal import LIVE
 from offsite.protos.documents import from_json, plain, to_json
@@ -201,7 +192,7 @@ class Supervisor:
             self._evaluate("plug_in", manifest=None, exact=exact)
         if self._spec.attack_steps:
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, exact=exact)
-            self._do(ATTACK, order, lambda made: [Measured(name="attack", sets=made.attacks[0].sets)])
+            self._do(results.ATTACK, order, lambda made: [Measured(name="attack", sets=made.attacks[0].sets)])
         published = self._do(PUBLISH, Publish(base=built.base.digest, exact=exact, recovery=built.recovery))
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)

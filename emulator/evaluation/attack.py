@@ -188,7 +188,7 @@ class Attacker:
     healing_rate: float | None = None
     seed: int = 0
     state: Path | None = None  # a folder, to go on from after a kill with what is left to do
-    tell: Callable[[str, int, int], None] | None = None  # (what, steps done, steps)
+    tell: Callable[[str, int, int, float], None] | None = None  # (what, steps done, steps, loss)
 
     def make(self, attacks: Collection[Attack], score: Callable[[Attack, nn.Module], None]) -> None:
         """Make these attacks, and have what each makes of the emulator scored; raises ValueError.
@@ -230,5 +230,5 @@ class Attacker:
             patience=self.steps,
             at=at,
             state=self.state / f"{start} {what} {steps}.safetensors".replace(" ", "-") if self.state else None,
-            tell=(lambda step, steps, _: tell(f"attack: {start}, {what}", step, steps)) if tell else None,
+            tell=partial(tell, f"attack: {start}, {what}") if tell else None,
         )

@@ -4,6 +4,7 @@ The one file that opens peft.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import adaptable, find, is_transposed, linears, shape
@@ -179,6 +180,15 @@ class Lora:
             name = f"base_model.model.{path}.{place.layer}.{place.path}"
             tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read(directory: Path) -> Adapter:
+    """Read an adapter back that `export` wrote."""
+    adapter: Adapter = {}
+    for name, tensor in load_file(directory / "adapter_model.safetensors").items():
+        layer, path, part = re.fullmatch(r".*?\.(\d+)\.(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        adapter[Place(int(layer), path).key(part)] = tensor
+    return adapter
 
 
 def _taken(model: Any, maps: Mapping[int, list[str]]) -> set[str]:

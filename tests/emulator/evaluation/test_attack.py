@@ -230,7 +230,7 @@ def test_killed_attacks_go_on_with_what_is_left(
     class Killed(Exception):
         pass
 
-    def kill(what: str, step: int, steps: int) -> None:
+    def kill(what: str, step: int, steps: int, loss: float) -> None:
         if killed_at[0] in what and step == killed_at[1]:
             raise Killed
 
@@ -247,7 +247,7 @@ def test_killed_attacks_go_on_with_what_is_left(
     with pytest.raises(Killed):
         replace(attacker, state=tmp_path, tell=kill).make(attacks, keep)
     heard: list[int] = []
-    going_on = replace(attacker, state=tmp_path, tell=lambda _, step, __: heard.append(step))
+    going_on = replace(attacker, state=tmp_path, tell=lambda _, step, *__: heard.append(step))
     going_on.make([one for one in attacks if one not in scored], keep)
     assert all(same(scored[one], model) for one, model in whole.items())
     assert len(heard) < most_steps(attacks) - killed_at[1] // 4 * 4 + 1
