@@ -52,6 +52,8 @@ Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_readab
 Digest = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:._-]{0,127}$", max_length=128)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=64)]
 
+Tier = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$", max_length=64)]  # of sites; see methods
+
 
 def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS, text: int = TEXT) -> None:
     """Raise ValueError unless a value is plain data (None, bools, numbers, texts, lists, tables) within bounds."""

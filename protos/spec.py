@@ -21,6 +21,7 @@ from offsite.protos.ranges import (
     Positive,
     Seed,
     Settings,
+    Tier,
     Word,
 )
 
@@ -177,6 +178,7 @@ class TaskSpec:
     adapter_size: Amount
     method: Choice
     method_hash: Digest  # digest of the base, the method and the layers it trains
+    tier: Tier = ""  # what of the method's adapter this site trains, as the method says it
     training: LocalTraining
     upload: Stages = ()  # what becomes of the update before it leaves the site
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from offsite.kernels.schema import INTEGERS, Field, Schema, Tensors
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
-
-Tensors = dict[str, torch.Tensor]
 
 PIECE_BYTES = 1 << 20  # of a tensor in memory at a time where a file is read through: it fits a core's cache
 
@@ -47,10 +46,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise MismatchError(f"{path.name}: not a safetensors file: {plain(str(error))}") from None
 
 
-def load(path: Path) -> Tensors:
-    """Read all tensors of a file; raises MismatchError when it is not a safetensors file."""
+def load(path: Path, names: Iterable[str] | None = None) -> Tensors:
+    """Read all tensors of a file, or those of some names; raises MismatchError when it is not a safetensors file."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 def about(path: Path) -> dict[str, str]:
@@ -66,32 +65,44 @@ def header(path: Path) -> dict[str, Entry]:
         return {name: Entry(dtype=piece.get_dtype(), shape=tuple(piece.get_shape())) for name, piece in slices.items()}
 
 
-def check(path: Path, expected: Mapping[str, Entry], *, what: str) -> None:
-    """Check that a file holds exactly the expected tensors, all finite; raises MismatchError on the first fault.
+def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | None = None, what: str) -> None:
+    """Check that a file holds exactly the tensors of a settled schema; raises MismatchError on the first fault.
 
-    The header is judged before any tensor is read, and of the tensors a piece at a time is in memory.
+    Floats are finite, integers within their bounds, and the tensors that `fixed` names are those. The header is judged
+    before any tensor is read, and of the tensors a piece at a time is in memory.
     """
-    check_header(path, expected, what=what)
+    check_header(path, schema, what=what)
     with _values(path) as values:
-        for name in expected:
-            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in values(name) if not math.isfinite(_norm(piece)))
-            if bad:
-                raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not finite")
+        for name, field in schema.items():
+            if bad := sum(_strange(piece, field) for piece in values(name)):
+                allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
+                raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
+        for name, tensor in (fixed or {}).items():
+            flat = iter(torch.split(tensor.flatten(), PIECE_BYTES // tensor.element_size()))
+            if not all(torch.equal(piece, next(flat)) for piece in values(name)):
+                raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
 
 
-def check_header(path: Path, expected: Mapping[str, Entry], *, what: str) -> None:
-    """Check that a file says it holds exactly the expected tensors; raises MismatchError on the first fault."""
+def _strange(piece: torch.Tensor, field: Field) -> int:
+    """Count the values that no tensor of a field has."""
+    if field.dtype in INTEGERS:
+        return int(((piece < 0) | (piece >= (field.below or 0))).sum())
+    return 0 if math.isfinite(_norm(piece)) else int((~torch.isfinite(piece)).sum())
+
+
+def check_header(path: Path, schema: Schema, *, what: str) -> None:
+    """Check that a file says it holds exactly the tensors of a schema; raises MismatchError on the first fault."""
     entries = header(path)
-    if missing := sorted(expected.keys() - entries.keys()):
-        raise MismatchError(f"{what}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    if extra := sorted(entries.keys() - expected.keys()):
+    if missing := sorted(schema.keys() - entries.keys()):
+        raise MismatchError(f"{what}: tensor {missing[0]} is missing ({len(missing)} of {len(schema)} are)")
+    if extra := sorted(entries.keys() - schema.keys()):
         raise MismatchError(f"{what}: tensor {plain(extra[0], most=200)} was not asked for ({len(extra)} were not)")
-    for name, entry in expected.items():
-        if entries[name] != entry:
-            other = entries[name]
+    for name, field in schema.items():
+        entry = entries[name]
+        if (entry.dtype, entry.shape) != (field.dtype, field.shape):
             raise MismatchError(
-                f"{what}: tensor {name} is {other.dtype} {list(other.shape)}, "
-                f"expected {entry.dtype} {list(entry.shape)}"
+                f"{what}: tensor {name} is {entry.dtype} {list(entry.shape)}, "
+                f"expected {field.dtype} {list(field.shape)}"
             )
 
 

@@ -51,7 +51,7 @@ def test_public_names_are_sorted_and_there(package: str) -> None:
 def test_the_example_files_are_what_the_commands_take(tmp_path: Path) -> None:
     spec = from_toml(RunSpec, ROOT / "docs" / "run.toml")
     assert [builders.make(choice.name, choice.settings).name for choice in spec.builders] == ["crash"]
-    assert methods.make(spec.method.name, spec.method.settings).rank_at("bank") == 4
+    assert methods.make(spec.method.name, spec.method.settings).tier_at("bank") == "r4"
     policy = (ROOT / "docs" / "policy.toml").read_text().replace("/srv/offsite/data", str(tmp_path))
     (tmp_path / "policy.toml").write_text(policy)
     assert Policy.load(tmp_path / "policy.toml").max_rounds == 20

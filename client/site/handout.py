@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from offsite.client.site.inspection import own_start, receive, strange_start
+from offsite.client.site.inspection import receive, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.emulator import bundle, methods
 from offsite.emulator.methods import Adapter, Method
@@ -32,7 +32,7 @@ def load(job: TrainerJob) -> Handout:
     places = layout.outline.places
     model, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=dtype)
     method = methods.make(task.method.name, task.method.settings)
-    start = own_start(Path(job.adapter), method, model, places, task)
-    broadcast = receive(Path(job.adapter), start)
+    start = method.start(model, places, seed=task.training.seed, tier=task.tier)
+    broadcast = receive(Path(job.adapter), method, start)
     signs = strange_start(broadcast, start, dtype) if task.round == 0 else []  # later ones are averages
     return Handout(method.attach(model, places, broadcast), tokenizer, method, places, broadcast, signs)

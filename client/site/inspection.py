@@ -16,10 +16,9 @@ from offsite.client.site.policy import refusal
 from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
+from offsite.kernels.schema import Rule, settle
 from offsite.protos import tensors
 from offsite.protos.errors import MismatchError
-from offsite.protos.spec import TaskSpec
-from offsite.protos.tensors import Entry
 
 BATCHES = 2  # of the task's own size: forward passes alone, about as much work as one of its steps
 
@@ -32,17 +31,11 @@ class Verdict:
     warnings: tuple[str, ...]
 
 
-def own_start(path: Path, method: Method, model: nn.Module, places: Mapping[int, int], task: TaskSpec) -> Adapter:
-    """Derive what a run starts from, at the rank of the adapter that was sent but no higher than the task's method."""
-    ranks = [entry.shape[0] for key, entry in tensors.header(path).items() if key.endswith(".A") and entry.shape]
-    rank = min([method.rank_at(task.site), *ranks])  # a site is told its own rank only by what it is sent
-    return method.start(model, places, seed=task.training.seed, rank=rank)
-
-
-def receive(path: Path, start: Adapter) -> Adapter:
-    """Read the adapter that was sent; raises MismatchError unless it has the start's tensors, all finite."""
-    expected = {key: Entry("F32", tuple(tensor.shape)) for key, tensor in start.items()}
-    tensors.check(path, expected, what="the adapter to start from")
+def receive(path: Path, method: Method, start: Adapter) -> Adapter:
+    """Read the adapter that was sent; raises MismatchError unless it is one of the method, and of the start's sizes."""
+    schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+    fixed = {key: start[key] for key, field in schema.items() if field.rule is Rule.FIXED}
+    tensors.check(path, schema, fixed=fixed, what="the adapter to start from")
     return tensors.load(path)
 
 
@@ -54,7 +47,7 @@ def strange_start(sent: Adapter, start: Adapter, dtype: torch.dtype) -> list[str
     strange = [
         key
         for key, own in start.items()
-        if not torch.equal(sent[key], own) and not torch.equal(sent[key].to(dtype).float(), own)
+        if not torch.equal(sent[key], own) and not torch.equal(sent[key].to(dtype).to(own.dtype), own)
     ]
     if not strange:
         return []

@@ -1,64 +1,54 @@
 """What every strategy promises.
 
 A strategy folds: it sees one update at a time and keeps a state whose size depends on the model, not on the number
-of sites. The supervisor feeds it in the order of the sites' names, so the result does not depend on who was first.
-
-Adapters are dicts of float32 tensors, "<layer>.<module>.A" (r, d_in) and ".B" (d_out, r). The method's common factor
-`scale` (alpha / rank) is left out of everything here: it is the same for all sites and multiplies the result.
+of sites. It is fed in the order of the sites' names, so the result does not depend on who was first. What may be done
+with a tensor is what its schema says; a factor that all sites have in common, such as LoRA's scale, is left out of
+everything here, for it multiplies the result.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor
-
-from offsite.kernels.low_rank import Pair
-
-Adapter = dict[str, Tensor]
+from offsite.kernels.schema import Rule, Schema, Tensors, Tier
 
 
 @dataclass(frozen=True)
-class Aggregate:
-    """The outcome of a round.
+class Version:
+    """What a run begins from, and what every round ends in."""
 
-    exact: what the plug-in uses. broadcast: per rank asked for, what sites of that rank start from next.
-    residual: per rank, exact minus its broadcast; the owner keeps it.
-    """
-
-    exact: Adapter
-    broadcast: dict[int, Adapter]
-    residual: dict[int, Adapter]
+    adapter: Tensors  # what goes into the base
+    broadcast: dict[Tier, Tensors]  # what the sites of each tier start from
+    state: dict[str, Tensors] = field(default_factory=dict)  # what the owner keeps for later rounds, by its name
     figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an update comes from; the weights of a round sum to one."""
+
+    site: str
+    tier: Tier
+    weight: float
 
 
 class Fold(Protocol):
     """One round's running sum."""
 
-    def add(self, update: Adapter, *, weight: float) -> None:
-        """Take one site's trained adapter; the weights of a round sum to one."""
+    def add(self, update: Tensors, origin: Origin) -> None:
+        """Take what a site's adapter has become; raises InputError if it cannot be folded with the others."""
 
-    def finish(self, ranks: list[int]) -> Aggregate:
-        """Close the round; `ranks` are those that sites may train at next."""
+    def finish(self, tiers: Iterable[Tier]) -> Version:
+        """Close the round; the tiers are those of the sites that may train next, and the last version has them."""
 
 
 class Strategy(Protocol):
     """A family member: its settings are its fields."""
 
     name: ClassVar[str]
-    kinds: ClassVar[frozenset[str]]  # aggregation kinds of the methods it can average
-    mixed_ranks: ClassVar[bool]  # whether sites may train different ranks
+    rules: ClassVar[frozenset[Rule]]  # those it folds by
+    mixed_tiers: ClassVar[bool]  # whether sites may train different sizes of what is open in a schema
+    needs: ClassVar[Literal["updates", "sum"]]  # whether it must see each update, or their weighted sum is enough
 
-    def begin(self, residual: dict[int, Adapter]) -> Fold:
-        """Open a round on top of what the owner kept, per rank, from the last one."""
-
-
-def pairs(adapter: Adapter) -> dict[str, Pair]:
-    """Return {module: (B, A)} of an adapter."""
-    return {key[:-2]: (adapter[key[:-2] + ".B"], adapter[key]) for key in sorted(adapter) if key.endswith(".A")}
-
-
-def adapter(pairs_: dict[str, Pair]) -> Adapter:
-    """Return the adapter that holds the given {module: (B, A)}."""
-    return {
-        f"{module}.{name}": factor for module, pair in pairs_.items() for name, factor in zip("BA", pair, strict=True)
-    }
+    def begin(self, last: Version, schema: Schema) -> Fold:
+        """Open a round on top of the last version."""

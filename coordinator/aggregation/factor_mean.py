@@ -4,10 +4,11 @@ The product of the means differs from the mean of the products by the covariance
 (FedEx-LoRA, arXiv 2410.09432); use `low-rank` unless this bias is what you study.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from offsite.coordinator.aggregation.base import Adapter
+from offsite.coordinator.aggregation.base import Version
 from offsite.coordinator.aggregation.mean import TensorMean
+from offsite.kernels.schema import Rule, Schema
 from offsite.protos.documents import document
 
 
@@ -16,9 +17,10 @@ class FactorMean:
     """Average A and B apart; needs equal ranks."""
 
     name: ClassVar[str] = "factor-mean"
-    kinds: ClassVar[frozenset[str]] = frozenset({"low-rank"})
-    mixed_ranks: ClassVar[bool] = False
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT, Rule.MEAN, Rule.FIXED})
+    mixed_tiers: ClassVar[bool] = False
+    needs: ClassVar[Literal["updates", "sum"]] = "sum"
 
-    def begin(self, residual: dict[int, Adapter]) -> TensorMean:
-        """Open a round; there is never a residual."""
-        return TensorMean()
+    def begin(self, last: Version, schema: Schema) -> TensorMean:
+        """Open a round; nothing is kept of the last."""
+        return TensorMean(schema)

@@ -1,19 +1,25 @@
 """Exact averaging of LoRA: the weighted mean of the products, not of the factors.
 
-    dW* = sum_k p_k (E_k + B_k A_k)        (p_k: site k's weight; E_k: what the owner kept of its rank's broadcast)
+    dW* = sum_k p_k (E_k + B_k A_k)        (p_k: site k's weight; E_k: what the owner kept of its tier's broadcast)
 
 The sum is held as stacked factors (FLoRA, arXiv 2409.05976) and, once these grow wider than the matrix, at the least
 rank that holds it. Sites go on from the best approximation at their own rank (FlexLoRA, arXiv 2402.11505); the rest
 stays with the owner and is in every plug-in. One site at full rank is passed through untouched, bit for bit.
+What of a method is no product is averaged by itself.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import torch
 
-from offsite.coordinator.aggregation.base import Adapter, Aggregate, adapter, pairs
+from offsite.coordinator.aggregation.base import Origin, Version
+from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.kernels.low_rank import Pair, compress, distance, inner, split, stack
+from offsite.kernels.schema import Factors, Rule, Schema, Tensors, Tier, factors
 from offsite.protos.documents import document
+
+Products = dict[str, Pair]  # by group: (B, A)
 
 
 @document
@@ -21,67 +27,95 @@ class LowRank:
     """Average products exactly; re-project to each site's rank by QR and SVD."""
 
     name: ClassVar[str] = "low-rank"
-    kinds: ClassVar[frozenset[str]] = frozenset({"low-rank"})
-    mixed_ranks: ClassVar[bool] = True
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT, Rule.MEAN, Rule.FIXED})
+    mixed_tiers: ClassVar[bool] = True
+    needs: ClassVar[Literal["updates", "sum"]] = "updates"
     tolerance: float = 1e-7  # singular values below this share of the largest are dropped
 
-    def begin(self, residual: dict[int, Adapter]) -> "_Fold":
-        """Open a round on top of the residuals."""
-        return _Fold(residual, tolerance=self.tolerance)
+    def begin(self, last: Version, schema: Schema) -> "_Fold":
+        """Open a round on top of what the last one left to the owner."""
+        return _Fold(last, schema, tolerance=self.tolerance)
 
 
 class _Fold:
-    def __init__(self, residual: dict[int, Adapter], *, tolerance: float) -> None:
-        self._residual = residual
-        self._share: dict[int, float] = {}  # rank -> weight of the sites that trained at it
-        self._products: dict[str, Pair] = {}
-        self._factors: dict[str, Pair] = {}
+    def __init__(self, last: Version, schema: Schema, *, tolerance: float) -> None:
+        self._last = last
+        self._keys = dict(sorted(factors(schema).items()))
+        self._others = TensorMean({key: field for key, field in schema.items() if field.rule is not Rule.PRODUCT})
+        self._share: dict[Tier, float] = {}  # weight of the sites that trained at it
+        self._products: Products = {}
+        self._factors: Products = {}
         self._tolerance = tolerance
 
-    def add(self, update: Adapter, *, weight: float) -> None:
-        modules = pairs(update)
-        rank = next(iter(modules.values()))[0].shape[1]
-        self._share[rank] = self._share.get(rank, 0.0) + weight
-        for module, (b, a) in modules.items():
-            self._products[module] = self._grow(self._products.get(module), (weight * b, a))
+    def add(self, update: Tensors, origin: Origin) -> None:
+        self._others.add(update, origin)
+        self._share[origin.tier] = self._share.get(origin.tier, 0.0) + origin.weight
+        for group, (b, a) in products(update, self._keys).items():
+            self._products[group] = self._grow(self._products.get(group), (origin.weight * b, a))
             if len(self._share) == 1:  # the means of the factors exist only among equal ranks
-                mean_b, mean_a = self._factors.get(module, (torch.zeros_like(b), torch.zeros_like(a)))
-                self._factors[module] = (mean_b + weight * b, mean_a + weight * a)
+                mean_b, mean_a = self._factors.get(group, (torch.zeros_like(b), torch.zeros_like(a)))
+                self._factors[group] = (mean_b + origin.weight * b, mean_a + origin.weight * a)
 
     def _grow(self, held: Pair | None, pair: Pair) -> Pair:
         grown = pair if held is None else stack([held, pair])
         wide = grown[0].shape[1] > min(grown[0].shape[0], grown[1].shape[1])
         return compress(grown, tolerance=self._tolerance) if wide else grown
 
-    def finish(self, ranks: list[int]) -> Aggregate:
+    def finish(self, tiers: Iterable[Tier]) -> Version:
         totals = dict(self._products)
-        for rank, share in self._share.items():
+        for tier, share in self._share.items():
             share = 1.0 if len(self._share) == 1 else share
-            for module, (b, a) in pairs(self._residual.get(rank, {})).items():
+            for group, (b, a) in products(self._last.state.get(_residual(tier), {}), self._keys).items():
                 if b.shape[1]:
-                    totals[module] = self._grow(totals[module], (share * b, a))
-        broadcast: dict[int, dict[str, Pair]] = {rank: {} for rank in ranks}
-        residual: dict[int, dict[str, Pair]] = {rank: {} for rank in ranks}
-        for module, total in totals.items():
-            for rank in ranks:
-                if total[0].shape[1] == rank:
-                    broadcast[rank][module], residual[rank][module] = total, (total[0][:, :0], total[1][:0])
-                else:
-                    broadcast[rank][module], residual[rank][module] = split(total, rank, tolerance=self._tolerance)
-        return Aggregate(
-            exact=adapter(totals),
-            broadcast={rank: adapter(modules) for rank, modules in broadcast.items()},
-            residual={rank: adapter(modules) for rank, modules in residual.items()},
-            figures=self._figures(totals, residual[max(ranks)]),
-        )
+                    totals[group] = self._grow(totals[group], (share * b, a))
+        others = self._others.finish(()).adapter
+        broadcast: dict[Tier, Tensors] = {}
+        state: dict[str, Tensors] = {}
+        largest, rest = -1, Products()
+        for tier in tiers:
+            ranks = {
+                group: pair[0].shape[1] for group, pair in products(self._last.broadcast[tier], self._keys).items()
+            }
+            sent, left = self._project(totals, ranks)
+            broadcast[tier] = others | tensors(sent, self._keys)
+            if left:
+                state[_residual(tier)] = tensors(left, self._keys)
+            if sum(ranks.values()) > largest:
+                largest, rest = sum(ranks.values()), left
+        figures = self._figures(totals, rest)
+        return Version(others | tensors(totals, self._keys), broadcast, state, figures)
 
-    def _figures(self, totals: dict[str, Pair], residual: dict[str, Pair]) -> dict[str, float]:
+    def _project(self, totals: Products, ranks: dict[str, int]) -> tuple[Products, Products]:
+        """Return the best approximations at these ranks, and what they leave out."""
+        sent, left = Products(), Products()
+        for group, total in totals.items():
+            if total[0].shape[1] == ranks[group]:
+                sent[group], left[group] = total, (total[0][:, :0], total[1][:0])
+            else:
+                sent[group], left[group] = split(total, ranks[group], tolerance=self._tolerance)
+        return sent, left
+
+    def _figures(self, totals: Products, residual: Products) -> dict[str, float]:
         """Say how far factor-by-factor averaging would have been off, and what re-projection left to the owner."""
         total = sum(inner(pair, pair) for pair in totals.values())
         kept = sum(inner(pair, pair) for pair in residual.values() if pair[0].shape[1])
         figures = {"residual": (kept / total) ** 0.5 if total else 0.0}
         if len(self._share) == 1:
             product = sum(inner(pair, pair) for pair in self._products.values())
-            off = sum(distance(pair, self._factors[module]) ** 2 for module, pair in self._products.items())
+            off = sum(distance(pair, self._factors[group]) ** 2 for group, pair in self._products.items())
             figures["factor_mean_error"] = (off / product) ** 0.5 if product else 0.0
         return figures
+
+
+def _residual(tier: Tier) -> str:
+    return f"residual.{tier}"
+
+
+def products(tensors: Tensors, keys: dict[str, Factors]) -> Products:
+    """Return the factors (B, A) of each group that tensors have."""
+    return {group: (tensors[pair.B], tensors[pair.A]) for group, pair in keys.items() if pair.A in tensors}
+
+
+def tensors(products: Products, keys: dict[str, Factors]) -> Tensors:
+    """Return the tensors that products are made of."""
+    return {keys[group][at]: factor for group, pair in products.items() for at, factor in enumerate(pair)}

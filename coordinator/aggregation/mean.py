@@ -4,9 +4,13 @@ Exact for methods whose tensors enter the weights linearly, such as the grids of
 approximation for whole layers.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
-from offsite.coordinator.aggregation.base import Adapter, Aggregate
+import torch
+
+from offsite.coordinator.aggregation.base import Origin, Version
+from offsite.kernels.schema import Rule, Schema, Tensors, Tier
 from offsite.protos.documents import document
 from offsite.protos.errors import InputError
 
@@ -16,27 +20,38 @@ class Mean:
     """Average every tensor by itself."""
 
     name: ClassVar[str] = "mean"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    mixed_ranks: ClassVar[bool] = False
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    mixed_tiers: ClassVar[bool] = False
+    needs: ClassVar[Literal["updates", "sum"]] = "sum"
 
-    def begin(self, residual: dict[int, Adapter]) -> "TensorMean":
-        """Open a round; there is never a residual."""
-        return TensorMean()
+    def begin(self, last: Version, schema: Schema) -> "TensorMean":
+        """Open a round; nothing is kept of the last."""
+        return TensorMean(schema)
 
 
 class TensorMean:
-    """The running mean of tensors by name; raises InputError if their shapes differ from site to site."""
+    """The running mean of tensors by name; those that are fixed stay as they are."""
 
-    def __init__(self) -> None:
-        self._mean: Adapter = {}
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._mean: Tensors = {}
 
-    def add(self, update: Adapter, *, weight: float) -> None:
-        """Take one site's adapter."""
-        for key, tensor in update.items():
-            if key in self._mean and self._mean[key].shape != tensor.shape:  # torch would broadcast a rank of 1
-                raise InputError(f"a mean needs equal shapes, {key} has {list(tensor.shape)} at a site; use low-rank")
-            self._mean[key] = self._mean[key] + weight * tensor if key in self._mean else weight * tensor
+    def add(self, update: Tensors, origin: Origin) -> None:
+        """Take one site's tensors of the schema; raises InputError if they differ in shape, or where they may not."""
+        for key, field in self._schema.items():
+            tensor, mean = update[key], self._mean.get(key)
+            if mean is not None and mean.shape != tensor.shape:  # torch would broadcast a size of 1
+                raise InputError(
+                    f"a mean needs equal shapes, {key} is {list(tensor.shape)} at {origin.site} and {list(mean.shape)} "
+                    "at others; use a strategy for sites of mixed tiers"
+                )
+            if field.rule is Rule.FIXED:
+                if mean is not None and not torch.equal(mean, tensor):
+                    raise InputError(f"{key} is fixed, but another at {origin.site} than at others")
+                self._mean[key] = tensor
+            else:
+                self._mean[key] = origin.weight * tensor if mean is None else mean + origin.weight * tensor
 
-    def finish(self, ranks: list[int]) -> Aggregate:
+    def finish(self, tiers: Iterable[Tier]) -> Version:
         """Close the round."""
-        return Aggregate(exact=self._mean, broadcast={rank: self._mean for rank in ranks}, residual={})
+        return Version(adapter=self._mean, broadcast=dict.fromkeys(tiers, self._mean))

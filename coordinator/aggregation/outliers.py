@@ -4,25 +4,27 @@ from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
+from offsite.kernels.schema import Tier
+
 FEWEST = 3  # updates whose median says what is usual; two cannot outvote each other
 
 
 class Change(NamedTuple):
-    """How much an update changed the broadcast, in L2 norm, and the rank it was trained at."""
+    """How much an update changed the broadcast, in L2 norm, and the tier of its site."""
 
     norm: float
-    rank: int
+    tier: Tier
 
 
 def outliers(changes: Mapping[str, Change], *, ratio: float) -> dict[str, str]:
-    """Say which sites' updates are larger than `ratio` times the median of their rank's, each with the reason.
+    """Say which sites' updates are larger than `ratio` times the median of their tier's, each with the reason.
 
-    A rank with fewer than FEWEST updates is not judged, nor one of which most changed nothing. What is left out is
+    A tier with fewer than FEWEST updates is not judged, nor one of which most changed nothing. What is left out is
     left out whole: scaled down it would still point where its site wants it to.
     """
     reasons: dict[str, str] = {}
     for site, change in sorted(changes.items()):
-        norms = [other.norm for other in changes.values() if other.rank == change.rank]
+        norms = [other.norm for other in changes.values() if other.tier == change.tier]
         usual = median(norms)
         if len(norms) >= FEWEST and usual > 0 and change.norm > ratio * usual:
             reasons[site] = (

@@ -32,9 +32,7 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
         builder: Any = builders.make(choice.name, choice.settings)
         if builder.stage in ("width", "storage"):
             builder.fits(emulator, outline, depth=len(layers(model)))
-    method: Any = methods.make(spec.method.name, spec.method.settings)
-    if method.kind == "low-rank":
-        method.maps(emulator, outline.places)
+    methods.make(spec.method.name, spec.method.settings).fits(emulator, outline.places)
 
 
 def _outline(spec: RunSpec, model: Any) -> Outline:

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.results import BUILD, Step, Version, fold, realign
+from offsite.coordinator.runs.steps.results import BUILD, Step, fold, realign
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import parse, to_plain
 from offsite.protos.events import Event
@@ -48,7 +49,7 @@ class History:
 
     def version(self, number: int) -> Version:
         """Return what a round starts from."""
-        return self[fold(number)] if number else self[BUILD]
+        return self[fold(number)].version if number else self[BUILD].version
 
     def spans(self) -> Iterator[tuple[str, Span]]:
         """Yield (step, where its time went)."""

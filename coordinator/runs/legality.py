@@ -31,17 +31,18 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     except ValueError as error:
         raise InputError(str(error)) from error
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
-    if method.kind not in strategy.kinds:
-        fitting = sorted(name for name, other in aggregation.STRATEGIES.items() if method.kind in other.kinds)
+    fitting = {name: other for name, other in aggregation.STRATEGIES.items() if method.rules <= other.rules}
+    if spec.strategy.name not in fitting:
         raise InputError(
-            f"strategy {spec.strategy.name} cannot average method {spec.method.name} (kind {method.kind}); "
-            f"use one of: {', '.join(fitting)}"
+            f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
+            f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(sorted(fitting)) or 'none'}"
         )
-    named = spec.sites or ("", *spec.method.settings.get("ranks", ()))  # "": any site that is not named
-    ranks = {method.rank_at(site) for site in named}
-    if len(ranks) > 1 and not strategy.mixed_ranks:
+    tiers = {method.tier_at(site) for site in spec.sites} or method.tiers()
+    if len(tiers) > 1 and not strategy.mixed_tiers:
+        mixing = sorted(name for name, other in fitting.items() if other.mixed_tiers)
         raise InputError(
-            f"strategy {spec.strategy.name} needs equal ranks, the sites have {sorted(ranks)}; use low-rank"
+            f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(tiers))}; "
+            f"use one of: {', '.join(mixing) or 'none'}"
         )
     if len(spec.sites) != len(set(spec.sites)):
         raise InputError(f"sites: a name stands twice in {list(spec.sites)}")

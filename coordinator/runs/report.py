@@ -130,5 +130,5 @@ def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetric
             for task, metrics in accepted
             if task.round == number
         },
-        "figures": version.figures | ({"plug_in": perplexity(plugged.sets.values())} if plugged else {}),
+        "figures": version.version.figures | ({"plug_in": perplexity(plugged.sets.values())} if plugged else {}),
     }

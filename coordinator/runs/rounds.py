@@ -13,7 +13,7 @@ from offsite.coordinator.store.journal import Journal, Key, Row
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, RunError
 from offsite.protos.security.signing import sign
-from offsite.protos.spec import Choice, TaskSpec, UpdateMetrics
+from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 ATTEMPTS = 2  # a site that fails a task is asked once more
 NAMED = 20  # sites that an error names, at most
@@ -80,7 +80,7 @@ class Round:
 
     def _task(self, site: str, attempt: int) -> TaskSpec:
         built, bundle = self._history[BUILD], self._history.bundle(self._number)
-        start = self._history.version(self._number).broadcast[site]
+        start = self._history.version(self._number).broadcast[built.tiers[site]]
         return TaskSpec(
             run=self._run,
             round=self._number,
@@ -92,8 +92,9 @@ class Round:
             manifest_size=bundle.manifest_size,
             adapter=start.digest,
             adapter_size=start.size,
-            method=_without_ranks(self._spec.method),
+            method=built.method,
             method_hash=built.method_hash,
+            tier=built.tiers[site],
             training=training(self._spec, built.learning_rate),
         )
 
@@ -108,11 +109,6 @@ class Round:
 
     def _key(self, task: Row) -> Key:
         return Key(self._run, self._number, task.site, task.attempt)
-
-
-def _without_ranks(method: Choice) -> Choice:
-    """What a site is told of the method: not who else takes part, nor at which rank; its own is the broadcast's."""
-    return Choice(name=method.name, settings={k: v for k, v in method.settings.items() if k != "ranks"})
 
 
 def _examples(task: Row) -> int:

@@ -127,12 +127,12 @@ class Supervisor:
 
     def _baselines(self) -> None:
         if self._spec.evaluation:
-            self._evaluate("base_zero_shot", manifest=None, exact=None)
-            self._evaluate("emulator_zero_shot", manifest=self._history[BUILD].manifest, exact=None)
+            self._evaluate("base_zero_shot", manifest=None, adapter=None)
+            self._evaluate("emulator_zero_shot", manifest=self._history[BUILD].manifest, adapter=None)
 
-    def _evaluate(self, figure: str, *, manifest: str | None, exact: str | None) -> None:
+    def _evaluate(self, figure: str, *, manifest: str | None, adapter: str | None) -> None:
         built = self._history[BUILD]
-        order = Evaluate(base=built.base.digest, manifest=manifest, exact=exact, recovery=built.recovery)
+        order = Evaluate(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
         self._do(results.evaluate(figure), order, partial(self._measured, figure))
 
     def _measured(self, figure: str, measured: Evaluation) -> list[Event]:
@@ -151,17 +151,17 @@ class Supervisor:
         folded = self._history.get(step)
         if folded is None:
             updates, last = self._updates(number), self._history.version(number)
-            order = Aggregate(
-                residual=last.residual, broadcast=last.broadcast, updates=updates, sites=self._history[SELECT].names
-            )
+            order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates)
             folded = self._do(step, order, partial(_folded, number + 1))
         more = number + 1 < self._spec.rounds
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and more:
-            self._evaluate(f"plug_in:{number + 1}", manifest=None, exact=folded.exact)
+            self._evaluate(f"plug_in:{number + 1}", manifest=None, adapter=folded.version.adapter)
         if self._spec.realign_steps and more:
             manifest = self._history.bundle(number).manifest
-            realign = Realign(base=built.base.digest, manifest=manifest, exact=folded.exact, recovery=built.recovery)
+            realign = Realign(
+                base=built.base.digest, manifest=manifest, adapter=folded.version.adapter, recovery=built.recovery
+            )
             self._do(results.realign(number + 1), realign)
 
     def _updates(self, number: int) -> tuple[Update, ...]:
@@ -186,14 +186,14 @@ class Supervisor:
 
     def _outcome(self) -> None:
         built, rounds = self._history[BUILD], self._spec.rounds
-        exact = self._history[results.fold(rounds)].exact
+        adapter = self._history[results.fold(rounds)].version.adapter
         if self._spec.evaluation:
-            self._evaluate("emulator_tuned", manifest=self._history.bundle(rounds - 1).manifest, exact=exact)
-            self._evaluate("plug_in", manifest=None, exact=exact)
+            self._evaluate("emulator_tuned", manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
+            self._evaluate("plug_in", manifest=None, adapter=adapter)
         if self._spec.attack_steps:
-            order = Attack(manifest=self._history.bundle(rounds - 1).manifest, exact=exact)
+            order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
             self._do(results.ATTACK, order, lambda made: [Measured(name="attack", sets=made.attacks[0].sets)])
-        published = self._do(PUBLISH, Publish(base=built.base.digest, exact=exact, recovery=built.recovery))
+        published = self._do(PUBLISH, Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery))
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)
 
@@ -215,4 +215,4 @@ def _folded(number: int, folded: Folded) -> list[Event]:
     left_out = [
         SiteState(round=number, site=site, state="left out", message=why) for site, why in folded.left_out.items()
     ]
-    return [*left_out, RoundDone(round=number, sites=len(folded.lineage), figures=folded.figures)]
+    return [*left_out, RoundDone(round=number, sites=len(folded.lineage), figures=folded.version.figures)]

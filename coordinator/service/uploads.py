@@ -1,6 +1,9 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.steps.results import BUILD
+from offsite.coordinator.runs.versions import read_schema
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
 from offsite.protos.chunks import hex_of, is_digest
@@ -77,7 +80,8 @@ class Upload:
             metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
             admit_metrics(metrics, self._spec)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
-            admit(self._file, self._spec, broadcast=self._blobs.path(self._spec.adapter), max_norm=most)
+            schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
+            admit(self._file, self._spec, schema, broadcast=self._blobs.path(self._spec.adapter), max_norm=most)
             digest, _ = self._blobs.take(self._file, digest=self._header.digest)
         except (InputError, MismatchError) as error:
             self._file.unlink(missing_ok=True)

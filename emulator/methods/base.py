@@ -1,8 +1,8 @@
 """What a method offers: how an adapter starts, how it is attached to a model, and how it is read back.
 
-An adapter is a dict of fp32 tensors keyed by the base's absolute layer ids. Of the kind "low-rank" it has two factors
-for a map y = W x, "28.self_attn.q_proj.A" (r, d_in) and ".B" (d_out, r), which stand for the change scale * B @ A. Of
-the kind "linear" its tensors are such that their mean is the mean of what they do.
+An adapter is a dict of tensors keyed by the base's absolute layer ids, and its method's schema says what they are. What
+trains is fp32. A low-rank adapter has two factors for a map y = W x, "28.self_attn.q_proj.A" (r, d_in) and ".B"
+(d_out, r), which stand for the change scale * B @ A.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from offsite.kernels.schema import Schema, Tensors
+from offsite.kernels.schema import Rule, Schema, Tensors, Tier
 
 Adapter = Tensors
 
@@ -70,20 +70,33 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    kind: ClassVar[str]  # how its adapters may be aggregated: "low-rank" or "linear"
     needs: ClassVar[frozenset[str]]  # what of an emulator it trains, such as `outline.CENTROIDS`; mostly nothing
     rate: ClassVar[float]  # the learning rate that `tuning.rates` begins with
+    rules: ClassVar[frozenset[Rule]]  # those of its schema
+    attaches: ClassVar[bool]  # whether a plug-in is measured beside the base's weights, which rounding would change
+    withheld: ClassVar[frozenset[str]]  # settings that sites are not told, for they say who else takes part
 
-    def rank_at(self, site: str) -> int:
-        """The rank a site trains at; 0 for methods without one."""
+    def tier_at(self, site: str) -> Tier:
+        """The tier of a site: what it trains of the adapter, or at which size; "" for methods with only one."""
+        ...
+
+    def tiers(self) -> frozenset[Tier]:
+        """Return every tier that some site may have."""
+        ...
+
+    def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
+        """Raise ValueError if the places of a model cannot train; nothing but shapes is looked at."""
         ...
 
     def schema(self, start: Adapter) -> Schema:
-        """Return what its adapters are made of, from one of them, of which only names and shapes are looked at."""
+        """Return what its adapters are made of, from one that changes nothing."""
         ...
 
-    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
-        """Return the adapter that changes nothing; the same for base and emulator, whichever layers train."""
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
+        """Return a tier's adapter that changes nothing; the same for base and emulator, whichever layers train.
+
+        Of the tier "" it is what sites have that no setting names. Raises ValueError for a tier that is none.
+        """
         ...
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter
-from offsite.kernels.schema import Field, Rule, Schema
+from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,28 @@ class Blocks:
     """The parameters of the layers that train; an adapter holds their values: "28.self_attn.q_proj.weight"."""
 
     name: ClassVar[str] = "blocks"
-    kind: ClassVar[str] = "linear"
     needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 2e-4
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
+    attaches: ClassVar[bool] = False
+    withheld: ClassVar[frozenset[str]] = frozenset()
 
-    def rank_at(self, site: str) -> int:
-        """Return 0: there is no rank."""
-        return 0
+    def tier_at(self, site: str) -> Tier:
+        """Return "": all sites train the same."""
+        return ""
+
+    def tiers(self) -> frozenset[Tier]:
+        """Return the only one."""
+        return frozenset({""})
+
+    def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
+        """Any layer can train whole."""
 
     def schema(self, start: Adapter) -> Schema:
         """Return fields that are averaged each by itself."""
         return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
-    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return the layers as they are; raises ValueError if their maps are stored in a format of few bits."""
         for place, layer in places.items():
             if any(isinstance(module, PackedLinear) for module in find(model).layers[place].modules()):

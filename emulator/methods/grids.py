@@ -17,7 +17,7 @@ from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
 from offsite.emulator.methods.base import Adapter
 from offsite.emulator.outline import CENTROIDS
-from offsite.kernels.schema import Field, Rule, Schema
+from offsite.kernels.schema import Field, Rule, Schema, Tier
 from offsite.kernels.sketch import decode
 
 
@@ -29,19 +29,28 @@ class Grids:
     """
 
     name: ClassVar[str] = "grids"
-    kind: ClassVar[str] = "linear"
     needs: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
     rate: ClassVar[float] = 3e-4
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
+    attaches: ClassVar[bool] = False
+    withheld: ClassVar[frozenset[str]] = frozenset()
 
-    def rank_at(self, site: str) -> int:
-        """Return 0: there is no rank."""
-        return 0
+    def tier_at(self, site: str) -> Tier:
+        """Return "": all sites train the same."""
+        return ""
+
+    def tiers(self) -> frozenset[Tier]:
+        """Return the only one."""
+        return frozenset({""})
+
+    def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
+        """Any layer whose maps are sketched can train, and shapes do not tell which are."""
 
     def schema(self, start: Adapter) -> Schema:
         """Return fields that are averaged each by itself."""
         return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
-    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return the grids as they are; raises ValueError if there are none."""
         return self.state(model, places)
 

@@ -22,7 +22,7 @@ from offsite.emulator.methods.base import Adapter, Factors, Place, factors
 from offsite.emulator.methods.recovery import widen
 from offsite.emulator.quiet import quiet
 from offsite.emulator.seeds import generator
-from offsite.kernels.schema import Field, Rule, Schema
+from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 _ADAPTER = "default"  # peft's own name for the only adapter
 
@@ -40,9 +40,11 @@ class Lora:
     modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # or the endings of the maps' paths
 
     name: ClassVar[str] = "lora"
-    kind: ClassVar[str] = "low-rank"
     needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT})
+    attaches: ClassVar[bool] = True
+    withheld: ClassVar[frozenset[str]] = frozenset({"ranks"})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -57,9 +59,23 @@ class Lora:
         """alpha / rank, the same at every site whatever its rank."""
         return self.alpha / self.rank
 
-    def rank_at(self, site: str) -> int:
-        """The rank a site trains at: the common one unless `ranks` names the site."""
-        return self.ranks.get(site, self.rank)
+    def tier_at(self, site: str) -> Tier:
+        """Return "r8" for a site that trains at rank 8: the common one unless `ranks` names the site."""
+        return f"r{self.ranks.get(site, self.rank)}"
+
+    def tiers(self) -> frozenset[Tier]:
+        """Return those of the common rank and of each that `ranks` names."""
+        return frozenset(f"r{rank}" for rank in (self.rank, *self.ranks.values()))
+
+    def _rank(self, tier: Tier) -> int:
+        ranks = {"": self.rank} | {f"r{rank}": rank for rank in range(1, self.rank + 1)}
+        if tier not in ranks:
+            raise ValueError(f"there is no tier {tier!r}, only r1 to r{self.rank}: no rank is above the method's")
+        return ranks[tier]
+
+    def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
+        """Raise ValueError if a layer has no map to adapt, or an ending names none."""
+        self.maps(model, places)
 
     def schema(self, start: Adapter) -> Schema:
         """Return products of two factors, whose rank is a site's own."""
@@ -70,20 +86,20 @@ class Lora:
             fields[place.key("B")] = Field("F32", (B.shape[0], None), Rule.PRODUCT, group)
         return fields
 
-    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, rank: int | None = None) -> Adapter:
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return the adapter that changes nothing; a lower rank gets the first rows of the same A. Raises ValueError.
 
         A is uniform in +-1/sqrt(d_in), as in peft, from a CPU generator of its own for each map.
         """
-        stack = find(model).layers
+        stack, rank = find(model).layers, self._rank(tier)
         adapter: Adapter = {}
         for position, paths in self.maps(model, places).items():
             for path in paths:
                 place = Place(places[position], path)
                 d_out, d_in = shape(stack[position].get_submodule(path))
-                A = torch.empty(rank or self.rank, d_in)
+                A = torch.empty(rank, d_in)
                 A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator(seed, place.key("A")))
-                adapter |= {place.key("A"): A, place.key("B"): torch.zeros(d_out, rank or self.rank)}
+                adapter |= {place.key("A"): A, place.key("B"): torch.zeros(d_out, rank)}
         return adapter
 
     def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:

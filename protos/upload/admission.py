@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from offsite.kernels.schema import Rule, Schema, settle
 from offsite.protos import tensors
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -14,22 +15,24 @@ def described(task: TaskSpec) -> str:
     return f"update of {task.site}, round {task.round + 1}"
 
 
-def admit(file: Path, task: TaskSpec, *, broadcast: Path, max_norm: float) -> None:
+def admit(file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_norm: float) -> None:
     """Raise MismatchError unless a file is an update that a task asked for.
 
     Args:
         file: the update.
         task: what was asked for.
+        schema: what the adapters of the run are made of.
         broadcast: the adapter that the task starts from.
         max_norm: L2 norm of the largest change since the broadcast that is let in.
     """
     what = described(task)
     _check_origin(tensors.about(file), task)
-    expected = tensors.header(broadcast)
-    tensors.check_header(file, expected, what=what)
+    settled = settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
+    tensors.check_header(file, settled, what=what)
     norm = tensors.distance(file, broadcast)
-    if not math.isfinite(norm):
-        tensors.check(file, expected, what=what)  # says where
+    fixed = [name for name, field in settled.items() if field.rule is Rule.FIXED]
+    if fixed or not math.isfinite(norm):
+        tensors.check(file, settled, fixed=tensors.load(broadcast, fixed), what=what)  # says where
     if not norm <= max_norm:
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
 

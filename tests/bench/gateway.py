@@ -37,6 +37,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs.steps.results import Built
 from offsite.coordinator.runs.supervisor import Supervisor
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.service.server import run
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import Key
@@ -168,8 +169,10 @@ def supervise(home: Home, run: str, sites: list[str], begin: Callable[[], None])
         bundle=describe(manifest),
         base=base,
         method_hash=DIGEST,
-        broadcast={site: Stored(digest=DIGEST, size=1) for site in sites},
-        residual={},
+        version=Version(adapter=DIGEST, broadcast={"r8": Stored(digest=DIGEST, size=1)}),
+        tiers=dict.fromkeys(sites, "r8"),
+        schema=DIGEST,
+        method=Choice(name="lora"),
         learning_rate=0.01,
         computed="fp32",
         recovery=None,

@@ -102,10 +102,16 @@ def prepare(folder: Path, *, size: int) -> None:
     """Make kits, a home with one open task for the site, and the update that answers it."""
     import torch
 
+    from offsite.coordinator.bundles.manifests import describe
     from offsite.coordinator.home import Home
+    from offsite.coordinator.runs.steps.results import BUILD, Built
+    from offsite.coordinator.runs.steps.storage import store_schema
+    from offsite.coordinator.runs.versions import Version
+    from offsite.coordinator.store.blobs import Stored
     from offsite.coordinator.store.journal import Key
+    from offsite.kernels.schema import Field, Rule
     from offsite.protos import tensors
-    from offsite.protos.documents import to_json
+    from offsite.protos.documents import to_json, to_plain
     from offsite.protos.spec import BaseRef, Choice, LocalTraining, Manifest, RunSpec, TaskSpec
 
     authority = Authority.create(folder / "pki")
@@ -126,8 +132,24 @@ def prepare(folder: Path, *, size: int) -> None:
         "verbatim": 1,
         "lossy": 0,
     }
-    (folder / "manifest").write_bytes(to_json(Manifest(base=base, builders=(Choice(name="whole"),), **shape, files=())))
+    listed = Manifest(base=base, builders=(Choice(name="whole"),), **shape, files=())
+    (folder / "manifest").write_bytes(to_json(listed))
     manifest, manifest_size = blobs.take(folder / "manifest")
+    schema = {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in adapter.items()}
+    built = Built(
+        manifest=manifest,
+        manifest_size=manifest_size,
+        bundle=describe(listed),
+        base=base,
+        version=Version(adapter=digest, broadcast={"": Stored(digest=digest, size=nbytes)}),
+        tiers={SITE: ""},
+        schema=store_schema(blobs, folder, schema),
+        method=Choice(name="lora"),
+        method_hash=digest,
+        learning_rate=1e-3,
+        computed="fp32",
+        recovery=None,
+    )
     task = TaskSpec(
         run=RUN,
         round=0,
@@ -144,6 +166,7 @@ def prepare(folder: Path, *, size: int) -> None:
         training=LocalTraining(steps=1, learning_rate=1e-3),
     )
     journal.add_run(RUN, token=RUN, owner="olga", spec=to_json(RunSpec(model="m", max_update_norm=1e6)))
+    journal.add_step(RUN, BUILD.name, to_plain(built))
     journal.add_task(Key(run=RUN, round=0, site=SITE, attempt=0), spec=to_json(task), signature=b"s")
     journal.close()
     for tensor in adapter.values():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation.base import Adapter
+from offsite.coordinator.aggregation import Origin, Strategy, Version
 from offsite.emulator import builders, methods
+from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "builder": (dict(builders.BUILDERS), builders.make),
@@ -42,35 +43,72 @@ def test_an_unknown_name_is_answered_with_the_known_ones(family: str) -> None:
         make("no-such-thing", {})
 
 
-def updates(count: int) -> list[Adapter]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {"0.q.A": torch.randn(3, 10, generator=generator), "0.q.B": torch.randn(8, 3, generator=generator)}
-        for _ in range(count)
-    ]
+SCHEMA: Schema = {
+    "0.q.A": Field("F32", (None, 10), Rule.PRODUCT, "0.q"),
+    "0.q.B": Field("F32", (8, None), Rule.PRODUCT, "0.q"),
+    "0.norm": Field("F32", (5,), Rule.MEAN),
+    "0.index": Field("I64", (4,), Rule.FIXED, below=9),
+}
 
 
-def product(adapter: Adapter) -> torch.Tensor:
-    return adapter["0.q.B"].double() @ adapter["0.q.A"].double()
+def schema(strategy: Strategy) -> Schema:
+    """What of the schema a strategy folds."""
+    return {key: field for key, field in SCHEMA.items() if field.rule in strategy.rules}
+
+
+def updates(count: int) -> list[Tensors]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"0.q.A": (3, 10), "0.q.B": (8, 3), "0.norm": (5,)}
+    index = {"0.index": torch.tensor([0, 8, 3, 3])}
+    return [{key: torch.randn(shape, generator=draw) for key, shape in shapes.items()} | index for _ in range(count)]
+
+
+def folded(strategy: Strategy, given: list[tuple[Tensors, float]]) -> Version:
+    fold = strategy.begin(Version(updates(1)[0], {"r3": updates(1)[0]}), schema(strategy))
+    for at, (update, weight) in enumerate(given):
+        fold.add({key: update[key] for key in schema(strategy)}, Origin(f"site-{at}", "r3", weight))
+    return fold.finish(["r3"])
+
+
+def effects(adapter: Tensors) -> list[torch.Tensor]:
+    """What an adapter does, however it is written down."""
+    product = [adapter["0.q.B"].double() @ adapter["0.q.A"].double()] if "0.q.A" in adapter else []
+    return product + [adapter[key].double() for key in ("0.norm", "0.index") if key in adapter]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_sites_that_agree_are_averaged_to_what_they_agree_on(name: str) -> None:
-    only = updates(1)[0]
-    fold = aggregation.make(name, {}).begin({})
-    for weight in (0.5, 0.25, 0.25):
-        fold.add(only, weight=weight)
-    torch.testing.assert_close(product(fold.finish([3]).exact), product(only), rtol=1e-5, atol=1e-5)
+    strategy, only = aggregation.make(name, {}), updates(1)[0]
+    version = folded(strategy, [(only, 0.5), (only, 0.25), (only, 0.25)])
+    wanted = effects({key: only[key] for key in schema(strategy)})
+    assert version.adapter.keys() == version.broadcast["r3"].keys() == schema(strategy).keys()
+    torch.testing.assert_close(effects(version.adapter), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_one_site_is_passed_through_bit_for_bit(name: str) -> None:
+    (only,) = updates(1)
+    version = folded(aggregation.make(name, {}), [(only, 1.0)])
+    for tensors in (version.adapter, version.broadcast["r3"]):
+        assert all(torch.equal(tensor, only[key]) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_order_of_arrival_does_not_matter(name: str) -> None:
-    outcomes = []
-    for order in ([0, 1, 2], [2, 0, 1]):
-        fold = aggregation.make(name, {}).begin({})
-        for at in order:
-            fold.add(updates(3)[at], weight=[0.5, 0.3, 0.2][at])
-        outcomes.append(fold.finish([3]))
-    torch.testing.assert_close(product(outcomes[0].exact), product(outcomes[1].exact), rtol=1e-5, atol=1e-5)
-    sent = [outcome.broadcast[3] for outcome in outcomes]
-    torch.testing.assert_close(product(sent[0]), product(sent[1]), rtol=1e-5, atol=1e-5)
+    given = list(zip(updates(3), [0.5, 0.3, 0.2], strict=True))
+    one, other = (folded(aggregation.make(name, {}), [given[at] for at in order]) for order in ([0, 1, 2], [2, 0, 1]))
+    torch.testing.assert_close(effects(one.adapter), effects(other.adapter), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(effects(one.broadcast["r3"]), effects(other.broadcast["r3"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_that_needs_only_the_sum_makes_the_same_of_the_sum(name: str) -> None:
+    strategy = aggregation.make(name, {})
+    given = list(zip(updates(3), [0.5, 0.3, 0.2], strict=True))
+    total = {key: sum(weight * update[key] for update, weight in given) for key in ("0.q.A", "0.q.B", "0.norm")}
+    alone = folded(strategy, [(given[0][0] | total, 1.0)])
+    every = folded(strategy, given)
+    same = [
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(effects(alone.adapter), effects(every.adapter), strict=True)
+    ]
+    assert all(same) == (strategy.needs == "sum")

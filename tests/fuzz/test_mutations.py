@@ -16,6 +16,7 @@ import torch
 
 from offsite.client.site.policy import Policy
 from offsite.emulator import examples
+from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import addresses, recipes, tensors
 from offsite.protos.assignments import assign
 from offsite.protos.documents import from_json, from_toml, parse, to_json
@@ -77,7 +78,7 @@ def mutated(good: bytes, draw: random.Random) -> bytes:
 def files(folder: Path) -> dict[str, tuple[bytes, Target]]:
     """What is read from files, each by its name."""
     tensors.save(folder / "good", {"0.q.A": torch.ones(2, 3), "0.q.B": torch.ones(4, 2)})
-    expected = tensors.header(folder / "good")
+    schema: Schema = {"0.q.A": Field("F32", (2, 3), Rule.MEAN), "0.q.B": Field("F32", (4, 2), Rule.MEAN)}
 
     def at(name: str, read: Callable[[Path], object]) -> Target:
         def target(data: bytes) -> object:
@@ -93,7 +94,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, Target]]:
         "rows.json": (b"[" + ROWS.replace(b"\n", b",") + b"]", at("rows.json", examples.collect)),
         "rows.csv": (b'prompt,completion\na,b\n"c","d\ne"\n', at("rows.csv", examples.collect)),
         "rows.txt": (b"a b c\n\nd e f\n", at("rows.txt", examples.collect)),
-        "update": ((folder / "good").read_bytes(), at("update", lambda p: tensors.check(p, expected, what="update"))),
+        "update": ((folder / "good").read_bytes(), at("update", lambda p: tensors.check(p, schema, what="update"))),
     }
 
 

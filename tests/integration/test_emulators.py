@@ -57,8 +57,9 @@ class Round:
         return from_json(gives, perform(order.step, *where, to_json(self.spec), to_json(order)), where=order.step)
 
     def aggregate(self, *updates: Update) -> str:
-        order = Aggregate(residual={}, broadcast=self.built.broadcast, updates=updates, sites=SITES)
-        return self.do(order, Folded).exact
+        built = self.built
+        order = Aggregate(last=built.version, schema=built.schema, tiers=built.tiers, updates=updates)
+        return self.do(order, Folded).version.adapter
 
     def train(self, site: str, manifest: str) -> Update:
         listed = from_json(Manifest, self.blobs.path(manifest).read_bytes(), where="manifest")
@@ -66,12 +67,14 @@ class Round:
         for entry in listed.files:
             (bundle / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (bundle / entry.path).write_bytes(self.blobs.path(entry.digest).read_bytes())
-        sent = self.built.broadcast[site]
+        tier = self.built.tiers[site]
+        sent = self.built.version.broadcast[tier]
         task = TaskSpec(
             **{"run": "r", "round": 0, "rounds": 1, "site": site, "attempt": 0, "base": listed.base.digest},
             **{"manifest": manifest, "manifest_size": 1, "adapter": sent.digest, "adapter_size": 1},
             **{
-                "method": self.spec.method,
+                "method": self.built.method,
+                "tier": tier,
                 "method_hash": self.built.method_hash,
                 "training": training(self.spec, self.built.learning_rate),
             },
@@ -93,9 +96,9 @@ class Round:
         digest, _ = self.blobs.take(self.folder / site / "update.safetensors")
         return Update(site=site, digest=digest, examples=metrics.examples)
 
-    def figure(self, *, manifest: str | None, exact: str | None) -> float:
+    def figure(self, *, manifest: str | None, adapter: str | None) -> float:
         built = self.built
-        order = Evaluate(base=built.base.digest, manifest=manifest, exact=exact, recovery=built.recovery)
+        order = Evaluate(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
         return perplexity(self.do(order, Evaluation).sets.values())
 
 
@@ -116,12 +119,12 @@ def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
     extra = {"trainable": Choice(name="kept")} if "sketch" in builder or "loram" in builder else {}
     run = Round(tmp_path, material, builder=builder, method=method, strategy=Choice(name=strategy), **extra)
     manifest, base = run.built.manifest, run.built.base.digest
-    exact = run.aggregate(*(run.train(site, manifest) for site in SITES))
-    assert run.figure(manifest=manifest, exact=exact) < run.figure(manifest=manifest, exact=None)
-    plug_in = run.figure(manifest=None, exact=exact)
-    assert plug_in < run.figure(manifest=None, exact=None)
+    adapter = run.aggregate(*(run.train(site, manifest) for site in SITES))
+    assert run.figure(manifest=manifest, adapter=adapter) < run.figure(manifest=manifest, adapter=None)
+    plug_in = run.figure(manifest=None, adapter=adapter)
+    assert plug_in < run.figure(manifest=None, adapter=None)
 
-    published = run.do(Publish(base=base, exact=exact, recovery=run.built.recovery), Publication)
+    published = run.do(Publish(base=base, adapter=adapter, recovery=run.built.recovery), Publication)
     for name, file in published.artifacts.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(run.blobs.path(file.digest).read_bytes())
@@ -147,8 +150,8 @@ def test_an_emulator_is_realigned_beside_the_adapter_and_its_trainable_layers_st
         tmp_path, material, builder="uniform(keep=4)+distilled(steps=2)", method="lora(rank=4)", realign_steps=3
     )
     first = run.built.manifest
-    exact = run.aggregate(run.train("bank", first))
-    order = Realign(base=run.built.base.digest, manifest=first, exact=exact, recovery=None)
+    adapter = run.aggregate(run.train("bank", first))
+    order = Realign(base=run.built.base.digest, manifest=first, adapter=adapter, recovery=None)
     again = run.do(order, Realigned).manifest
     assert again == run.do(order, Realigned).manifest != first
     before, after = (

@@ -6,24 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import tensors
 from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, hex_of, is_digest, read_chunks
 from offsite.protos.errors import MismatchError
 
-GOOD = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2)}
+GOOD = {
+    "0.q.A": torch.arange(6.0).reshape(2, 3),
+    "0.q.B": torch.zeros(4, 2),
+    "0.index": torch.tensor([0, 8, 3], dtype=torch.int32),
+}
+SCHEMA: Schema = {
+    "0.q.A": Field("F32", (2, 3), Rule.MEAN),
+    "0.q.B": Field("F32", (4, 2), Rule.MEAN),
+    "0.index": Field("I32", (3,), Rule.FIXED, below=9),
+}
 
 
-@pytest.fixture
-def expected(tmp_path: Path) -> dict[str, tensors.Entry]:
+def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     tensors.save(tmp_path / "good", GOOD)
-    return tensors.header(tmp_path / "good")
-
-
-def test_tensors_come_back_as_they_were(tmp_path: Path, expected: dict[str, tensors.Entry]) -> None:
-    tensors.check(tmp_path / "good", expected, what="update")
+    tensors.check(tmp_path / "good", SCHEMA, fixed={"0.index": GOOD["0.index"]}, what="update")
     found = tensors.load(tmp_path / "good")
     assert found.keys() == GOOD.keys() and all(torch.equal(found[key], GOOD[key]) for key in GOOD)
-    assert expected["0.q.A"] == tensors.Entry(dtype="F32", shape=(2, 3))
+    assert tensors.load(tmp_path / "good", ["0.q.B"]).keys() == {"0.q.B"}
+    assert tensors.header(tmp_path / "good")["0.q.A"] == tensors.Entry(dtype="F32", shape=(2, 3))
 
 
 def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
@@ -35,20 +41,21 @@ def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"0.q.A": GOOD["0.q.A"]}, "tensor 0.q.B is missing"),
+        ({"0.q.A": GOOD["0.q.A"]}, "tensor 0.index is missing"),
         (GOOD | {"1.q.A": torch.zeros(1)}, "tensor 1.q.A was not asked for"),
         (GOOD | {"0.q.B": torch.zeros(2, 4)}, r"tensor 0.q.B is F32 \[2, 4\], expected F32 \[4, 2\]"),
         (GOOD | {"0.q.B": torch.zeros(4, 2).half()}, r"tensor 0.q.B is F16 \[4, 2\], expected F32"),
         (GOOD | {"0.q.B": torch.full((4, 2), float("nan"))}, "tensor 0.q.B holds 8 values that are not finite"),
         (GOOD | {"0.q.A": torch.tensor([[0.0, 1, float("inf")], [0, 0, 0]])}, "tensor 0.q.A holds 1 values"),
+        (GOOD | {"0.index": torch.tensor([0.0, 8, 3])}, r"tensor 0.index is F32 \[3\], expected I32"),
+        (GOOD | {"0.index": torch.tensor([-1, 9, 8]).int()}, "tensor 0.index holds 2 values that are not in 0..8"),
+        (GOOD | {"0.index": torch.tensor([0, 8, 4]).int()}, "tensor 0.index is not the one that all sites have"),
     ],
 )
-def test_what_does_not_match_is_named(
-    tmp_path: Path, expected: dict[str, tensors.Entry], bad: dict[str, torch.Tensor], words: str
-) -> None:
+def test_what_does_not_match_is_named(tmp_path: Path, bad: dict[str, torch.Tensor], words: str) -> None:
     tensors.save(tmp_path / "bad", bad)
     with pytest.raises(MismatchError, match=f"update: {words}"):
-        tensors.check(tmp_path / "bad", expected, what="update")
+        tensors.check(tmp_path / "bad", SCHEMA, fixed={"0.index": GOOD["0.index"]}, what="update")
 
 
 def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -> None:
@@ -64,23 +71,34 @@ def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -
 
 
 def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:
-    long = {"a": torch.ones(tensors.PIECE_BYTES), "index": torch.arange(5), "z": torch.ones(3).bfloat16()}
+    size = tensors.PIECE_BYTES
+    long = {"a": torch.ones(size), "index": torch.arange(size), "z": torch.ones(3).bfloat16()}
+    schema: Schema = {
+        "a": Field("F32", (size,), Rule.MEAN),
+        "index": Field("I64", (size,), Rule.FIXED, below=size),
+        "z": Field("BF16", (3,), Rule.MEAN),
+    }
+    fixed = {"index": torch.arange(size)}
     tensors.save(tmp_path / "good", long)
-    tensors.check(tmp_path / "good", tensors.header(tmp_path / "good"), what="update")
+    tensors.check(tmp_path / "good", schema, fixed=fixed, what="update")
+    long["index"][-1] = 0
+    tensors.save(tmp_path / "bad", long)
+    with pytest.raises(MismatchError, match="tensor index is not the one that all sites have"):
+        tensors.check(tmp_path / "bad", schema, fixed=fixed, what="update")
     long["a"][-1] = float("nan")
     tensors.save(tmp_path / "bad", long)
     with pytest.raises(MismatchError, match="tensor a holds 1 values that are not finite"):
-        tensors.check(tmp_path / "bad", tensors.header(tmp_path / "good"), what="update")
+        tensors.check(tmp_path / "bad", schema, what="update")
     assert not math.isfinite(tensors.distance(tmp_path / "bad", tmp_path / "good"))
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\x80\x04.", b"PK\x03\x04" + bytes(100), (2).to_bytes(8, "little") + b"[]", b"\xff" * 64]
 )
-def test_other_files_are_refused(tmp_path: Path, expected: dict[str, tensors.Entry], data: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "odd").write_bytes(data)
     with pytest.raises(MismatchError):
-        tensors.check(tmp_path / "odd", expected, what="update")
+        tensors.check(tmp_path / "odd", SCHEMA, what="update")
 
 
 def test_chunks_cover_a_file_from_any_offset(tmp_path: Path) -> None:
@@ -114,5 +132,5 @@ def test_what_a_file_says_of_itself_is_fit_for_a_terminal(tmp_path: Path) -> Non
     for old, new in ((b'"F32"', '"\u202e"'.encode()), (b'"a"', b'"\x7f"')):
         (tmp_path / "odd").write_bytes((tmp_path / "good").read_bytes().replace(old, new, 1))
         with pytest.raises(MismatchError) as told:
-            tensors.check(tmp_path / "odd", tensors.header(tmp_path / "good"), what="update")
+            tensors.check(tmp_path / "odd", {"a": Field("F32", (2,), Rule.MEAN)}, what="update")
         assert str(told.value).isprintable()

@@ -35,13 +35,13 @@ def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
     It trains on no text that is measured on. Killed, it goes on with the attacks that are left.
     """
     timeline = Timeline()
-    scratch = unfinished(home, spec, f"attack {order.manifest} {order.exact}")
+    scratch = unfinished(home, spec, f"attack {order.manifest} {order.adapter}")
     with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as folder:
         dtype = DTYPES[spec.training.precision]
         listed, emulator, tokenizer = open_bundle(home.blobs(), order.manifest, Path(folder), dtype=dtype)
         emulator.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         places, method = bundle.described(listed).outline.places, methods.make(spec.method.name, spec.method.settings)
-        tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.exact)))
+        tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.adapter)))
     models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
 
     def text(place: str) -> list[Encoded]:

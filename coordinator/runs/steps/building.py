@@ -10,23 +10,27 @@ from offsite.coordinator.bundles.stored import open_bundle, recovered, store_ada
 from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.beginning import first
 from offsite.coordinator.runs.steps.inputs import folders, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
+from offsite.coordinator.runs.steps.storage import store_schema, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
+from offsite.emulator.methods import Method
 from offsite.emulator.outline import Draft
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, to_plain
+from offsite.protos.spec import Choice
 
 
 def build(home: Home, spec: Grant, order: Build) -> Built:
-    """Build and store the bundle and the adapters that sites of each rank start from."""
+    """Build and store the bundle and the adapters that sites of each tier start from."""
     timeline = Timeline()
     blobs = home.blobs()
     with TemporaryDirectory(dir=home.scratch) as scratch, timeline.span("building"):
@@ -46,19 +50,19 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         method = methods.make(spec.method.name, spec.method.settings)
         layout = bundle.described(manifest)
         emulator, _ = bundle.load(built.folder, layout=layout, dtype="auto")
-        adapters = {}
-        for rank in sorted({method.rank_at(site) for site in order.sites}):
-            adapter = method.start(emulator, layout.outline.places, seed=spec.training.seed, rank=rank)
-            method.recover(adapter, built.recovery)  # refuses now what could not be brought back later
-            adapters[rank] = store_adapter(blobs, Path(scratch) / f"start-{rank}.safetensors", adapter)
+        tiers = {site: method.tier_at(site) for site in order.sites}
+        begun = first(method, emulator, layout.outline.places, tiers=tiers.values(), seed=spec.training.seed)
+        method.recover(begun.adapter, built.recovery)  # refuses now what could not be brought back later
+        version = store_version(blobs, Path(scratch), begun)
+        schema = store_schema(blobs, Path(scratch), method.schema(begun.adapter))
         rate = spec.training.learning_rate or suited(method.rate, emulator)
-        take_step(emulator, method, layout.outline.places, adapter)  # the last use of this copy
+        take_step(emulator, method, layout.outline.places, begun.adapter)  # the last use of this copy
         recovery = None
         if built.recovery:
             recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery).digest
         bound = spec.role == "researcher"
         if bound:
-            largest = max(adapter.size for adapter in adapters.values())
+            largest = max(adapter.size for adapter in version.broadcast.values())
             size = sum(entry.size for entry in manifest.files)
             home.policy().check_built(sites=len(order.sites), adapter=largest, bundle=size)
         disclosures.record(home, order.run, base=manifest.base.digest, portions=built.portions, bound=bound)
@@ -70,9 +74,11 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         manifest_size=stored.manifest_size,
         bundle=stored.bundle,
         base=manifest.base,
+        version=version,
+        tiers=tiers,
+        schema=schema,
+        method=_told(spec.method, method),
         method_hash=digest_bytes(canonical(identity)),
-        broadcast={site: adapters[method.rank_at(site)] for site in order.sites},
-        residual={},
         learning_rate=rate,
         computed=built.computed,
         vocabulary=text_config(emulator).vocab_size,
@@ -81,12 +87,17 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
     )
 
 
+def _told(choice: Choice, method: Method) -> Choice:
+    """What a site is told of the method: not who else takes part."""
+    return Choice(name=choice.name, settings={k: v for k, v in choice.settings.items() if k not in method.withheld})
+
+
 def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
     """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
     timeline = Timeline()
     blobs = home.blobs()
     source = the_base(spec, order.base)
-    scratch = unfinished(home, spec, f"realign {order.exact}")
+    scratch = unfinished(home, spec, f"realign {order.adapter}")
     with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
         listed, emulator, _ = open_bundle(blobs, order.manifest, Path(folder) / "old", dtype="auto")
@@ -94,7 +105,7 @@ def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
         quicken(emulator)
         draft = Draft(full, emulator, bundle.described(listed).outline)
         method = methods.make(spec.method.name, spec.method.settings)
-        adapter = tensors.load(blobs.path(order.exact))
+        adapter = tensors.load(blobs.path(order.adapter))
         last: Any = make_builder(spec.builders[-1].name, spec.builders[-1].settings)
         text = building.material(
             Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)

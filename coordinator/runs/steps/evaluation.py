@@ -33,7 +33,7 @@ def evaluate(home: Home, spec: Grant, order: Evaluate) -> Evaluation:
     blobs = home.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
     with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as scratch:
-        adapter = tensors.load(blobs.path(order.exact)) if order.exact else None
+        adapter = tensors.load(blobs.path(order.adapter)) if order.adapter else None
         if order.manifest is None:
             model, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])
             if adapter is not None:

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from offsite.coordinator.store.blobs import Stored
+from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import document
-from offsite.protos.ranges import Digest, Name, Positive
+from offsite.protos.ranges import Digest, Name, Positive, Tier
 
 
 @document
@@ -30,10 +30,10 @@ class Aggregate:
     """Fold the updates of a round into the next version."""
 
     step: ClassVar[str] = "aggregate"
-    residual: dict[str, Digest]
-    broadcast: dict[Name, Stored]
+    last: Version
+    schema: Digest  # what adapters are made of
+    tiers: dict[Name, Tier]  # of all sites of the run
     updates: tuple[Update, ...]
-    sites: tuple[Name, ...]
 
 
 @document
@@ -43,7 +43,7 @@ class Realign:
     step: ClassVar[str] = "realign"
     base: Digest
     manifest: Digest
-    exact: Digest
+    adapter: Digest
     recovery: Digest | None
 
 
@@ -54,7 +54,7 @@ class Evaluate:
     step: ClassVar[str] = "evaluate"
     base: Digest
     manifest: Digest | None  # of the emulator; None: measure the base
-    exact: Digest | None  # the adapter in it; None: as it is
+    adapter: Digest | None  # the adapter in it; None: as it is
     recovery: Digest | None
 
 
@@ -64,7 +64,7 @@ class Attack:
 
     step: ClassVar[str] = "attack"
     manifest: Digest
-    exact: Digest
+    adapter: Digest
 
 
 @document
@@ -73,7 +73,7 @@ class Publish:
 
     step: ClassVar[str] = "publish"
     base: Digest
-    exact: Digest
+    adapter: Digest
     recovery: Digest | None
 
 

@@ -23,7 +23,7 @@ def publish(home: Home, spec: Grant, order: Publish) -> Publication:
     source = the_base(spec, order.base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
-    adapter = recovered(blobs, method, tensors.load(blobs.path(order.exact)), order.recovery)
+    adapter = recovered(blobs, method, tensors.load(blobs.path(order.adapter)), order.recovery)
     files: dict[str, Stored] = {}
     with TemporaryDirectory(dir=home.scratch) as scratch:
         method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.base_name or spec.model)

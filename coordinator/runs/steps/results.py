@@ -6,36 +6,32 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import Field
 
 from offsite.coordinator.bundles.manifests import Bundle
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.protos.documents import document
 from offsite.protos.figures import Score
-from offsite.protos.ranges import TEXT, AboveZero, Count, Digest, Finite, Line, Name, Place, Share, Word
-from offsite.protos.spec import BaseRef, Span
+from offsite.protos.ranges import TEXT, AboveZero, Count, Digest, Line, Name, Place, Share, Tier
+from offsite.protos.spec import BaseRef, Choice, Span
 
 Message = Annotated[str, Field(max_length=TEXT)]
 R = TypeVar("R")
 
 
 @document
-class Version:
-    """What a round starts from, and what a run is worth there."""
+class Built(Bundle):
+    """The bundle and the version of the first round, and what was chosen and counted when they were built."""
 
-    broadcast: dict[Name, Stored]  # site -> the adapter that it starts from
-    residual: dict[str, Digest]  # rank -> what the owner keeps beside its broadcast
-    exact: Digest | None = None  # the adapter that goes into the base; None: nothing is trained yet
-    spans: tuple[Span, ...] = ()
-
-
-@document
-class Built(Version, Bundle):
-    """The bundle of the first round, and what was chosen and counted when it was built."""
-
-    base: BaseRef
+    version: Version
+    tiers: dict[Name, Tier]  # site -> what of the adapter it trains
+    schema: Digest  # what adapters are made of
+    method: Choice  # as sites are told it
     method_hash: Digest  # of the base, the method and the layers it trains
+    base: BaseRef
     learning_rate: AboveZero
     computed: Message  # in which precision, and why
     vocabulary: Count | None = None
     recovery: Digest | None  # what brings an adapter back to the base; None: nothing is needed
+    spans: tuple[Span, ...] = ()
 
 
 @document
@@ -54,13 +50,13 @@ class Part:
 
 
 @document
-class Folded(Version):
-    """The version that a round ends in."""
+class Folded:
+    """The version that a round ends in, and where it comes from."""
 
-    exact: Digest
+    version: Version
     lineage: dict[Name, Part]
     left_out: dict[Name, Message] = Field(default_factory=dict)  # site -> why its update is not in it
-    figures: dict[Word, Finite | None]
+    spans: tuple[Span, ...] = ()
 
 
 @document

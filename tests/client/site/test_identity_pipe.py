@@ -24,7 +24,7 @@ from offsite.client.site.training import train
 from offsite.emulator import bundle, methods
 from offsite.emulator.outline import Outline
 from offsite.protos import tensors
-from offsite.protos.errors import MismatchError, RefusedError
+from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.spec import Choice
 
 TOP = Outline(layers=(0, 2, 3, 5), trainable=(5,))
@@ -86,14 +86,14 @@ class Handout:
     material: Path
     events: list[dict[str, Any]]
 
-    def make(self, *, model: Change = honest, adapter: Change = honest, rank: int = 16, **changes: Any) -> Any:
+    def make(self, *, model: Change = honest, adapter: Change = honest, tier: str = "r16", **changes: Any) -> Any:
         stack = stored(self.material)
         model(stack)
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.material / "bundle")
         shutil.rmtree(self.folder / "bundle", ignore_errors=True)
         bundle.save(stack, tokenizer, self.folder / "bundle", outline=TOP)
         method = methods.make(LORA.name, LORA.settings)
-        start = method.start(stack, TOP.places, seed=0, rank=rank)
+        start = method.start(stack, TOP.places, seed=0, tier=tier)
         adapter(start)
         tensors.save(self.folder / "start.safetensors", start)
         data = self.folder / "data.jsonl"
@@ -106,7 +106,7 @@ class Handout:
             bundle=str(self.folder / "bundle"),
             manifest=replace(one.manifest, trainable=TOP.trainable),
             adapter=str(self.folder / "start.safetensors"),
-            task=replace(one.task, method=LORA, round=changes.pop("round", 0)),
+            task=replace(one.task, method=LORA, tier=changes.pop("told", tier), round=changes.pop("round", 0)),
             **changes,
         )
 
@@ -181,15 +181,19 @@ def test_a_first_adapter_of_the_owners_choice_is_refused_and_a_later_one_is_an_a
 
 @pytest.mark.parametrize("rank", [16, 4])
 def test_an_honest_emulator_and_its_start_are_trained_on_at_every_rank(handout: Handout, rank: int) -> None:
-    change = handout.run(handout.make(rank=rank, training={"gradient_clipping": 1.0, "learning_rate": 1e-3}))
+    change = handout.run(handout.make(tier=f"r{rank}", training={"gradient_clipping": 1.0, "learning_rate": 1e-3}))
     assert change["5.mlp.up_proj.A"].shape == (rank, 32)
     (inspected, _) = handout.events
     assert inspected["event"] == "inspected" and 30 < inspected["perplexity"] < 300
 
 
-def test_a_rank_above_the_methods_is_refused(handout: Handout) -> None:
-    with pytest.raises(MismatchError, match=r"proj.A is F32 \[17, \d+\], expected F32 \[16, "):
-        handout.run(handout.make(rank=17))
+def test_an_adapter_of_another_rank_than_the_tasks_is_refused_and_so_is_a_rank_above_the_methods(
+    handout: Handout,
+) -> None:
+    with pytest.raises(MismatchError, match=r"proj.A is F32 \[16, \d+\], expected F32 \[4, "):
+        handout.run(handout.make(told="r4"))
+    with pytest.raises(InputError, match="there is no tier 'r17', only r1 to r16"):
+        handout.run(handout.make(told="r17"))
 
 
 @pytest.mark.parametrize("name", ["lora", "blocks"])
@@ -198,8 +202,8 @@ def test_a_start_is_the_same_for_owner_and_site_in_the_sites_precision(
     site_files: Path, name: str, dtype: torch.dtype
 ) -> None:
     method = methods.make(name, {})
-    owners = method.start(stored(site_files), TOP.places, seed=3, rank=4)
-    sites = method.start(stored(site_files).to(dtype), TOP.places, seed=3, rank=4)
+    owners = method.start(stored(site_files), TOP.places, seed=3)
+    sites = method.start(stored(site_files).to(dtype), TOP.places, seed=3)
     assert strange_start(owners, sites, dtype) == []
     key = sorted(owners)[0]
     other = owners | {key: owners[key] * 1.02}

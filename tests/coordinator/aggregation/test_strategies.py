@@ -4,40 +4,60 @@ import pytest
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation import Strategy
-from offsite.coordinator.aggregation.base import Adapter, adapter, pairs
+from offsite.coordinator.aggregation import Origin, Strategy, Version
 from offsite.coordinator.aggregation.factor_mean import FactorMean
 from offsite.coordinator.aggregation.low_rank import LowRank
+from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos.errors import InputError
 
 OUT, IN = 24, 16
 MODULES = ("0.self_attn.q_proj", "5.mlp.up_proj")
+SCHEMA: Schema = {
+    f"{module}.{factor}": Field("F32", (OUT, None) if factor == "B" else (None, IN), Rule.PRODUCT, module)
+    for module in MODULES
+    for factor in "AB"
+}
 
 
-def update(rank: int, *, seed: int) -> Adapter:
+def update(rank: int, *, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
-    made = {
-        m: (torch.randn(OUT, rank, generator=generator), torch.randn(rank, IN, generator=generator)) for m in MODULES
-    }
-    return adapter(made)
+    made: Tensors = {}
+    for module in MODULES:
+        made[f"{module}.B"] = torch.randn(OUT, rank, generator=generator)
+        made[f"{module}.A"] = torch.randn(rank, IN, generator=generator)
+    return made
 
 
-def dense(given: Adapter) -> dict[str, torch.Tensor]:
-    return {module: b.double() @ a.double() for module, (b, a) in pairs(given).items()}
+def begun(*ranks: int) -> Version:
+    """What a run begins from, with sites of these ranks."""
+    starts = {f"r{rank}": update(rank, seed=rank) for rank in ranks}
+    return Version(adapter=starts[f"r{max(ranks)}"], broadcast=starts)
 
 
-def mean(updates: list[Adapter], weights: list[float]) -> dict[str, torch.Tensor]:
+def rank(given: Tensors) -> int:
+    return given[f"{MODULES[0]}.A"].shape[0]
+
+
+def origin(given: Tensors, weight: float) -> Origin:
+    return Origin("ward", f"r{rank(given)}", weight)
+
+
+def dense(given: Tensors) -> dict[str, torch.Tensor]:
+    return {module: given[f"{module}.B"].double() @ given[f"{module}.A"].double() for module in MODULES}
+
+
+def mean(updates: list[Tensors], weights: list[float]) -> dict[str, torch.Tensor]:
     return {m: sum(w * dense(u)[m] for u, w in zip(updates, weights, strict=True)) for m in MODULES}  # type: ignore[misc]
 
 
-def fold(strategy: Strategy, updates: list[Adapter], weights: list[float], ranks: list[int]) -> aggregation.Aggregate:
-    running = strategy.begin({})
+def fold(strategy: Strategy, updates: list[Tensors], weights: list[float], ranks: list[int]) -> Version:
+    running = strategy.begin(begun(*ranks), SCHEMA)
     for one, weight in zip(updates, weights, strict=True):
-        running.add(one, weight=weight)
-    return running.finish(ranks)
+        running.add(one, origin(one, weight))
+    return running.finish([f"r{rank}" for rank in ranks])
 
 
-def error(found: Adapter, wanted: dict[str, torch.Tensor]) -> float:
+def error(found: Tensors, wanted: dict[str, torch.Tensor]) -> float:
     return max(float((dense(found)[m] - wanted[m]).norm() / wanted[m].norm()) for m in MODULES)
 
 
@@ -48,66 +68,101 @@ WEIGHTS = [0.5, 0.3, 0.2]
 def test_low_rank_gives_the_weighted_mean_of_the_products(ranks: list[int]) -> None:
     updates = [update(rank, seed=seed) for seed, rank in enumerate(ranks)]
     outcome = fold(LowRank(), updates, WEIGHTS, sorted(set(ranks)))
-    assert error(outcome.exact, mean(updates, WEIGHTS)) < 1e-5
+    assert error(outcome.adapter, mean(updates, WEIGHTS)) < 1e-5
 
 
 def test_factor_mean_fails_what_low_rank_passes() -> None:
     updates = [update(4, seed=seed) for seed in range(3)]
     outcome = fold(FactorMean(), updates, WEIGHTS, [4])
-    assert error(outcome.exact, mean(updates, WEIGHTS)) > 0.1
+    assert error(outcome.adapter, mean(updates, WEIGHTS)) > 0.1
 
 
 def test_broadcast_and_residual_together_are_exact() -> None:
     updates = [update(rank, seed=rank) for rank in (2, 8, 4)]
     outcome = fold(LowRank(), updates, WEIGHTS, [2, 4, 8])
-    whole = {m: dense(outcome.broadcast[8])[m] + dense(outcome.residual[8])[m] for m in MODULES}
-    assert error(outcome.exact, whole) < 1e-5
-    for rank, sent in outcome.broadcast.items():
-        assert all(a.shape == (rank, IN) for _, a in pairs(sent).values())
+    whole = {m: dense(outcome.broadcast["r8"])[m] + dense(outcome.state["residual.r8"])[m] for m in MODULES}
+    assert error(outcome.adapter, whole) < 1e-5
+    assert {tier: rank(sent) for tier, sent in outcome.broadcast.items()} == {"r2": 2, "r4": 4, "r8": 8}
 
 
 def test_one_site_is_passed_through_bit_for_bit() -> None:
     only = update(4, seed=1)
     outcome = fold(LowRank(), [only], [1.0], [4])
-    assert all(torch.equal(outcome.exact[key], only[key]) for key in only)
-    assert all(torch.equal(outcome.broadcast[4][key], only[key]) for key in only)
+    assert all(torch.equal(outcome.adapter[key], only[key]) for key in only)
+    assert all(torch.equal(outcome.broadcast["r4"][key], only[key]) for key in only)
 
 
 def test_the_residual_of_a_round_is_in_the_next() -> None:
     first = [update(4, seed=seed) for seed in range(3)]
     outcome = fold(LowRank(), first, WEIGHTS, [4])
-    running = LowRank().begin(outcome.residual)
-    running.add(outcome.broadcast[4], weight=1.0)  # a site that changed nothing
-    again = running.finish([4])
-    assert error(again.exact, mean(first, WEIGHTS)) < 1e-5
+    running = LowRank().begin(outcome, SCHEMA)
+    running.add(outcome.broadcast["r4"], Origin("ward", "r4", 1.0))  # a site that changed nothing
+    again = running.finish(["r4"])
+    assert error(again.adapter, mean(first, WEIGHTS)) < 1e-5
 
 
 def test_a_round_in_which_nobody_trains_changes_nothing_whatever_the_ranks() -> None:
     first = fold(LowRank(), [update(2, seed=1), update(4, seed=2)], [0.5, 0.5], [2, 4])
-    running = LowRank().begin(first.residual)
-    for rank in (2, 4):
-        running.add(first.broadcast[rank], weight=0.5)
-    assert error(running.finish([2, 4]).exact, dense(first.exact)) < 1e-5
+    running = LowRank().begin(first, SCHEMA)
+    for tier in ("r2", "r4"):
+        running.add(first.broadcast[tier], Origin("ward", tier, 0.5))
+    assert error(running.finish(["r2", "r4"]).adapter, dense(first.adapter)) < 1e-5
 
 
 def test_memory_is_bounded_by_the_model_not_by_the_number_of_sites() -> None:
-    running = LowRank().begin({})
+    running = LowRank().begin(begun(8), SCHEMA)
     updates = [update(8, seed=seed) for seed in range(12)]
     for one in updates:
-        running.add(one, weight=1 / 12)
-    outcome = running.finish([8])
-    assert all(b.shape[1] <= min(OUT, IN) for b, _ in pairs(outcome.exact).values())
-    assert error(outcome.exact, mean(updates, [1 / 12] * 12)) < 1e-5
+        running.add(one, origin(one, 1 / 12))
+    outcome = running.finish(["r8"])
+    assert rank(outcome.adapter) <= min(OUT, IN)
+    assert error(outcome.adapter, mean(updates, [1 / 12] * 12)) < 1e-5
 
 
 def test_the_told_factor_error_is_the_true_one() -> None:
     updates = [update(4, seed=seed) for seed in range(3)]
     wanted = mean(updates, WEIGHTS)
-    biased = dense(fold(FactorMean(), updates, WEIGHTS, [4]).exact)
+    biased = dense(fold(FactorMean(), updates, WEIGHTS, [4]).adapter)
     off = sum(float((biased[m] - wanted[m]).norm() ** 2) for m in MODULES)
     true = (off / sum(float(wanted[m].norm() ** 2) for m in MODULES)) ** 0.5
     told = fold(LowRank(), updates, WEIGHTS, [4]).figures["factor_mean_error"]
     assert told == pytest.approx(true, rel=1e-4)
+
+
+MIXED = SCHEMA | {
+    "0.index": Field("I32", (3,), Rule.FIXED, "0", below=9),
+    "0.values": Field("F32", (3,), Rule.MEAN, "0"),
+}
+
+
+def beside(given: Tensors, *, index: int = 1) -> Tensors:
+    """An update that also holds what is no product."""
+    values = given[f"{MODULES[0]}.A"][0, :3]
+    return given | {"0.index": torch.tensor([index, 4, 8], dtype=torch.int32), "0.values": values}
+
+
+@pytest.mark.parametrize("name", ["low-rank", "factor-mean"])
+def test_each_tensor_of_an_adapter_is_folded_by_its_own_rule(name: str) -> None:
+    strategy = aggregation.make(name, {})
+    updates = [beside(update(4, seed=seed)) for seed in range(3)]
+    running = strategy.begin(begun(4), MIXED)
+    for one, weight in zip(updates, WEIGHTS, strict=True):
+        running.add(one, origin(one, weight))
+    outcome, alone = running.finish(["r4"]), fold(strategy, [update(4, seed=seed) for seed in range(3)], WEIGHTS, [4])
+    values = sum(weight * one["0.values"] for one, weight in zip(updates, WEIGHTS, strict=True))
+    for found in (outcome.adapter, outcome.broadcast["r4"]):
+        torch.testing.assert_close(found["0.values"], values)
+        assert torch.equal(found["0.index"], updates[0]["0.index"])
+    assert all(torch.equal(outcome.adapter[key], tensor) for key, tensor in alone.adapter.items())
+
+
+def test_an_index_that_differs_between_sites_and_shapes_that_do_are_refused_by_the_sites_name() -> None:
+    running = aggregation.make("mean", {}).begin(begun(4), {key: MIXED[key] for key in ("0.index", "0.values")})
+    running.add(beside(update(4, seed=0)), Origin("ward", "r4", 0.5))
+    with pytest.raises(InputError, match="0.index is fixed, but another at bank than at others"):
+        running.add(beside(update(4, seed=1), index=2), Origin("bank", "r4", 0.5))
+    with pytest.raises(InputError, match=r"0.values is \[1\] at bank and \[3\] at others"):
+        running.add(beside(update(4, seed=1)) | {"0.values": torch.ones(1)}, Origin("bank", "r4", 0.5))
 
 
 def test_unknown_names_and_settings_are_refused_with_what_is_known() -> None:

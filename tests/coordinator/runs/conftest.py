@@ -12,6 +12,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign
 from offsite.coordinator.runs.steps.results import Built, Evaluation, Folded, Part, Publication, Realigned
 from offsite.coordinator.runs.supervisor import Supervisor
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import OPEN, Key, Row
 from offsite.protos.chunks import digest_bytes
@@ -31,6 +32,11 @@ SPANS = (Span(kind="evaluation", start=1.0, end=2.0),)
 
 def stored(content: bytes) -> Stored:
     return Stored(digest=digest_bytes(content), size=len(content))
+
+
+def version(content: bytes) -> Version:
+    sent = stored(content)
+    return Version(adapter=sent.digest, broadcast={"r8": sent}, figures={"residual": 0.0})
 
 
 class Stand:
@@ -93,17 +99,15 @@ class Stand:
         return Built(
             **{"manifest": digest_bytes(b"manifest"), "manifest_size": 8, "bundle": describe(MANIFEST), "base": BASE},
             **{"method_hash": digest_bytes(b"method"), "learning_rate": 0.01, "computed": "fp32", "recovery": None},
-            **{"broadcast": {site: stored(b"start") for site in sites}, "residual": {}, "spans": SPANS},
+            **{"version": version(b"start"), "tiers": dict.fromkeys(sites, "r8"), "schema": digest_bytes(b"schema")},
+            **{"method": Choice(name="lora", settings={"rank": 4}), "spans": SPANS},
         )
 
     def _aggregate(self, order: bytes) -> Folded:
         asked = self._take(Aggregate, order)
         return Folded(
-            broadcast={site: stored(order) for site in asked.sites},
-            residual={},
-            exact=digest_bytes(order),
+            version=version(order),
             lineage={one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates},
-            figures={"residual": 0.0},
             spans=SPANS,
         )
 
@@ -113,7 +117,7 @@ class Stand:
 
     def _evaluate(self, order: bytes) -> Evaluation:
         asked = self._take(Evaluate, order)
-        bad = asked.manifest is not None and asked.exact is None  # an emulator that nothing was trained on
+        bad = asked.manifest is not None and asked.adapter is None  # an emulator that nothing was trained on
         nll = (8000.0 if bad else 1000.0) + int(digest_bytes(order)[7:9], 16)
         return Evaluation(sets={"exam": Score(nll=nll, tokens=1000)}, spans=SPANS)
 

@@ -50,7 +50,7 @@ def home(tmp_path: Path) -> Home:
 def ordered(home: Home, spec: Grant) -> Attack:
     """Build what the run's emulator is, and order an attack on it."""
     built = build(home, spec, Build(run="r", sites=("ward",)))
-    return Attack(manifest=built.manifest, exact=built.broadcast["ward"].digest)
+    return Attack(manifest=built.manifest, adapter=built.version.adapter)
 
 
 def figures(made: Attacks) -> dict[str, dict[str, Score]]:

@@ -1,4 +1,4 @@
-"""The steps of a run as documents: as the journal has had them since its first version."""
+"""The steps of a run as documents, as the journal has them."""
 
 import math
 from pathlib import Path
@@ -16,12 +16,14 @@ from offsite.protos.spec import Span
 
 DIGEST = digest_bytes(b"anything")
 SPAN = {"kind": "evaluation", "start": 1.0, "end": 2.0}
-OLD = {  # of a version that left nobody out, and kept what is no number as it was
-    "broadcast": {"ward": {"digest": DIGEST, "size": 3}},
-    "exact": DIGEST,
-    "residual": {"4": DIGEST},
+FOLDED = {  # with what is no number as it was computed
+    "version": {
+        "adapter": DIGEST,
+        "broadcast": {"r4": {"digest": DIGEST, "size": 3}},
+        "state": {"residual.r4": DIGEST},
+        "figures": {"factor_mean_error": math.nan},
+    },
     "lineage": {"ward": {"update": DIGEST, "weight": 1.0}},
-    "figures": {"factor_mean_error": math.nan},
     "spans": [SPAN],
 }
 
@@ -33,12 +35,12 @@ def journal(tmp_path: Path) -> Journal:
     return journal
 
 
-def test_a_step_that_an_earlier_version_wrote_is_read(journal: Journal) -> None:
-    journal.add_step("r", "version:1", OLD)
+def test_a_step_is_read_as_a_document(journal: Journal) -> None:
+    journal.add_step("r", "version:1", FOLDED)
     history = History(journal, "r")
     folded = history[fold(1)]
-    assert folded.broadcast["ward"].size == 3 and folded.lineage["ward"].weight == 1.0
-    assert folded.left_out == {} and folded.figures == {"factor_mean_error": None}
+    assert folded.version.broadcast["r4"].size == 3 and folded.lineage["ward"].weight == 1.0
+    assert folded.left_out == {} and folded.version.figures == {"factor_mean_error": None}
     assert list(history.spans()) == [("version:1", Span(kind="evaluation", start=1.0, end=2.0))]
 
 

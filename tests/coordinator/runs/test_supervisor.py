@@ -30,10 +30,10 @@ def test_each_round_starts_from_the_last_and_ends_in_a_version(stand: Any) -> No
     assert stand.run().state == "completed"
     rounds = asked(stand, Aggregate)
     assert [[update.site for update in order.updates] for order in rounds] == 3 * [["bank", "ward"]]
-    first, second, third = (order.broadcast["ward"].digest for order in rounds)
+    first, second, third = (order.last.broadcast["r8"].digest for order in rounds)
     tasks = [from_json(TaskSpec, task.spec, where="task") for task in stand.journal.tasks("r") if task.site == "ward"]
     assert [task.adapter for task in tasks] == [first, second, third] and len({first, second, third}) == 3
-    assert asked(stand, Publish)[0].exact == stand.journal.steps("r")["version:3"]["exact"]
+    assert asked(stand, Publish)[0].adapter == stand.journal.steps("r")["version:3"]["version"]["adapter"]
     assert [event.round for event in told(stand, "round")] == [1, 2, 3]
 
 
@@ -51,8 +51,8 @@ def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> 
     names = ["base_zero_shot", "emulator_zero_shot", "plug_in:2", "emulator_tuned", "plug_in"]
     assert [event.data["name"] for event in told(stand, "figure")] == names
     bare, emulator, between, tuned, plugged = asked(stand, Evaluate)
-    assert (bare.manifest, bare.exact) == (None, None) and emulator.exact is None
-    assert (between.manifest, plugged.manifest) == (None, None) and plugged.exact == tuned.exact != between.exact
+    assert (bare.manifest, bare.adapter) == (None, None) and emulator.adapter is None
+    assert (between.manifest, plugged.manifest) == (None, None) and plugged.adapter == tuned.adapter != between.adapter
 
 
 def test_the_next_round_trains_on_the_bundle_that_was_realigned(stand: Any) -> None:
@@ -61,7 +61,7 @@ def test_the_next_round_trains_on_the_bundle_that_was_realigned(stand: Any) -> N
     manifests = [from_json(TaskSpec, task.spec, where="task").manifest for task in stand.journal.tasks("r")]
     first, second = asked(stand, Realign)
     assert manifests[:2] == [first.manifest, second.manifest] and len(set(manifests)) == 3
-    assert second.exact == stand.journal.steps("r")["version:2"]["exact"]
+    assert second.adapter == stand.journal.steps("r")["version:2"]["version"]["adapter"]
 
 
 def test_a_site_that_fails_is_asked_once_more_and_then_left_out(stand: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_start_draws_as_peft_does(tiny: Any) -> None:
 
 def test_a_lower_rank_starts_from_the_first_rows(tiny: Any) -> None:
     model, method = tiny(), make("lora", {"rank": 8})
-    whole, low = (method.start(model, {0: 0}, seed=0, rank=rank) for rank in (None, 3))
+    whole, low = (method.start(model, {0: 0}, seed=0, tier=tier) for tier in ("", "r3"))
     assert all(torch.equal(value, whole[key][:3]) for key, value in low.items() if key.endswith(".A"))
     assert all(value.shape[1] == 3 for key, value in low.items() if key.endswith(".B"))
 
@@ -100,7 +100,7 @@ def test_a_lower_rank_starts_from_the_first_rows(tiny: Any) -> None:
 def test_the_scale_is_the_same_at_every_rank(family: str, tiny: Any, ids: torch.Tensor) -> None:
     method = make("lora", {"rank": 8, "alpha": 24})
     assert method.scale == 3.0
-    low = trained(method.start(tiny(family), {5: 5}, seed=0, rank=2))
+    low = trained(method.start(tiny(family), {5: 5}, seed=0, tier="r2"))
     padded = {
         key: torch.cat([value, torch.zeros(6, value.shape[1])])
         if key.endswith("A")

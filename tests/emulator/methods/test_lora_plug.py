@@ -16,7 +16,7 @@ METHOD = make("lora", {"rank": 4, "alpha": 6})
 
 def adapter_for(model: Any, *, mixed: bool = False) -> Adapter:
     """A trained adapter, with ranks that differ from layer to layer if asked for."""
-    start = METHOD.start(model, {0: 0}, seed=0) | METHOD.start(model, {4: 4}, seed=0, rank=2 if mixed else None)
+    start = METHOD.start(model, {0: 0}, seed=0) | METHOD.start(model, {4: 4}, seed=0, tier="r2" if mixed else "")
     torch.manual_seed(1)
     return {key: value + 0.2 * torch.randn_like(value) for key, value in start.items()}
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import tensors
 from offsite.protos.documents import canonical
 from offsite.protos.errors import MismatchError
@@ -14,7 +15,13 @@ from offsite.protos.spec import Choice, LocalTraining, TaskSpec, UpdateMetrics
 from offsite.protos.upload.admission import admit, admit_metrics
 
 DIGEST = "sha256:" + "0" * 64
-START = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2)}
+SCHEMA: Schema = {
+    "0.q.A": Field("F32", (None, 3), Rule.PRODUCT, "0.q"),
+    "0.q.B": Field("F32", (4, None), Rule.PRODUCT, "0.q"),
+    "0.index": Field("I32", (2,), Rule.FIXED, below=9),
+}
+INDEX = torch.tensor([8, 0], dtype=torch.int32)
+START = {"0.q.A": torch.arange(6.0).reshape(2, 3), "0.q.B": torch.zeros(4, 2), "0.index": INDEX}
 TRAINED = START | {"0.q.B": torch.ones(4, 2)}  # changed by a norm of the root of 8
 ORIGIN = {"broadcast": DIGEST, "method_hash": DIGEST}
 TASK = TaskSpec(
@@ -44,7 +51,7 @@ def admitted(tmp_path: Path) -> Admit:
         tensors.save(tmp_path / "broadcast", START)
         metadata = {} if about is None else {"offsite": about if isinstance(about, str) else canonical(about).decode()}
         tensors.save(tmp_path / "update", update, metadata=metadata)
-        admit(tmp_path / "update", TASK, broadcast=tmp_path / "broadcast", max_norm=max_norm)
+        admit(tmp_path / "update", TASK, SCHEMA, broadcast=tmp_path / "broadcast", max_norm=max_norm)
 
     return judge
 
@@ -58,7 +65,10 @@ def test_what_was_asked_for_is_let_in(admitted: Admit) -> None:
 @pytest.mark.parametrize(
     ("update", "words"),
     [
-        ({"0.q.B": TRAINED["0.q.B"]}, "tensor 0.q.A is missing"),
+        ({"0.q.B": TRAINED["0.q.B"], "0.index": INDEX}, "tensor 0.q.A is missing"),
+        (TRAINED | {"0.index": INDEX.long()}, r"tensor 0.index is I64 \[2\], expected I32 \[2\]"),
+        (TRAINED | {"0.index": INDEX + 1}, "tensor 0.index holds 1 values that are not in 0..8"),
+        (TRAINED | {"0.index": INDEX.flip(0)}, "tensor 0.index is not the one that all sites have"),
         (TRAINED | {"0.q.B": torch.zeros(2, 4)}, r"tensor 0.q.B is F32 \[2, 4\], expected F32 \[4, 2\]"),
         (TRAINED | {"0.q.B": torch.full((4, 2), float("nan"))}, "tensor 0.q.B holds 8 values that are not finite"),
         (TRAINED | {"0.q.B": torch.full((4, 2), 100.0)}, "changed by a norm of 283, the run allows 10"),

@@ -1,0 +1,23 @@
+"""Versions, and what their tensors are, by the files that hold them; the journal keeps these names."""
+
+from pydantic import Field
+
+from offsite.coordinator.store.blobs import Blobs, Stored
+from offsite.kernels.schema import Schema
+from offsite.protos.documents import document, from_json
+from offsite.protos.ranges import Digest, Finite, Tier, Word
+
+
+@document
+class Version:
+    """What a run begins from, and what every round ends in; see `aggregation.Version`."""
+
+    adapter: Digest  # what goes into the base
+    broadcast: dict[Tier, Stored]  # what the sites of each tier start from
+    state: dict[Word, Digest] = Field(default_factory=dict)  # what the owner keeps for later rounds, by its name
+    figures: dict[Word, Finite | None] = Field(default_factory=dict)
+
+
+def read_schema(blobs: Blobs, digest: str) -> Schema:
+    """Read what the adapters of a run are made of."""
+    return from_json(Schema, blobs.path(digest).read_bytes(), where="schema")
