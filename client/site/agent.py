@@ -13,6 +13,7 @@ from typing import Any
 
 from offsite.client.channel import Channel
 from offsite.client.site.folder import WorkFolder
+from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import last, launch
 from offsite.client.site.policy import Policy
@@ -41,6 +42,7 @@ from offsite.protos.spec import Manifest, Span, TaskSpec, UpdateMetrics
 PATIENCE_S = 600.0  # with a coordinator that was right before
 WAIT_S = 20.0  # one long poll
 RETRY_S = 10.0  # before asking again a coordinator that has no room
+IDLE_S = 600.0  # without a task, after which the libraries of trainers are given their memory back
 
 Say = Callable[[str, dict[str, Any]], None]
 
@@ -69,6 +71,8 @@ class Agent:
         self._channel, self._config, self._work = channel, config, config.work
         self._show = say
         self._fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+        self._trainers = ForkServer(config.engine, config.work.path / "trainers.log")
+        self._tasked_at = float("-inf")
         self._report_every_s = 2.0
 
     def run(self) -> None:
@@ -117,6 +121,8 @@ class Agent:
         reply = self._channel.call(self._fleet.PullTask, pb.PullTaskRequest(wait_s=WAIT_S), timeout_s=WAIT_S + 30)
         if not reply.task:
             self._work.clear_tasks()
+            if time.monotonic() - self._tasked_at > IDLE_S:
+                self._trainers.close()
             return
         verify(reply.task, reply.signature, self._config.identity.folder / "owner.pub", purpose="task")
         task = from_json(TaskSpec, reply.task, where="task")
@@ -138,6 +144,7 @@ class Agent:
             self._end(task, reporter, OffsiteError(f"{type(error).__name__}: {error}"))
         finally:
             reporter.close()
+            self._tasked_at = time.monotonic()
             self._work.clear_bundles(self._config.policy, used=self._work.bundle(task))
 
     def _end(self, task: TaskSpec, reporter: Reporter, error: OffsiteError) -> None:
@@ -174,6 +181,7 @@ class Agent:
         self._work.clear(task)
 
     def _train(self, task: TaskSpec, folder: Path, reporter: Reporter) -> None:
+        self._trainers.start()  # it imports while the bundle comes
         start = time.time()
         manifest, bundle, adapter = self._fetch(task, reporter)
         fetched = Span(kind="transfer", start=start, end=max(start, time.time()))
@@ -191,7 +199,7 @@ class Agent:
         )
         if reporter.stopped:
             raise Stopped
-        trainer = launch(job, folder)
+        trainer = launch(job, folder, self._trainers)
         reporter.on_stop(trainer.stop)
         try:
             for event in trainer.events():

@@ -4,6 +4,7 @@
     lock            held by the process that works in it
     secret          what the noise on its updates comes from
     site.log        what the site says of itself, with details that never leave it
+    trainers.log    what the process that trainers are forked from says
     bundles/        emulators, kept for later rounds and runs
     adapters/       what the open tasks start from
     tasks/RUN/      what the open tasks give

@@ -1,17 +1,16 @@
 """Starts a task's trainer processes and follows them. Imports no tensor library: the agent stays small."""
 
-import contextlib
 import json
 import os
 import select
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from offsite.client.site.forks import Forked, ForkServer
 from offsite.client.site.job import TrainerJob
 from offsite.protos.documents import to_json
 from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
@@ -21,7 +20,7 @@ LOG_TAIL = 4096  # bytes of a trainer's log that are kept when its task fails
 GRACE_S = 5.0  # between asking a process to end and ending it
 
 
-def launch(job: TrainerJob, folder: Path) -> "Trainer":
+def launch(job: TrainerJob, folder: Path, server: ForkServer) -> "Trainer":
     """Start one process per rank in a folder of the task's own, where each leaves its log."""
     folder.mkdir(parents=True, exist_ok=True)
     document = folder / "job.json"
@@ -29,56 +28,41 @@ def launch(job: TrainerJob, folder: Path) -> "Trainer":
     (folder / "rendezvous").unlink(missing_ok=True)  # of an attempt that was killed; the ranks would wait for it
     leash_read, leash = os.pipe()
     events, events_write = os.pipe()
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Forked] = []
     logs = [folder / f"rank-{rank}.log" for rank in range(job.engine.processes)]
     try:
         for rank, path in enumerate(logs):
             with path.open("wb") as log:
-                process = subprocess.Popen(
-                    # -P: a file in the folder where the agent runs must not stand in for a library
-                    [sys.executable, "-P", "-m", "offsite.client.site.trainer", str(document)],
-                    stdin=leash_read,
-                    stdout=events_write,
-                    stderr=log,
-                    env=os.environ | _environment(job, folder, rank),
-                    start_new_session=True,  # an interrupt at the agent's terminal is the agent's to handle
+                processes.append(
+                    server.fork(
+                        document,
+                        _environment(folder, rank),
+                        stdin=leash_read,
+                        stdout=events_write,
+                        stderr=log.fileno(),
+                    )
                 )
-            processes.append(process)
     finally:
         os.close(leash_read)
         os.close(events_write)
-    return Trainer(processes, logs, leash=leash, events=events)
+    return Trainer(processes, [*logs, server.log], leash=leash, events=events)
 
 
-def _environment(job: TrainerJob, folder: Path, rank: int) -> dict[str, str]:
-    engine = job.engine
-    variables = {
+def _environment(folder: Path, rank: int) -> dict[str, str]:
+    """Return what is a rank's own; what all have in common is the server's."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(engine.processes),
-        "LOCAL_WORLD_SIZE": str(engine.processes),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other processes
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed earns one at every collective, each a line in the log
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),  # a killed compilation's lock must not outlive the task
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it the sums of cuBLAS differ from run to run
     }
-    if engine.threads:
-        variables["OMP_NUM_THREADS"] = str(engine.threads)
-    if engine.device == "cpu":
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    if sys.platform == "linux":  # the ranks talk within this machine, whatever its host name resolves to
-        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    return variables
 
 
 class Trainer:
     """The processes of one task. They end when this process does, however it does: it holds their standard input."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], logs: list[Path], *, leash: int, events: int) -> None:
-        """Take running processes, their logs, and our ends of the pipes to their input and from their output."""
-        self._processes, self._logs = processes, logs
+    def __init__(self, processes: list[Forked], logs: list[Path], *, leash: int, events: int) -> None:
+        """Take running processes, their logs and the server's, and our ends of the pipes to input and from output."""
+        self.processes, self._logs = processes, logs
         self._events = events
         self._leash: int | None = leash
         self._lock = threading.Lock()
@@ -96,7 +80,7 @@ class Trainer:
                     break
                 yield event
             self._wait(GRACE_S)
-            codes = [process.poll() for process in self._processes]
+            codes = [process.poll() for process in self.processes]
         finally:
             stopped = self._leash is None
             self.stop()
@@ -109,7 +93,10 @@ class Trainer:
             raise RunError(f"the trainer ended with exit codes {codes}\n{self._last_words()}")
 
     def _listen(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of all ranks; end when all have closed their output, or one has died and no more comes."""
+        """Yield the lines of all ranks; end when all have closed their output, or one has died and no more comes.
+
+        Ranks whose server has died may go on and talk, but nobody would know how they ended.
+        """
         with os.fdopen(self._events, "rb", buffering=0) as pipe:
             rest = b""
             while True:
@@ -120,7 +107,7 @@ class Trainer:
                         return
                     *lines, rest = (rest + data).split(b"\n")
                     yield from map(json.loads, lines)
-                elif any(process.poll() for process in self._processes):
+                if any(process.poll() and (process.lost or not ready) for process in self.processes):
                     return
 
     def stop(self) -> None:
@@ -130,24 +117,23 @@ class Trainer:
                 return
             os.close(self._leash)
             self._leash = None
-            for process in self._processes:
-                process.terminate()
+            for process in self.processes:
+                process.send_signal(signal.SIGTERM)
             self._wait(GRACE_S)
-            for process in self._processes:
-                process.kill()
+            for process in self.processes:
+                process.send_signal(signal.SIGKILL)
                 process.wait()
 
     def _wait(self, seconds: float) -> None:
         """Wait until all processes have ended, or for so long."""
         deadline = time.monotonic() + seconds
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in self.processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
 
     def _last_words(self) -> str:
-        """The end of the log of a process that failed, or of the first."""
-        failed = [at for at, process in enumerate(self._processes) if process.poll()]
-        return "\n".join(last(self._logs[failed[0] if failed else 0]).splitlines()[-5:])
+        """The end of the log of a process that failed; of the server's if that process left none."""
+        failed = next(at for at, process in enumerate(self.processes) if process.poll())
+        return "\n".join((last(self._logs[failed]) or last(self._logs[-1])).splitlines()[-5:])
 
 
 def last(log: Path) -> str:

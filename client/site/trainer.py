@@ -1,23 +1,22 @@
-"""A trainer process, one per rank: ``python -m offsite.client.site.trainer JOB.json``.
+"""What a trainer process does, one per rank, once `forkserver.py` has made it.
 
 It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "data", "examples", "distinct",
 "sequences", "divided", "cut", "without_target", "left_out", "warnings"}, {"event": "inspected", "perplexity",
 "warnings"}, {"event": "step", "step", "steps", "loss", "tokens"}, {"event": "done"}, or {"event": "error", "status",
 "reason", "message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The
-first rank tells everything, the others their errors. The exit code is that of the error. If standard input is a pipe,
-its end ends the process.
+first rank tells everything, the others their errors. The exit code is that of the error. The end of standard input ends
+the process.
 """
 
 import errno
 import json
 import os
-import stat
-import sys
 import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
+from offsite.client.site import training
 from offsite.client.site.job import TrainerJob
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError, ResourceError
@@ -51,12 +50,10 @@ class Speaker:
 def main(path: Path) -> int:
     """Do a job and return the exit code."""
     say = Speaker()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_agent, daemon=True).start()
     try:
         job = from_json(TrainerJob, path.read_bytes(), where=str(path))
         say("loading")
-        from offsite.client.site import training  # after the first event, for it takes seconds
-
         training.train(job, say=say, rendezvous=path.with_name("rendezvous"))
     except Exception as fault:  # the process's border: everything becomes an event and an exit code
         traceback.print_exc()
@@ -67,11 +64,10 @@ def main(path: Path) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        while os.read(0, 4096):
-            pass
-        os._exit(1)
+def _end_with_agent() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 def explain(error: Exception) -> OffsiteError:
@@ -92,9 +88,3 @@ def explain(error: Exception) -> OffsiteError:
     if full or "no space left on device" in lower:
         return ResourceError(f"the disk is full; make room where the site keeps its work ({text})", reason="FAULT_DISK")
     return OffsiteError(f"{type(error).__name__}: {text}")
-
-
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(code)  # threads of a collective that another rank never enters would hold the process

@@ -1,7 +1,7 @@
 """A tiny emulator on disk, the first broadcast for it, and jobs that train it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.launch import Trainer, launch
 from offsite.client.site.policy import Policy
 from offsite.emulator import bundle, methods
 from offsite.emulator.outline import Outline
@@ -26,6 +28,7 @@ DIGEST = "sha256:" + "0" * 64
 LAX: dict[str, Any] = {"bases": ("any",), "data": ("/",), "min_rows": 1, "max_passes": 1e9}
 
 Jobs = Callable[..., TrainerJob]
+Launch = Callable[[TrainerJob, Path], Trainer]
 
 
 def emulator() -> torch.nn.Module:
@@ -125,3 +128,18 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """What launches jobs, those of one engine from one server."""
+    servers: dict[EngineSpec, ForkServer] = {}
+
+    def start(job: TrainerJob, folder: Path) -> Trainer:
+        if job.engine not in servers:
+            servers[job.engine] = ForkServer(job.engine, tmp_path_factory.mktemp("server") / "log")
+        return launch(job, folder, servers[job.engine])
+
+    yield start
+    for server in servers.values():
+        server.close()

@@ -1,5 +1,6 @@
 """Processes killed for real: a run ends with the bytes of an undisturbed one, and nothing is left behind."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ def digests(run: Any) -> dict[str, str]:
 
 
 def trainers(federation: Any) -> list[int]:
-    """Trainer processes of this federation."""
+    """Trainer processes of this federation: their standard error is the log of a rank."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "offsite.client.site.trainer" in line and str(federation.folder) in line:
-            found.append(process.info["pid"])
+        if "offsite.client.site.forkserver" in (process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                logs = [Path(file.path) for file in process.open_files()]
+                found += [process.pid for log in logs if federation.folder in log.parents and "rank-" in log.name]
     return found
 
 

@@ -34,6 +34,22 @@ class Ranks:
 class Engine(Protocol):
     """Runs training steps; every process enters every call."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        training: LocalTraining,
+        spec: EngineSpec,
+        ranks: Ranks,
+    ) -> None:
+        """Take an attached model, its trained parameters by adapter key, and how and by whom they are trained."""
+        ...
+
+    @classmethod
+    def preload(cls) -> None:
+        """Import what trainers need beside torch, before they are forked: no thread, no tensor, no GPU."""
+        ...
+
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss per target token before the step."""
         ...

@@ -16,6 +16,10 @@ from offsite.protos.spec import LocalTraining
 class Plain:
     """The reference that every other engine must agree with."""
 
+    @classmethod
+    def preload(cls) -> None:
+        """Nothing is needed."""
+
     def __init__(
         self,
         model: nn.Module,

@@ -3,10 +3,12 @@
 Neither its fp16 nor its bf16 mode is on: the frozen weights come in their own precision, what trains stays fp32.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer, own_loss, warm_up
@@ -19,6 +21,13 @@ from offsite.protos.spec import LocalTraining
 
 class Zero:
     """Spreads optimiser, gradients and parameters over the processes."""
+
+    @classmethod
+    def preload(cls) -> None:
+        """Import deepspeed, unless there is a GPU, which it would ask what it can do; a trainer does that itself."""
+        with contextlib.suppress(InputError):  # a trainer will say so
+            if not torch.cuda.device_count():
+                _import()
 
     def __init__(
         self,

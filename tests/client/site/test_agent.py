@@ -9,7 +9,8 @@ import pytest
 
 from offsite.client.site import agent, rows
 from offsite.client.site.folder import WorkFolder
-from offsite.client.site.job import TrainerJob
+from offsite.client.site.forks import ForkServer
+from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
 from offsite.client.site.reporter import Reporter
@@ -62,14 +63,15 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
 ) -> None:
     started: list[TrainerJob] = []
 
-    def launch(wanted: TrainerJob, folder: Path) -> Trainer:
+    def launch(wanted: TrainerJob, folder: Path, server: ForkServer) -> Trainer:
         started.append(from_json(TrainerJob, to_json(wanted), where="job"))
         return Trainer(wanted, refused)
 
     monkeypatch.setattr(agent, "launch", launch)
+    monkeypatch.setattr(ForkServer, "start", lambda server: None)
     one, said = job(), []
     policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
-    work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret")
+    work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
     config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work)
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
@@ -94,8 +96,8 @@ def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
-    identity = SimpleNamespace(warning=None)
-    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), identity=identity)
+    settings = {"identity": SimpleNamespace(warning=None), "engine": EngineSpec()}
+    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), **settings)
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
     )
@@ -138,7 +140,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
         call=lambda _, request: sent.append(request),
     )
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
-    config: Any = SimpleNamespace(work=work)
+    config: Any = SimpleNamespace(work=work, engine=EngineSpec())
     site = agent.Agent(channel, config, say=lambda *_: None)
     work.task(one.task).mkdir(parents=True)
     (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from offsite.client.site.engines import ENGINES, Engine, Ranks
 from offsite.client.site.job import TrainerJob
-from offsite.client.site.launch import launch
 from offsite.coordinator.bundles import building
 from offsite.emulator import bundle, examples, methods
 from offsite.emulator.batches import Batch, encode, training_batches
@@ -57,14 +56,14 @@ class Loaded:
         return ENGINES[spec.name](self.model, self.trained, self.job.task.training, spec, ranks)
 
 
-def agree(job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
+def agree(start: Any, job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
     """Run a job in processes of its own and hold its losses and its adapter against one process of plain torch."""
     loaded = Loaded(reference)
     engine = loaded.engine()
     losses = [engine.step(batch) for batch in loaded.batches]
     expected = engine.gather(loaded.method, loaded.places)
     assert losses[-1] < losses[0] and len(set(losses)) == len(losses)
-    told = [event["loss"] for event in launch(job, folder).events() if event["event"] == "step"]
+    told = [event["loss"] for event in start(job, folder).events() if event["event"] == "step"]
     assert told == pytest.approx(losses, abs=1e-4)
     update = tensors.load(Path(job.out) / "update.safetensors")
     assert update.keys() == expected.keys()
@@ -75,17 +74,20 @@ def agree(job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1)), 2, 3])
-def test_two_processes_at_every_zero_stage_train_as_one_plain_process(job: Jobs, tmp_path: Path, stage: int) -> None:
+def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
+    start: Any, job: Jobs, tmp_path: Path, stage: int
+) -> None:
     agree(
+        start,
         job(name="deepspeed", zero_stage=stage, processes=2, training=TRAINING),
         job(training=TRAINING),
         tmp_path / "task",
     )
 
 
-def test_two_plain_processes_train_as_one(job: Jobs, tmp_path: Path) -> None:
+def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path) -> None:
     uneven = TRAINING | {"batch_size": 5}
-    agree(job(processes=2, training=uneven), job(training=uneven), tmp_path / "task")
+    agree(start, job(processes=2, training=uneven), job(training=uneven), tmp_path / "task")
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -99,14 +101,14 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(job: Jobs, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offloading_changes_no_result(job: Jobs, tmp_path: Path, stage: int) -> None:
+def test_offloading_changes_no_result(start: Any, job: Jobs, tmp_path: Path, stage: int) -> None:
     offloaded = job(name="deepspeed", zero_stage=stage, offload=True, processes=2, training=TRAINING)
-    agree(offloaded, job(training=TRAINING), tmp_path / "task")
+    agree(start, offloaded, job(training=TRAINING), tmp_path / "task")
 
 
 @pytest.mark.slow
-def test_deepspeed_needs_no_second_process(job: Jobs, tmp_path: Path) -> None:
-    agree(job(name="deepspeed", zero_stage=3, training=TRAINING), job(training=TRAINING), tmp_path / "task")
+def test_deepspeed_needs_no_second_process(start: Any, job: Jobs, tmp_path: Path) -> None:
+    agree(start, job(name="deepspeed", zero_stage=3, training=TRAINING), job(training=TRAINING), tmp_path / "task")
 
 
 FROZEN = """if True:

@@ -3,8 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import Trainer, launch
 from offsite.client.site.trainer import explain
@@ -28,10 +28,6 @@ from offsite.protos.spec import UpdateMetrics
 
 Jobs = Any
 ENDLESS = {"steps": 100_000}
-
-
-def finish(job: TrainerJob, folder: Path) -> list[dict[str, Any]]:
-    return list(launch(job, folder).events())
 
 
 def until_training(trainer: Trainer) -> Any:
@@ -77,11 +73,11 @@ def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list
     return {key: state[name] for key, name in names.items()}, losses
 
 
-def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, tmp_path: Path) -> None:
+def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(start: Any, job: Jobs, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(Path(job().data).read_text() + '\n{"an odd": "row"}\n')
     one = job(data=data, training={"warmup_steps": 2, "weight_decay": 0.1, "gradient_clipping": 0.05})
-    events = finish(one, tmp_path / "task")
+    events = list(start(one, tmp_path / "task").events())
     update = tensors.load(tmp_path / "out" / "update.safetensors")
     expected, losses = plain_local_training(one)
     assert update.keys() == expected.keys()
@@ -114,13 +110,15 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(job: Jobs, t
     assert loading.start < loading.end <= training.start < training.end
 
 
-def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: Jobs, tmp_path: Path) -> None:
+def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(
+    start: Any, job: Jobs, tmp_path: Path
+) -> None:
     training = {"steps": 3, "precision": "bf16", "warmup_steps": 2, "weight_decay": 0.1}
     again = job(training=training, policy={"per_step_metrics": True})
     later = replace(again, task=replace(again.task, round=1))
     updates = [tmp_path / name / "update.safetensors" for name in ("once", "twice", "later")]
     trainers = [
-        launch(replace(one, out=str(update.parent)), update.parent)
+        start(replace(one, out=str(update.parent)), update.parent)
         for one, update in zip((again, again, later), updates, strict=True)
     ]
     for trainer in trainers:
@@ -132,18 +130,17 @@ def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(job: 
     assert not any(torch.equal(first[key], last[key]) for key in first)
 
 
-def test_a_broken_line_of_data_is_one_error_that_names_it(job: Jobs, tmp_path: Path) -> None:
+def test_a_broken_line_of_data_is_one_error_that_names_it(start: Any, job: Jobs, tmp_path: Path) -> None:
     data = tmp_path / "notes.jsonl"
     data.write_text('{"prompt": "w1", "completion": "w2"}\n{"question": "w1"}\n')
-    (tmp_path / "job.json").write_bytes(to_json(job(data=data, policy={"odd_rows": "refuse"})))
-    command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
-    ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
-    loading, error = map(json.loads, ended.stdout.splitlines())
-    assert loading == {"event": "loading"}
-    assert (error["event"], error["status"], error["reason"]) == ("error", "INVALID_ARGUMENT", "FAULT_DATA")
-    assert "notes.jsonl, line 2: found the columns ['question']" in error["message"]
-    assert ended.returncode == 3
-    assert b"Traceback" in ended.stderr and b"Traceback" not in ended.stdout
+    trainer = start(job(data=data, policy={"odd_rows": "refuse"}), tmp_path / "task")
+    events = trainer.events()
+    assert next(events) == {"event": "loading"}
+    with pytest.raises(InputError, match=r"notes.jsonl, line 2: found the columns \['question'\]") as error:
+        list(events)
+    assert error.value.reason == "FAULT_DATA"
+    assert [process.poll() for process in trainer.processes] == [InputError.exit_code]
+    assert "Traceback" in (tmp_path / "task" / "rank-0.log").read_text()
     assert not (tmp_path / "out").exists()
 
 
@@ -152,94 +149,133 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
     agent = """if True:
         import sys
         from pathlib import Path
+        from offsite.client.site.forks import ForkServer
         from offsite.client.site.job import TrainerJob
         from offsite.client.site.launch import launch
         from offsite.protos.documents import from_json
         job = from_json(TrainerJob, Path(sys.argv[1]).read_bytes(), where="job")
-        for event in launch(job, Path(sys.argv[2])).events():
+        folder = Path(sys.argv[2])
+        server = ForkServer(job.engine, folder.with_name("log"))
+        for event in launch(job, folder, server).events():
             print(event["event"], flush=True)
     """
     command = [sys.executable, "-c", agent, str(tmp_path / "wanted.json"), str(tmp_path / "task")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert next(line for line in parent.stdout if line == "step\n")
-        trainers = psutil.Process(parent.pid).children()
+        trainers = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    assert len(trainers) == 2
+    assert len(trainers) == 3, "the server, and two ranks"
     _, alive = psutil.wait_procs(trainers, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_trainer_ends_when_its_input_does(job: Jobs, tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_bytes(to_json(job(training=ENDLESS)))
-    command = [sys.executable, "-m", "offsite.client.site.trainer", str(tmp_path / "job.json")]
-    # A file takes the events, so that nothing but the input can end it.
-    with (tmp_path / "events").open("w+") as events:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=events, stderr=subprocess.DEVNULL) as trainer:
-            try:
-                while '"step"' not in (tmp_path / "events").read_text():
-                    assert trainer.poll() is None
-                    time.sleep(0.1)
-                assert trainer.stdin is not None
-                trainer.stdin.close()
-                assert trainer.wait(timeout=60) == 1
-            finally:
-                trainer.kill()
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ForkServer]:
+    """A server of this test alone, with two threads, which training uses and it must not."""
+    server = ForkServer(EngineSpec(name="plain", device="cpu", threads=2, processes=2), tmp_path / "server.log")
+    yield server
+    server.close()
 
 
-def test_a_stopped_trainer_is_gone_and_says_so(job: Jobs, tmp_path: Path) -> None:
-    before = set(psutil.Process().children())
-    trainer = launch(job(training=ENDLESS), tmp_path / "task")
+def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_theirs(
+    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a process with several threads may hang, and only the copy is to have what its rank is told."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the engine's own setting comes first
+    trainer = launch(job(training=ENDLESS, processes=2, threads=2), tmp_path / "task", server)
+    events = until_training(trainer)
+    ranks = [psutil.Process(process.pid) for process in trainer.processes]
+    parent = ranks[0].parent()
+    assert parent is not None and parent == ranks[1].parent() and parent.parent() == psutil.Process()
+    assert parent.num_threads() == 1 and all(rank.num_threads() > 1 for rank in ranks)
+    assert os.getsid(parent.pid) == parent.pid and [os.getsid(rank.pid) for rank in ranks] == [r.pid for r in ranks]
+    trainer.stop()
+    with pytest.raises(RunError, match="stopped"):
+        list(events)
+    assert parent.is_running() and not parent.children(), "the server stays for the next task"
+
+
+def test_a_trainer_ends_when_its_input_does(start: Any, job: Jobs, tmp_path: Path) -> None:
+    trainer = start(job(training=ENDLESS), tmp_path / "task")
+    events = until_training(trainer)
+    os.close(trainer._leash)
+    trainer._leash = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(RunError, match=r"exit codes \[1\]"):
+        list(events)
+
+
+def test_a_stopped_trainer_is_gone_and_says_so(start: Any, job: Jobs, tmp_path: Path) -> None:
+    trainer = start(job(training=ENDLESS), tmp_path / "task")
     events = until_training(trainer)
     trainer.stop()
-    assert set(psutil.Process().children()) == before
+    assert not psutil.pid_exists(trainer.processes[0].pid)
     with pytest.raises(RunError, match="stopped"):
         list(events)
     trainer.stop()
 
 
-def test_a_killed_process_is_told_apart_from_a_fault(job: Jobs, tmp_path: Path) -> None:
-    before = set(psutil.Process().children())
-    trainer = launch(job(training=ENDLESS, processes=2), tmp_path / "task")
+def test_a_trainer_may_be_stopped_before_its_server_is_ready(server: ForkServer, job: Jobs, tmp_path: Path) -> None:
+    trainer = launch(job(training=ENDLESS), tmp_path / "task", server)
+    trainer.stop()
+    assert all(process.poll() for process in trainer.processes)
+
+
+def test_a_killed_process_is_told_apart_from_a_fault(start: Any, job: Jobs, tmp_path: Path) -> None:
+    trainer = start(job(training=ENDLESS, processes=2), tmp_path / "task")
     events = until_training(trainer)
-    ranks = [one for one in psutil.Process().children() if one not in before]
-    os.kill(next(one.pid for one in ranks if one.environ()["RANK"] == "1"), signal.SIGKILL)
+    os.kill(trainer.processes[1].pid, signal.SIGKILL)
     with pytest.raises(ResourceError, match="process 1 was killed by signal 9"):
         list(events)
-    assert set(psutil.Process().children()) == before
+    assert not any(psutil.pid_exists(process.pid) for process in trainer.processes)
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A maker of a program that runs in the trainer's place."""
+def test_a_killed_server_costs_its_trainers_and_the_next_task_has_another(
+    server: ForkServer, job: Jobs, tmp_path: Path
+) -> None:
+    trainer = launch(job(training=ENDLESS), tmp_path / "task", server)
+    events = until_training(trainer)
+    rank = psutil.Process(trainer.processes[0].pid)
+    os.kill(rank.ppid(), signal.SIGKILL)
+    with pytest.raises(ResourceError, match="process 0 was killed by signal 9"):
+        list(events)
+    _, alive = psutil.wait_procs([rank], timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+    assert list(launch(job(), tmp_path / "next", server).events())[-1] == {"event": "done"}
 
-    def make(program: str) -> None:
-        (tmp_path / "offsite.py").write_text(program)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    return make
-
-
-def test_a_trainer_that_cannot_start_is_told_with_the_end_of_its_log(job: Jobs, tmp_path: Path, stand_in: Any) -> None:
-    stand_in("raise SystemExit('a broken installation')")
+def test_a_trainer_that_cannot_start_is_told_with_the_end_of_its_log(
+    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "offsite.py").write_text("raise SystemExit('a broken installation')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match=r"exit codes \[1\]\n.*a broken installation"):
-        finish(job(), tmp_path / "task")
+        list(launch(job(), tmp_path / "task", server).events())
+
+
+STAND_IN = """if True:
+    import os, time
+    from offsite.client.site import trainer
+
+    def main(path):
+        if os.environ["RANK"] == "0":
+            time.sleep(1000)
+        print('{"event": "error", "status": "DATA_LOSS", "message": "not what was agreed"}', flush=True)
+        return 7
+
+    trainer.main = main
+"""
 
 
 def test_an_error_that_is_told_is_raised_once_whichever_process_tells_it(
-    job: Jobs, tmp_path: Path, stand_in: Any
+    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in("""if True:
-        import os, time
-        if os.environ["RANK"] == "0":
-            time.sleep(1000)
-        print('{"event": "error", "status": "DATA_LOSS", "message": "not what was agreed"}')
-        raise SystemExit(7)
-    """)
-    before = set(psutil.Process().children())
+    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    trainer = launch(job(processes=2), tmp_path / "task", server)
     with pytest.raises(MismatchError, match="^not what was agreed$"):
-        finish(job(processes=2), tmp_path / "task")
-    assert set(psutil.Process().children()) == before
+        list(trainer.events())
+    assert not any(psutil.pid_exists(process.pid) for process in trainer.processes)
 
 
 def test_running_out_is_told_as_such() -> None:
@@ -259,5 +295,5 @@ def test_an_offload_that_would_do_nothing_is_refused() -> None:
 
 
 def test_the_agent_starts_trainers_without_loading_torch() -> None:
-    code = "import sys, offsite.client.site.launch; print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    code = "import sys, offsite.client.site.agent; print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
