@@ -9,15 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from offsite.protos.documents import plain
+from offsite.protos.figures import FIGURES, PLUG_IN, title
 
-FIGURES = {
-    "base_zero_shot": "base\nzero-shot",
-    "emulator_zero_shot": "emulator\nzero-shot",
-    "emulator_tuned": "emulator\ntuned",
-    "plug_in": "plug-in",
-    "base_tuned": "base\ntuned",
-    "attack": "attack",
-}
 MOST = 40  # lines of one kind; the report has them all
 
 
@@ -29,11 +22,11 @@ def table(report: dict[str, Any]) -> RenderableType:
         return Group(
             *_lines([*said, "no figures: the run names no held-out examples (evaluation)"]), Text(moved(report))
         )
-    title = "perplexity on held-out data (lower is better)"
-    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
+    caption = "perplexity on held-out data (lower is better)"
+    grid = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
     grid.add_column("")
-    for figure, head in FIGURES.items():
-        grid.add_column(head, justify="right", style="bold green" if figure == "plug_in" else "")
+    for name, figure in FIGURES.items():
+        grid.add_column(figure.head, justify="right", style="bold green" if name == PLUG_IN else "")
     grid.add_column("tokens", justify="right", style="dim")
     for name, row in sorted(report["sites"].items()):
         tokens = str(report["tokens"].get(name, ""))
@@ -42,7 +35,7 @@ def table(report: dict[str, Any]) -> RenderableType:
     tokens = str(sum(report["tokens"].values()))
     grid.add_row("all", *_cells(report, "overall", report["overall"]), tokens, style="bold")
     said += [
-        f"! {place.removeprefix('sites.')}, {figure.replace('_', ' ')}: {why}"
+        f"! {place.removeprefix('sites.')}, {title(figure)}: {why}"
         for place, one in report.get("marks", {}).items()
         if place != "overall"  # that is among the warnings
         for figure, why in one.items()

@@ -28,17 +28,12 @@ from offsite.protos.events import (
     Warned,
     read,
 )
-from offsite.protos.figures import perplexity, without_infinities
+from offsite.protos.figures import FIGURES, perplexity, title, without_infinities
 from offsite.protos.spec import RunSpec
 
-PHASES = {
-    "build": "building the emulator",
+PHASES = {  # of steps that measure no figure
     "version:0": "building the emulator",
-    "base_zero_shot": "measuring the base",
-    "emulator_zero_shot": "measuring the emulator",
-    "emulator_tuned": "measuring the tuned emulator",
-    "plug_in": "measuring the plug-in",
-    "attack": "attacking the emulator",
+    "bundle": "tuning the emulator beside the new adapter",
     "publish": "writing the adapter",
 }
 LINE_EVERY_S = 10.0  # where there is no live screen
@@ -86,8 +81,9 @@ class RunView:
         return f"sites: {', '.join(self.sites)}"
 
     def _on_step(self, event: StepBegun) -> str:
-        name = event.step
-        self.phase = PHASES.get(name.partition(":")[0] if name.startswith("plug_in") else name, "averaging the updates")
+        name = event.step.partition(":")[0]
+        figure = FIGURES.get(name)
+        self.phase = figure.phase if figure else PHASES.get(event.step, PHASES.get(name, "averaging the updates"))
         return self.phase
 
     def _on_bundle(self, event: EmulatorBuilt) -> str:
@@ -98,7 +94,7 @@ class RunView:
     def _on_figure(self, event: Measured) -> str:
         value = perplexity(event.sets.values())
         self.figures[event.name] = value
-        return f"{event.name.replace('_', ' ')}: perplexity {value:.2f}"
+        return f"{title(event.name)}: perplexity {value:.2f}"
 
     def _on_waiting(self, event: Waiting) -> str:
         here = ", ".join(event.present) or "nobody"

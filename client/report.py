@@ -11,16 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from offsite.client.figures import FIGURES, short
+from offsite.client.figures import short
+from offsite.protos.figures import FIGURES
 
-COLOURS = {
-    "base_zero_shot": "#8c96a3",
-    "emulator_zero_shot": "#e0b37a",
-    "emulator_tuned": "#c8803c",
-    "plug_in": "#1b7f5c",
-    "base_tuned": "#3f6fb5",
-    "attack": "#b5473f",
-}
 KINDS = {
     "download": "#d5dbe2",
     "transfer": "#8c96a3",
@@ -48,7 +41,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     environment.filters["short"] = short
     with matplotlib.rc_context(STYLE):
         plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
-    heads = {figure: head.replace("\n", " ") for figure, head in FIGURES.items()}
+    heads = {name: figure.title for name, figure in FIGURES.items()}
     page = environment.get_template("report.html.j2").render(
         report=report, plots=plots, figures=heads, marks=report.get("marks", {})
     )
@@ -72,7 +65,7 @@ def _bars(figure: Figure, report: dict[str, Any]) -> None:
     for index, name in enumerate(shown):
         places = [group + index * width for group in range(len(groups))]
         values = [_drawn(row.get(name)) for row in groups.values()]
-        bars = axes.bar(places, values, width * 0.92, label=FIGURES[name].replace("\n", " "), color=COLOURS[name])
+        bars = axes.bar(places, values, width * 0.92, label=FIGURES[name].title, color=FIGURES[name].colour)
         axes.bar_label(bars, [short(v, digits=1) if v == v else "" for v in values], fontsize=7, padding=1)
     if shown:
         axes.set_yscale("log")

@@ -1,11 +1,49 @@
-"""The one way in which likelihoods become the perplexities that people compare."""
+"""The figures that tell a tuning's story, and the one way in which likelihoods become the perplexities of them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from offsite.protos.documents import document
 from offsite.protos.ranges import Amount, Finite
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a figure is shown."""
+
+    head: str  # over its column
+    colour: str  # of its bars and points
+    phase: str  # what is done while it is measured
+
+    @property
+    def title(self) -> str:
+        """Return its name in one line."""
+        return self.head.replace("\n", " ")
+
+
+BASE_ZERO_SHOT = "base_zero_shot"
+EMULATOR_ZERO_SHOT = "emulator_zero_shot"
+EMULATOR_TUNED = "emulator_tuned"
+PLUG_IN = "plug_in"
+BASE_TUNED = "base_tuned"  # the bound
+ATTACK = "attack"
+FIGURES = {  # by their names in steps, events and reports, in the order in which they are shown
+    BASE_ZERO_SHOT: Figure("base\nzero-shot", "#8c96a3", "measuring the base"),
+    EMULATOR_ZERO_SHOT: Figure("emulator\nzero-shot", "#e0b37a", "measuring the emulator"),
+    EMULATOR_TUNED: Figure("emulator\ntuned", "#c8803c", "measuring the tuned emulator"),
+    PLUG_IN: Figure("plug-in", "#1b7f5c", "measuring the plug-in"),
+    BASE_TUNED: Figure("base\ntuned", "#3f6fb5", "measuring the tuned base"),
+    ATTACK: Figure("attack", "#b5473f", "attacking the emulator"),
+}
+
+
+def title(figure: str) -> str:
+    """Return a figure's name as people read it, "plug_in:2" as that after round 2."""
+    name, _, number = figure.partition(":")
+    known = FIGURES[name].title if name in FIGURES else name.replace("_", " ")  # of another version
+    return f"{known} after round {number}" if number else known
 
 
 @document
@@ -29,9 +67,9 @@ def perplexity(scores: Iterable[Score]) -> float:
 
 FAR = 2.0  # times the base's perplexity: tuning that does such harm has gone wrong
 WORSE = {  # than: what training must not do, and what it means for the figure
-    ("base_tuned", "base_zero_shot"): "training made the base itself worse, so this bounds nothing",
-    ("emulator_tuned", "emulator_zero_shot"): "training made the emulator worse",
-    ("attack", "emulator_zero_shot"): "training made the emulator worse, so this attacks nothing",
+    (BASE_TUNED, BASE_ZERO_SHOT): "training made the base itself worse, so this bounds nothing",
+    (EMULATOR_TUNED, EMULATOR_ZERO_SHOT): "training made the emulator worse",
+    (ATTACK, EMULATOR_ZERO_SHOT): "training made the emulator worse, so this attacks nothing",
 }
 
 
@@ -48,9 +86,9 @@ def doubts(row: Mapping[str, float | None], *, vocabulary: int | None = None) ->
     for (name, than), why in WORSE.items():
         if name in known and name not in found and known[name] > known.get(than, math.inf):
             found[name] = f"{why}; a lower learning rate may help"
-    base, plug_in = known.get("base_zero_shot", math.inf), known.get("plug_in", 0.0)
-    if "plug_in" not in found and plug_in > FAR * base:
-        found["plug_in"] = f"it is {plug_in / base:.0f} times the untuned base's; a lower learning rate may help"
+    base, plug_in = known.get(BASE_ZERO_SHOT, math.inf), known.get(PLUG_IN, 0.0)
+    if PLUG_IN not in found and plug_in > FAR * base:
+        found[PLUG_IN] = f"it is {plug_in / base:.0f} times the untuned base's; a lower learning rate may help"
     return found
 
 
@@ -63,7 +101,7 @@ def marks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def sentences(found: Mapping[str, str]) -> list[str]:
     """Turn what is doubted of figures into warnings."""
-    return [f"the figure '{name.replace('_', ' ')}' cannot be right: {why}" for name, why in found.items()]
+    return [f"the figure '{title(name)}' cannot be right: {why}" for name, why in found.items()]
 
 
 def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:
@@ -90,9 +128,9 @@ def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, tas
     "margin" is how far the best that a site can have stays behind the plug-in, "lost" how far that stays behind tuning
     on the base, in nats a token; None where it was not measured.
     """
-    plug_in = _nats(overall, "plug_in")
-    reached = {name: nats for name in ("attack", "emulator_tuned") if (nats := _nats(overall, name)) is not None}
-    bound = _nats(overall, "base_tuned")
+    plug_in = _nats(overall, PLUG_IN)
+    reached = {name: nats for name in (ATTACK, EMULATOR_TUNED) if (nats := _nats(overall, name)) is not None}
+    bound = _nats(overall, BASE_TUNED)
     if bound is None or plug_in is None:
         lost, beside = None, "what tuning on the base itself gives was not measured"
     else:
@@ -101,14 +139,14 @@ def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, tas
     told = {"label": "not protected", "margin": None, "lost": lost}
     if not attacks:
         return told | {"reason": f"no attack on the emulator was asked for, so none was measured; {beside}"}
-    if plug_in is None or "attack" not in reached:
+    if plug_in is None or ATTACK not in reached:
         return told | {"reason": f"the attack's figure or the plug-in's is no finite number; {beside}"}
     margin = min(reached.values()) - plug_in
     said = [
         f"no threshold was stated; the strongest of {len(attacks)} attacks ({attacks[0]}) brings the emulator to "
-        f"perplexity {overall['attack']:.2f}, {_behind(reached['attack'] - plug_in)} the plug-in"
+        f"perplexity {overall[ATTACK]:.2f}, {_behind(reached[ATTACK] - plug_in)} the plug-in"
     ]
-    if margin < reached["attack"] - plug_in:
+    if margin < reached[ATTACK] - plug_in:
         said.append(f"the emulator tuned as asked is stronger than that, {_behind(margin)} the plug-in")
     if not task:
         said.append("they had public text alone, and a site, which has the task's, may come further")

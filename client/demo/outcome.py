@@ -6,10 +6,10 @@ from typing import Any
 
 from offsite.client.demo.pooled import Pooled, What
 from offsite.protos.documents import to_plain
-from offsite.protos.figures import marks, perplexity, protection, sentences
+from offsite.protos.figures import BASE_TUNED, marks, perplexity, protection, sentences
 from offsite.protos.timeline import seconds
 
-FIGURES: dict[What, str] = {"bound": "base_tuned", "attack": "attack"}
+FIGURES: dict[What, str] = {"bound": BASE_TUNED, "attack": "attack"}
 
 
 def join(report: dict[str, Any], measured: Mapping[What, Pooled], *, started: float) -> None:

@@ -27,6 +27,7 @@ from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos import figures
 from offsite.protos.documents import to_plain
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT
 from offsite.protos.spec import METHOD, Choice, TrainingSpec
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
@@ -110,7 +111,7 @@ class Bench:
 
     def zero_shot(self) -> Score:
         """Measure the base as it is, once."""
-        return self.finished(Score, self.identity | {"figure": "base_zero_shot"}, lambda: self.score(self.base))
+        return self.finished(Score, self.identity | {"figure": BASE_ZERO_SHOT}, lambda: self.score(self.base))
 
     def bound(self, method: Choice, trained: Iterable[int]) -> Score:
         """Measure the base tuned itself, once for all candidates that train the same in the same layers.
@@ -127,7 +128,7 @@ class Bench:
             self.train(model, way.named_parameters(model, places), way, "tuning the base, the bound")
             return self.score(model)
 
-        depends = self.identity | {"figure": "base_tuned", "method": to_plain(choice), "trained": list(places)}
+        depends = self.identity | {"figure": BASE_TUNED, "method": to_plain(choice), "trained": list(places)}
         return self.finished(Score, depends, tuned)
 
 

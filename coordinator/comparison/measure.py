@@ -21,6 +21,7 @@ from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.plug import plug
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 from offsite.protos.recipes import render
 from offsite.protos.spec import METHOD
 
@@ -61,11 +62,11 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
     return Measured(
         emulated=emulated,
         figures={
-            "base_zero_shot": bench.zero_shot(),
-            "emulator_zero_shot": emulated.zero_shot,
-            "emulator_tuned": emulator_tuned,
-            "plug_in": bench.score(_plugged(bench, method, adapter)),
-            "base_tuned": bench.bound(candidate.method, layout.outline.trainable),
+            BASE_ZERO_SHOT: bench.zero_shot(),
+            EMULATOR_ZERO_SHOT: emulated.zero_shot,
+            EMULATOR_TUNED: emulator_tuned,
+            PLUG_IN: bench.score(_plugged(bench, method, adapter)),
+            BASE_TUNED: bench.bound(candidate.method, layout.outline.trainable),
         },
         attacks=attacks,
         client=ClientStep(**asdict(step["client"])),

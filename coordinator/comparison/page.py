@@ -5,8 +5,9 @@ from pathlib import Path
 import jinja2
 
 from offsite.coordinator.comparison.plots import draw
-from offsite.coordinator.comparison.rows import ATTACKS, FIGURES, Answered, Comparison
-from offsite.coordinator.comparison.table import HEADS, next_step, share, short, verdict
+from offsite.coordinator.comparison.rows import ATTACKS, FIVE, Answered, Comparison
+from offsite.coordinator.comparison.table import next_step, share, short, verdict
+from offsite.protos.figures import title
 
 
 def write(found: Comparison, path: Path) -> None:
@@ -23,7 +24,7 @@ def write(found: Comparison, path: Path) -> None:
         plots=draw(found),
         verdict=verdict(found),
         next_step=next_step(found),
-        heads={name: HEADS[name].replace("-\n", "-").replace("\n", " ") for name in FIGURES},
+        heads={name: title(name) for name in FIVE},
         attacks=ATTACKS,
     )
     path.write_text(page, encoding="utf-8")

@@ -8,16 +8,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from offsite.coordinator.comparison.rows import Comparison, Measured, Row
+from offsite.coordinator.comparison.rows import FIVE, Comparison, Measured, Row
 from offsite.coordinator.runs.report import UNUSABLE
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, FIGURES, PLUG_IN, title
 
-COLOURS = {
-    "base_zero_shot": "#8c96a3",
-    "emulator_zero_shot": "#e0b37a",
-    "emulator_tuned": "#c8803c",
-    "plug_in": "#1b7f5c",
-    "base_tuned": "#3f6fb5",
-}
 CROSSES = {"unfreeze": "#b5473f", "heal": "#9b7bb8"}
 QUIET, GOOD, INK = "#8c96a3", "#1b7f5c", "#1d2733"
 STYLE: Any = {
@@ -76,10 +70,10 @@ def _frontier(found: Comparison, rows: Sequence[Row]) -> str:
 def _points(axes: Axes, found: Comparison, rows: Sequence[Row], x: dict[int, float]) -> None:
     """One numbered point per candidate, between the lines of the base and of the best bound."""
     measured = [row.measured for row in rows if row.measured]
-    base = measured[0].figures["base_zero_shot"].held_out.perplexity
-    bound = min(one.figures["base_tuned"].held_out.perplexity for one in measured)
-    for level, name in ((base, "base_zero_shot"), (bound, "base_tuned")):
-        axes.axhline(level, color=COLOURS[name], linewidth=1, linestyle="--")
+    base = measured[0].figures[BASE_ZERO_SHOT].held_out.perplexity
+    bound = min(one.figures[BASE_TUNED].held_out.perplexity for one in measured)
+    for level, name in ((base, BASE_ZERO_SHOT), (bound, BASE_TUNED)):
+        axes.axhline(level, color=FIGURES[name].colour, linewidth=1, linestyle="--")
     for row in rows:
         if not row.measured:
             continue
@@ -97,20 +91,20 @@ def _figures(rows: Sequence[Row]) -> str:
     figure = Figure(figsize=(9.6, 1.4 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     measured = [row.measured for row in rows if row.measured]
-    base = measured[0].figures["base_zero_shot"].held_out.perplexity
+    base = measured[0].figures[BASE_ZERO_SHOT].held_out.perplexity
     edge = UNUSABLE * base
-    axes.axvline(base, color=COLOURS["base_zero_shot"], linewidth=1, linestyle="--", label="base zero-shot")
+    axes.axvline(base, color=FIGURES[BASE_ZERO_SHOT].colour, linewidth=1, linestyle="--", label=title(BASE_ZERO_SHOT))
     most = base
     for place, one in enumerate(measured):
-        found = {name: one.figures[name].held_out.perplexity for name in COLOURS if name != "base_zero_shot"}
+        found = {name: one.figures[name].held_out.perplexity for name in FIVE if name != BASE_ZERO_SHOT}
         hit = {name: one.strongest[name].score.held_out.perplexity for name in CROSSES}
         every = [min(value, edge) for value in (*found.values(), *hit.values())]
         most = max(most, *every)
         axes.plot([min(every), max(every)], [place, place], color="#d5dbe2", linewidth=1, zorder=0)
         for name, value in found.items():
-            marker, size = ("o", 9 if name == "plug_in" else 7) if value < edge else (">", 8)
-            label = name.replace("_", "-" if name == "plug_in" else " ") if not place else None
-            axes.plot(min(value, edge), place, marker, color=COLOURS[name], markersize=size, label=label)
+            marker, size = ("o", 9 if name == PLUG_IN else 7) if value < edge else (">", 8)
+            label = title(name) if not place else None
+            axes.plot(min(value, edge), place, marker, color=FIGURES[name].colour, markersize=size, label=label)
         for name, value in hit.items():
             label = f"attack: {name}" if not place else None
             axes.plot(min(value, edge), place, "x", color=CROSSES[name], markersize=8, markeredgewidth=2, label=label)

@@ -6,11 +6,12 @@ from pydantic import Field
 
 from offsite.emulator.evaluation.attack import Attack
 from offsite.protos.documents import document
+from offsite.protos.figures import ATTACK, BASE_TUNED, FIGURES, PLUG_IN
 from offsite.protos.ranges import Amount, Count, Finite
 from offsite.protos.recipes import render
 from offsite.protos.spec import Chain, Choice, Layers
 
-FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned")
+FIVE = tuple(name for name in FIGURES if name != ATTACK)
 ATTACKS = ("unfreeze", "heal")  # by the last text they train on: the task's, or public text
 
 
@@ -114,7 +115,7 @@ class Measured:
     @property
     def plug_in(self) -> float:
         """Perplexity of the plug-in on held-out text, by which candidates are compared."""
-        return self.figures["plug_in"].held_out.perplexity
+        return self.figures[PLUG_IN].held_out.perplexity
 
     @property
     def every_attack(self) -> tuple[Attacked, ...]:
@@ -132,7 +133,7 @@ class Measured:
     @property
     def lost(self) -> float:
         """How far the plug-in stays behind tuning on the base itself, in nats a token."""
-        plug_in, bound = self.figures["plug_in"].held_out, self.figures["base_tuned"].held_out
+        plug_in, bound = self.figures[PLUG_IN].held_out, self.figures[BASE_TUNED].held_out
         return plug_in.nll / plug_in.tokens - bound.nll / bound.tokens
 
     @property
@@ -180,4 +181,4 @@ class Comparison:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks whose questions were asked."""
-        return sorted({task for row in self.rows if row.measured for task in row.measured.figures["plug_in"].accuracy})
+        return sorted({task for row in self.rows if row.measured for task in row.measured.figures[PLUG_IN].accuracy})

@@ -6,16 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from offsite.coordinator.comparison.rows import ATTACKS, FIGURES, Comparison, Row
+from offsite.coordinator.comparison.rows import ATTACKS, FIVE, Comparison, Row
+from offsite.protos.figures import FIGURES, PLUG_IN
 from offsite.protos.recipes import render
-
-HEADS = {
-    "base_zero_shot": "base\nzero-\nshot",
-    "emulator_zero_shot": "emulator\nzero-\nshot",
-    "emulator_tuned": "emulator\ntuned",
-    "plug_in": "plug-in",
-    "base_tuned": "base\ntuned\n(bound)",
-}
 
 
 def table(found: Comparison) -> RenderableType:
@@ -61,10 +54,10 @@ def _recommended(found: Comparison) -> Row | None:
 def _figures(found: Comparison) -> Table:
     grid = _grid("perplexity on held-out text (lower is better); * on the frontier, > recommended")
     grid.add_column("candidate", overflow="fold")
-    for name in FIGURES:
-        grid.add_column(HEADS[name], justify="right", style="bold green" if name == "plug_in" else "")
+    for name in FIVE:
+        grid.add_column(FIGURES[name].head, justify="right", style="bold green" if name == PLUG_IN else "")
     for row in found.rows:
-        cells = [short(row.measured.figures[name].held_out.perplexity) for name in FIGURES if row.measured]
+        cells = [short(row.measured.figures[name].held_out.perplexity) for name in FIVE if row.measured]
         grid.add_row(_number(found, row), Text(row.label), *cells or ["failed"])
     return grid
 
@@ -114,12 +107,12 @@ def _costs(found: Comparison) -> Table:
 def _answers(found: Comparison) -> Table:
     grid = _grid("accuracy at tasks")
     grid.add_column("task")
-    for name in FIGURES:
-        grid.add_column(HEADS[name], justify="right", style="bold green" if name == "plug_in" else "")
+    for name in FIVE:
+        grid.add_column(FIGURES[name].head, justify="right", style="bold green" if name == PLUG_IN else "")
     for row in found.rows:
         if row.measured:
             for task in found.tasks:
-                answers = [row.measured.figures[name].accuracy[task] for name in FIGURES]
+                answers = [row.measured.figures[name].accuracy[task] for name in FIVE]
                 grid.add_row(_number(found, row), task, *(f"{one.accuracy:.1%}" for one in answers))
     return grid
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from offsite.coordinator.comparison.rows import FIGURES, Measured, Predicted, Protection, Row
+from offsite.coordinator.comparison.rows import FIVE, Measured, Predicted, Protection, Row
 from offsite.coordinator.runs.report import warnings
 from offsite.emulator import builders
 from offsite.emulator.evaluation.protection import Reach, protection
 from offsite.emulator.likelihood import Likelihood
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
 
@@ -28,18 +29,18 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
         return row
     figures = row.measured.figures
     # Training can make an emulator worse; nobody who attacks is bound to keep what it gave.
-    without = {"leave it as it is": figures["emulator_zero_shot"], "tune it as asked": figures["emulator_tuned"]}
+    without = {"leave it as it is": figures[EMULATOR_ZERO_SHOT], "tune it as asked": figures[EMULATOR_TUNED]}
     attacks = {one.name: one.score for one in row.measured.every_attack} | without
     found = protection(
         {name: Reach(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
-        plug_in=_likelihood(figures["plug_in"].held_out),
-        base=_likelihood(figures["base_zero_shot"].general),
+        plug_in=_likelihood(figures[PLUG_IN].held_out),
+        base=_likelihood(figures[BASE_ZERO_SHOT].general),
         threshold=protected_from,
     )
     return replace(
         row,
         protection=Protection(margin=found.margin, label=found.label, reason=found.reason),
-        warnings=tuple(warnings({name: figures[name].held_out.perplexity for name in FIGURES})),
+        warnings=tuple(warnings({name: figures[name].held_out.perplexity for name in FIVE})),
     )
 
 
@@ -108,8 +109,8 @@ def _reason(row: Row, *, best: float, close: int, allowed: int, protected_from: 
         )
     figures = row.measured.figures
     text += (
-        f" Perplexity: plug-in {row.measured.plug_in:.2f}, base {figures['base_zero_shot'].held_out.perplexity:.2f}, "
-        f"bound {figures['base_tuned'].held_out.perplexity:.2f}."
+        f" Perplexity: plug-in {row.measured.plug_in:.2f}, base {figures[BASE_ZERO_SHOT].held_out.perplexity:.2f}, "
+        f"bound {figures[BASE_TUNED].held_out.perplexity:.2f}."
     )
     if protected_from is None:
         text += f" It is not called protected: {row.protection.reason}."

@@ -7,14 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.coordinator.runs.history import History
-from offsite.coordinator.runs.steps.results import ATTACK, BUILD, evaluate, fold
+from offsite.coordinator.runs.steps import results
+from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json, to_plain
-from offsite.protos.figures import Score, doubts, marks, perplexity, protection, sentences, without_infinities
+from offsite.protos.figures import (
+    ATTACK,
+    BASE_ZERO_SHOT,
+    EMULATOR_TUNED,
+    EMULATOR_ZERO_SHOT,
+    PLUG_IN,
+    Score,
+    doubts,
+    marks,
+    perplexity,
+    protection,
+    sentences,
+    title,
+    without_infinities,
+)
 from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
-FIGURES = ("base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
+MEASURED = (BASE_ZERO_SHOT, EMULATOR_ZERO_SHOT, EMULATOR_TUNED, PLUG_IN)
 BUNDLE = ("builders", "parameters", "bytes", "disclosed", "disclosed_lossy")
 UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly guides training
 
@@ -30,10 +45,10 @@ def assemble(journal: Journal, run: str) -> str:
         for task, metrics in accepted
         for span in metrics.spans
     ]
-    measured = {name: done.sets for name in FIGURES if (done := history.get(evaluate(name)))}
-    attacks = made.attacks if (made := history.get(ATTACK)) else ()
+    measured = {name: done.sets for name in MEASURED if (done := history.get(evaluate(name)))}
+    attacks = made.attacks if (made := history.get(results.ATTACK)) else ()
     if attacks:
-        measured["attack"] = attacks[0].sets
+        measured[ATTACK] = attacks[0].sets
     overall, sites = perplexities(measured)
     built, folded = history[BUILD], [history[fold(number + 1)] for number in range(spec.rounds)]
     bundle = to_plain(built.bundle)
@@ -49,7 +64,7 @@ def assemble(journal: Journal, run: str) -> str:
         "rounds": [_round(number, history, accepted) for number in range(spec.rounds)],
         "overall": overall,
         "sites": sites,
-        "tokens": {name: score.tokens for name, score in measured.get("base_zero_shot", {}).items()},
+        "tokens": {name: score.tokens for name, score in measured.get(BASE_ZERO_SHOT, {}).items()},
         "bytes": {"down": sum(task.bytes_down for task in tasks), "up": sum(task.bytes_up for task in tasks)},
         "seconds": seconds(spans, start=row.submitted_at, end=time.time()),
         "spans": spans,
@@ -94,7 +109,7 @@ def perplexities(
 def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> list[str]:
     """Say what a careful reader would object to, and which figures cannot be right."""
     found, wrong = [], doubts(overall, vocabulary=vocabulary)
-    base, emulator = overall.get("base_zero_shot"), overall.get("emulator_zero_shot")
+    base, emulator = overall.get(BASE_ZERO_SHOT), overall.get(EMULATOR_ZERO_SHOT)
     if base and emulator and emulator > UNUSABLE * base:
         found.append(
             f"the emulator is too small to be useful: its zero-shot perplexity {emulator:.0f} is "
@@ -102,10 +117,10 @@ def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> lis
         )
     if odd := [name for name, value in overall.items() if not math.isfinite(value)]:
         found.append(
-            f"{', '.join(name.replace('_', ' ') for name in odd)}: not a finite perplexity; look for NaN or infinite "
+            f"{', '.join(title(name) for name in odd)}: not a finite perplexity; look for NaN or infinite "
             "values in the model's weights, and at the learning rate"
         )
-    plug_in = overall.get("plug_in")
+    plug_in = overall.get(PLUG_IN)
     if base and plug_in and plug_in >= base:
         found.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
     return found + sentences({name: why for name, why in wrong.items() if name not in odd})
@@ -113,7 +128,7 @@ def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> lis
 
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:
     version = history[fold(number + 1)]
-    plugged = history.get(evaluate(f"plug_in:{number + 1}"))
+    plugged = history.get(evaluate(f"{PLUG_IN}:{number + 1}"))
     return {
         "round": number + 1,
         "sites": {
@@ -130,5 +145,5 @@ def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetric
             for task, metrics in accepted
             if task.round == number
         },
-        "figures": version.version.figures | ({"plug_in": perplexity(plugged.sets.values())} if plugged else {}),
+        "figures": version.version.figures | ({PLUG_IN: perplexity(plugged.sets.values())} if plugged else {}),
     }

@@ -21,6 +21,7 @@ from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Eval
 from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step
 from offsite.coordinator.store.database import Unwritable, Watch
 from offsite.coordinator.store.journal import LIVE
+from offsite.protos import figures
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import OffsiteError, ResourceError, from_system
 from offsite.protos.events import (
@@ -34,6 +35,7 @@ from offsite.protos.events import (
     StepBegun,
     Warned,
 )
+from offsite.protos.figures import BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 R = TypeVar("R")
 Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity, run spec, order -> result
@@ -127,8 +129,8 @@ class Supervisor:
 
     def _baselines(self) -> None:
         if self._spec.evaluation:
-            self._evaluate("base_zero_shot", manifest=None, adapter=None)
-            self._evaluate("emulator_zero_shot", manifest=self._history[BUILD].manifest, adapter=None)
+            self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
+            self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
 
     def _evaluate(self, figure: str, *, manifest: str | None, adapter: str | None) -> None:
         built = self._history[BUILD]
@@ -137,9 +139,9 @@ class Supervisor:
 
     def _measured(self, figure: str, measured: Evaluation) -> list[Event]:
         news: list[Event] = [Measured(name=figure, sets=measured.sets)]
-        if figure == "emulator_zero_shot":  # before anything is trained
-            base = self._history[results.evaluate("base_zero_shot")]
-            overall, _ = perplexities({"base_zero_shot": base.sets, figure: measured.sets})
+        if figure == EMULATOR_ZERO_SHOT:  # before anything is trained
+            base = self._history[results.evaluate(BASE_ZERO_SHOT)]
+            overall, _ = perplexities({BASE_ZERO_SHOT: base.sets, figure: measured.sets})
             vocabulary = self._history[BUILD].vocabulary
             news += [Warned(message=warning) for warning in warnings(overall, vocabulary=vocabulary)]
         return news
@@ -156,7 +158,7 @@ class Supervisor:
         more = number + 1 < self._spec.rounds
         every = self._spec.evaluate_every
         if self._spec.evaluation and every and (number + 1) % every == 0 and more:
-            self._evaluate(f"plug_in:{number + 1}", manifest=None, adapter=folded.version.adapter)
+            self._evaluate(f"{PLUG_IN}:{number + 1}", manifest=None, adapter=folded.version.adapter)
         if self._spec.realign_steps and more:
             manifest = self._history.bundle(number).manifest
             realign = Realign(
@@ -188,11 +190,11 @@ class Supervisor:
         built, rounds = self._history[BUILD], self._spec.rounds
         adapter = self._history[results.fold(rounds)].version.adapter
         if self._spec.evaluation:
-            self._evaluate("emulator_tuned", manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._evaluate("plug_in", manifest=None, adapter=adapter)
+            self._evaluate(EMULATOR_TUNED, manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
+            self._evaluate(PLUG_IN, manifest=None, adapter=adapter)
         if self._spec.attack_steps:
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._do(results.ATTACK, order, lambda made: [Measured(name="attack", sets=made.attacks[0].sets)])
+            self._do(results.ATTACK, order, lambda made: [Measured(name=figures.ATTACK, sets=made.attacks[0].sets)])
         published = self._do(PUBLISH, Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery))
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)

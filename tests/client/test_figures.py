@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from offsite.client.figures import FIGURES, table
+from offsite.client.figures import table
+from offsite.protos.figures import FIGURES
 
 
 def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> None:
@@ -23,7 +24,7 @@ def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> N
     Console(file=told, width=80).print(table(report))
     text = told.getvalue()
     assert "…" not in text and text.count("31,416") == 2 * len(FIGURES) - 1
-    assert all(word in text for head in FIGURES.values() for word in head.split("\n"))
+    assert all(word in text for figure in FIGURES.values() for word in figure.head.split("\n"))
     assert "attack: heal 96, unfreeze 192: perplexity 18.60\nattack: heal 96: perplexity not finite" in re.sub(
         " +\n", "\n", text
     )

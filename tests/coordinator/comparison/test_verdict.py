@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from offsite.coordinator.comparison.rows import (
-    FIGURES,
+    FIVE,
     Attacked,
     Candidate,
     ClientStep,
@@ -53,7 +53,7 @@ def row(
     verbatim: int = 80,
     flops: int = 10,
 ) -> Row:
-    figures = dict(zip(FIGURES, (BASE, zero_shot, tuned, plug_in, bound), strict=True))
+    figures = dict(zip(FIVE, (BASE, zero_shot, tuned, plug_in, bound), strict=True))
     measured = Measured(
         emulated=Emulated(
             layers=(0, 1, 3),
