@@ -102,13 +102,21 @@ def list_builders() -> None:
     from offsite.emulator.builders.base import STAGES
 
     table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
-    for name, kind in sorted(builders.BUILDERS.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
+    kinds, unfit = {}, []
+    for name in builders.BUILDERS:
+        try:
+            kinds[name] = builders.BUILDERS[name]
+        except ValueError as error:  # another package's
+            unfit.append(str(error))
+    for name, kind in sorted(kinds.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
         plug_in: Any = kind
         made = plug_in()
         settings = ", ".join(f"{field.name}={getattr(made, field.name)}" for field in fields(plug_in))
         first = (plug_in.__doc__ or "").split("\n\n")[0]
         table.add_row(kind.stage, name, settings, " ".join(first.split()))
     Console().print(table)
+    for fault in unfit:
+        Console().print(fault, soft_wrap=True, markup=False)
     Console().print("Builders of several stages are joined by '+', in this order: crash(keep=24)+distilled+quantised.")
 
 

@@ -30,7 +30,7 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
     emulator = restack(model, outline.layers, outline.shared)
     for choice in spec.builders:
         builder: Any = builders.make(choice.name, choice.settings)
-        if builder.stage in ("width", "storage"):
+        if builder.stage != "depth":
             builder.fits(emulator, outline, depth=len(layers(model)))
     methods.make(spec.method.name, spec.method.settings).fits(emulator, outline.places)
 

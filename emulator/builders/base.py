@@ -66,7 +66,7 @@ class ChangeBuilder(Builder, Protocol):
     """A builder of the stages "width", "tuning" and "storage"."""
 
     def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> object:
-        """Raise ValueError if an emulator of these shapes cannot be changed so; tuning asks nothing of them."""
+        """Raise ValueError if an emulator of these shapes cannot be changed so."""
         ...
 
     def change(self, draft: Draft, material: Material) -> Draft:

@@ -61,6 +61,9 @@ class Distilled:
             seed=self.seed,
         )
 
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
+        """Ask nothing: layers of any shapes can be tuned."""
+
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with its tuned layers, in the dtypes they had; raises ValueError if they cannot be tuned.
 

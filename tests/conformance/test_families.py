@@ -1,5 +1,6 @@
 """What every plug-in of every family owes, run over the families' own dicts."""
 
+import inspect
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
@@ -8,13 +9,23 @@ import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
-from offsite.emulator import builders, methods
+from offsite.emulator import builders, formats, methods, placements
+from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "builder": (dict(builders.BUILDERS), builders.make),
+    "format": (dict(formats.FORMATS), formats.make),
     "method": (dict(methods.METHODS), methods.make),
+    "placement": (dict(placements.PLACEMENTS), placements.make),
     "strategy": (dict(aggregation.STRATEGIES), aggregation.make),
+}
+PROTOCOLS: dict[str, Any] = {
+    "builder": Builder,
+    "format": formats.Format,
+    "method": methods.Method,
+    "placement": placements.Placement,
+    "strategy": aggregation.Strategy,
 }
 PLUG_INS = [(family, name) for family, (known, _) in FAMILIES.items() for name in known]
 STRATEGIES = sorted(aggregation.STRATEGIES)
@@ -28,6 +39,21 @@ def test_a_plug_in_is_a_frozen_dataclass_that_runs_on_its_defaults(family: str, 
     setting = fields(made)[0].name if fields(made) else "anything"
     with pytest.raises((FrozenInstanceError, AttributeError)):
         setattr(made, setting, None)
+
+
+@pytest.mark.parametrize(("family", "name"), PLUG_INS)
+def test_a_plug_in_has_what_its_family_promises(family: str, name: str) -> None:
+    kind = FAMILIES[family][0][name]
+    protocol = PROTOCOLS[family]
+    if protocol is Builder:
+        protocol = DepthBuilder if kind.stage == "depth" else ChangeBuilder
+    for base in protocol.__mro__:
+        for member in getattr(base, "__annotations__", {}):
+            assert hasattr(kind, member), f"{name} does not say its {member}"
+    for member, promised in inspect.getmembers(protocol, inspect.isfunction):
+        if not member.startswith("_"):
+            own, due = (inspect.signature(one).parameters for one in (getattr(kind, member), promised))
+            assert [(p.name, p.kind) for p in own.values()] == [(p.name, p.kind) for p in due.values()], member
 
 
 @pytest.mark.parametrize(("family", "name"), PLUG_INS)

@@ -1,0 +1,110 @@
+"""A plug-in's name stands in its own file and in its family's mapping: nothing else decides by what one is called."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offsite.coordinator import aggregation
+from offsite.emulator import catalogue
+from offsite.kernels.plugins import Plugins
+
+ROOT = Path(__file__).parents[2]
+FAMILIES: list[Plugins[object]] = [
+    aggregation.STRATEGIES,
+    catalogue.BUILDERS,
+    catalogue.FORMATS,
+    catalogue.METHODS,
+    catalogue.PLACEMENTS,
+]
+NAMES = {name for family in FAMILIES for name in family}
+# No words of English: a sentence that has one of them speaks of the plug-in.
+COINED = NAMES - {"additive", "blocks", "ends", "grids", "kept", "mean", "sketch", "spread", "uniform", "whole"}
+MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {"offsite.emulator.placements"}
+FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
+OWN = {
+    file: {name for family in FAMILIES for name in family if family[name].__module__ == module}
+    for module in MODULES
+    for file in [f"{module.removeprefix('offsite.').replace('.', '/')}.py"]
+}
+
+# What else may have a name, and why.
+ALLOWED = {
+    "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
+    "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"} | {"lora", "grids"},  # what is safe to allow
+    "emulator/builders/quantised.py": {"nf4"},  # its own default
+    "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
+    "protos/recipes.py": {"crash", "quantised", "nf4"},  # the example in its messages
+    "coordinator/commands/emulator.py": {"crash", "distilled", "quantised"},  # examples in its help
+    "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
+}
+HOMONYMS = {  # words that are also names
+    "coordinator/policy.py": {"whole"},  # a field of a grant
+    "emulator/zoo/weights.py": {"quantised"},
+    "kernels/quantise.py": {"quantised"},
+    "kernels/schema.py": {"mean"},  # a rule
+    "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
+    "emulator/anatomy/roles.py": {"blocks"},
+    "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
+    "emulator/likelihood.py": {"mean"},
+    "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
+}
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for package in ("client", "coordinator", "emulator", "kernels", "protos"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if "_pb2" not in path.name:
+                yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def spoken(tree: ast.Module) -> set[str]:
+    """Return the names that a file's texts have, other than in its documentation."""
+    documentation = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if node.body and isinstance(node.body[0], ast.Expr)
+    }
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
+    ]
+    words = {word for text in texts for word in re.findall(r"[\w-]+", text)}
+    return (words & COINED) | ({*texts} & NAMES)
+
+
+def test_no_name_stands_outside_its_file_and_its_family() -> None:
+    strayed = {}
+    for file, tree in sources():
+        names = spoken(tree) - OWN.get(file, set())
+        for reasons in (ALLOWED, HOMONYMS):
+            names -= reasons.get(file, set())
+        if file not in FAMILY_FILES and names:
+            strayed[file] = names
+    assert strayed == {}
+
+
+def test_what_is_allowed_is_needed() -> None:
+    needed = {file: spoken(tree) for file, tree in sources()}
+    for reasons in (ALLOWED, HOMONYMS):
+        assert {file: names - needed[file] for file, names in reasons.items() if names - needed[file]} == {}
+
+
+def test_no_end_imports_a_plug_in() -> None:
+    imported = {
+        (file, node.module)
+        for file, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES and file not in OWN
+    }
+    assert imported == {("emulator/tuning/pv.py", "offsite.emulator.formats.additive")}  # what it tunes
+
+
+@pytest.mark.parametrize("text", ['x = "grids"', 'x = f"use lora{1}"', 'if name == "whole": pass'])
+def test_a_name_in_a_text_is_seen(text: str) -> None:
+    assert spoken(ast.parse(text))
+    assert not spoken(ast.parse(f"def f():\n    '''{text}'''"))

@@ -1,0 +1,64 @@
+"""A package of another house: built as a wheel, installed, run by name from end to end, and held to the same suites."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offsite.client import Choice
+
+TESTS = Path(__file__).parents[1]
+PLUGINS = ["halves", "query-value", "tolerant"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package as pip installs it, from a wheel it built."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for file in ("pyproject.toml", "offsite_halves.py"):
+        (source / file).write_text((TESTS / "plugin" / file).read_text())
+    flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, "--target", target, source], check=True)
+    return target
+
+
+@pytest.fixture
+def environment(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH", "")])))
+
+
+def test_a_run_names_the_plug_ins_of_another_package(federation: Any, environment: None) -> None:
+    federation.coordinate()
+    federation.join("hospital", policy='bases = ["any"]\nmethods = ["query-value"]\n')
+    builder, method, strategy = (Choice(name=name) for name in PLUGINS)
+    with federation.connect() as session:
+        run = session.submit(federation.spec(builders=(builder,), method=method, strategy=strategy, public=""))
+        folder = run.result(federation.folder / "out")
+    assert "q_proj" in (folder / "adapter" / "adapter_config.json").read_text()
+    assert "k_proj" not in (folder / "adapter" / "adapter_config.json").read_text()
+
+
+def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any) -> None:
+    federation.authority.issue("site", "hospital")
+    policy = federation.folder / "hospital.toml"
+    policy.write_text(f'bases = ["any"]\ndata = ["{federation.material}"]\nmethods = ["query-value"]\n')
+    kit = str(federation.folder / "pki" / "hospital")
+    asked = ["site", "join", "127.0.0.1:1", "--identity", kit, "--policy", str(policy), "--data", str(policy)]
+    ended = subprocess.run([sys.executable, "-m", "offsite.client", *asked], capture_output=True, text=True)
+    assert ended.returncode == 3 and "there is no method 'query-value'" in ended.stderr
+
+
+def test_the_conformance_suites_hold_it_too(environment: None, tmp_path: Path) -> None:
+    flags = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'suite'}", "-k", " or ".join(PLUGINS)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *flags, str(TESTS / "conformance")],
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+    )
+    assert ended.returncode == 0, ended.stdout
+    passed = int(ended.stdout.rpartition(" passed")[0].split()[-1])
+    assert passed >= 15, ended.stdout
