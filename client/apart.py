@@ -5,11 +5,17 @@ the process, or leave a channel whose end never comes; while one waits for a thr
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from queue import Empty, Full, Queue
 from typing import Any
 
+from offsite.protos.errors import UnreachableError
+
 LOOK_S = 0.2
+AHEAD = 4  # answers of a stream that wait to be taken
 _END = object()
 
 
@@ -29,11 +35,49 @@ def one(call: Callable[[], Any]) -> Any:
     return outcome.result()
 
 
-def many(call: Callable[[], Any]) -> Iterator[Any]:
-    """Yield the answers of a streaming call, or raise what it raises; one that is no longer read is cancelled."""
-    stream = one(call)
+def many(call: Callable[[], Any], *, stall_s: float | None = None) -> Iterator[Any]:
+    """Yield the answers of a streaming call, or raise what it raises; one that is no longer read is cancelled.
+
+    Raises UnreachableError when none comes for `stall_s`.
+    """
+    stream, over = one(call), threading.Event()
+    answers: Queue[Any] = Queue(AHEAD)
+
+    def pump() -> None:
+        try:
+            for answer in stream:
+                _put(answers, answer, over)
+            _put(answers, _END, over)
+        except BaseException as error:
+            _put(answers, _Raised(error), over)
+
+    threading.Thread(target=pump, daemon=True).start()
     try:
-        while (answer := one(lambda: next(stream, _END))) is not _END:
+        while (answer := _get(answers, stall_s)) is not _END:
+            if isinstance(answer, _Raised):
+                raise answer.error
             yield answer
     finally:
+        over.set()
         one(stream.cancel)
+
+
+class _Raised:
+    """What a stream ended with."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _put(answers: Queue[Any], answer: Any, over: threading.Event) -> None:
+    while not over.is_set():
+        with suppress(Full):
+            return answers.put(answer, timeout=LOOK_S)
+
+
+def _get(answers: Queue[Any], stall_s: float | None) -> Any:
+    since = time.monotonic()
+    while stall_s is None or time.monotonic() - since < stall_s:
+        with suppress(Empty):
+            return answers.get(timeout=LOOK_S)
+    raise UnreachableError(f"the coordinator has sent nothing for {stall_s:.0f} s")

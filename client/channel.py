@@ -1,10 +1,9 @@
 """A gRPC channel over mutual TLS: errors in our words, retries with jitter, downloads and uploads that resume."""
 
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,15 +11,15 @@ from typing import Any, TypeVar
 import grpc
 
 from offsite.client.apart import many, one
+from offsite.client.transfers import Incoming, Outgoing
 from offsite.protos.addresses import parse
-from offsite.protos.chunks import digest_file, hex_of, is_digest, read_chunks
+from offsite.protos.chunks import digest_file, is_digest
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
-from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
+from offsite.protos.fleet_pb2 import UploadHeader
 from offsite.protos.security.handshake import check_coordinator, coordinator_certificate
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import channel_credentials, explain
-from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
 
 T = TypeVar("T")
 
@@ -44,10 +43,14 @@ class Lines:
         self._line = line
 
     def __getattr__(self, kind: str) -> Any:
-        apart = many if kind.endswith("_stream") else one
-
         def method(*path: Any, **codec: Any) -> Any:
-            return lambda request, **options: apart(lambda: self._line(kind, *path, **codec)(request, **options))
+            def single(request: Any, **options: Any) -> Any:
+                return one(lambda: self._line(kind, *path, **codec)(request, **options))
+
+            def stream(request: Any, *, stall_s: float | None = None) -> Iterator[Any]:
+                return many(lambda: self._line(kind, *path, **codec)(request), stall_s=stall_s)
+
+            return stream if kind.endswith("_stream") else single
 
         return method
 
@@ -181,59 +184,27 @@ class Channel:
         path: Path,
         *,
         size: int | None = None,
+        earlier: Path | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> int:
         """Fetch a blob to a path unless it is there, resuming what is half there; return the bytes received.
 
-        The file appears under its name only when its digest is right. Not a byte more than `size` is written.
-        Raises MismatchError, ResourceError.
+        The file appears under its name only when its digest is right. Not a byte more than `size` is written. Pieces
+        of an `earlier` file that are the same are not fetched. Raises MismatchError, ResourceError.
         """
         if not is_digest(digest):
             raise MismatchError(f"{digest!r} is not a digest")
         if path.exists() and digest_file(path, like=digest) == digest:
             return 0
-        partial = path.with_name(f"{path.name}.{hex_of(digest, most=12)}.partial")
-        received = 0
-
-        def attempt() -> None:
-            nonlocal received
-            with partial.open("ab") as file:
-                for chunk in method(DownloadRequest(digest=digest, offset=file.tell())):
-                    if chunk.offset != file.tell():
-                        raise MismatchError(f"{path.name}: chunk at byte {chunk.offset}, expected at {file.tell()}")
-                    if size is not None and chunk.offset + len(chunk.data) > size:
-                        raise MismatchError(f"{path.name}: more than the {size} bytes that were announced")
-                    file.write(chunk.data)
-                    received += len(chunk.data)
-                    progress(len(chunk.data))
-
-        with _disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.patiently(attempt, progress=lambda: received)
-        if (found := digest_file(partial, like=digest)) != digest:
-            partial.unlink()
-            raise MismatchError(f"{path.name}: its digest is {found}, expected {digest}; what came was thrown away")
-        os.replace(partial, path)
-        return received
+        with _disk(path), Incoming(path, digest, size=size, earlier=earlier, progress=progress) as incoming:
+            self.patiently(lambda: incoming.take(method), progress=lambda: incoming.at)
+            incoming.finish()
+            return incoming.received
 
     def upload(self, fleet: Any, header: UploadHeader, path: Path) -> None:
         """Send an update from where the coordinator has it; returns once it is durable there."""
-
-        def parts(offset: int) -> Iterable[UploadPart]:
-            yield UploadPart(header=header)
-            for at, data in read_chunks(path, offset=offset):
-                yield UploadPart(chunk=Chunk(offset=at, data=data))
-
-        kept = 0
-
-        def attempt() -> None:
-            nonlocal kept
-            known = fleet.ResumeUpload(header, timeout=CALL_S)
-            kept = known.offset
-            if not known.complete:
-                fleet.Upload(parts(known.offset))
-
-        self.patiently(attempt, progress=lambda: kept)
+        outgoing = Outgoing(path, header)
+        self.patiently(lambda: outgoing.give(fleet.Upload), progress=lambda: outgoing.kept)
 
 
 @contextmanager

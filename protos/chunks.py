@@ -9,6 +9,8 @@ from typing import Any
 from blake3 import blake3
 
 CHUNK_BYTES = 1 << 20  # 1 MiB: the size at which a plain gRPC stream was fastest, and under its 4 MiB default limit
+WINDOW_BYTES = 8 * CHUNK_BYTES  # of an upload on its way: what its sender may be ahead of what is kept
+STALL_S = 60.0  # a transfer that gets no further for so long is given up by either end, to be resumed
 ALGORITHMS: dict[str, Any] = {"blake3": blake3, "sha256": hashlib.sha256}  # the first is used, all are read
 DIGEST = re.compile(r"(blake3|sha256):([0-9a-f]{64})")
 
@@ -46,6 +48,11 @@ def algorithm_of(digest: str) -> str:
 def hex_of(digest: str, *, most: int = 64) -> str:
     """Return the digits of a digest, or the first of them, as they stand in the names of files."""
     return digest.partition(":")[2][:most]
+
+
+def piece_digests(path: Path) -> list[bytes]:
+    """Return the BLAKE3 digest (32 bytes) of each piece of CHUNK_BYTES of a file, the last of what is left."""
+    return [blake3(data).digest() for _, data in read_chunks(path)]
 
 
 def read_chunks(path: Path, *, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[tuple[int, bytes]]:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from offsite.protos import transfer_pb2 as offsite_dot_protos_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoffsite/protos/fleet.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"6\n\x07TaskKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"A\n\x0c\x45nrolRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\"2\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x16\n\x0ereport_every_s\x18\x02 \x01(\x01\"!\n\x0fPullTaskRequest\x12\x0e\n\x06wait_s\x18\x01 \x01(\x01\"0\n\rPullTaskReply\x12\x0c\n\x04task\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"_\n\x0cUploadHeader\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.offsite.v1.TaskKey\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07metrics\x18\x04 \x01(\t\"0\n\x0cUploadOffset\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"d\n\nUploadPart\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.offsite.v1.UploadHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.offsite.v1.ChunkH\x00\x42\x06\n\x04part\"\x1f\n\rUploadReceipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\xce\x01\n\rReportRequest\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.offsite.v1.TaskKey\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.offsite.v1.TaskState\x12\x0c\n\x04step\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\r\x12\x11\n\x04loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nbytes_down\x18\x07 \x01(\x04\x12\"\n\x06reason\x18\x08 \x01(\x0e\x32\x12.offsite.v1.ReasonB\x07\n\x05_lossJ\x04\x08\x06\x10\x07\"\x1b\n\x0bReportReply\x12\x0c\n\x04stop\x18\x01 \x01(\x08*{\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44OWNLOADING\x10\x01\x12\x0b\n\x07LOADING\x10\x02\x12\x0c\n\x08TRAINING\x10\x03\x12\r\n\tUPLOADING\x10\x04\x12\x0b\n\x07REFUSED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06*\xa6\x05\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42OUND_BASES\x10\x01\x12\x0e\n\nBOUND_DATA\x10\x02\x12\x11\n\rBOUND_METHODS\x10\x03\x12\x13\n\x0f\x42OUND_MIN_STEPS\x10\x04\x12\x13\n\x0f\x42OUND_MAX_STEPS\x10\x05\x12\x18\n\x14\x42OUND_MIN_BATCH_SIZE\x10\x06\x12\x18\n\x14\x42OUND_MAX_BATCH_SIZE\x10\x07\x12\x12\n\x0e\x42OUND_MIN_ROWS\x10\x08\x12\x14\n\x10\x42OUND_MAX_PASSES\x10\t\x12\x1b\n\x17\x42OUND_MAX_LEARNING_RATE\x10\n\x12\x1f\n\x1b\x42OUND_MIN_GRADIENT_CLIPPING\x10\x0b\x12\x14\n\x10\x42OUND_MIN_LENGTH\x10\x0c\x12\x14\n\x10\x42OUND_MAX_LENGTH\x10\r\x12\x14\n\x10\x42OUND_MAX_ROUNDS\x10\x0e\x12\x18\n\x14\x42OUND_MAX_UPLOAD_MIB\x10\x0f\x12\x18\n\x14\x42OUND_MAX_BUNDLE_MIB\x10\x10\x12!\n\x1d\x42OUND_MAX_EMULATOR_PERPLEXITY\x10\x11\x12\x14\n\x10\x42OUND_SUSPICIOUS\x10\x12\x12\x13\n\x0f\x42OUND_MIN_NOISE\x10\x13\x12\x12\n\x0e\x46\x41ULT_INTERNAL\x10 \x12\x0e\n\nFAULT_DATA\x10!\x12\x12\n\x0e\x46\x41ULT_EMULATOR\x10\"\x12\x10\n\x0c\x46\x41ULT_ENGINE\x10#\x12\x10\n\x0c\x46\x41ULT_MEMORY\x10$\x12\x10\n\x0c\x46\x41ULT_KILLED\x10%\x12\x0e\n\nFAULT_DISK\x10&\x12\x12\n\x0e\x46\x41ULT_DIVERGED\x10\'\x12\x12\n\x0e\x46\x41ULT_TRANSFER\x10(\x12\x10\n\x0c\x46\x41ULT_UPDATE\x10)\x12\x0e\n\nFAULT_TASK\x10*2\x85\x03\n\x05\x46leet\x12\x39\n\x05\x45nrol\x12\x18.offsite.v1.EnrolRequest\x1a\x16.offsite.v1.EnrolReply\x12\x42\n\x08PullTask\x12\x1b.offsite.v1.PullTaskRequest\x1a\x19.offsite.v1.PullTaskReply\x12<\n\x08\x44ownload\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12\x42\n\x0cResumeUpload\x12\x18.offsite.v1.UploadHeader\x1a\x18.offsite.v1.UploadOffset\x12=\n\x06Upload\x12\x16.offsite.v1.UploadPart\x1a\x19.offsite.v1.UploadReceipt(\x01\x12<\n\x06Report\x12\x19.offsite.v1.ReportRequest\x1a\x17.offsite.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoffsite/protos/fleet.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"6\n\x07TaskKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"A\n\x0c\x45nrolRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\"2\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x16\n\x0ereport_every_s\x18\x02 \x01(\x01\"!\n\x0fPullTaskRequest\x12\x0e\n\x06wait_s\x18\x01 \x01(\x01\"0\n\rPullTaskReply\x12\x0c\n\x04task\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"_\n\x0cUploadHeader\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.offsite.v1.TaskKey\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07metrics\x18\x04 \x01(\t\"+\n\x0bUploadState\x12\x0c\n\x04kept\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"d\n\nUploadPart\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.offsite.v1.UploadHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.offsite.v1.ChunkH\x00\x42\x06\n\x04part\"\xce\x01\n\rReportRequest\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.offsite.v1.TaskKey\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.offsite.v1.TaskState\x12\x0c\n\x04step\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\r\x12\x11\n\x04loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nbytes_down\x18\x07 \x01(\x04\x12\"\n\x06reason\x18\x08 \x01(\x0e\x32\x12.offsite.v1.ReasonB\x07\n\x05_lossJ\x04\x08\x06\x10\x07\"\x1b\n\x0bReportReply\x12\x0c\n\x04stop\x18\x01 \x01(\x08*{\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44OWNLOADING\x10\x01\x12\x0b\n\x07LOADING\x10\x02\x12\x0c\n\x08TRAINING\x10\x03\x12\r\n\tUPLOADING\x10\x04\x12\x0b\n\x07REFUSED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06*\xa6\x05\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42OUND_BASES\x10\x01\x12\x0e\n\nBOUND_DATA\x10\x02\x12\x11\n\rBOUND_METHODS\x10\x03\x12\x13\n\x0f\x42OUND_MIN_STEPS\x10\x04\x12\x13\n\x0f\x42OUND_MAX_STEPS\x10\x05\x12\x18\n\x14\x42OUND_MIN_BATCH_SIZE\x10\x06\x12\x18\n\x14\x42OUND_MAX_BATCH_SIZE\x10\x07\x12\x12\n\x0e\x42OUND_MIN_ROWS\x10\x08\x12\x14\n\x10\x42OUND_MAX_PASSES\x10\t\x12\x1b\n\x17\x42OUND_MAX_LEARNING_RATE\x10\n\x12\x1f\n\x1b\x42OUND_MIN_GRADIENT_CLIPPING\x10\x0b\x12\x14\n\x10\x42OUND_MIN_LENGTH\x10\x0c\x12\x14\n\x10\x42OUND_MAX_LENGTH\x10\r\x12\x14\n\x10\x42OUND_MAX_ROUNDS\x10\x0e\x12\x18\n\x14\x42OUND_MAX_UPLOAD_MIB\x10\x0f\x12\x18\n\x14\x42OUND_MAX_BUNDLE_MIB\x10\x10\x12!\n\x1d\x42OUND_MAX_EMULATOR_PERPLEXITY\x10\x11\x12\x14\n\x10\x42OUND_SUSPICIOUS\x10\x12\x12\x13\n\x0f\x42OUND_MIN_NOISE\x10\x13\x12\x12\n\x0e\x46\x41ULT_INTERNAL\x10 \x12\x0e\n\nFAULT_DATA\x10!\x12\x12\n\x0e\x46\x41ULT_EMULATOR\x10\"\x12\x10\n\x0c\x46\x41ULT_ENGINE\x10#\x12\x10\n\x0c\x46\x41ULT_MEMORY\x10$\x12\x10\n\x0c\x46\x41ULT_KILLED\x10%\x12\x0e\n\nFAULT_DISK\x10&\x12\x12\n\x0e\x46\x41ULT_DIVERGED\x10\'\x12\x12\n\x0e\x46\x41ULT_TRANSFER\x10(\x12\x10\n\x0c\x46\x41ULT_UPDATE\x10)\x12\x0e\n\nFAULT_TASK\x10*2\xc1\x02\n\x05\x46leet\x12\x39\n\x05\x45nrol\x12\x18.offsite.v1.EnrolRequest\x1a\x16.offsite.v1.EnrolReply\x12\x42\n\x08PullTask\x12\x1b.offsite.v1.PullTaskRequest\x1a\x19.offsite.v1.PullTaskReply\x12<\n\x08\x44ownload\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12=\n\x06Upload\x12\x16.offsite.v1.UploadPart\x1a\x17.offsite.v1.UploadState(\x01\x30\x01\x12<\n\x06Report\x12\x19.offsite.v1.ReportRequest\x1a\x17.offsite.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offsite.protos.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKSTATE']._serialized_start=853
-  _globals['_TASKSTATE']._serialized_end=976
-  _globals['_REASON']._serialized_start=979
-  _globals['_REASON']._serialized_end=1657
+  _globals['_TASKSTATE']._serialized_start=815
+  _globals['_TASKSTATE']._serialized_end=938
+  _globals['_REASON']._serialized_start=941
+  _globals['_REASON']._serialized_end=1619
   _globals['_TASKKEY']._serialized_start=73
   _globals['_TASKKEY']._serialized_end=127
   _globals['_ENROLREQUEST']._serialized_start=129
@@ -48,16 +48,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLTASKREPLY']._serialized_end=331
   _globals['_UPLOADHEADER']._serialized_start=333
   _globals['_UPLOADHEADER']._serialized_end=428
-  _globals['_UPLOADOFFSET']._serialized_start=430
-  _globals['_UPLOADOFFSET']._serialized_end=478
-  _globals['_UPLOADPART']._serialized_start=480
-  _globals['_UPLOADPART']._serialized_end=580
-  _globals['_UPLOADRECEIPT']._serialized_start=582
-  _globals['_UPLOADRECEIPT']._serialized_end=613
-  _globals['_REPORTREQUEST']._serialized_start=616
-  _globals['_REPORTREQUEST']._serialized_end=822
-  _globals['_REPORTREPLY']._serialized_start=824
-  _globals['_REPORTREPLY']._serialized_end=851
-  _globals['_FLEET']._serialized_start=1660
-  _globals['_FLEET']._serialized_end=2049
+  _globals['_UPLOADSTATE']._serialized_start=430
+  _globals['_UPLOADSTATE']._serialized_end=473
+  _globals['_UPLOADPART']._serialized_start=475
+  _globals['_UPLOADPART']._serialized_end=575
+  _globals['_REPORTREQUEST']._serialized_start=578
+  _globals['_REPORTREQUEST']._serialized_end=784
+  _globals['_REPORTREPLY']._serialized_start=786
+  _globals['_REPORTREPLY']._serialized_end=813
+  _globals['_FLEET']._serialized_start=1622
+  _globals['_FLEET']._serialized_end=1943
 # @@protoc_insertion_point(module_scope)

@@ -143,13 +143,13 @@ class UploadHeader(_message.Message):
     metrics: str
     def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., metrics: _Optional[str] = ...) -> None: ...
 
-class UploadOffset(_message.Message):
-    __slots__ = ("offset", "complete")
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    COMPLETE_FIELD_NUMBER: _ClassVar[int]
-    offset: int
-    complete: bool
-    def __init__(self, offset: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+class UploadState(_message.Message):
+    __slots__ = ("kept", "digest")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    kept: int
+    digest: str
+    def __init__(self, kept: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
     __slots__ = ("header", "chunk")
@@ -158,12 +158,6 @@ class UploadPart(_message.Message):
     header: UploadHeader
     chunk: _transfer_pb2.Chunk
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[_transfer_pb2.Chunk, _Mapping]] = ...) -> None: ...
-
-class UploadReceipt(_message.Message):
-    __slots__ = ("digest",)
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    digest: str
-    def __init__(self, digest: _Optional[str] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason")

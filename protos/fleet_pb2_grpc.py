@@ -51,15 +51,10 @@ class FleetStub:
                 request_serializer=offsite_dot_protos_dot_transfer__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_transfer__pb2.Chunk.FromString,
                 _registered_method=True)
-        self.ResumeUpload = channel.unary_unary(
-                '/offsite.v1.Fleet/ResumeUpload',
-                request_serializer=offsite_dot_protos_dot_fleet__pb2.UploadHeader.SerializeToString,
-                response_deserializer=offsite_dot_protos_dot_fleet__pb2.UploadOffset.FromString,
-                _registered_method=True)
-        self.Upload = channel.stream_unary(
+        self.Upload = channel.stream_stream(
                 '/offsite.v1.Fleet/Upload',
                 request_serializer=offsite_dot_protos_dot_fleet__pb2.UploadPart.SerializeToString,
-                response_deserializer=offsite_dot_protos_dot_fleet__pb2.UploadReceipt.FromString,
+                response_deserializer=offsite_dot_protos_dot_fleet__pb2.UploadState.FromString,
                 _registered_method=True)
         self.Report = channel.unary_unary(
                 '/offsite.v1.Fleet/Report',
@@ -92,16 +87,9 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ResumeUpload(self, request, context):
-        """Says how many bytes of an upload are already kept.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Upload(self, request_iterator, context):
-        """First part: the header; then chunks from the offset ResumeUpload gave.
-        The receipt is sent only once the update is durable and has been checked.
+        """First part: the header. Once a state says how much is kept, chunks follow from there on, the sender at most 8 MiB
+        ahead of the last state. A state with a digest is the receipt: the update is checked and durable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,15 +120,10 @@ def add_FleetServicer_to_server(servicer, server):
                     request_deserializer=offsite_dot_protos_dot_transfer__pb2.DownloadRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_transfer__pb2.Chunk.SerializeToString,
             ),
-            'ResumeUpload': grpc.unary_unary_rpc_method_handler(
-                    servicer.ResumeUpload,
-                    request_deserializer=offsite_dot_protos_dot_fleet__pb2.UploadHeader.FromString,
-                    response_serializer=offsite_dot_protos_dot_fleet__pb2.UploadOffset.SerializeToString,
-            ),
-            'Upload': grpc.stream_unary_rpc_method_handler(
+            'Upload': grpc.stream_stream_rpc_method_handler(
                     servicer.Upload,
                     request_deserializer=offsite_dot_protos_dot_fleet__pb2.UploadPart.FromString,
-                    response_serializer=offsite_dot_protos_dot_fleet__pb2.UploadReceipt.SerializeToString,
+                    response_serializer=offsite_dot_protos_dot_fleet__pb2.UploadState.SerializeToString,
             ),
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
@@ -241,33 +224,6 @@ class Fleet:
             _registered_method=True)
 
     @staticmethod
-    def ResumeUpload(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/offsite.v1.Fleet/ResumeUpload',
-            offsite_dot_protos_dot_fleet__pb2.UploadHeader.SerializeToString,
-            offsite_dot_protos_dot_fleet__pb2.UploadOffset.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def Upload(request_iterator,
             target,
             options=(),
@@ -278,12 +234,12 @@ class Fleet:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/offsite.v1.Fleet/Upload',
             offsite_dot_protos_dot_fleet__pb2.UploadPart.SerializeToString,
-            offsite_dot_protos_dot_fleet__pb2.UploadReceipt.FromString,
+            offsite_dot_protos_dot_fleet__pb2.UploadState.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
 PIECE_BYTES = 1 << 20  # of a tensor in memory at a time where a file is read through: it fits a core's cache
+ALONE = 1 << 14  # values that torch works on in the thread that asks; on a busy machine others cost more than they do
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | Non
                 allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
                 raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
         for name, tensor in (fixed or {}).items():
-            flat = iter(torch.split(tensor.flatten(), PIECE_BYTES // tensor.element_size()))
+            flat = iter(torch.split(tensor.flatten(), ALONE))
             if not all(torch.equal(piece, next(flat)) for piece in values(name)):
                 raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
 
@@ -146,7 +147,7 @@ def _values(path: Path) -> Iterator[Callable[[str], Iterator[torch.Tensor]]]:
                 size = os.preadv(handle.fileno(), [buffer[: end - at]], at)
                 if not size:
                     raise MismatchError(f"{path.name}: the file has become shorter while it was read")
-                yield torch.frombuffer(buffer[:size], dtype=tensors[name].dtype)
+                yield from torch.split(torch.frombuffer(buffer[:size], dtype=tensors[name].dtype), ALONE)
                 at += size
 
         yield pieces

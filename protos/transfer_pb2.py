@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doffsite/protos/transfer.proto\x12\noffsite.v1\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doffsite/protos/transfer.proto\x12\noffsite.v1\"?\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04held\x18\x03 \x01(\x0c\"A\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x11\n\x04held\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_heldb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offsite.protos.transfer_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DOWNLOADREQUEST']._serialized_start=45
-  _globals['_DOWNLOADREQUEST']._serialized_end=94
-  _globals['_CHUNK']._serialized_start=96
-  _globals['_CHUNK']._serialized_end=133
+  _globals['_DOWNLOADREQUEST']._serialized_end=108
+  _globals['_CHUNK']._serialized_start=110
+  _globals['_CHUNK']._serialized_end=175
 # @@protoc_insertion_point(module_scope)

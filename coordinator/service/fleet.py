@@ -1,7 +1,7 @@
 """What sites call: thin over the journal, decides nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +12,7 @@ from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.service.reasons import sentence
 from offsite.coordinator.service.threads import Batch, in_thread
-from offsite.coordinator.service.transfers import parts, send
+from offsite.coordinator.service.transfers import parts, receive, send
 from offsite.coordinator.service.uploads import Upload, key_of
 from offsite.coordinator.service.waiting import WaitingRoom
 from offsite.coordinator.store.blobs import Blobs
@@ -84,7 +84,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if request.digest not in await in_thread(self._granted, site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
             path = await asyncio.to_thread(self._blobs.served, request.digest)
-            await send(path, request.offset, context, partial(self._gate.recheck, site))
+            await send(path, request, context, partial(self._gate.recheck, site))
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -102,37 +102,24 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             self._manifests[digest] = frozenset(entry.digest for entry in manifest.files)
         return self._manifests[digest]
 
-    async def ResumeUpload(self, request: pb.UploadHeader, context: Any) -> pb.UploadOffset:
-        """Say where an upload goes on."""
-        async with self._gate(context, "site", request=request) as site:
-            upload = Upload(self._home, self._journal, self._blobs, site.name, request)
-            return pb.UploadOffset(complete=True) if upload.complete else pb.UploadOffset(offset=upload.offset())
-
-    async def Upload(self, request_iterator: AsyncIterator[pb.UploadPart], context: Any) -> pb.UploadReceipt:
+    async def Upload(
+        self, request_iterator: AsyncIterator[pb.UploadPart], context: Any
+    ) -> AsyncIterator[pb.UploadState]:
         """Take an update; the receipt follows once it is checked and durable."""
         async with self._gate(context, "site", transfer=True) as site:
-            recheck = partial(self._gate.recheck, site)
-            return pb.UploadReceipt(digest=await self._receive(site.name, parts(request_iterator), recheck))
-
-    async def _receive(self, site: str, stream: AsyncIterator[pb.UploadPart], recheck: Callable[[], None]) -> str:
-        first = await anext(stream, None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InputError("upload: the first part must be the header")
-        key = key_of(first.header.key, site)
-        await in_thread(self._journal.task, key)  # raises: no state for what does not exist
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:  # a stream that was broken may still end here
-            upload = Upload(self._home, self._journal, self._blobs, site, first.header)
-            if upload.complete:
-                return upload.digest
-            upload.offset()
-            async for part in stream:
-                recheck()
-                upload.write(part.chunk.offset, part.chunk.data)
-            recheck()
-            digest = await asyncio.to_thread(upload.finish)
-        self._pace.forget(key)
-        return digest
+            stream = parts(request_iterator, partial(self._gate.recheck, site))
+            first = await anext(stream, None)
+            if first is None or first.WhichOneof("part") != "header":
+                raise InputError("upload: the first part must be the header")
+            key = key_of(first.header.key, site.name)
+            await in_thread(self._journal.task, key)  # raises: no state for what does not exist
+            async with self._locks.setdefault(key, asyncio.Lock()):  # a stream that was broken may still end here
+                upload = await in_thread(Upload, self._home, self._journal, self._blobs, site.name, first.header)
+                if not upload.complete:
+                    async for kept in receive(upload, stream):
+                        yield pb.UploadState(kept=kept)
+                    self._pace.forget(key)
+                yield pb.UploadState(digest=upload.digest)
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
         """Record progress; tell the site to stop when its task is closed."""

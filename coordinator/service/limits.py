@@ -19,11 +19,10 @@ REST_S = BURST / RATE  # after which a caller may do at once what a new one may
 CALLS = 32  # of one certificate in progress: a poll, a heartbeat and a transfer, or as many watched runs
 TRANSFERS = 4  # of one certificate in progress: one, and what the network has not yet told to be broken
 ALL_TRANSFERS = 64  # each holds up to three chunks of a mebibyte for a reader that stalls
-STALL_S = 60.0  # a transfer whose other end takes or gives nothing for so long is ended; it is resumed by offset
 
 # Characters or bytes of a request's fields; one that is not named here has at most NAME.
 NAME = 128
-LENGTHS = {"version": 200, "metrics": 4 << 20, "spec": 1 << 20, "data": 1 << 20}
+LENGTHS = {"version": 200, "metrics": 4 << 20, "spec": 1 << 20, "data": 1 << 20, "held": 1 << 20}
 
 
 def check_request(request: Message) -> None:

@@ -1,34 +1,70 @@
-"""Bytes on their way: a transfer whose other end takes or gives nothing for a while is ended, to be resumed."""
+"""Bytes on their way: read and written in threads, a chunk at a time, each file opened once.
+
+A transfer that gets no further for STALL_S is ended, to be resumed.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from offsite.coordinator.service.limits import STALL_S, check_request
-from offsite.protos.chunks import read_chunks
+from blake3 import blake3
+
+from offsite.coordinator.service.limits import check_request
+from offsite.coordinator.service.uploads import Upload
+from offsite.protos.chunks import CHUNK_BYTES, STALL_S
 from offsite.protos.errors import InputError, UnreachableError
 from offsite.protos.fleet_pb2 import UploadPart
-from offsite.protos.transfer_pb2 import Chunk
+from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
 
-PIECE_BYTES = 1 << 18  # sent at once: gRPC holds several of them for a reader that stalls
+HASH_BYTES = 32  # of the digest of a piece that a caller holds
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_bytes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="transfer")
+_checks = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")  # seconds each, of a large update
 
 
-async def send(path: Path, offset: int, context: Any, recheck: Callable[[], None]) -> None:
+async def _apart(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Make a call in a thread; one that is cancelled meanwhile waits for it, so that no file is closed under it."""
+    work = asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    finally:
+        await asyncio.wait([work])
+
+
+async def send(path: Path, request: DownloadRequest, context: Any, recheck: Callable[[], None]) -> None:
     """Send a file from an offset on; `recheck` is asked before each chunk whether the caller may still have it."""
-    if offset > path.stat().st_size:
-        raise InputError(f"offset {offset} is beyond the end of the file; start again")
-    for at, data in read_chunks(path, offset=offset, size=PIECE_BYTES):
-        recheck()
-        try:
-            async with asyncio.timeout(STALL_S):
-                await context.write(Chunk(offset=at, data=data))
-        except TimeoutError:
-            raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; resume at byte {at}") from None
+    if request.offset > path.stat().st_size:
+        raise InputError(f"offset {request.offset} is beyond the end of the file; start again")
+    if len(request.held) % HASH_BYTES:
+        raise InputError(f"held: {len(request.held)} bytes are no digests of {HASH_BYTES} bytes each")
+    pieces = (request.held[at : at + HASH_BYTES] for at in range(0, len(request.held), HASH_BYTES))
+    held = {piece: number for number, piece in enumerate(pieces)}
+    at = request.offset
+    with path.open("rb", buffering=0) as file:
+        file.seek(at)
+        while data := await _apart(_bytes, file.read, CHUNK_BYTES):
+            recheck()
+            number = held.get(await _apart(_bytes, _digest, data)) if held else None
+            chunk = Chunk(offset=at, data=data) if number is None else Chunk(offset=at, held=number)
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await context.write(chunk)
+            except TimeoutError:
+                raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; resume at byte {at}") from None
+            at += len(data)
 
 
-async def parts(stream: AsyncIterator[UploadPart]) -> AsyncIterator[UploadPart]:
-    """Yield the parts of an upload, each within its bounds."""
+def _digest(data: bytes) -> bytes:
+    return blake3(data).digest()
+
+
+async def parts(stream: AsyncIterator[UploadPart], recheck: Callable[[], None]) -> AsyncIterator[UploadPart]:
+    """Yield the parts of an upload, each within its bounds, of a caller who may still send them."""
     incoming = aiter(stream)
     while True:
         try:
@@ -36,7 +72,29 @@ async def parts(stream: AsyncIterator[UploadPart]) -> AsyncIterator[UploadPart]:
                 part = await anext(incoming, None)
         except TimeoutError:
             raise UnreachableError(f"upload: nothing came for {STALL_S:.0f} s; resume") from None
+        recheck()
         if part is None:
             return
         check_request(part)
         yield part
+
+
+async def receive(upload: Upload, stream: AsyncIterator[UploadPart]) -> AsyncIterator[int]:
+    """Write the chunks of an upload and accept it; yields the bytes that are kept, first of all and whenever it grows.
+
+    One chunk is written while the next one comes.
+    """
+    kept = asyncio.create_task(_apart(_bytes, upload.begin))
+    try:
+        yield await kept
+        async for part in stream:
+            yield await kept
+            kept = asyncio.create_task(_apart(_bytes, upload.write, part.chunk.offset, part.chunk.data))
+        size = await kept
+        accepted = asyncio.create_task(_apart(_checks, upload.finish))
+        while not (await asyncio.wait([accepted], timeout=STALL_S / 4))[0]:
+            yield size
+        await accepted
+    finally:
+        await asyncio.wait([kept])
+        upload.close()

@@ -1,12 +1,14 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
+from io import BufferedWriter
+
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.steps.results import BUILD
 from offsite.coordinator.runs.versions import read_schema
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
-from offsite.protos.chunks import hex_of, is_digest
+from offsite.protos.chunks import algorithm_of, hasher, hex_of, is_digest, read_chunks
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
 from offsite.protos.events import UpdateAccepted
@@ -29,6 +31,8 @@ class Upload:
         self._stem = f"{header.key.run}-{header.key.round}-{site}-{header.key.attempt}-"
         self._file = home.spool / (self._stem + hex_of(header.digest))
         self._run = journal.run(header.key.run)
+        self._output: BufferedWriter | None = None
+        self._whole, self._kept = hasher(algorithm_of(header.digest)), 0
 
     @property
     def complete(self) -> bool:
@@ -45,8 +49,8 @@ class Upload:
     def _what(self) -> str:
         return f"update of {self._key.site}, round {self._key.round + 1}"
 
-    def offset(self) -> int:
-        """Bytes that are kept already; raises when the update is not wanted or cannot fit."""
+    def begin(self) -> int:
+        """Open what is kept already and return its size; raises when the update is not wanted or cannot fit."""
         if self._task.state not in OPEN or self._run.state not in LIVE:
             state = self._task.state if self._run.state in LIVE else f"run {self._run.state}"
             raise RefusedError(f"{self._what()}: the task is closed ({state}); the update is not wanted")
@@ -57,44 +61,63 @@ class Upload:
         if not 0 < self._header.size <= limit:
             raise MismatchError(f"{self._what()}: {self._header.size} bytes announced, at most {limit} can be right")
         room(self._file.parent, self._header.size)
-        return self._file.stat().st_size if self._file.exists() else 0
+        self._output = self._file.open("ab")
+        for offset, data in read_chunks(self._file):
+            self._whole.update(data)
+            self._kept = offset + len(data)
+        return self._kept
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Append a chunk; raises UnreachableError, to resume, unless it goes on where the last one ended."""
-        with self._file.open("ab") as file:
-            if file.tell() != offset:
-                # Of a stream that lost the race with its own successor: the site asks again where to go on.
-                raise UnreachableError(f"{self._what()}: chunk at byte {offset}, expected at {file.tell()}; resume")
-            if offset + len(data) > self._header.size:
-                raise MismatchError(f"{self._what()}: more bytes than the {self._header.size} announced")
-            file.write(data)
+    def write(self, offset: int, data: bytes) -> int:
+        """Append a chunk and return what is kept; raises UnreachableError, to resume, unless the chunk goes on there.
 
-    def finish(self) -> str:
-        """Check the whole update, make it durable, close the task; return the digest."""
-        size = self._file.stat().st_size if self._file.exists() else 0
-        if size < self._header.size:
-            raise InputError(f"{self._what()}: {size} of {self._header.size} bytes came; resume the upload")
+        Its hash is taken on the way: a complete update is not read again for it.
+        """
+        if offset != self._kept:
+            # Of a stream that lost the race with its own successor: the site asks again where to go on.
+            raise UnreachableError(f"{self._what()}: chunk at byte {offset}, expected at {self._kept}; resume")
+        if offset + len(data) > self._header.size:
+            raise MismatchError(f"{self._what()}: more bytes than the {self._header.size} announced")
+        assert self._output is not None, "begin() opens it"
+        self._output.write(data)
+        self._output.flush()
+        self._whole.update(data)
+        self._kept += len(data)
+        return self._kept
+
+    def close(self) -> None:
+        """Close the file; what is kept stays, to be resumed."""
+        if self._output is not None:
+            self._output.close()
+
+    def finish(self) -> None:
+        """Check the whole update, make it durable, close the task."""
+        if self._kept < self._header.size:
+            raise InputError(f"{self._what()}: {self._kept} of {self._header.size} bytes came; resume the upload")
         from offsite.protos.upload.admission import admit, admit_metrics  # torch: a server that only waits needs none
 
         try:
+            self._check_digest()
             metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
             admit_metrics(metrics, self._spec)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
             schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
-            admit(self._file, self._spec, schema, broadcast=self._blobs.path(self._spec.adapter), max_norm=most)
-            digest, _ = self._blobs.take(self._file, digest=self._header.digest)
+            admit(self._file, self._spec, schema, broadcast=self._blobs.served(self._spec.adapter), max_norm=most)
+            size = self._blobs.keep(self._file, self.digest)
         except (InputError, MismatchError) as error:
             self._file.unlink(missing_ok=True)
             self.fail(str(error))
             raise
-        values = {"state": "uploaded", "update": digest, "metrics": self._header.metrics, "bytes_up": size}
+        values = {"state": "uploaded", "update": self.digest, "metrics": self._header.metrics, "bytes_up": size}
         site, number, examples = self._key.site, self._key.round + 1, metrics.examples
         accepted = UpdateAccepted(round=number, site=site, loss=metrics.loss, bytes=size, examples=examples)
-        if self._journal.set_task(self._key, accepted, **values):
-            return digest
-        if self._journal.task(self._key).update != digest:
-            raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")
-        return digest
+        if not self._journal.set_task(self._key, accepted, **values):
+            if self._journal.task(self._key).update != self.digest:
+                raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")
+
+    def _check_digest(self) -> None:
+        digest = f"{algorithm_of(self.digest)}:{self._whole.hexdigest()}"
+        if digest != self.digest:
+            raise MismatchError(f"{self._what()}: its digest is {digest}, announced was {self.digest}")
 
     def fail(self, message: str) -> None:
         """Close the attempt; the supervisor may offer another."""

@@ -6,8 +6,11 @@ A real coordinator's service and a site's channel, each in a process of its own,
 loopback: the site downloads an adapter and uploads an update, which is hashed, on disk, checked and stored when the
 receipt comes. The yardstick is as many bytes down and up through a bare Python gRPC stream (an asyncio server, a
 client of threads, mutual TLS, pieces of 1 MiB from memory), hashed where they arrive with the same hash and dropped.
-Both are measured in turns. Prints a JSON line: medians of seconds and of their ratio, and the most memory that each end
-had resident beyond what it had when it waited for its first call (`clear_refs` of Linux's /proc resets the peak).
+
+Both are measured in turns, and the medians printed as a JSON line: seconds; their ratio, and that of the seconds of CPU
+of both ends together, which a busy machine disturbs less; and the most memory that each end had resident beyond what
+it had when it waited for its first call (`clear_refs` of Linux's /proc resets the peak). A first update of 1 MB goes
+before, with which the coordinator loads its tensor library: `first_s` is the seconds of that, its memory counts.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.tls import channel_credentials, server_credentials
 
-RUN, SITE = "run", "bank"
+SITE = "bank"
 METHOD = "/bench/"
 PIECE = bytes(range(256)) * (CHUNK_BYTES // 256)
 
@@ -56,8 +59,10 @@ async def raw_server(kit: Path, pipe: Connection, count: int) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
     port = server.add_secure_port("127.0.0.1:0", server_credentials(Identity.load(kit)))
     await server.start()
+    cpu = cpu_s()
     pipe.send(port)
     await asyncio.to_thread(pipe.recv)
+    pipe.send(cpu_s() - cpu)
     await server.stop(grace=None)
 
 
@@ -88,6 +93,16 @@ def forget_peak() -> int:
     return resident("VmRSS")
 
 
+def peak_mb(idle: int) -> float:
+    """Return the most this process had resident beyond what it had idle, in MB."""
+    return (resident("VmHWM") - idle) / 1e6
+
+
+def cpu_s() -> float:
+    """Return the seconds of CPU this process has used, in all its threads."""
+    return time.process_time()
+
+
 class Idle:
     """An executor that leaves runs alone."""
 
@@ -99,11 +114,22 @@ class Idle:
 
 
 def prepare(folder: Path, *, size: int) -> None:
-    """Make kits, a home with one open task for the site, and the update that answers it."""
+    """Make kits, a home with two open tasks for the site, a small one and that to measure, and updates for them."""
+    from offsite.coordinator.home import Home
+
+    authority = Authority.create(folder / "pki")
+    kit = authority.issue("coordinator", "coordinator")
+    authority.issue("site", SITE)
+    home = Home(folder / "home", kit).prepare()
+    for run, nbytes in (("first", 10**6), ("measured", size)):
+        open_task(home, folder, run, size=nbytes)
+
+
+def open_task(home: Any, folder: Path, run: str, *, size: int) -> None:
+    """Add a run with one task, and leave the task and its update in the folder, as RUN.json and RUN."""
     import torch
 
     from offsite.coordinator.bundles.manifests import describe
-    from offsite.coordinator.home import Home
     from offsite.coordinator.runs.steps.results import BUILD, Built
     from offsite.coordinator.runs.steps.storage import store_schema
     from offsite.coordinator.runs.versions import Version
@@ -114,66 +140,40 @@ def prepare(folder: Path, *, size: int) -> None:
     from offsite.protos.documents import to_json, to_plain
     from offsite.protos.spec import BaseRef, Choice, LocalTraining, Manifest, RunSpec, TaskSpec
 
-    authority = Authority.create(folder / "pki")
-    kit = authority.issue("coordinator", "coordinator")
-    authority.issue("site", SITE)
-    home = Home(folder / "home", kit).prepare()
     journal, blobs = home.journal(), home.blobs()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(size)
     adapter = {f"{layer}.q.A": torch.randn(size // 160, generator=generator) for layer in range(40)}
     tensors.save(folder / "adapter", adapter)
     digest, nbytes = blobs.take(folder / "adapter")
     base = BaseRef(name="m", digest=digest, layers=1, parameters=1)
-    shape: dict[str, Any] = {
-        "layers": (0,),
-        "trainable": (0,),
-        "shared": {},
-        "parameters": 1,
-        "verbatim": 1,
-        "lossy": 0,
-    }
-    listed = Manifest(base=base, builders=(Choice(name="whole"),), **shape, files=())
-    (folder / "manifest").write_bytes(to_json(listed))
-    manifest, manifest_size = blobs.take(folder / "manifest")
+    counts = {"parameters": 1, "verbatim": 1, "lossy": 0}
+    whole = (Choice(name="whole"),)
+    manifest = Manifest(base=base, builders=whole, layers=(0,), trainable=(0,), shared={}, files=(), **counts)
+    (folder / "manifest").write_bytes(to_json(manifest))
+    listed, listed_size = blobs.take(folder / "manifest")
     schema = {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in adapter.items()}
+    method: dict[str, Any] = {"method": Choice(name="lora"), "method_hash": digest}
     built = Built(
-        manifest=manifest,
-        manifest_size=manifest_size,
-        bundle=describe(listed),
-        base=base,
+        **{"manifest": listed, "manifest_size": listed_size, "bundle": describe(manifest), "base": base, **method},
         version=Version(adapter=digest, broadcast={"": Stored(digest=digest, size=nbytes)}),
         tiers={SITE: ""},
         schema=store_schema(blobs, folder, schema),
-        method=Choice(name="lora"),
-        method_hash=digest,
-        learning_rate=1e-3,
-        computed="fp32",
-        recovery=None,
+        **{"learning_rate": 1e-3, "computed": "fp32", "recovery": None},
     )
     task = TaskSpec(
-        run=RUN,
-        round=0,
-        rounds=1,
-        site=SITE,
-        attempt=0,
-        base=digest,
-        manifest=manifest,
-        manifest_size=manifest_size,
-        adapter=digest,
-        adapter_size=nbytes,
-        method=Choice(name="lora"),
-        method_hash=digest,
+        **{"run": run, "round": 0, "rounds": 1, "site": SITE, "attempt": 0, "base": digest, **method},
+        **{"manifest": listed, "manifest_size": listed_size, "adapter": digest, "adapter_size": nbytes},
         training=LocalTraining(steps=1, learning_rate=1e-3),
     )
-    journal.add_run(RUN, token=RUN, owner="olga", spec=to_json(RunSpec(model="m", max_update_norm=1e6)))
-    journal.add_step(RUN, BUILD.name, to_plain(built))
-    journal.add_task(Key(run=RUN, round=0, site=SITE, attempt=0), spec=to_json(task), signature=b"s")
+    journal.add_run(run, token=run, owner="olga", spec=to_json(RunSpec(model="m", max_update_norm=1e6)))
+    journal.add_step(run, BUILD.name, to_plain(built))
+    journal.add_task(Key(run=run, round=0, site=SITE, attempt=0), spec=to_json(task), signature=b"s")
     journal.close()
     for tensor in adapter.values():
         tensor += 1e-3
     origin = {"broadcast": task.adapter, "method_hash": task.method_hash}
-    tensors.save(folder / "update", adapter, metadata={"offsite": json.dumps(origin)})
-    (folder / "task").write_bytes(to_json(task))
+    tensors.save(folder / run, adapter, metadata={"offsite": json.dumps(origin)})
+    (folder / f"{run}.json").write_bytes(to_json(task))
 
 
 async def coordinator(folder: Path, pipe: Connection) -> None:
@@ -194,35 +194,47 @@ async def coordinator(folder: Path, pipe: Connection) -> None:
     server = Server(home, lambda home: Idle(), policy=OwnerPolicy())
     work = asyncio.create_task(server.serve(parse("127.0.0.1:0", listening=True), ready=ready))
     await asyncio.to_thread(pipe.recv)
-    pipe.send(resident("VmHWM") - idle)
+    cpu = cpu_s()
+    pipe.send("go")
+    await asyncio.to_thread(pipe.recv)
+    pipe.send({"cpu_s": cpu_s() - cpu, "mb": peak_mb(idle)})
     work.cancel()
 
 
 def site(folder: Path, pipe: Connection, port: int) -> None:
-    """Download and upload over a site's channel; says the seconds of each, and the peak of its memory."""
+    """Do both tasks over a site's channel; says what the measured one took, and the peak of its memory."""
     from offsite.client.channel import Channel
     from offsite.protos import fleet_pb2 as pb
     from offsite.protos import fleet_pb2_grpc
+
+    channel = Channel(f"127.0.0.1:{port}", Identity.load(folder / "pki" / SITE))
+    fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+    channel.call(fleet.Enrol, pb.EnrolRequest(version="0", examples=1))
+    idle = forget_peak()
+    first = sum(down_and_up(channel, fleet, folder, "first"))
+    pipe.send("measured")
+    pipe.recv()
+    cpu = cpu_s()
+    down, up = down_and_up(channel, fleet, folder, "measured")
+    pipe.send({"first_s": first, "down_s": down, "up_s": up, "cpu_s": cpu_s() - cpu, "mb": peak_mb(idle)})
+    channel.close()
+
+
+def down_and_up(channel: Any, fleet: Any, folder: Path, run: str) -> tuple[float, float]:
+    """Download what a task starts from and upload its update; return the seconds of each."""
+    from offsite.protos import fleet_pb2 as pb
     from offsite.protos.chunks import digest_file
     from offsite.protos.documents import from_json, to_json
     from offsite.protos.spec import TaskSpec, UpdateMetrics
 
-    channel = Channel(f"127.0.0.1:{port}", Identity.load(folder / "pki" / SITE))
-    fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
-    task = from_json(TaskSpec, (folder / "task").read_bytes(), where="task")
-    channel.call(fleet.Enrol, pb.EnrolRequest(version="0", examples=1))
-    idle, start = forget_peak(), time.perf_counter()
-    channel.download(fleet.Download, task.adapter, folder / "work" / "adapter", size=task.adapter_size)
-    middle, update = time.perf_counter(), folder / "update"
-    header = pb.UploadHeader(
-        key=pb.TaskKey(run=RUN, round=0, attempt=0),
-        digest=digest_file(update),
-        size=update.stat().st_size,
-        metrics=to_json(UpdateMetrics(examples=1, tokens=1, loss=1.0, engine="none")).decode(),
-    )
-    channel.upload(fleet, header, update)
-    pipe.send((middle - start, time.perf_counter() - middle, resident("VmHWM") - idle))
-    channel.close()
+    task = from_json(TaskSpec, (folder / f"{run}.json").read_bytes(), where="task")
+    metrics = to_json(UpdateMetrics(examples=1, tokens=1, loss=1.0, engine="none")).decode()
+    start, update = time.perf_counter(), folder / run
+    channel.download(fleet.Download, task.adapter, folder / "work" / run, size=task.adapter_size)
+    middle = time.perf_counter()
+    key, size = pb.TaskKey(run=run, round=0, attempt=0), update.stat().st_size
+    channel.upload(fleet, pb.UploadHeader(key=key, digest=digest_file(update), size=size, metrics=metrics), update)
+    return middle - start, time.perf_counter() - middle
 
 
 # both, in turns
@@ -250,24 +262,26 @@ def measured(folder: Path, *, size: int) -> dict[str, float]:
     prepare(folder, size=size)
     kits, count = folder / "pki", size // CHUNK_BYTES
     child, pipe = started(raw_server, kits / "coordinator", ..., count)
-    raw_down, raw_up = raw_client(kits / SITE, pipe.recv(), count)
+    port, cpu = pipe.recv(), cpu_s()
+    raw_down, raw_up = raw_client(kits / SITE, port, count)
+    cpu = cpu_s() - cpu
     pipe.send("stop")
+    raw_cpu = cpu + pipe.recv()
     child.join()
     child, pipe = started(coordinator, folder, ...)
     other, others = started(site, folder, ..., pipe.recv())
-    down, up, at_site = others.recv()
+    for one, two in ((others, pipe), (pipe, others)):  # the small task is over, and both have looked at their clocks
+        two.send(one.recv())
+    there = others.recv()
     other.join()
     pipe.send("stop")
-    at_coordinator = pipe.recv()
+    here = pipe.recv()
     child.join()
     return {
-        "raw_down_s": raw_down,
-        "raw_up_s": raw_up,
-        "down_s": down,
-        "up_s": up,
-        "ratio": (down + up) / (raw_down + raw_up),
-        "coordinator_mb": at_coordinator / 1e6,
-        "site_mb": at_site / 1e6,
+        **{"raw_down_s": raw_down, "raw_up_s": raw_up, "down_s": there["down_s"], "up_s": there["up_s"]},
+        "ratio": (there["down_s"] + there["up_s"]) / (raw_down + raw_up),
+        "cpu_ratio": (there["cpu_s"] + here["cpu_s"]) / raw_cpu,
+        **{"first_s": there["first_s"], "coordinator_mb": here["mb"], "site_mb": there["mb"]},
     }
 
 

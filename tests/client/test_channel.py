@@ -35,7 +35,7 @@ class Sender:
         self.data, self.break_at, self.shift = data, break_at, shift
         self.offsets: list[int] = []
 
-    def __call__(self, request: DownloadRequest) -> Iterator[Chunk]:
+    def __call__(self, request: DownloadRequest, *, stall_s: float) -> Iterator[Chunk]:
         self.offsets.append(request.offset)
         for at in range(request.offset, len(self.data), 1000):
             if self.break_at is not None and at >= self.break_at:

@@ -129,14 +129,14 @@ metrics = st.builds(lambda value: as_json(value).decode(), values) | words
 headers = st.builds(fleet_pb2.UploadHeader, key=keys, digest=words, size=large, metrics=metrics)
 chunks = st.builds(transfer_pb2.Chunk, offset=large, data=st.binary(max_size=50))
 parts = st.builds(fleet_pb2.UploadPart, header=headers) | st.builds(fleet_pb2.UploadPart, chunk=chunks)
-downloads = st.builds(transfer_pb2.DownloadRequest, digest=words, offset=large)
+held = st.binary(max_size=99) | st.just(bytes(64))
+downloads = st.builds(transfer_pb2.DownloadRequest, digest=words, offset=large, held=held)
 specs = changed(RUN).map(as_json) | st.binary(max_size=50) | st.sampled_from([b"[" * 99_999, b"9" * 5000])
 
 FLEET = {
     "Enrol": st.builds(fleet_pb2.EnrolRequest, version=words, policy=words, examples=large),
     "PullTask": st.builds(fleet_pb2.PullTaskRequest, wait_s=reals),
     "Download": downloads,
-    "ResumeUpload": headers,
     "Upload": st.lists(parts, max_size=4),
     "Report": st.builds(
         fleet_pb2.ReportRequest,

@@ -112,19 +112,19 @@ def test_a_broken_upload_resumes_where_it_ended_and_a_wrong_digest_is_refused(fe
             yield pb.UploadPart(chunk=Chunk(offset=0, data=data[:half]))
 
         with pytest.raises(InputError, match=f"{half} of {len(data)} bytes came; resume"):
-            rogue.channel.patiently(lambda: rogue.fleet.Upload(begin()))
-        known = rogue.channel.call(rogue.fleet.ResumeUpload, header)
-        assert (known.offset, known.complete) == (half, False)
+            list(rogue.channel.stream(rogue.fleet.Upload, begin()))
+        state = next(rogue.channel.stream(rogue.fleet.Upload, iter([pb.UploadPart(header=header)])))
+        assert (state.kept, state.digest) == (half, "")
 
         def jump() -> Iterator[pb.UploadPart]:
             yield pb.UploadPart(header=header)
             yield pb.UploadPart(chunk=Chunk(offset=half + 1, data=data[half + 1 :]))
 
-        rogue.channel.patience_s = 0.1
         with pytest.raises(UnreachableError, match=f"chunk at byte {half + 1}, expected at {half}; resume"):
-            rogue.channel.patiently(lambda: rogue.fleet.Upload(jump()))
+            list(rogue.channel.stream(rogue.fleet.Upload, jump()))
         rogue.channel.upload(rogue.fleet, header, path)
-        assert rogue.channel.call(rogue.fleet.ResumeUpload, header).complete
+        (state,) = rogue.channel.stream(rogue.fleet.Upload, iter([pb.UploadPart(header=header)]))
+        assert state.digest == header.digest, "it is acknowledged again, and not sent again"
         assert run.wait().state == "completed"
 
         run = rogue.submit(session)
@@ -182,7 +182,7 @@ def test_a_revoked_site_loses_what_it_has_open(federation: Any, rogue: Any) -> N
             go_on.wait(60)
             yield pb.UploadPart(chunk=Chunk(offset=100, data=data[100:]))
 
-        upload = pool.submit(rogue.channel.patiently, lambda: rogue.fleet.Upload(slowly()))
+        upload = pool.submit(lambda: list(rogue.channel.stream(rogue.fleet.Upload, slowly())))
         poll = pool.submit(waiting.pull)
         assert sent.wait(60)
         for name in (rogue.name, waiting.name):
@@ -218,7 +218,7 @@ def test_a_site_that_goes_back_and_forth_gets_no_further(federation: Any, rogue:
         assert sum(event.kind == "site" for event in run.watch()) < 8
     endless = pb.UploadHeader(key=pb.TaskKey(run="x" * 4_000_000))
     with pytest.raises(InputError, match="run: 4000000 characters came, at most 128"):
-        rogue.channel.call(rogue.fleet.ResumeUpload, endless)
+        list(rogue.channel.stream(rogue.fleet.Upload, iter([pb.UploadPart(header=endless)])))
 
 
 def test_nothing_older_than_tls_1_3_is_spoken(federation: Any, rogue: Any) -> None:
