@@ -16,7 +16,8 @@ MOST = 40  # lines of one kind; the report has them all
 
 def table(report: dict[str, Any]) -> RenderableType:
     """Draw a report: what could not be measured is blank, what is no number is said to be none."""
-    said = [f"warning: {warning}" for warning in report["warnings"]]
+    said = [lineage(report)] if report.get("continues") else []
+    said += [f"warning: {warning}" for warning in report["warnings"]]
     said += missing(report)
     if not report["overall"]:
         return Group(
@@ -43,6 +44,12 @@ def table(report: dict[str, Any]) -> RenderableType:
     said += [f"attack: {one['name']}: perplexity {short(one['overall']) or 'not finite'}" for one in report["attacks"]]
     said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
     return Group(grid, *_lines(said), Text(moved(report)))
+
+
+def lineage(report: dict[str, Any]) -> str:
+    """Say what a run went on from."""
+    last = report["continues"]
+    return f"goes on from round {last['round']} of run {last['run']} ({last['rounds']} rounds led to it)"
 
 
 def missing(report: dict[str, Any]) -> list[str]:

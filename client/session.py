@@ -12,7 +12,7 @@ with connect("coordinator:8443", identity="kits/alice") as session:
 import logging
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -184,8 +184,13 @@ class Session:
         """Fetch one published file."""
         return self._channel.download(self._runs.Fetch, digest, path)
 
-    def submit(self, spec: RunSpec, *, token: str = "") -> Run:
-        """Submit a run. The same token with the same spec gives the same run, so a submission may be repeated."""
+    def submit(self, spec: RunSpec, *, token: str = "", start: "Run | str | None" = None) -> Run:
+        """Submit a run. The same token with the same spec gives the same run, so a submission may be repeated.
+
+        It goes on from `start`, a run that is completed, or "RUN:ROUND" for a round that is done, if one is given.
+        """
+        if start is not None:
+            spec = replace(spec, start=start.id if isinstance(start, Run) else start)
         request = pb.SubmitRequest(token=token or secrets.token_hex(16), spec=to_json(spec))
         return Run(self, self.call("Submit", request))
 

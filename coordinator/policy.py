@@ -16,9 +16,9 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.emulator.catalogue import BUILDERS, FIRST, METHODS
 from offsite.protos.documents import document, from_toml, nearest, parse, to_plain
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
-from offsite.protos.ranges import AboveZero, Name, Place, Positive, Share, Word
+from offsite.protos.ranges import AboveZero, Flag, Name, Place, Positive, Share, Word
 from offsite.protos.security.certificates import Role
-from offsite.protos.spec import Choice, RunSpec
+from offsite.protos.spec import Ancestor, Choice, RunSpec
 
 MIB = 1 << 20
 Words = Annotated[tuple[Word, ...], Field(max_length=256)]
@@ -35,7 +35,8 @@ class OwnerPolicy:
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
-    max_rounds: Positive = 20
+    continued: Flag = True  # whether runs may go on from a version of another one of theirs
+    max_rounds: Positive = 20  # of a run, and of those that it goes on from
     max_steps: Positive = 1000  # optimiser steps of one round at one site
     max_tuning_steps: Positive = 10_000  # of a builder, of realignment between rounds, and of an attack
     max_batch_size: Positive = 64
@@ -64,7 +65,7 @@ class OwnerPolicy:
         models = {name: _model(path, name, place) for name, place in policy.models.items()}
         return replace(policy, models=models, data=tuple(map(str, folders)))
 
-    def grant(self, spec: RunSpec, *, role: Role, person: str, live: int) -> Grant:
+    def grant(self, spec: RunSpec, *, role: Role, person: str, live: int, continues: Ancestor | None = None) -> Grant:
         """Let a run in: return it with the places its names stand for.
 
         Args:
@@ -72,12 +73,13 @@ class OwnerPolicy:
             role: of who submitted it; an owner may name any place, and is bound by nothing.
             person: who submitted it.
             live: how many runs of theirs are not over.
+            continues: the version that its start stands for.
 
         Raises RefusedError naming the bound it goes beyond.
         """
         bound = role != "owner"
         if bound:
-            self._check(spec, person=person, live=live)
+            self._check(spec, person=person, live=live, continues=continues)
         model = self.models.get(spec.model, spec.model)
         texts = {name: self._file(name, bound=bound) for name in _texts(spec)}
         placed = to_plain(spec) | {
@@ -89,6 +91,7 @@ class OwnerPolicy:
         }
         names = {place: name for name, place in {spec.model: model, **texts}.items() if place != name}
         granted = {
+            "continues": continues,
             "role": "researcher" if bound else "owner",
             "names": names,
             "folders": self.data if bound else (),
@@ -97,7 +100,7 @@ class OwnerPolicy:
         }
         return parse(Grant, placed | granted, where="run spec")
 
-    def _check(self, spec: RunSpec, *, person: str, live: int) -> None:
+    def _check(self, spec: RunSpec, *, person: str, live: int, continues: Ancestor | None) -> None:
         if spec.model not in self.models:
             known = ", ".join(self.models) or "none"
             raise _refused("models", f"a run's model is one of the policy's names ({known})")
@@ -108,11 +111,13 @@ class OwnerPolicy:
             raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
         if spec.merge and person not in self.merged:
             raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
+        if continues and not self.continued:
+            raise _refused("continued", "a run begins from what changes nothing, not from a version of another one")
         training = spec.training
         tuning = [_largest(builder, "steps", "iterations") for builder in spec.builders]
         batches = [_largest(builder, "batch_size") for builder in spec.builders]
         for bound, asked in {
-            "max_rounds": spec.rounds,
+            "max_rounds": spec.rounds + (continues.rounds if continues else 0),
             "max_steps": training.steps,
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
@@ -168,7 +173,8 @@ class OwnerPolicy:
             ("most disclosed", f"{self.max_disclosed:.0%}", f"verbatim {share}"),
             ("with few bits", f"{self.max_disclosed_lossy:.0%}", f"verbatim or rounded {share}"),
             ("merged models", ", ".join(self.merged) or "owners only", "who may have the base with the change in it"),
-            ("most rounds", str(self.max_rounds), "of one run"),
+            ("continued runs", "yes" if self.continued else "no", "from a version of another run of theirs"),
+            ("most rounds", str(self.max_rounds), "of one run and of those that it goes on from"),
             ("most steps", str(self.max_steps), "of one round at one site"),
             (
                 "most tuning",

@@ -52,6 +52,8 @@ def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed
         lost = {run.id for run in forgotten}
         keep: set[str] = set()
         for run in runs:
+            if run.state in LIVE:
+                keep |= _goes_on_from(journal, run.id)
             if run.state in LIVE or (run.id not in lost and now - run.finished_at < retention.working_days * DAY_S):
                 keep |= _worked_with(journal, blobs, run.id)
             if run.id not in lost:
@@ -74,6 +76,14 @@ def _published_is_kept(run: Row, newer: int, retention: Retention, now: float) -
     old = retention.keep_days is not None and now - run.finished_at > retention.keep_days * DAY_S
     beyond = retention.keep_runs is not None and newer >= retention.keep_runs
     return not (old or beyond)
+
+
+def _goes_on_from(journal: Journal, run: str) -> set[str]:
+    """Return every digest of the version that a run goes on from; until it has begun, no step of its own names them."""
+    if not (continues := journal.steps(run).get("granted", {}).get("continues")):
+        return set()
+    folded = journal.steps(continues["run"]).get(f"version:{continues['round']}", {})
+    return _named(json.dumps(folded.get("version", {})))
 
 
 def _worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:

@@ -39,6 +39,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOUND_MAX_EMULATOR_PERPLEXITY: _ClassVar[Reason]
     BOUND_SUSPICIOUS: _ClassVar[Reason]
     BOUND_MIN_NOISE: _ClassVar[Reason]
+    BOUND_CONTINUED: _ClassVar[Reason]
     FAULT_INTERNAL: _ClassVar[Reason]
     FAULT_DATA: _ClassVar[Reason]
     FAULT_EMULATOR: _ClassVar[Reason]
@@ -77,6 +78,7 @@ BOUND_MAX_BUNDLE_MIB: Reason
 BOUND_MAX_EMULATOR_PERPLEXITY: Reason
 BOUND_SUSPICIOUS: Reason
 BOUND_MIN_NOISE: Reason
+BOUND_CONTINUED: Reason
 FAULT_INTERNAL: Reason
 FAULT_DATA: Reason
 FAULT_EMULATOR: Reason

@@ -54,6 +54,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_le
 
 Tier = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$", max_length=64)]  # of sites; see methods
 
+Start = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?)?$", max_length=80)]
+
 
 def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS, text: int = TEXT) -> None:
     """Raise ValueError unless a value is plain data (None, bools, numbers, texts, lists, tables) within bounds."""

@@ -21,6 +21,7 @@ from offsite.protos.ranges import (
     Positive,
     Seed,
     Settings,
+    Start,
     Tier,
     Word,
 )
@@ -102,6 +103,16 @@ class RunSpec:
     max_update_ratio: Ratio = 5.0  # to the round's median, else left out
     evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end
     merge: Flag = False  # also publish the merged model
+    start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing
+
+
+@document
+class Ancestor:
+    """The version that a run goes on from."""
+
+    run: Name
+    round: Positive  # that ended in it, counted from one
+    rounds: Positive  # that led to it, with those of the runs that this one went on from
 
 
 @document
@@ -181,6 +192,12 @@ class TaskSpec:
     tier: Tier = ""  # what of the method's adapter this site trains, as the method says it
     training: LocalTraining
     upload: Stages = ()  # what becomes of the update before it leaves the site
+    continues: Ancestor | None = None  # what the run goes on from; None: from what the method and the seed give
+
+    @property
+    def rounds_before(self) -> int:
+        """Rounds that led to the version that the run goes on from."""
+        return self.continues.rounds if self.continues else 0
 
 
 @document

@@ -25,6 +25,9 @@ def submit(
     identity: Kit,
     spec: Annotated[Path | None, typer.Argument(help="The run in TOML; see docs/run.toml.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="A field, NAME=VALUE, such as training.steps=20.")] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="RUN[:ROUND]", help="The run, or its round, whose version to go on from.")
+    ] = None,
     token: Annotated[str, typer.Option(help="Repeating a submission with the same token gives the same run.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
     format: Format = "text",
@@ -37,7 +40,7 @@ def submit(
 
     wanted = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
     with connect(coordinator, identity=identity) as session:
-        run = session.submit(wanted, token=token)
+        run = session.submit(wanted, token=token, start=start)
         print(json.dumps({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
         if watch:
             _follow(run, format)

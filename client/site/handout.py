@@ -34,5 +34,6 @@ def load(job: TrainerJob) -> Handout:
     method = methods.make(task.method.name, task.method.settings)
     start = method.start(model, places, seed=task.training.seed, tier=task.tier)
     broadcast = receive(Path(job.adapter), method, start)
-    signs = strange_start(broadcast, start, dtype) if task.round == 0 else []  # later ones are averages
+    begins = task.round == 0 and task.continues is None  # all others are averages
+    signs = strange_start(broadcast, start, dtype) if begins else []
     return Handout(method.attach(model, places, broadcast), tokenizer, method, places, broadcast, signs)

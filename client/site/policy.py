@@ -47,7 +47,7 @@ class Policy:
     min_gradient_clipping: AboveZero = _bound(1e-3, "clipped to almost nothing, a step hands over the gradient")
     min_length: Positive = _bound(32, "tokens at which sequences may be cut; shorter ones hold few words to tell apart")
     max_length: Positive = _bound(4096, "tokens of a sequence")
-    max_rounds: Positive = _bound(20, "rounds of a run")
+    max_rounds: Positive = _bound(20, "rounds of a run, with those of the runs that it goes on from")
     min_noise: AtLeastZero = _bound(0.0, "of the change's rms, added before an update leaves; 0: none is asked for")
     max_upload_mib: AboveZero = _bound(64.0, "size of an update")
     max_bundle_mib: AboveZero = _bound(4096.0, "size of an emulator")
@@ -57,6 +57,8 @@ class Policy:
     max_emulator_perplexity: Ratio | None = _bound(
         None, "of an emulator on this site's text; none: any, with a warning"
     )
+    # As open as a second round, which nobody can derive from a seed either: a site that wants neither allows one round.
+    continued: Flag = _bound(True, "runs that go on from another run's adapter, as later rounds do from the last one's")
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
     keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
@@ -96,6 +98,8 @@ class Policy:
             raise refusal("bases", f"base {task.base} is not among those allowed")
         if task.method.name not in self.methods:
             raise refusal("methods", f"method {task.method.name} is not among {', '.join(self.methods)}")
+        if task.continues and not self.continued:
+            raise refusal("continued", f"the run goes on from round {task.continues.round} of {task.continues.run}")
         if task.round >= task.rounds:
             raise refusal("max_rounds", f"round {task.round + 1} of a run of {task.rounds}")
         for bound, asked, what in (
@@ -104,7 +108,7 @@ class Policy:
             ("learning_rate", training.learning_rate, "learning rate"),
             ("gradient_clipping", training.gradient_clipping, "norm that gradients are clipped to"),
             ("length", training.max_length, "tokens a sequence"),
-            ("rounds", task.rounds, "rounds a run"),
+            ("rounds", task.rounds_before + task.rounds, "rounds of a run and of those it goes on from"),
         ):
             least, most = getattr(self, f"min_{bound}", asked), getattr(self, f"max_{bound}", asked)
             if asked < least:
@@ -125,9 +129,10 @@ class Policy:
             raise refusal(
                 "min_rows", f"the round sees {seen} distinct sequences of this site, fewer than {self.min_rows}"
             )
-        passes = task.rounds * task.training.steps * task.training.batch_size / distinct
+        rounds = task.rounds_before + task.rounds
+        passes = rounds * task.training.steps * task.training.batch_size / distinct
         if passes > self.max_passes:
-            what = f"{passes:.3g} passes over {distinct} distinct sequences in {task.rounds} rounds"
+            what = f"{passes:.3g} passes over {distinct} distinct sequences in {rounds} rounds"
             raise refusal("max_passes", f"{what} are more than {self.max_passes:g}")
 
     def check_bundle(self, task: TaskSpec, manifest: Manifest) -> None:

@@ -44,6 +44,8 @@ def read(job: TrainerJob) -> examples.Reading:
 def schedule_rows(job: TrainerJob, data: examples.Reading, tokenizer: Any) -> Rows:
     """Encode what was read for the emulator's tokenizer and cut this round from the endless order of a run.
 
+    A run that goes on from another one goes on in its order.
+
     Raises ValueError as `read` does, and if nothing is left to learn.
     """
     spec = job.task.training
@@ -54,7 +56,7 @@ def schedule_rows(job: TrainerJob, data: examples.Reading, tokenizer: Any) -> Ro
         len(encoding.sequences),
         batch_size=spec.batch_size,
         steps=spec.steps,
-        first_step=job.task.round * spec.steps,
+        first_step=(job.task.rounds_before + job.task.round) * spec.steps,
         seed=spec.seed,
     )
     return Rows(encoding.sequences, order, counts, encoding.warnings)

@@ -92,7 +92,8 @@ def _prepare(job: TrainerJob, handed: Handout, ranks: Ranks) -> tuple[Engine, Wi
     with because("FAULT_ENGINE"):
         engine = ENGINES[job.engine.name](handed.model, trained, spec, job.engine, ranks)
     handed.model.train()
-    torch.manual_seed(spec.seed + task.round * ranks.world + ranks.rank)  # of dropout; different in each process
+    draws = task.rounds_before + task.round  # of dropout; different in each process
+    torch.manual_seed(spec.seed + draws * ranks.world + ranks.rank)
     return engine, witness
 
 

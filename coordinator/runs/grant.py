@@ -8,7 +8,7 @@ from pydantic import Field
 
 from offsite.protos.documents import document
 from offsite.protos.ranges import Flag, Place
-from offsite.protos.spec import RunSpec
+from offsite.protos.spec import Ancestor, RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
 
@@ -17,6 +17,7 @@ _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+
 class Grant(RunSpec):
     """A run with the places of its model and texts, as its steps read them; it stays at the coordinator."""
 
+    continues: Ancestor | None = None  # the version that `start` stands for
     role: Literal["owner", "researcher"] = "owner"  # of who submitted it
     names: dict[Place, Place] = Field(default_factory=dict)  # place -> what the run calls it
     folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere

@@ -11,6 +11,7 @@ from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example, read
 from offsite.emulator.methods import Method
 from offsite.emulator.outline import REDUCTION
+from offsite.kernels.schema import Tier
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.spec import RunSpec
 
@@ -37,11 +38,11 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(sorted(fitting)) or 'none'}"
         )
-    tiers = {method.tier_at(site) for site in spec.sites} or method.tiers()
-    if len(tiers) > 1 and not strategy.mixed_tiers:
+    mixed = tiers(spec) or method.tiers()
+    if len(mixed) > 1 and not strategy.mixed_tiers:
         mixing = sorted(name for name, other in fitting.items() if other.mixed_tiers)
         raise InputError(
-            f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(tiers))}; "
+            f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(mixed))}; "
             f"use one of: {', '.join(mixing) or 'none'}"
         )
     if len(spec.sites) != len(set(spec.sites)):
@@ -79,6 +80,12 @@ def _judge_attacks(spec: RunSpec, texts: Mapping[str, Sequence[Example]]) -> Non
 
 def _key(example: Example) -> str:
     return json.dumps(example.row, sort_keys=True, default=str)
+
+
+def tiers(spec: RunSpec) -> frozenset[Tier]:
+    """Return the tiers of the sites that a run names; none: it takes who is there."""
+    method = methods.make(spec.method.name, spec.method.settings)
+    return frozenset(method.tier_at(site) for site in spec.sites)
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
 from offsite.coordinator.store.journal import Journal, Row
@@ -56,6 +56,7 @@ def assemble(journal: Journal, run: str) -> str:
         "run": run,
         "name": spec.name,
         "model": spec.model,
+        "continues": to_plain(grant.continues) if (grant := history.get(GRANT)) and grant.continues else None,
         "base": to_plain(built.base),
         "bundle": {key: bundle[key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),

@@ -96,6 +96,7 @@ class Round:
             method_hash=built.method_hash,
             tier=built.tiers[site],
             training=training(self._spec, built.learning_rate),
+            continues=self._spec.continues,
         )
 
     def _is_rotten(self, task: Row) -> bool:

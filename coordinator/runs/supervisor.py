@@ -12,6 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.continuing import continued
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.report import assemble, perplexities, warnings
@@ -96,7 +97,8 @@ class Supervisor:
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             return
-        self._do(BUILD, Build(run=self._run, sites=self._history[SELECT].names), _built)
+        origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
+        self._do(BUILD, Build(run=self._run, sites=self._history[SELECT].names, continued=origin), _built)
         self._baselines()
         for number in range(self._spec.rounds):
             self._round(number)

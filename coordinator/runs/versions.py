@@ -17,6 +17,11 @@ class Version:
     state: dict[Word, Digest] = Field(default_factory=dict)  # what the owner keeps for later rounds, by its name
     figures: dict[Word, Finite | None] = Field(default_factory=dict)
 
+    @property
+    def digests(self) -> set[str]:
+        """Its files."""
+        return {self.adapter, *(sent.digest for sent in self.broadcast.values()), *self.state.values()}
+
 
 def read_schema(blobs: Blobs, digest: str) -> Schema:
     """Read what the adapters of a run are made of."""

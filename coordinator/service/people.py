@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs import continuing
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.changes import Changes
@@ -29,12 +30,13 @@ RECHECK_S = 2.0  # one who watches a run in which nothing happens
 PAGE = 500  # runs of one list, whose errors are sentences
 
 
-def _judge(grant: Grant) -> None:
+def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
     """Import what judges in the thread that judges: it brings torch, and sites need not wait for that to enrol."""
-    from offsite.coordinator.runs.legality import judge
+    from offsite.coordinator.runs.legality import judge, tiers
 
     try:
         judge(grant, folders=grant.folders, whole=grant.whole)
+        continuing.judge(journal, blobs, grant, tiers=tiers(grant))
     except OffsiteError as error:
         raise type(error)(grant.told(error)) from None
 
@@ -64,7 +66,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             granted = None
             if not await in_thread(self._journal.submitted, token):
                 grant = await in_thread(self._grant, spec, person)
-                await asyncio.to_thread(_judge, grant)
+                await asyncio.to_thread(_judge, grant, self._journal, self._blobs)
                 granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
             row = await in_thread(
                 self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
@@ -143,7 +145,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
 
     def _grant(self, spec: RunSpec, person: Peer) -> Grant:
         live = self._journal.live_of(person.name)
-        return self._policy.grant(spec, role=person.role, person=person.name, live=live)
+        continues = None
+        if spec.start:
+            self._seen(spec.start.partition(":")[0], person)
+            continues = continuing.ancestor(self._journal, spec.start)
+        return self._policy.grant(spec, role=person.role, person=person.name, live=live, continues=continues)
 
     def _seen(self, run: str, person: Peer) -> Row:
         """Return a run that a person may see; for others' runs the error is that of one that does not exist."""

@@ -17,11 +17,12 @@ _HINTS = {
     "min_gradient_clipping": "ask for a higher training.gradient_clipping",
     "min_length": "ask for a higher training.max_length",
     "max_length": "ask for a lower training.max_length",
-    "max_rounds": "ask for fewer rounds",
+    "max_rounds": "ask for fewer rounds; those of the runs that it goes on from count as well",
     "min_noise": "ask for more noise among the stages of upload",
     "max_upload_mib": "ask for a lower rank, or train fewer layers",
     "max_bundle_mib": "the emulator is too large for it",
     "max_emulator_perplexity": "the emulator predicts its text too badly",
+    "continued": "let the run begin from the start, not from a version of another run",
     "suspicious": "the emulator or its first adapter has signs of being made to leak text",
 }
 _FAULTS = {

@@ -32,6 +32,12 @@ def test_a_report_of_large_figures_and_a_long_name_is_whole_in_80_columns() -> N
     assert "2.0 MB down" in text and "overhead 1 = 10%" in text
 
 
+def test_a_run_that_goes_on_from_another_one_says_so() -> None:
+    report = EMPTY | {"continues": {"run": "ab12", "round": 2, "rounds": 5}}
+    assert "goes on from round 2 of run ab12 (5 rounds led to it)" in told(report)
+    assert "goes on from" not in told(EMPTY | {"continues": None})
+
+
 def told(report: dict[str, Any]) -> str:
     screen = io.StringIO()
     Console(file=screen, width=80).print(table(report))

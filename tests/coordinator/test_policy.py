@@ -1,6 +1,7 @@
 """The owner's policy: what a researcher may name, ask for and have, and what emulators disclose together."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from offsite.protos.documents import parse
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
 from offsite.protos.recipes import parse as parse_recipe
 from offsite.protos.recipes import parse_one
-from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import Ancestor, Choice, RunSpec, TrainingSpec
 
 
 @pytest.fixture
@@ -41,8 +42,16 @@ def policy(place: Path) -> OwnerPolicy:
     return OwnerPolicy.load(place / "owner.toml")
 
 
-def grant(policy: OwnerPolicy, *, role: Any = "researcher", live: int = 0, **fields: Any) -> Grant:
-    return policy.grant(RunSpec(**{"model": "base", **fields}), role=role, person="alice", live=live)
+def grant(
+    policy: OwnerPolicy,
+    *,
+    role: Any = "researcher",
+    live: int = 0,
+    continues: Ancestor | None = None,
+    **fields: Any,
+) -> Grant:
+    spec = RunSpec(**{"model": "base", **fields})
+    return policy.grant(spec, role=role, person="alice", live=live, continues=continues)
 
 
 def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPolicy, place: Path) -> None:
@@ -95,6 +104,16 @@ def test_a_researcher_is_refused_an_emulator_that_is_the_whole_base(material: Pa
         granted = grant(policy, role=role, training=TrainingSpec(max_length=32), **fields)
         with contextlib.nullcontext() if passes else pytest.raises(RefusedError, match=r"\(builders\).*whole base"):
             judge(granted, whole=granted.whole)
+
+
+def test_a_run_goes_on_from_another_within_the_rounds_of_both_and_if_the_policy_lets_it(policy: OwnerPolicy) -> None:
+    last = Ancestor(run="old", round=4, rounds=15)
+    assert grant(policy, continues=last, rounds=5).continues == last
+    assert grant(policy, role="owner", continues=last, rounds=50).continues == last
+    with pytest.raises(RefusedError, match=r"\(max_rounds\): 21 is more than 20"):
+        grant(policy, continues=last, rounds=6)
+    with pytest.raises(RefusedError, match=r"\(continued\): a run begins from what changes nothing"):
+        grant(replace(policy, continued=False), continues=last)
 
 
 def test_without_a_file_a_researcher_may_name_nothing_and_files_that_are_not_there_are_not_found(

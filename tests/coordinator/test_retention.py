@@ -11,7 +11,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.retention import DAY_S, Retention, collect
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import Journal, Key
-from offsite.protos.events import Completed, RoundDone, SiteState
+from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
 
 WORKED_WITH = ("manifest", "layer", "start", "update")
 
@@ -81,6 +81,25 @@ def test_a_live_run_keeps_all_it_has_and_what_it_may_have_just_stored(home: Home
     collect(home, Retention(keep_runs=0))
     assert left(home, live) == set(WORKED_WITH)
     assert left(home, young) == {"young"} and left(home, ended) == {"update"}
+
+
+def test_the_version_that_a_waiting_run_goes_on_from_is_kept(home: Home) -> None:
+    journal = home.journal()
+    make_run(home, journal, "old", ended_days_ago=30)
+    files = {"adapter": store(home, "adapter"), "sent": store(home, "sent"), "residual": store(home, "residual")}
+    version = {
+        "adapter": files["adapter"],
+        "broadcast": {"r8": {"digest": files["sent"], "size": 4}},
+        "state": {"residual.r8": files["residual"]},
+    }
+    journal.add_step("old", "version:1", {"version": version, "lineage": {"ward": {"update": store(home, "x")}}})
+    continues = {"continues": {"run": "old", "round": 1, "rounds": 1}}
+    journal.add_run("new", token="new", owner="alice", spec=b"{}", granted=continues)
+    collect(home, Retention(keep_runs=0))
+    assert left(home, files) == files.keys()
+    journal.end_run("new", Cancelled(error="no more"))
+    collect(home, Retention(keep_runs=0))
+    assert left(home, files) == set()
 
 
 def test_of_many_events_the_oldest_training_steps_go_and_no_other(home: Home) -> None:

@@ -1,6 +1,7 @@
 """Building a run's bundle, and re-aligning it to the newest adapter."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,7 @@ from offsite.coordinator.bundles.stored import open_bundle, recovered, store_ada
 from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.beginning import first
+from offsite.coordinator.runs.steps.beginning import first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
@@ -69,7 +70,7 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         stored = store_bundle(home, built)
     shutil.rmtree(unfinished(home, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
-    return Built(
+    result = Built(
         manifest=stored.manifest,
         manifest_size=stored.manifest_size,
         bundle=stored.bundle,
@@ -85,6 +86,7 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         recovery=recovery,
         spans=tuple(timeline),
     )
+    return replace(result, version=go_on(blobs, result, order.continued)) if order.continued else result
 
 
 def _told(choice: Choice, method: Method) -> Choice:

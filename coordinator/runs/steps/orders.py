@@ -5,15 +5,27 @@ from typing import ClassVar
 from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import document
 from offsite.protos.ranges import Digest, Name, Positive, Tier
+from offsite.protos.spec import Layers
+
+
+@document
+class Continued:
+    """A version to go on from, and what it was trained on."""
+
+    version: Version
+    base: Digest
+    trainable: Layers
+    recovery: Digest | None  # what brings its adapters back to the base
 
 
 @document
 class Build:
-    """Build a run's emulator, and the adapters that its sites start from."""
+    """Build a run's emulator, and the version that it begins from."""
 
     step: ClassVar[str] = "build"
     run: Name
     sites: tuple[Name, ...]
+    continued: Continued | None = None  # None: begin from what changes nothing
 
 
 @document

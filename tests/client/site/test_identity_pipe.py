@@ -25,7 +25,7 @@ from offsite.emulator import bundle, methods
 from offsite.emulator.outline import Outline
 from offsite.protos import tensors
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.spec import Choice
+from offsite.protos.spec import Ancestor, Choice
 
 TOP = Outline(layers=(0, 2, 3, 5), trainable=(5,))
 LORA = Choice(name="lora", settings={"rank": 16, "alpha": 32.0})
@@ -106,7 +106,13 @@ class Handout:
             bundle=str(self.folder / "bundle"),
             manifest=replace(one.manifest, trainable=TOP.trainable),
             adapter=str(self.folder / "start.safetensors"),
-            task=replace(one.task, method=LORA, tier=changes.pop("told", tier), round=changes.pop("round", 0)),
+            task=replace(
+                one.task,
+                method=LORA,
+                tier=changes.pop("told", tier),
+                round=changes.pop("round", 0),
+                continues=changes.pop("continues", None),
+            ),
             **changes,
         )
 
@@ -177,6 +183,7 @@ def test_a_first_adapter_of_the_owners_choice_is_refused_and_a_later_one_is_an_a
     with pytest.raises(RefusedError, match=r"is not the start that .* seed give \(5.self_attn.q_proj.B and 6 other"):
         handout.run(handout.make(adapter=open_tap))
     handout.run(handout.make(adapter=open_tap, round=1))
+    handout.run(handout.make(adapter=open_tap, continues=Ancestor(run="old", round=1, rounds=1)))
 
 
 @pytest.mark.parametrize("rank", [16, 4])

@@ -12,7 +12,7 @@ from offsite.client.site.reasons import reason
 from offsite.coordinator.service.reasons import sentence
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.spec import BaseRef, Choice, FileEntry, LocalTraining, Manifest, TaskSpec
+from offsite.protos.spec import Ancestor, BaseRef, Choice, FileEntry, LocalTraining, Manifest, TaskSpec
 
 BASE, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 POLICY: dict[str, Any] = {
@@ -65,6 +65,7 @@ def test_what_is_within_every_bound_is_allowed() -> None:
         ({"training": LocalTraining(learning_rate=1e-3, steps=2, batch_size=1025)}, "max_batch_size"),
         ({"training": LocalTraining(learning_rate=1e-3, steps=2, max_length=131073)}, "max_length"),
         ({"rounds": 4}, "max_rounds"),
+        ({"rounds": 2, "continues": Ancestor(run="old", round=1, rounds=2)}, "max_rounds"),
         ({"adapter_size": (1 << 20) + 1}, "max_upload_mib"),
     ],
 )
@@ -102,12 +103,24 @@ def test_a_stage_that_this_site_does_not_know_is_named() -> None:
         Policy(**POLICY).check_task(task(upload=(Choice(name="nosie"),)))
 
 
+def test_a_run_that_goes_on_from_another_ones_is_allowed_unless_the_site_says_no() -> None:
+    asked = task(rounds=1, continues=Ancestor(run="old", round=2, rounds=2))
+    Policy(**POLICY).check_task(asked)
+    with pytest.raises(RefusedError, match=r"\(continued\): the run goes on from round 2 of old") as caught:
+        Policy(**POLICY | {"continued": False}).check_task(asked)
+    assert reason(caught.value) == "BOUND_CONTINUED"
+
+
 def test_few_distinct_sequences_or_many_passes_are_refused() -> None:
     policy = Policy(bases=("any",), data=("/",))
     asked = task(rounds=2, training=LocalTraining(learning_rate=1e-3, steps=8))  # 64 sequences in all
     policy.check_rows(asked, seen=12, distinct=16)
     with pytest.raises(RefusedError, match=r"\(min_rows\): the round sees 11 distinct"):
         policy.check_rows(asked, seen=11, distinct=99)
+    after = task(rounds=1, continues=Ancestor(run="old", round=1, rounds=1), training=asked.training)
+    policy.check_rows(after, seen=12, distinct=16)
+    with pytest.raises(RefusedError, match=r"\(max_passes\): 4.27 passes over 15 .* in 2 rounds are more than 4"):
+        policy.check_rows(after, seen=16, distinct=15)
     with pytest.raises(RefusedError, match=r"\(max_passes\): 4.27 passes over 15 .* in 2 rounds are more than 4"):
         policy.check_rows(asked, seen=16, distinct=15)
 

@@ -1,0 +1,74 @@
+"""Going on from a version of another run: which one it is, and whether a run may."""
+
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.history import GRANT, History
+from offsite.coordinator.runs.steps.orders import Continued
+from offsite.coordinator.runs.steps.results import BUILD, fold
+from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.journal import Journal
+from offsite.kernels.schema import Tier
+from offsite.protos.documents import canonical, from_json, to_plain
+from offsite.protos.errors import InputError
+from offsite.protos.spec import Ancestor
+
+
+def granted(journal: Journal, run: str) -> Grant:
+    """Return a run as the owner let it in; raises NotFoundError."""
+    return History(journal, run).get(GRANT) or from_json(Grant, journal.run(run).spec, where="run spec")
+
+
+def ancestor(journal: Journal, start: str) -> Ancestor:
+    """Return the version that RUN or RUN:ROUND stands for; raises NotFoundError, and InputError if it is not there."""
+    run, _, number = start.partition(":")
+    state, done = journal.run(run).state, journal.rounds_done([run]).get(run, 0)
+    if not done:
+        raise InputError(f"start: run {run} is {state}, and none of its rounds is done")
+    if not number and state != "completed":
+        raise InputError(f"start: run {run} is {state}; name a round of it that is done, such as {run}:{done}")
+    if int(number or done) > done:
+        raise InputError(f"start: run {run} has no round {number}; {run}:{done} is the last that is done")
+    before = granted(journal, run).continues
+    return Ancestor(run=run, round=int(number or done), rounds=int(number or done) + (before.rounds if before else 0))
+
+
+def version(journal: Journal, continues: Ancestor) -> Version:
+    """Return the version that a run goes on from."""
+    return History(journal, continues.run)[fold(continues.round)].version
+
+
+def continued(journal: Journal, continues: Ancestor) -> Continued:
+    """Return the version that a run goes on from, with what it was trained on."""
+    built = History(journal, continues.run)[BUILD]
+    return Continued(
+        version=version(journal, continues),
+        base=built.base.digest,
+        trainable=built.bundle.trainable,
+        recovery=built.recovery,
+    )
+
+
+def judge(journal: Journal, blobs: Blobs, grant: Grant, *, tiers: frozenset[Tier]) -> None:
+    """Raise InputError with one sentence if a run cannot go on from the version that it names.
+
+    `tiers` are those of its sites, as far as it names any. What only the built emulator shows is judged then.
+    """
+    if grant.continues is None:
+        return
+    other, last = granted(journal, grant.continues.run), version(journal, grant.continues)
+    what = f"start: round {grant.continues.round} of run {grant.continues.run}"
+    for name in ("model", "method", "trainable"):
+        own, its = (canonical(to_plain(spec)[name]).decode() for spec in (grant, other))
+        if own != its:
+            raise InputError(f"{what} is of {name} {its}, this run of {own}; a run goes on with the same")
+    if last.state and grant.strategy.name != other.strategy.name:
+        raise InputError(
+            f"{what} keeps what strategy {grant.strategy.name} does not know ({', '.join(sorted(last.state))}); go on "
+            f"with {other.strategy.name}"
+        )
+    if missing := sorted(tiers - last.broadcast.keys()):
+        raise InputError(
+            f"{what} has nothing for sites of tier {missing[0]}, only of {', '.join(sorted(last.broadcast))}"
+        )
+    if not all(digest in blobs for digest in last.digests):
+        raise InputError(f"{what} is gone: what a run worked with is kept for some days only (offsite coordinator gc)")
