@@ -41,7 +41,10 @@ def table(report: dict[str, Any]) -> RenderableType:
         if place != "overall"  # that is among the warnings
         for figure, why in one.items()
     ][:MOST]
-    said += [f"attack: {one['name']}: perplexity {short(one['overall']) or 'not finite'}" for one in report["attacks"]]
+    said += [
+        f"attack: {one['name']}: perplexity {short(one['overall']) or 'not finite'}"
+        for one in report.get("attacks", ())
+    ]
     said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
     return Group(grid, *_lines(said), Text(moved(report)))
 

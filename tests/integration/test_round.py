@@ -84,8 +84,8 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     federation.join("bank")
     exam = federation.material / "held-out.jsonl"
     own = federation.folder / "own.jsonl"  # text of the task that the owner has; attacks are not measured on it
-    rows = [row for row in (federation.material / "hospital.jsonl").open() if row not in exam.read_text()]
-    own.write_text("".join(rows))
+    rows = (federation.material / "hospital.jsonl").read_text().splitlines()
+    own.write_text("\n".join(row for row in rows if row not in exam.read_text()))
     spec = federation.spec(
         rounds=2,
         method=Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}}),
