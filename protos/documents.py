@@ -6,16 +6,17 @@ Canonical JSON (sorted keys, no spaces) gives equal documents equal bytes, so a 
 import json
 import reprlib
 import tomllib
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _dataclass
+from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 from pydantic_core import from_json as _read_json
-from pydantic_core import to_jsonable_python
 
 from offsite.protos.errors import InputError
 from offsite.protos.ranges import check_plain
@@ -29,6 +30,7 @@ _MEANT = {
     "Input should be a valid tuple": "expected a list",
     "Input should be a valid dictionary": "expected a table",
 }
+_TEXT, _PLAIN = "<text>", "<plain>"  # pydantic's places of what `Written` reads
 _adapter: Any = cache(TypeAdapter)
 _quoting = reprlib.Repr()
 _quoting.maxstring = _quoting.maxother = 120
@@ -44,6 +46,22 @@ def document(cls: type[T]) -> type[T]:
     made: Any = _dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
     checked: type[T] = made
     return checked
+
+
+class Written:
+    """Marks a field that can also be written as a text, which a function reads; it may raise ValueError."""
+
+    def __init__(self, read: Callable[[str], Any], *, most: int) -> None:
+        """Take the function, and how many characters it reads at most."""
+        self._read, self._most = read, most
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read a text by the function, and all else as the field's type; a text adds no place to an error's."""
+        text = core_schema.no_info_after_validator_function(
+            self._read, core_schema.str_schema(strict=True, max_length=self._most)
+        )
+        kinds = {_TEXT: text, _PLAIN: handler(source)}
+        return core_schema.tagged_union_schema(kinds, lambda value: _TEXT if isinstance(value, str) else _PLAIN)
 
 
 def parse(cls: type[T], value: Any, *, where: str) -> T:
@@ -135,8 +153,9 @@ def inner(kind: Any, part: Any) -> Any:
 def _fault(cls: Any, error: ValidationError, value: Any) -> str:
     """Name the first fault by its place: ``training.steps: Input should be ... (got 0)``."""
     first = error.errors(include_url=False, include_context=False)[0]
-    *parents, last = first["loc"] or ("",)
-    place = plain(".".join(str(part) for part in first["loc"]), most=100)
+    parts = [part for part in first["loc"] if part not in (_TEXT, _PLAIN)]
+    *parents, last = parts or ("",)
+    place = plain(".".join(map(str, parts)), most=100)
     place += ": " if place else ""
     if first["type"] == "unexpected_keyword_argument":
         for part in parents:

@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offsite.protos.documents import document
+from offsite.protos.documents import Written, document, parse
+from offsite.protos.errors import InputError
+from offsite.protos.grammar import TEXT, read_one
 from offsite.protos.ranges import (
     LARGEST,
     AboveZero,
@@ -27,6 +29,7 @@ from offsite.protos.ranges import (
 )
 
 DEPTHS = 10_000  # layers of a model, at most
+LINKS = 4  # of a chain of plug-ins
 Layers = Annotated[tuple[Count, ...], Field(max_length=DEPTHS)]
 Shared = Annotated[dict[Count, Count], Field(max_length=DEPTHS)]
 Names = Annotated[tuple[Name, ...], Field(max_length=1024)]
@@ -45,8 +48,29 @@ class Choice:
     settings: Settings = Field(default_factory=dict)
 
 
-Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=4)]  # builders, in the order they work
-Stages = Annotated[tuple[Choice, ...], Field(max_length=4)]  # of an upload, in the order they pack it
+def _chain(text: str) -> tuple[Choice, ...]:
+    try:
+        plain = [{"name": name, "settings": settings} for name, settings in read_one(text)]
+        chain = tuple(parse(Choice, choice, where="recipe") for choice in plain)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    if len(chain) > LINKS:
+        raise ValueError(f"expected at most {LINKS} choices, got {len(chain)}")
+    return chain
+
+
+def _choice(text: str) -> Choice:
+    chosen, *more = _chain(text)
+    if more:
+        raise ValueError(f"expected one choice, got {1 + len(more)}")
+    return chosen
+
+
+# Builders, in the order they work. A chain, and a choice of a run, can also be written as a recipe.
+Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=LINKS), Written(_chain, most=TEXT)]
+Chosen = Annotated[Choice, Written(_choice, most=TEXT)]
+# Of an upload, in the order they pack it.
+Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, most=TEXT)]
 
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)
@@ -82,9 +106,9 @@ class RunSpec:
     model: Place  # at the coordinator: a path, a hub id or a name from the model zoo
     name: Line = ""
     builders: Chain = BUILDERS
-    trainable: Choice = TRAINABLE  # which layers train
-    method: Choice = METHOD
-    strategy: Choice = STRATEGY
+    trainable: Chosen = TRAINABLE  # which layers train
+    method: Chosen = METHOD
+    strategy: Chosen = STRATEGY
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     rounds: Positive = 1
     sites: Names = ()  # empty: every site that is enrolled when the run starts

@@ -24,7 +24,10 @@ def submit(
     coordinator: Coordinator,
     identity: Kit,
     spec: Annotated[Path | None, typer.Argument(help="The run in TOML; see docs/run.toml.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="A field, NAME=VALUE, such as training.steps=20.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="A field, NAME=VALUE, such as training.steps=20; a choice's value can be a recipe."),
+    ] = None,
     start: Annotated[
         str | None, typer.Option(metavar="RUN[:ROUND]", help="The run, or its round, whose version to go on from.")
     ] = None,

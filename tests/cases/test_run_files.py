@@ -16,7 +16,7 @@ WRONG = {
     'model = "m"\nstall_s = inf': "inf is not a number",
     'model = "m"\nname = "a\\u001b[2Jb"': "name: must hold no control characters",
     'model = "m"\nsites = "bank"': "sites: expected a list .got 'bank'",
-    'model = "m"\nmethod = "lora"': "method: expected a table .got 'lora'",
+    'model = "m"\nmethod = "lora("': "method: recipe 'lora.', column 5: '.' was never closed",
     'model = "m"\n[training]\nseed = 9223372036854775808': "an integer beyond 9223372036854775807",
     "model = 'm'\nmodel = 'n'": "not TOML: ",
 }

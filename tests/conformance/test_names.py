@@ -36,7 +36,7 @@ ALLOWED = {
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"} | {"lora", "grids"},  # what is safe to allow
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
-    "protos/recipes.py": {"crash", "quantised", "nf4"},  # the example in its messages
+    "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
     "coordinator/commands/emulator.py": {"crash", "distilled", "quantised"},  # examples in its help
     "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
 }

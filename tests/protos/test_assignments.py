@@ -52,7 +52,7 @@ def test_a_value_is_read_as_what_its_field_holds() -> None:
         ("builders.1.name=x", "builders is a list of 1"),
         ("rounds.x=1", "rounds holds one value"),
         ("sites=bank", "sites: expected a list .got 'bank'."),
-        ("method=blocks", "method: expected a table .got 'blocks'."),
+        ("method=blocks+lora", "method: expected one choice, got 2 .got 'blocks.lora'."),
         ("stall_s=Infinity", "stall_s: Input should be a valid number .got 'Infinity'."),
         ("stall_s=1e999", "not a number of at most 1e.300"),
         ("name=" + "x" * 5000, "name: .*at most 200 characters"),

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from offsite.protos.assignments import assign
+from offsite.protos.documents import from_toml, to_json
+from offsite.protos.documents import parse as read
 from offsite.protos.errors import InputError
 from offsite.protos.recipes import expand, gather, parse, parse_one, render
-from offsite.protos.spec import Choice
+from offsite.protos.spec import Choice, RunSpec
 
 VALUES: list[tuple[str, Any]] = [
     ("20", 20),
@@ -22,13 +25,16 @@ VALUES: list[tuple[str, Any]] = [
     ("none", None),
     ("auto", "auto"),
     ("all-linear", "all-linear"),
-    ("4bit", "4bit"),
-    ("1.5.2", "1.5.2"),
+    ('"4bit"', "4bit"),
+    ("'a'", "a"),
+    ('"is"', "is"),
+    ('"\U0001f600 \u2028"', "\U0001f600 \u2028"),
     ('"20"', "20"),
     ('"none"', "none"),
     (r'"a \"b\", c)"', 'a "b", c)'),
     ("[q_proj,v_proj]", ["q_proj", "v_proj"]),
     ("[]", []),
+    ("{bank: 4, 'a b': [1]}", {"bank": 4, "a b": [1]}),
 ]
 
 
@@ -73,18 +79,25 @@ def test_grids_are_gathered_from_recipes_and_files_each_chain_once(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "column", "expected"),
     [
-        ("", 1, "expected a name such as crash, found the end"),
-        ("(keep=20)", 1, "expected a name such as crash, found '('"),
-        ("crash(keep=20", 14, "expected ',' or ')', found the end"),
-        ("crash(keep=20 sharing=auto)", 15, "expected ',' or ')', found 's'"),
-        ("crash(keep)", 11, "expected '=', found ')'"),
-        ("crash(keep=)", 12, "expected a value, found ')'"),
-        ("crash(keep=20,keep=24)", 15, "expected a setting that crash does not have yet"),
-        ("crash(keep=20) quantised", 16, "expected '+' or the end, found 'q'"),
-        ("crash+", 7, "expected a name such as crash, found the end"),
-        ('crash(sharing="auto)', 15, "expected a text that ends with"),
-        (r'crash(sharing="\q")', 15, "expected a text as in JSON"),
-        ("crash(keep=[1)", 14, "expected ',' or ']', found ')'"),
+        ("", 1, "expected a name such as crash, found nothing"),
+        ("(keep=20)", 2, ""),
+        ("crash(keep=20", 6, "'(' was never closed"),
+        ("  crash(keep=20", 8, "'(' was never closed"),
+        ("crash(keep=20 sharing=auto)", 12, "invalid syntax"),
+        ("crash(20)", 7, "expected a setting such as keep=20, found '20'"),
+        ("crash(keep)", 7, "expected a setting such as keep=20, found 'keep'"),
+        ("crash(**keep)", 7, "expected a setting that is not there yet"),
+        ("crash(keep=)", 12, ""),
+        ("crash(keep=20,keep=24)", 15, "expected a setting that is not there yet, such as keep=20, found 'keep=24'"),
+        ("crash(keep=20) quantised", 16, "invalid syntax"),
+        ("crash+", 7, "invalid syntax"),
+        ("crash+(a+b)", 8, "expected a name such as crash, found 'a+b'"),
+        ('crash(sharing="auto)', 15, "unterminated string literal"),
+        ("crash(keep=[1)", 14, "closing parenthesis ')' does not match"),
+        ("crash(keep=open(1))", 12, "expected a value, found 'open(1)'"),
+        ("crash(keep=1+1)", 12, "expected a value, found '1+1'"),
+        ("crash(keep='\N{SNOWMAN}', sharing=1j)", 25, "expected a value, found '1j'"),
+        ("crash(keep={1: 2})", 13, "expected a word or a text for each value of a table, found '1'"),
     ],
 )
 def test_a_fault_is_named_by_its_place_with_an_example(text: str, column: int, expected: str) -> None:
@@ -92,9 +105,21 @@ def test_a_fault_is_named_by_its_place_with_an_example(text: str, column: int, e
         expand(text)
 
 
+@pytest.mark.parametrize("text", ["[" * 9000, "a+" * 4999 + "a", f"a(b={'-' * 9000}1)", f"a(b={'9' * 5000})", "a\0"])
+def test_what_is_too_deep_too_long_or_no_text_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(InputError, match="a recipe reads like crash"):
+        expand(text)
+
+
 def test_alternatives_are_refused_where_one_chain_is_asked_for() -> None:
-    with pytest.raises(InputError, match="column 14: expected one value, as this is no grid"):
+    with pytest.raises(InputError, match="column 15: expected one value, as this is no grid, found '24'"):
         parse("crash(keep=20|24)")
+
+
+def test_nothing_of_a_recipe_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError):
+        parse("crash(keep=print(1))")
+    assert capsys.readouterr().out == ""
 
 
 def test_one_choice_is_one() -> None:
@@ -103,6 +128,37 @@ def test_one_choice_is_one() -> None:
         parse_one("crash+distilled")
 
 
-def test_a_table_cannot_be_written_as_a_recipe() -> None:
-    with pytest.raises(InputError, match="cannot hold a setting of the kind dict"):
-        render([Choice(name="lora", settings={"ranks": {"a": 1}})])
+def test_a_run_takes_a_recipe_wherever_it_takes_a_choice_or_a_chain(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "m"\nbuilders = "crash(keep=24) + quantised"\nmethod = "lora(ranks={bank: 4})"\n')
+    long = {
+        "model": "m",
+        "builders": [{"name": "crash", "settings": {"keep": 24}}, {"name": "quantised"}],
+        "method": {"name": "lora", "settings": {"ranks": {"bank": 4}}},
+    }
+    assert from_toml(RunSpec, file) == read(RunSpec, long, where="run")
+    given = assign(["model=m", "method=lora(rank=4)", "builders.0.settings.keep=3"], {}, RunSpec)
+    spec = read(RunSpec, given, where="run")
+    assert spec.method == Choice(name="lora", settings={"rank": 4})
+    assert spec.builders == (Choice(name="crash", settings={"keep": 3}),)
+    assert b'"method":{"name":"lora","settings":{"rank":4}}' in to_json(spec)  # what travels is the choice
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"method": "lora("}, r"^run: method: recipe 'lora\(', column 5: '\(' was never closed"),
+        ({"method": "lora+lora"}, "^run: method: expected one choice, got 2"),
+        ({"builders": "a+b+c+d+e"}, "^run: builders: expected at most 4 choices, got 5"),
+        ({"builders": "a(b=1|2)"}, "^run: builders: recipe .* column 7: expected one value, as this is no grid"),
+        ({"builders": []}, r"^run: builders: Tuple should have at least 1 item after validation, not 0 \(got \[\]\)"),
+        (
+            {"method": {"name": "lora", "setings": {}}},
+            r"^run: method.setings: there is no such field; did you",
+        ),
+        ({"method": 3}, r"^run: method: expected a table \(got 3\)"),
+    ],
+)
+def test_a_recipe_in_a_run_is_refused_with_its_field(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read(RunSpec, {"model": "m", **fields}, where="run")
