@@ -55,6 +55,7 @@ from offsite.protos.spec import BaseRef, Choice, Manifest, RunSpec
 WAIT_S = 20.0  # one long poll of a site
 ENDED = 500  # runs that are over, all of them on the list
 DIALS = 32  # handshakes at once
+SETTLE_S = 5.0  # after all have called at once
 DIGEST = digest_bytes(b"anything")
 
 
@@ -212,7 +213,7 @@ class Gateway:
 
     def hear(self, count: int) -> list[Any]:
         """Return the next words of sites; raises TimeoutError when they do not come."""
-        heard = []
+        heard: list[Any] = []
         for _ in range(count):
             if not self.words.poll(120):
                 raise TimeoutError(f"{len(heard)} of {count} sites were heard")
@@ -251,6 +252,7 @@ class Gateway:
 
     def round(self, number: int) -> float:
         """Return how long after a round was opened the last site had its task, in seconds."""
+        time.sleep(SETTLE_S)  # until all wait again
         run, opened = f"round-{number}", [0.0]
         self._begin(run, self.names)
 
@@ -270,7 +272,7 @@ class Gateway:
         self.journal.begin_run(run, sites)
 
     def _end(self, run: str) -> None:
-        self.journal.end_run(run, Cancelled())
+        self.journal.end_run(run, Cancelled(error="measured"))
         self.words.send("onward")
 
     def close(self) -> None:
@@ -285,14 +287,16 @@ def main() -> None:
     """Measure and print a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of each measurement; a site polls again every 20 s"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"  # as `offsite coordinator up` sets it
     with tempfile.TemporaryDirectory() as folder:
         gateway = Gateway(Path(folder), asked.sites)
         try:
-            time.sleep(5)  # what came with the connections has passed
+            time.sleep(SETTLE_S)
             idle, lists = gateway.idle(asked.seconds), sorted(gateway.lists(asked.seconds))
             offers = sorted(gateway.offer(number) for number in range(20))
             rounds = [gateway.round(number) for number in range(asked.rounds)]
