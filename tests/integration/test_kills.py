@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ class Site:
                 about = {"digest": digest_file(file), "size": file.stat().st_size}
                 header = pb.UploadHeader(key=key, metrics=(out / "metrics.json").read_text(), **about)
                 upload = Upload(home, journal, home.blobs(), row.site, header)
-                upload.write(upload.offset(), file.read_bytes())
+                kept = upload.begin()
+                with closing(upload):
+                    upload.write(kept, file.read_bytes()[kept:])
                 upload.finish()
 
     def _train(self, home: Home, task: TaskSpec, out: Path) -> None:
