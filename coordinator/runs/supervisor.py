@@ -152,26 +152,27 @@ class Supervisor:
 
     def _round(self, number: int) -> None:
         built, step = self._history[BUILD], results.fold(number + 1)
-        folded = self._history.get(step)
-        if folded is None:
-            updates, last = self._updates(number), self._history.version(number)
+        if self._history.get(step) is None:
+            current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
+            current.open()
+            self._measure_last(number)  # while the sites train
+            updates, last = self._updates(current), self._history.version(number)
             order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates)
-            folded = self._do(step, order, partial(_folded, number + 1))
-        more = number + 1 < self._spec.rounds
-        every = self._spec.evaluate_every
-        if self._spec.evaluation and every and (number + 1) % every == 0 and more:
-            self._evaluate(f"{PLUG_IN}:{number + 1}", manifest=None, adapter=folded.version.adapter)
-        if self._spec.realign_steps and more:
-            manifest = self._history.bundle(number).manifest
-            realign = Realign(
-                base=built.base.digest, manifest=manifest, adapter=folded.version.adapter, recovery=built.recovery
-            )
+            self._do(step, order, partial(_folded, number + 1))
+        if self._spec.realign_steps and number + 1 < self._spec.rounds:  # the next round trains on what this gives
+            manifest, adapter = self._history.bundle(number).manifest, self._history[step].version.adapter
+            realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
             self._do(results.realign(number + 1), realign)
 
-    def _updates(self, number: int) -> tuple[Update, ...]:
-        """Have a round's tasks done; return the updates, or fail the run if they are too few."""
-        current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
-        current.open()
+    def _measure_last(self, number: int) -> None:
+        """Measure what the round before gave, where the run asks for that."""
+        every = self._spec.evaluate_every
+        if self._spec.evaluation and every and number and number % every == 0:
+            adapter = self._history[results.fold(number)].version.adapter
+            self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=adapter)
+
+    def _updates(self, current: Round) -> tuple[Update, ...]:
+        """Wait until a round's tasks are done; return the updates, or fail the run if they are too few."""
         with closing(self._journal.watch()) as watch:
             while True:
                 if not current.look(since=self._started) and (updates := current.updates()) is not None:

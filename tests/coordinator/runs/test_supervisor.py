@@ -55,6 +55,19 @@ def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> 
     assert (between.manifest, plugged.manifest) == (None, None) and plugged.adapter == tuned.adapter != between.adapter
 
 
+def test_a_version_is_measured_while_the_sites_train_from_it_and_realigned_before(stand: Any) -> None:
+    def measure(order: bytes) -> Any:
+        tasks = stand.journal.tasks("r")
+        seen.append((len(tasks), sum(task.state == "uploaded" for task in tasks), len(asked(stand, Realign))))
+        return whole(order)
+
+    seen: list[tuple[int, int, int]] = []  # tasks offered, tasks done, re-alignments
+    whole, stand._evaluate = stand._evaluate, measure
+    stand.submit("ward", rounds=3, evaluation=EXAM, evaluate_every=1, realign_steps=5)
+    stand.run()
+    assert seen == [(0, 0, 0), (0, 0, 0), (2, 1, 1), (3, 2, 2), (3, 3, 2), (3, 3, 2)]
+
+
 def test_the_next_round_trains_on_the_bundle_that_was_realigned(stand: Any) -> None:
     stand.submit("ward", rounds=3, realign_steps=5)
     stand.run()
