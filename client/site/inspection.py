@@ -62,7 +62,8 @@ def judge(
 ) -> Verdict:
     """Inspect an emulator on the batches that it would train on first, and hold it against the site's policy.
 
-    `signs` are what was found suspicious before. Cost: one forward pass a batch. Raises MismatchError for a tensor
+    Every round anew, though the emulator's files stay: a later adapter can make a pipe of the same honest layers.
+    `signs` are what was found suspicious before. Cost: two forward passes a batch. Raises MismatchError for a tensor
     that is not finite, whatever the policy says, and RefusedError.
     """
     found = inspect(model, batches[:BATCHES], places)

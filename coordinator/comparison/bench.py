@@ -22,13 +22,13 @@ from offsite.emulator.evaluation.attack import STARTS, Attacker, Start, family
 from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
-from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.emulator.tuning.adapting import adapt
 from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos import figures
 from offsite.protos.documents import to_plain
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT
-from offsite.protos.spec import METHOD, Choice, TrainingSpec
+from offsite.protos.spec import METHOD, Choice, LocalTraining
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
 
@@ -64,13 +64,8 @@ class Bench:
     def train(self, model: nn.Module, parameters: dict[str, nn.Parameter], method: Method, what: str) -> None:
         """Train as a site does, on what a site would have."""
         rate = self.plan.learning_rate or suited(method.rate, model)
-        tune(
-            model,
-            parameters,
-            self.texts.train,
-            schedule(self.plan.training, steps=self.plan.training.steps, rate=rate),
-            tell=lambda step, steps, loss: self.tell(what, step, steps),
-        )
+        rules = LocalTraining(**to_plain(self.plan.training) | {"learning_rate": rate})
+        adapt(model, parameters, self.texts.train, rules, tell=lambda step, steps, loss: self.tell(what, step, steps))
 
     def score(self, model: nn.Module) -> Score:
         """Measure what a model can do; raises ValueError if what it predicts is not finite."""
@@ -130,12 +125,6 @@ class Bench:
 
         depends = self.identity | {"figure": BASE_TUNED, "method": to_plain(choice), "trained": list(places)}
         return self.finished(Score, depends, tuned)
-
-
-def schedule(spec: TrainingSpec, *, steps: int, rate: float) -> Schedule:
-    """Return the schedule of a site's training, with other steps and another learning rate."""
-    named = {name: value for name, value in asdict(spec).items() if name in Schedule.__dataclass_fields__}
-    return Schedule(**named | {"steps": steps, "learning_rate": rate})
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:

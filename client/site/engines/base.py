@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.optim import AdamW, Optimizer
 
 from offsite.client.site.job import EngineSpec
 from offsite.emulator import likelihood
@@ -93,18 +92,6 @@ def check_rows(training: LocalTraining, ranks: Ranks) -> None:
             f"a batch of {training.batch_size} sequences cannot be split over {ranks.world} processes; "
             "the site should use fewer processes or the run a larger batch_size"
         )
-
-
-def optimizer(parameters: list[nn.Parameter], training: LocalTraining) -> AdamW:
-    """Return a fresh AdamW (Loshchilov and Hutter, arXiv 1711.05101) with torch's default moments."""
-    return AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-
-
-def warm_up(optimizer: Optimizer, training: LocalTraining, step: int) -> None:
-    """Set the learning rate of a step of this round, from 0: linear over the warm-up, then constant."""
-    share = min(1.0, (step + 1) / (training.warmup_steps + 1))
-    for group in optimizer.param_groups:
-        group["lr"] = training.learning_rate * share
 
 
 def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import distributed, nn
-from torch.nn.utils import clip_grad_norm_
 
-from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer, own_loss, warm_up
+from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.tuning.adapting import optimizer, update, warm_up
 from offsite.protos.spec import LocalTraining
 
 
@@ -43,9 +43,7 @@ class Plain:
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self._ranks.world > 1:
             self._average_gradients()
-        clip_grad_norm_(self._parameters, self._training.gradient_clipping)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        update(self._optimizer, self._parameters, self._training)
         self._steps += 1
         return mean(loss, self._ranks)
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.client.site.engines.base import Ranks, check_rows, mean, optimizer, own_loss, warm_up
+from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.tuning.adapting import optimizer, warm_up
 from offsite.protos.errors import InputError
 from offsite.protos.spec import LocalTraining
 

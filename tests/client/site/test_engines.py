@@ -20,6 +20,7 @@ from offsite.emulator.bundle import Layout
 from offsite.emulator.methods.proof import Witness
 from offsite.emulator.outline import Outline
 from offsite.emulator.precision import DTYPES
+from offsite.emulator.tuning.adapting import adapt
 from offsite.protos import tensors
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError
@@ -44,7 +45,7 @@ class Loaded:
         self.broadcast = tensors.load(Path(job.adapter))
         self.model = self.method.attach(model, self.places, self.broadcast).train()
         self.trained = self.method.named_parameters(self.model, self.places)
-        encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=spec.max_length)
+        encoded = self.encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=spec.max_length)
         self.batches: list[Batch] = list(
             training_batches(encoded, batch_size=spec.batch_size, steps=spec.steps, first_step=0, seed=spec.seed)
         )
@@ -88,6 +89,25 @@ def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
 def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path) -> None:
     uneven = TRAINING | {"batch_size": 5}
     agree(start, job(processes=2, training=uneven), job(training=uneven), tmp_path / "task")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float) -> None:
+    """Figures that compare an emulator tuned by its owner with what sites train are of one arithmetic."""
+    one = job(training=TRAINING)
+    spec, site, owner = one.task.training, Loaded(one), Loaded(one)
+    for loaded in (site, owner):
+        for module in loaded.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropout
+    engine = site.engine()
+    torch.manual_seed(spec.seed)
+    losses = [engine.step(batch) for batch in site.batches]
+    told: list[float] = []
+    adapt(owner.model, owner.trained, owner.encoded, spec, tell=lambda step, steps, loss: told.append(loss))
+    assert told == losses and len(set(losses)) == len(losses)
+    for key, parameter in owner.trained.items():
+        assert torch.equal(parameter, site.trained[key]), key
 
 
 @pytest.mark.parametrize("name", ENGINES)

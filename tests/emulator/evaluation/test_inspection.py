@@ -64,6 +64,18 @@ def test_a_pipe_of_frozen_layers_is_named_place_by_place(tiny: Any, text: list[B
         assert f"place {place} " in sentence and "relative change 0," in sentence
 
 
+def test_an_adapter_of_a_later_round_makes_a_pipe_of_an_honest_emulator(tiny: Any, text: list[Batch]) -> None:
+    """So what was found of an emulator in one round says nothing of the next, though its files are the same."""
+    lora, draw = make("lora", {"rank": 4}), torch.Generator().manual_seed(0)
+    model = tiny()
+    adapter = lora.start(model, PLACES, seed=0)
+    assert inspect(lora.attach(tiny(), PLACES, adapter), text, PLACES).suspicions() == []
+    adapter["1.mlp.down_proj.B"].normal_(std=1e4, generator=draw)  # beside it all that frozen layers add is nothing
+    found = inspect(lora.attach(model, PLACES, adapter), text, PLACES)
+    assert [place for place, change in found.change.items() if change < 1e-2] == [2, 3]
+    assert "place 2 hands its input on" in found.suspicions()[0]
+
+
 def test_embeddings_that_reach_a_training_layer_are_named(tiny: Any, text: list[Batch]) -> None:
     model = tiny()
     for layer in layers(model)[:4]:
