@@ -142,14 +142,15 @@ def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, tas
     if plug_in is None or ATTACK not in reached:
         return told | {"reason": f"the attack's figure or the plug-in's is no finite number; {beside}"}
     margin = min(reached.values()) - plug_in
+    which = f"the strongest of {len(attacks)} attacks" if len(attacks) > 1 else "the one attack that was made"
     said = [
-        f"no threshold was stated; the strongest of {len(attacks)} attacks ({attacks[0]}) brings the emulator to "
-        f"perplexity {overall[ATTACK]:.2f}, {_behind(reached[ATTACK] - plug_in)} the plug-in"
+        f"no threshold was stated; {which} ({attacks[0]}) brings the emulator to perplexity {overall['attack']:.2f}, "
+        f"{_behind(reached['attack'] - plug_in)} the plug-in"
     ]
     if margin < reached[ATTACK] - plug_in:
         said.append(f"the emulator tuned as asked is stronger than that, {_behind(margin)} the plug-in")
     if not task:
-        said.append("they had public text alone, and a site, which has the task's, may come further")
+        said.append("there was public text alone, and a site, which has the task's, may come further")
     return told | {"margin": margin, "reason": "; ".join([*said, beside])}
 
 

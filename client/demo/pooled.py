@@ -1,7 +1,7 @@
-"""What takes all sites' data in one place: the bound of what could be gained, and the attacks on the emulator.
+"""What takes all sites' data in one place: the bound of what could be gained, and the attack on the emulator.
 
 The bound is the same method, trained on the base itself for as many steps as all sites together; in earnest nobody has
-the model and the data in one place. The attacks are what the sites could do if they joined: they unfreeze all of the
+the model and the data in one place. The attack is what the sites could do if they joined: they unfreeze all of the
 emulator that they hold and train that, on the same data. Each of the two jobs runs as a process of its own,
 `python -m offsite.client.demo.pooled JOB.json OUT.json`, which prints a JSON line for each step.
 """
@@ -90,14 +90,13 @@ class Pool:
         return {"bound": self._scores(model, tokenizer)}
 
     def _attacks(self) -> dict[str, dict[str, Score]]:
-        """Train all of the emulator: as it is, and as the sites have tuned it.
+        """Train all of the emulator, begun as the sites have tuned it.
 
-        Of the whole family (`offsite emulator compare`, `attack_steps` of a run) these cost least.
+        Of the whole family (`offsite emulator compare`, `attack_steps` of a run) it is the one that has most when it
+        begins, and costs least.
         """
-        import copy
-
         from offsite.emulator import bundle, methods
-        from offsite.emulator.evaluation.attack import STARTS, Attack, Attacker, most_steps
+        from offsite.emulator.evaluation.attack import Attack, Attacker
         from offsite.emulator.methods import lora
 
         job, training = self._job, self._job.training
@@ -105,26 +104,21 @@ class Pool:
             layout = bundle.described(job.manifest)
             emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
             method = methods.make(job.spec.method.name, job.spec.method.settings)
-            tuned = method.attach(copy.deepcopy(emulator), layout.outline.places, lora.read(Path(job.adapter)))
+            tuned = method.attach(emulator, layout.outline.places, lora.read(Path(job.adapter)))
             encoded = self._encoded(job.data.values(), tokenizer)
-        attacks = [Attack(start, steps=job.steps) for start in STARTS]
         scores: dict[str, dict[str, Score]] = {}
-        done = 0
-
-        def tell(what: str, step: int, steps: int, loss: float) -> None:
-            nonlocal done
-            done += 1
-            self._tell(done, most_steps(attacks), loss)
-
         with self._span("training"):
             Attacker(
-                {"emulator": emulator, "tuned": tuned},
+                {"tuned": tuned},
                 steps=job.steps,
                 task=encoded,
                 batch_size=training.batch_size,
                 seed=training.seed,
-                tell=tell,
-            ).make(attacks, lambda one, model: scores.update({one.name: self._scores(model, tokenizer)}))
+                tell=lambda _, step, steps, loss: self._tell(step, steps, loss),
+            ).make(
+                [Attack("tuned", steps=job.steps)],
+                lambda one, model: scores.update({one.name: self._scores(model, tokenizer)}),
+            )
         return scores
 
     def _scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:

@@ -93,11 +93,14 @@ def test_the_strongest_attack_stands_beside_what_the_plug_in_loses() -> None:
         "12.00, 0.29 nats behind the plug-in; the plug-in is 0.25 nats behind tuning on the base itself"
     )
     better = protection(HONEST | {"attack": 8.0}, ["unfreeze 4"], task=True)
-    assert better["margin"] < 0 and "8.00, 0.12 nats ahead of the plug-in" in better["reason"]
+    assert better["margin"] < 0 and better["reason"].startswith(
+        "no threshold was stated; the one attack that was made (unfreeze 4) brings the emulator to perplexity 8.00, "
+        "0.12 nats ahead of the plug-in"
+    )
 
 
 def test_an_attack_that_does_not_reach_the_tuned_emulator_is_not_the_margin() -> None:
     told = protection(HONEST | {"attack": 70.0}, ["heal 4"], task=False)
     assert told["margin"] == pytest.approx(math.log(60 / 9))
     assert "the emulator tuned as asked is stronger than that, 1.90 nats behind the plug-in" in told["reason"]
-    assert "they had public text alone, and a site, which has the task's, may come further" in told["reason"]
+    assert "there was public text alone, and a site, which has the task's, may come further" in told["reason"]
