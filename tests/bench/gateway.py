@@ -5,7 +5,9 @@
 Every site has a certificate of its own and calls over mutual TLS on loopback. The coordinator is pinned to one core;
 the sites, the supervisor that opens the rounds and whoever asks for lists share another. It prints one JSON line:
 the coordinator's share of its core while nothing happens, how long `run list` takes then, how long a site waits for a
-task that was written for it alone, and how long after a round was opened the last site had its task.
+task that was written for it alone, and how long after a round was opened the last site had its task. The machine's
+load is printed beside them: where others work on the same cores, the waits are theirs too, and `chrt -r 1` in front of
+the command keeps them apart.
 """
 
 import argparse
@@ -303,6 +305,7 @@ def main() -> None:
         finally:
             gateway.close()
     figures = {
+        "load": os.getloadavg()[0],
         "idle_share_of_a_core": idle,
         "list_p50_s": statistics.median(lists),
         "list_p99_s": lists[int(0.99 * len(lists))],
