@@ -16,6 +16,7 @@ from offsite.protos.security.signing import sign
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 ATTEMPTS = 2  # a site that fails a task is asked once more
+TIME_EVERY_S = 1.0
 NAMED = 20  # sites that an error names, at most
 
 
@@ -25,6 +26,7 @@ class Round:
     def __init__(self, home: Home, journal: Journal, run: str, spec: Grant, history: History, number: int) -> None:
         self._home, self._journal, self._run, self._spec = home, journal, run, spec
         self._history, self._number = history, number
+        self._timed = 0.0  # when it was last looked who is out of time
 
     def open(self) -> None:
         """Offer a task to every site; what was offered before stands."""
@@ -36,20 +38,27 @@ class Round:
         A site that failed is asked once more, and one that got stuck is left out. Before `since`, nobody was there to
         whom sites could have said that they get further.
         """
+        standing = self._journal.standing(self._run, self._number, attempts=ATTEMPTS)
+        self._offer((task.site, task.attempt + 1) for task in standing.failed)
+        return standing.open > self._leave_out(since) or bool(standing.failed)
+
+    def _leave_out(self, since: float) -> int:
+        """Close, now and then, the tasks that are out of time; return how many."""
         now, spec = time.time(), self._spec
+        if now - self._timed < TIME_EVERY_S:
+            return 0
+        self._timed = now
         moved_before = now - spec.stall_s
-        standing = self._journal.standing(
+        overdue = self._journal.overdue(
             *(self._run, self._number),
-            attempts=ATTEMPTS,
             moved_before=moved_before if since < moved_before else 0.0,
             begun_before=now - spec.task_s,
         )
-        self._offer((task.site, task.attempt + 1) for task in standing.failed)
-        for task in standing.overdue:
+        for task in overdue:
             late = f"was not done {spec.task_s:.0f} s after it took its task"
             stuck = f"got no further for {spec.stall_s:.0f} s"
             self._journal.close_task(self._key(task), "stalled", late if task.late else stuck)
-        return standing.open > len(standing.overdue) or bool(standing.failed)
+        return len(overdue)
 
     def updates(self) -> tuple[Update, ...] | None:
         """Return the updates of a round that nobody works on any more; None if a site is asked again for one.

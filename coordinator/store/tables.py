@@ -53,6 +53,7 @@ tasks = sa.Table(
     sa.Column("update", sa.String, default=""),
     sa.Column("metrics", sa.String, default=""),
     sa.Index("tasks_by_state", "state", "site"),
+    sa.Index("tasks_of_round", "run", "round", "state"),  # a count of open tasks reads no task
 )
 steps = sa.Table(  # work that was done and what it gave, so that it is never done again
     "steps",
