@@ -19,7 +19,7 @@ from offsite.protos.chunks import (
 )
 from offsite.protos.errors import MismatchError, UnreachableError
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
-from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+from offsite.protos.transfer_pb2 import DownloadRequest
 
 MOST_HELD = 1 << 15  # pieces that one request names: a file of 32 GiB
 
@@ -65,8 +65,9 @@ class Incoming:
             self._file.write(data)
             self._whole.update(data)
             self.at += len(data)
-            self.received += len(chunk.data)
-            self._progress(len(chunk.data))
+            received = 0 if chunk.HasField("held") else len(data)  # each look at chunk.data is a copy
+            self.received += received
+            self._progress(received)
 
     def _piece(self, number: int) -> bytes:
         """Read a piece of the earlier file; one that has changed since it was named is asked for after all."""
@@ -119,4 +120,6 @@ class Outgoing:
                 kept = states.get()
             if kept is None:
                 return
-            yield UploadPart(chunk=Chunk(offset=at, data=data))
+            part = UploadPart()
+            part.chunk.offset, part.chunk.data = at, data  # a Chunk made first would be copied
+            yield part

@@ -245,7 +245,10 @@ class Agent:
 
     def _get(self, digest: str, path: Path, size: int, reporter: Reporter) -> None:
         with because("FAULT_TRANSFER", MismatchError, NotFoundError):
-            self._channel.download(self._fleet.Download, digest, path, size=size, progress=reporter.count)
+            earlier = self._work.earlier(path)
+            self._channel.download(
+                self._fleet.Download, digest, path, size=size, earlier=earlier, progress=reporter.count
+            )
         if reporter.stopped:
             raise Stopped
 

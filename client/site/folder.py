@@ -6,7 +6,7 @@
     site.log        what the site says of itself, with details that never leave it
     trainers.log    what the process that trainers are forked from says
     bundles/        emulators, kept for later rounds and runs
-    adapters/       what the open tasks start from
+    adapters/       what the open tasks, or the last one, start from
     tasks/RUN/      what the open tasks give
 
 Nobody but the site's own user can read it.
@@ -104,17 +104,31 @@ class WorkFolder:
         """Return the folder of what a task gives."""
         return self.path / "tasks" / task.run / f"round-{task.round}-{task.attempt}"
 
+    def earlier(self, path: Path) -> Path | None:
+        """Return the newest file that may hold much of what an adapter, or a file of an emulator, will hold."""
+        kind = self.path / path.relative_to(self.path).parts[0]
+        within = path.relative_to(kind).parts[1:]  # of an emulator: where in its folder
+        others = (one.joinpath(*within) for one in kind.glob("*") if one.is_dir() or not within)
+        files = [one for one in others if one != path and one.is_file() and one.suffix == path.suffix]
+        return max(files, key=lambda one: one.stat().st_mtime, default=None)
+
     # what goes
 
     def clear(self, task: TaskSpec) -> None:
-        """Remove what a task that is over left here; the emulator stays for later rounds."""
+        """Remove what a task that is over left here; the emulator stays for later rounds, and one adapter."""
         shutil.rmtree(self.task(task), ignore_errors=True)
-        self.adapter(task).unlink(missing_ok=True)
+        self._clear_adapters()
 
     def clear_tasks(self) -> None:
         """Remove what all tasks left here, when none is open."""
-        for name in ("tasks", "adapters"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(self.path / "tasks", ignore_errors=True)
+        self._clear_adapters()
+
+    def _clear_adapters(self) -> None:
+        """Remove all but the newest, of which the next one may hold much."""
+        files = sorted((self.path / "adapters").glob("*"), key=lambda one: one.stat().st_mtime)
+        for file in files[:-1]:
+            file.unlink()
 
     def clear_bundles(self, policy: Policy, *, used: Path | None = None) -> None:
         """Remove emulators that were not used for long, and the oldest of more than the policy keeps; not the one used.

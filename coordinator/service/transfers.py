@@ -4,8 +4,9 @@ A transfer that gets no further for STALL_S is ended, to be resumed.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from offsite.protos.fleet_pb2 import UploadPart
 from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
 
 HASH_BYTES = 32  # of the digest of a piece that a caller holds
+PART_BYTES = CHUNK_BYTES + 64  # of an upload's message with a chunk
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,8 +34,9 @@ async def _apart(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, 
     work = asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
     try:
         return await asyncio.shield(work)
-    finally:
+    except asyncio.CancelledError:
         await asyncio.wait([work])
+        raise
 
 
 async def send(path: Path, request: DownloadRequest, context: Any, recheck: Callable[[], None]) -> None:
@@ -44,23 +47,25 @@ async def send(path: Path, request: DownloadRequest, context: Any, recheck: Call
         raise InputError(f"held: {len(request.held)} bytes are no digests of {HASH_BYTES} bytes each")
     pieces = (request.held[at : at + HASH_BYTES] for at in range(0, len(request.held), HASH_BYTES))
     held = {piece: number for number, piece in enumerate(pieces)}
-    at = request.offset
     with path.open("rb", buffering=0) as file:
-        file.seek(at)
-        while data := await _apart(_bytes, file.read, CHUNK_BYTES):
+        file.seek(request.offset)
+        while chunk := await _apart(_bytes, _next, file, held):
             recheck()
-            number = held.get(await _apart(_bytes, _digest, data)) if held else None
-            chunk = Chunk(offset=at, data=data) if number is None else Chunk(offset=at, held=number)
             try:
                 async with asyncio.timeout(STALL_S):
                     await context.write(chunk)
             except TimeoutError:
-                raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; resume at byte {at}") from None
-            at += len(data)
+                where = f"resume at byte {chunk.offset}"
+                raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; {where}") from None
 
 
-def _digest(data: bytes) -> bytes:
-    return blake3(data).digest()
+def _next(file: FileIO, held: Mapping[bytes, int]) -> Chunk | None:
+    """Read the next chunk, or name it if the caller holds it; None at the end."""
+    offset, data = file.tell(), file.read(CHUNK_BYTES)
+    if not data:
+        return None
+    number = held.get(blake3(data).digest()) if held else None
+    return Chunk(offset=offset, data=data) if number is None else Chunk(offset=offset, held=number)
 
 
 async def parts(stream: AsyncIterator[UploadPart], recheck: Callable[[], None]) -> AsyncIterator[UploadPart]:
@@ -75,7 +80,10 @@ async def parts(stream: AsyncIterator[UploadPart], recheck: Callable[[], None]) 
         recheck()
         if part is None:
             return
-        check_request(part)
+        if part.HasField("header"):
+            check_request(part)
+        elif part.ByteSize() > PART_BYTES:
+            raise InputError(f"chunk: {part.ByteSize()} bytes came, at most {PART_BYTES} are taken")
         yield part
 
 

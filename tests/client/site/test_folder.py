@@ -44,6 +44,26 @@ def test_a_folder_in_use_or_of_another_site_is_refused_by_name(tmp_path: Path) -
         WorkFolder.open(tmp_path, kit("bank"))
 
 
+def test_what_a_download_may_hold_much_of_is_the_newest_of_its_kind(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    bundle, adapter = folder.bundle(TASK), folder.adapter(TASK)
+    assert folder.earlier(adapter) is None and folder.earlier(bundle / "model.safetensors") is None
+    filled(bundle.with_name("old"), age_s=9)
+    new = filled(bundle.with_name("new"))
+    os.utime(bundle.with_name("old") / "model.safetensors", (1, 1))
+    adapter.parent.mkdir()
+    for name in ("one", "two"):
+        adapter.with_stem(name).write_text(name)
+    os.utime(adapter.with_stem("one"), (1, 1))
+    assert folder.earlier(bundle / "model.safetensors") == new / "model.safetensors"
+    assert folder.earlier(bundle / "tokenizer.json") is None
+    assert folder.earlier(bundle.with_suffix(".json")).name in ("old.json", "new.json")  # type: ignore[union-attr]
+    assert folder.earlier(adapter) == adapter.with_stem("two")
+    folder.clear_tasks()
+    assert [file.name for file in adapter.parent.iterdir()] == ["two.safetensors"], "one is kept for the next"
+    folder.close()
+
+
 def test_only_the_sites_own_user_reads_the_folder_and_its_log(tmp_path: Path) -> None:
     folder = WorkFolder.open(tmp_path / "work", kit("bank"))
     folder.write("failed", {"message": "line 3: 'a private sentence'"})
@@ -76,7 +96,7 @@ def test_what_no_task_needs_goes_and_what_the_next_round_needs_stays(tmp_path: P
     left = folder.path / "tasks" / "ended" / "round-0-0"
     left.mkdir(parents=True)
     folder.clear(TASK)
-    assert not folder.task(TASK).exists() and not folder.adapter(TASK).exists() and left.exists() and used.exists()
+    assert not folder.task(TASK).exists() and folder.adapter(TASK).exists() and left.exists() and used.exists()
     folder.clear_tasks()
     assert not left.exists() and used.exists()
     folder.close()
