@@ -23,6 +23,7 @@ from offsite.protos.security.tls import channel_credentials, explain
 
 T = TypeVar("T")
 
+FIRST_PAUSE_S = 0.2  # before a call is made again; the next ones are longer
 CALL_S = 60.0  # deadline of a unary call that does not wait on purpose
 OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a long run's report
@@ -68,6 +69,7 @@ class Channel:
         self.target = str(self.address)
         self.patience_s = patience_s
         self.grpc = Lines(self._line)
+        self.waiting: Callable[[str], None] = lambda message: None  # is told what a call waits for, once a wait
         self._identity = identity
         self._certificate = b""  # the one that is spoken to; empty: dial anew
         self._connections: list[grpc.Channel] = []  # the last holds; one before it may be in another thread's hands
@@ -130,7 +132,7 @@ class Channel:
         A coordinator that is away, or has no room just now, is asked again.
         """
         patience = self.patience_s if patience_s is None else patience_s
-        deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
+        deadline, reached, pause = time.monotonic() + patience, progress(), FIRST_PAUSE_S
         while True:
             try:
                 result = attempt()
@@ -139,10 +141,12 @@ class Channel:
             except (grpc.RpcError, UnreachableError) as error:
                 translated = self._translate(error) if isinstance(error, grpc.RpcError) else error
                 if progress() > reached:
-                    deadline, reached, pause = time.monotonic() + patience, progress(), 0.2
+                    deadline, reached, pause = time.monotonic() + patience, progress(), FIRST_PAUSE_S
                 passing = isinstance(translated, UnreachableError | ResourceError) and not self._closed
                 if not passing or time.monotonic() > deadline:
                     raise translated from None
+            if pause == FIRST_PAUSE_S:
+                self.waiting(f"{translated}; asking again")
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 5.0)
 

@@ -70,6 +70,7 @@ class Agent:
     def __init__(self, channel: Channel, config: SiteConfig, *, say: Say) -> None:
         self._channel, self._config, self._work = channel, config, config.work
         self._show = say
+        channel.waiting = lambda message: self._say("waiting", {"message": message})
         self._fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
         self._trainers = ForkServer(config.engine, config.work.path / "trainers.log")
         self._tasked_at = float("-inf")

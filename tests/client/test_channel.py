@@ -21,6 +21,7 @@ from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
 
 DATA = bytes(range(256)) * 40
 DIGEST = digest_bytes(DATA)
+CLOSED = "nothing listens there; check the address and that the coordinator is up"
 
 
 class Away(grpc.RpcError):
@@ -63,8 +64,12 @@ def channel(tmp_path: Path) -> Iterator[Channel]:
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_ended(channel: Channel, tmp_path: Path) -> None:
-    sender = Sender(break_at=4000)
+    sender, said = Sender(break_at=4000), list[str]()
+    channel.waiting = said.append
     assert channel.download(sender, DIGEST, tmp_path / "file", size=len(DATA)) == len(DATA)
+    assert said == [
+        "127.0.0.1:1: nothing listens there; check the address and that the coordinator is up; asking again"
+    ]
     assert sender.offsets == [0, 4000] and (tmp_path / "file").read_bytes() == DATA
     assert channel.download(sender, DIGEST, tmp_path / "file") == 0, "what is there is not fetched again"
     assert len(sender.offsets) == 2 and [path.name for path in tmp_path.glob("file*")] == ["file"]

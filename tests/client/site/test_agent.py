@@ -74,7 +74,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
     config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work)
     channel: Any = SimpleNamespace(
-        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
     )
     site = agent.Agent(channel, config, say=lambda kind, data: said.append((kind, data)))
     monkeypatch.setattr(site, "_fetch", lambda task, reporter: (one.manifest, tmp_path, tmp_path / "adapter"))
@@ -99,7 +99,7 @@ def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
     settings = {"identity": SimpleNamespace(warning=None), "engine": EngineSpec()}
     config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), **settings)
     channel: Any = SimpleNamespace(
-        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub)
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
     )
     said: list[str] = []
     site = agent.Agent(channel, config, say=lambda kind, data: said.append(data["message"]))
@@ -136,7 +136,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     one = job(data=data, policy={"odd_rows": odd_rows})
     sent: list[Any] = []
     channel: Any = SimpleNamespace(
-        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_unary=id_stub),
+        grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub),
         call=lambda _, request: sent.append(request),
     )
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
