@@ -50,7 +50,7 @@ class _Fold:
     def add(self, update: Tensors, origin: Origin) -> None:
         self._others.add(update, origin)
         self._share[origin.tier] = self._share.get(origin.tier, 0.0) + origin.weight
-        for group, (b, a) in products(update, self._keys).items():
+        for group, (b, a) in _products(update, self._keys).items():
             self._products[group] = self._grow(self._products.get(group), (origin.weight * b, a))
             if len(self._share) == 1:  # the means of the factors exist only among equal ranks
                 mean_b, mean_a = self._factors.get(group, (torch.zeros_like(b), torch.zeros_like(a)))
@@ -65,7 +65,7 @@ class _Fold:
         totals = dict(self._products)
         for tier, share in self._share.items():
             share = 1.0 if len(self._share) == 1 else share
-            for group, (b, a) in products(self._last.state.get(_residual(tier), {}), self._keys).items():
+            for group, (b, a) in _products(self._last.state.get(_residual(tier), {}), self._keys).items():
                 if b.shape[1]:
                     totals[group] = self._grow(totals[group], (share * b, a))
         others = self._others.finish(()).adapter
@@ -74,16 +74,16 @@ class _Fold:
         largest, rest = -1, Products()
         for tier in tiers:
             ranks = {
-                group: pair[0].shape[1] for group, pair in products(self._last.broadcast[tier], self._keys).items()
+                group: pair[0].shape[1] for group, pair in _products(self._last.broadcast[tier], self._keys).items()
             }
             sent, left = self._project(totals, ranks)
-            broadcast[tier] = others | tensors(sent, self._keys)
+            broadcast[tier] = others | _tensors(sent, self._keys)
             if left:
-                state[_residual(tier)] = tensors(left, self._keys)
+                state[_residual(tier)] = _tensors(left, self._keys)
             if sum(ranks.values()) > largest:
                 largest, rest = sum(ranks.values()), left
         figures = self._figures(totals, rest)
-        return Version(others | tensors(totals, self._keys), broadcast, state, figures)
+        return Version(others | _tensors(totals, self._keys), broadcast, state, figures)
 
     def _project(self, totals: Products, ranks: dict[str, int]) -> tuple[Products, Products]:
         """Return the best approximations at these ranks, and what they leave out."""
@@ -111,11 +111,11 @@ def _residual(tier: Tier) -> str:
     return f"residual.{tier}"
 
 
-def products(tensors: Tensors, keys: dict[str, Factors]) -> Products:
-    """Return the factors (B, A) of each group that tensors have."""
-    return {group: (tensors[pair.B], tensors[pair.A]) for group, pair in keys.items() if pair.A in tensors}
+def _products(adapter: Tensors, keys: dict[str, Factors]) -> Products:
+    """Return the factors (B, A) of each group that an adapter has."""
+    return {group: (adapter[pair.B], adapter[pair.A]) for group, pair in keys.items() if pair.A in adapter}
 
 
-def tensors(products: Products, keys: dict[str, Factors]) -> Tensors:
+def _tensors(products: Products, keys: dict[str, Factors]) -> Tensors:
     """Return the tensors that products are made of."""
     return {keys[group][at]: factor for group, pair in products.items() for at, factor in enumerate(pair)}

@@ -1,5 +1,6 @@
 """What every method owes, on an emulator that has what it trains, run over the family's own mapping."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import plug
 from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.kernels.schema import Rule, rules, settle
+from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
 
@@ -47,6 +50,11 @@ def trained(method: Method, draft: Draft, start: Adapter, tokenizer: Any) -> Any
     return model
 
 
+def entries(adapter: Adapter, folder: Path) -> dict[str, tensors.Entry]:
+    tensors.save(folder / "adapter", adapter)
+    return tensors.header(folder / "adapter")
+
+
 def layers_of(adapter: Any) -> set[str]:
     return {key.partition(".")[0] for key in adapter}
 
@@ -60,19 +68,35 @@ def copied(model: Any) -> dict[str, torch.Tensor]:
 
 
 def test_a_start_changes_nothing_and_is_read_back_bit_for_bit(
-    method: Method, draft: Draft, start: Adapter, ids: torch.Tensor
+    method: Method, draft: Draft, start: Adapter, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     places = draft.outline.places
     again = method.start(draft.model, places, seed=0)
     assert start and start.keys() == again.keys() and all(torch.equal(start[key], again[key]) for key in start)
     assert layers_of(start) == TRAINED
-    assert method.schema(start).keys() == start.keys()
+    settled = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+    assert rules(settled) == method.rules
+    assert {key: tensors.Entry(field.dtype, field.shape) for key, field in settled.items()} == entries(start, tmp_path)
     with torch.no_grad():
         before = draft.model(ids).logits
         model = method.attach(draft.model, places, start)
         torch.testing.assert_close(model(ids).logits, before)
     state = method.state(model, places)
     assert state.keys() == start.keys() and all(torch.equal(state[key], start[key]) for key in start)
+
+
+def test_every_tier_starts_from_tensors_of_one_schema_and_no_other_tier_does(
+    method: Method, draft: Draft, start: Adapter
+) -> None:
+    places, schema = draft.outline.places, method.schema(start)
+    assert method.tier_at("anybody") in method.tiers()
+    for tier in method.tiers():
+        own = method.start(draft.model, places, seed=0, tier=tier)
+        settle(schema, {key: tensor.shape for key, tensor in own.items()})
+    if method.tiers() != {""}:
+        with pytest.raises(ValueError, match="no-such-tier"):
+            method.start(draft.model, places, seed=0, tier="no-such-tier")
+    assert method.withheld <= {field.name for field in fields(method)}  # type: ignore[arg-type]
 
 
 def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
@@ -83,9 +107,10 @@ def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
     assert {id(p) for p in trained.parameters() if p.requires_grad} == {id(p) for p in live.values()}
     assert all(parameter.dtype == torch.float32 for parameter in live.values())
     state = method.state(trained, places)
-    assert live.keys() == state.keys()
-    assert all(torch.equal(live[key].detach(), state[key]) for key in state)
-    same = [key for key in start if torch.equal(start[key], state[key])]
+    fixed = {key for key, field in method.schema(start).items() if field.rule is Rule.FIXED}
+    assert live.keys() == state.keys() - fixed and all(torch.equal(start[key], state[key]) for key in fixed)
+    assert all(torch.equal(parameter.detach(), state[key]) for key, parameter in live.items())
+    same = [key for key in live if torch.equal(start[key], state[key])]
     assert not same, f"these did not learn: {same[:3]}"
 
 

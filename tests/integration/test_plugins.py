@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from offsite.client import Choice
 
 TESTS = Path(__file__).parents[1]
-PLUGINS = ["halves", "query-value", "tolerant"]
+PLUGINS = ["halves", "query-value", "tolerant", "sparse"]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as pip installs it, from a wheel it built."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for file in ("pyproject.toml", "offsite_halves.py"):
+    for file in ("pyproject.toml", "offsite_halves.py", "offsite_sparse.py"):
         (source / file).write_text((TESTS / "plugin" / file).read_text())
     flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *flags, "--target", target, source], check=True)
@@ -33,12 +35,37 @@ def environment(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_names_the_plug_ins_of_another_package(federation: Any, environment: None) -> None:
     federation.coordinate()
     federation.join("hospital", policy='bases = ["any"]\nmethods = ["query-value"]\n')
-    builder, method, strategy = (Choice(name=name) for name in PLUGINS)
+    builder, method, strategy = (Choice(name=name) for name in PLUGINS[:3])
     with federation.connect() as session:
         run = session.submit(federation.spec(builders=(builder,), method=method, strategy=strategy, public=""))
         folder = run.result(federation.folder / "out")
     assert "q_proj" in (folder / "adapter" / "adapter_config.json").read_text()
     assert "k_proj" not in (folder / "adapter" / "adapter_config.json").read_text()
+
+
+def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(
+    federation: Any, environment: None
+) -> None:
+    federation.coordinate()
+    for site in ("hospital", "bank"):
+        federation.join(site, policy='bases = ["any"]\nmethods = ["sparse"]\n')
+    method = Choice(name="sparse", settings={"entries": 12})
+    adapters = []
+    with federation.connect() as session:
+        for strategy in ("mean", "low-rank"):
+            spec = federation.spec(method=method, strategy=Choice(name=strategy), min_sites=2, rounds=2, merge=True)
+            folder = session.submit(spec).result(federation.folder / strategy)
+            adapters.append(load_file(folder / "adapter" / "sparse.safetensors"))
+    adapter, other = adapters
+    assert len(adapter) == 2 * 7 * 2, "an index and values for each map of two layers"
+    assert all(torch.equal(tensor, other[key]) for key, tensor in adapter.items()), "what is no product is averaged"
+    merged = load_file(folder / "merged" / "model.safetensors")
+    base = load_file(federation.material / "model" / "model.safetensors")
+    for key in (key.removesuffix(".index") for key in adapter if key.endswith(".index")):
+        index, values = adapter[f"{key}.index"], adapter[f"{key}.values"]
+        assert index.dtype == torch.int32 and len(index.unique()) == 12 and bool(values.any())
+        name = f"model.layers.{key}.weight"
+        assert torch.equal(merged[name], base[name].flatten().index_add(0, index.long(), values).view_as(base[name]))
 
 
 def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any) -> None:

@@ -249,14 +249,14 @@ def test_a_run_that_cannot_be_done_is_refused_before_anything_is_trained(federat
         ({"builders": (choice(name="magic"),)}, "magic.*crash"),
         ({"builders": (choice(name="crash", settings={"kep": 5}),)}, "kep"),
         ({"builders": (choice(name="quantised"), choice(name="crash"))}, "crash cannot follow quantised"),
-        ({"builders": (choice(name="whole"), choice(name="distilled"))}, "put crash, uniform or loram first"),
+        ({"builders": (choice(name="whole"), choice(name="distilled"))}, "put crash or loram or uniform before it"),
         ({"trainable": choice(name="middle")}, "there is no placement 'middle'; known are ends, kept, spread"),
         ({"method": choice(name="grids")}, "put sketch among the builders"),
         (
             {"strategy": choice(name="mean")},
             "cannot average method lora, .* by product; use one of: factor-mean, low-rank",
         ),
-        ({"realign_steps": 5}, "put it last in builders"),
+        ({"realign_steps": 5}, "put distilled last in builders"),
         ({"method": choice(name="lora", settings={"rank": 0})}, "rank"),
         ({"strategy": choice(name="median")}, "factor-mean, low-rank, mean"),
         (

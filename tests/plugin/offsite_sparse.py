@@ -1,4 +1,4 @@
-"""A method of another package, as pip would install it: some entries of each map train, and which is an index.
+"""A method of a package of its own: some entries of each map train, and an index says which.
 
 The index is drawn from the seed, the same at every site; it travels with the values and is never averaged.
 """
@@ -74,6 +74,9 @@ class Sparse:
         return adapter
 
     def attach(self, model: nn.Module, places: Places, adapter: Tensors) -> nn.Module:
+        own = self.start(model, places, seed=0)
+        if own.keys() != adapter.keys():
+            raise ValueError(f"the model does not take the adapter's keys {sorted(own.keys() ^ adapter.keys())[:3]}")
         model.requires_grad_(False)
         for position, layer in places.items():
             block = find(model).layers[position]
