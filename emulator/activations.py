@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 
@@ -28,12 +29,7 @@ def read(
     try:
         for batch in (batch.to(device) for batch in batches):
             note(batch)
-            model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.last,
-                use_cache=False,
-            )
+            modality.run(model, batch, keep=batch.last)
     finally:
         model.train(training)
         for hook in hooks:

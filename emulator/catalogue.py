@@ -41,6 +41,9 @@ FORMATS: Plugins[Any] = Plugins(
     },
     group="offsite.formats",
 )
+MODALITIES: Plugins[Any] = Plugins(
+    "modality", {"causal-text": "offsite.emulator.modality.causal_text:CausalText"}, group="offsite.modalities"
+)
 PLACEMENTS: Plugins[Any] = Plugins(
     "placement",
     {

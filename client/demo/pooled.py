@@ -122,15 +122,15 @@ class Pool:
         return scores
 
     def _scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+        from offsite.emulator import modality
         from offsite.emulator.batches import evaluation_batches
-        from offsite.emulator.likelihood import likelihood
 
         scores = {}
         with self._span("evaluation"):
             for name, path in sorted(self._job.spec.evaluation.items()):
                 batches = evaluation_batches(self._encoded([path], tokenizer), batch_size=EVALUATION_BATCH)
-                found = likelihood(model, batches)
-                scores[name] = Score(nll=finite(found.nll), tokens=found.tokens)
+                found = modality.score(model, batches)
+                scores[name] = Score(nll=finite(found.total), tokens=found.count)
         return scores
 
     def _encoded(self, paths: Any, tokenizer: Any) -> Any:

@@ -14,12 +14,11 @@ from offsite.coordinator.comparison.plan import Plan
 from offsite.coordinator.comparison.rows import Answered, Attacked, Predicted, Score
 from offsite.coordinator.comparison.texts import Texts
 from offsite.coordinator.store.finished import Finished
-from offsite.emulator import methods
+from offsite.emulator import methods, modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.attack import STARTS, Attacker, Start, family
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.adapting import adapt
@@ -128,8 +127,10 @@ class Bench:
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:
-    found = likelihood(model, batches)
-    if not math.isfinite(found.nll):
-        raise ValueError(f"the model predicts held-out text with a loss of {found.nll}; a lower learning rate may help")
-    score = figures.Score(nll=found.nll, tokens=found.tokens)
-    return Predicted(nll=found.nll, tokens=found.tokens, perplexity=figures.perplexity([score]))
+    found = modality.score(model, batches)
+    if not math.isfinite(found.total):
+        raise ValueError(
+            f"the model predicts held-out text with a loss of {found.total}; a lower learning rate may help"
+        )
+    score = figures.Score(nll=found.total, tokens=found.count)
+    return Predicted(nll=found.total, tokens=found.count, perplexity=figures.perplexity([score]))

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from offsite.coordinator.comparison.rows import FIVE, Measured, Predicted, Protection, Row
 from offsite.coordinator.runs.report import warnings
-from offsite.emulator import builders
+from offsite.emulator import builders, modality
 from offsite.emulator.evaluation.protection import Reach, protection
-from offsite.emulator.likelihood import Likelihood
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity count as equally good
@@ -129,5 +128,5 @@ def _unprotected(useful: Sequence[Row], protected_from: float) -> str:
     )
 
 
-def _likelihood(found: Predicted) -> Likelihood:
-    return Likelihood(found.nll, found.tokens)
+def _likelihood(found: Predicted) -> modality.Score:
+    return modality.Score(found.nll, found.tokens)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import is_transposed, layers, shape
+from offsite.emulator.batches import Batch
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def _calls(model: nn.Module, places: Iterable[int]) -> dict[int, Any]:
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     training = model.training
     try:
-        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        modality.run(model.eval(), Batch(ids, torch.ones_like(ids), ids))
     finally:
         model.train(training)
         for handle in handles:

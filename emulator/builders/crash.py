@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator import modality
 from offsite.emulator.activations import read
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, longest
 from offsite.emulator.builders.base import Stage, droppable, kept_of
 from offsite.emulator.builders.reductions import Kept, Ways, cluster, drop
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.outline import REDUCTION, Grounds, Outline
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import in_fp32
@@ -63,8 +63,7 @@ class Crash:
             text = longest(batches, JUDGES)
 
             def nats(outline: Outline) -> float:
-                found = likelihood(restack(model, outline.layers, outline.shared), text)
-                return found.nll / found.tokens
+                return modality.score(restack(model, outline.layers, outline.shared), text).mean
 
             def removed(way: Kept) -> Outline:
                 kept = sorted({*fixed, *(inner[at] for at in way)})

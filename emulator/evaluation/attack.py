@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.batches import Batch, Encoded, evaluation_batches
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.seeds import generator
@@ -138,7 +138,7 @@ def attack(
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(batch.input_ids.device.type, dtype=computed, enabled=computed != torch.float32):
-            return likelihood.loss(model, batch)
+            return modality.loss(model, batch)
 
     if patience is None:
         tune(twin, parameters, encoded, schedule, loss=loss, state=state, tell=tell)
@@ -149,7 +149,7 @@ def attack(
 
     def missed() -> float:
         with torch.autocast(device, dtype=computed, enabled=computed != torch.float32):
-            return likelihood.likelihood(twin, exam).nll
+            return modality.score(twin, exam).total
 
     best = Best(
         parameters,

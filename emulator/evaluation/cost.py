@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.batches import Batch
 
 Shape = tuple[int, ...]
@@ -125,7 +125,7 @@ class _Step:
         self._model.requires_grad_(False)  # anew, because candidates may share tensors
         for parameter in self._parameters:
             parameter.requires_grad_(True)
-        likelihood.loss(self._model, self._batch).backward()  # type: ignore[no-untyped-call]
+        modality.loss(self._model, self._batch).backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()

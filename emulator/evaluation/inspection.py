@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers, text_config
 from offsite.emulator.batches import Batch
-from offsite.emulator.likelihood import Likelihood, likelihood
 
 # What honest emulators of SmolLM2-135M stay clear of, those too harsh to be of use included, and pipes do not:
 UNCHANGED = 1e-2  # ||layer(h) - h|| / ||h||; theirs is 0.2 and more
@@ -33,7 +33,7 @@ class Findings:
     """What was measured; `change` and `likeness` are medians over the tokens of the texts."""
 
     infinite: tuple[str, ...]  # parameters and buffers that hold a value that is not finite
-    likelihood: Likelihood  # of the targets of the site's texts
+    likelihood: modality.Score  # of the targets of the site's texts
     vocabulary: int
     change: dict[int, float]  # frozen place -> ||layer(h) - h|| / ||h||
     likeness: dict[int, float]  # training place, not 0 -> |cosine| of what it reads with what place 0 reads
@@ -51,7 +51,7 @@ class Findings:
         """
         if self.infinite:
             return [f"{name} holds values that are not finite" for name in self.infinite]
-        found = [] if math.isfinite(self.likelihood.nll) else ["its loss on the site's own text is not finite"]
+        found = [] if math.isfinite(self.likelihood.total) else ["its loss on the site's own text is not finite"]
         found += [
             f"the frozen layer at place {place} hands its input on unchanged: relative change {change:.2g}, "
             f"expected above {UNCHANGED:g}"
@@ -80,7 +80,7 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
     infinite = tuple(name for name, tensor in tensors if not bool(torch.isfinite(tensor).all()))
-    total = Likelihood(0.0, 0)
+    total = modality.Score(0.0, 0)
     changes: dict[int, list[Tensor]] = {}
     cosines: dict[int, list[Tensor]] = {}
     contexts: dict[int, list[Tensor]] = {}
@@ -88,9 +88,9 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
     for batch in batches:
         other, kept = _other_neighbours(batch, vocabulary)
         with _watched(model) as seen:
-            total += likelihood(model, [batch])
+            total += modality.score(model, [batch])
         with _watched(model) as elsewhere:
-            likelihood(model, [other])
+            modality.score(model, [other])
         real = batch.attention_mask.bool().cpu()
         for place, (read, change, cosine) in seen.items():
             if place not in places:
@@ -100,7 +100,7 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
                 moved = (elsewhere[place].read - read)[kept].norm(dim=-1) / read[kept].norm(dim=-1)
                 if len(moved):
                     contexts.setdefault(place, []).append(moved)
-    if not total.tokens:
+    if not total.count:
         raise ValueError("an emulator is inspected on some of the site's own texts, and none was given")
     return Findings(infinite, total, vocabulary, _medians(changes), _medians(cosines), _medians(contexts))
 

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from offsite.emulator.likelihood import Likelihood
+from offsite.emulator import modality
 
 
 @dataclass(frozen=True)
 class Reach:
     """What an attacked emulator reaches on the task's held-out text and on general text."""
 
-    task: Likelihood
-    general: Likelihood
+    task: modality.Score
+    general: modality.Score
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Protection:
 
 
 def protection(
-    attacks: Mapping[str, Reach], *, plug_in: Likelihood, base: Likelihood, threshold: float | None = None
+    attacks: Mapping[str, Reach], *, plug_in: modality.Score, base: modality.Score, threshold: float | None = None
 ) -> Protection:
     """Judge an emulator by the attacks on it; only a stated threshold (nats) that every margin reaches protects.
 
@@ -58,8 +58,8 @@ def protection(
     return Protection(*least, threshold, "protected", reason)
 
 
-def _mean(found: Likelihood, whose: str) -> float:
-    mean = found.nll / found.tokens
+def _mean(found: modality.Score, whose: str) -> float:
+    mean = found.mean
     if not math.isfinite(mean):
         raise ValueError(f"{whose}: the likelihood is {mean} nats a token, which shows nothing; measure it anew")
     return mean

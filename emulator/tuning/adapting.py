@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.batches import Encoded, training_batches
 
 
@@ -84,7 +84,7 @@ def adapt(
     torch.manual_seed(rules.seed)  # of dropout
     for step, batch in enumerate(batches):
         warm_up(adamw, rules, step)
-        loss = likelihood.loss(model, batch.to(device))
+        loss = modality.loss(model, batch.to(device))
         loss.backward()  # type: ignore[no-untyped-call]
         update(adamw, trained, rules)
         told = float(loss.detach())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch
 from offsite.emulator.outline import Outline
@@ -49,14 +49,9 @@ def loss(
 
     def of(student: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad(), outputs(teacher, taught_at) as taught:
-            teacher(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.last,
-                use_cache=False,
-            )
+            modality.run(teacher, batch, keep=batch.last)
         with outputs(student, learned_at) as learned:
-            text = likelihood.loss(student, batch)
+            text = modality.loss(student, batch)
         apart = [distance(learned[end.place], taught[end.layer], batch.attention_mask) for end in ends]
         return lm_weight * text + kd_weight * torch.stack(apart).mean()
 

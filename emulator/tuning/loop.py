@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, training_batches
 
@@ -78,7 +78,7 @@ def tune(
     encoded: Sequence[Encoded],
     schedule: Schedule,
     *,
-    loss: Callable[[nn.Module, Batch], Tensor] = likelihood.loss,
+    loss: Callable[[nn.Module, Batch], Tensor] = modality.loss,
     state: Path | None = None,
     every: int = 20,
     observer: Observer | None = None,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offsite.emulator import modality
 from offsite.emulator.batches import Batch
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.packed import PackedLinear
@@ -146,8 +147,7 @@ def divergences(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]
 
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits[batch.attention_mask.bool()].float().log_softmax(dim=-1)
+    return modality.run(model, batch)[batch.attention_mask.bool()].float().log_softmax(dim=-1)
 
 
 def _continuous(maps: Sequence[PackedLinear], learning_rate: float) -> list[dict[str, object]]:

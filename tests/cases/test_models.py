@@ -334,8 +334,6 @@ def test_an_emulator_that_does_not_train_is_not_called_done(
 ) -> None:
     ends = parse_one("ends(bottom=1,top=1)")
     built = building.build(str(plain[0]), parse("whole"), ends, tmp_path / "bundle", public=None, owner_key=None)
-    monkeypatch.setattr(
-        "offsite.emulator.methods.proof.loss", lambda model, batch: model(batch.input_ids).logits.sum() * 0
-    )
+    monkeypatch.setattr("offsite.emulator.modality.loss", lambda model, batch: model(batch.input_ids).logits.sum() * 0)
     with pytest.raises(MismatchError, match="cannot be trained by lora: 28 trained tensors have no effect on the loss"):
         try_out(built, make("lora", {}))

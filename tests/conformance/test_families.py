@@ -9,7 +9,7 @@ import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
-from offsite.emulator import builders, formats, methods, placements
+from offsite.emulator import builders, formats, methods, modality, placements
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
@@ -17,6 +17,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "builder": (dict(builders.BUILDERS), builders.make),
     "format": (dict(formats.FORMATS), formats.make),
     "method": (dict(methods.METHODS), methods.make),
+    "modality": (dict(modality.MODALITIES), modality.MODALITIES.make),
     "placement": (dict(placements.PLACEMENTS), placements.make),
     "strategy": (dict(aggregation.STRATEGIES), aggregation.make),
 }
@@ -24,6 +25,7 @@ PROTOCOLS: dict[str, Any] = {
     "builder": Builder,
     "format": formats.Format,
     "method": methods.Method,
+    "modality": modality.Modality,
     "placement": placements.Placement,
     "strategy": aggregation.Strategy,
 }

@@ -17,6 +17,7 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.BUILDERS,
     catalogue.FORMATS,
     catalogue.METHODS,
+    catalogue.MODALITIES,
     catalogue.PLACEMENTS,
 ]
 NAMES = {name for family in FAMILIES for name in family}
@@ -34,6 +35,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"} | {"lora", "grids"},  # what is safe to allow
+    "emulator/batches.py": {"causal-text"},  # of which its batches are
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
@@ -48,7 +50,7 @@ HOMONYMS = {  # words that are also names
     "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
-    "emulator/likelihood.py": {"mean"},
+    "emulator/modality/causal_text.py": {"mean"},
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
 }
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from offsite.client.demo import data
-from offsite.emulator import builders, methods, placements, zoo
+from offsite.emulator import builders, methods, modality, placements, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Material, crash
 from offsite.emulator.examples import read
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Placement
@@ -59,7 +58,7 @@ class Bench:
         return self.perplexity(self.base)
 
     def perplexity(self, model: nn.Module, text: list[Batch] | None = None) -> float:
-        return likelihood(model, text or self.exam).perplexity
+        return modality.score(model, text or self.exam).perplexity
 
     def draft(self, chain: Chain, placement: Placement | None = None) -> Draft:
         made = [builders.make(name, settings) for name, settings in chain]

@@ -5,14 +5,13 @@ import torch
 from torch import nn
 
 from offsite.client.demo import data
-from offsite.emulator import zoo
+from offsite.emulator import modality, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
 from offsite.emulator.builders import Material, run
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.examples import read
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods.lora import Lora
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
@@ -45,7 +44,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
         return encode([example for file in files for example in read(file)], tokenizer, max_length=96, divide=False)
 
     def perplexity(model: nn.Module, text: list[Batch]) -> float:
-        return likelihood(model, text).perplexity
+        return modality.score(model, text).perplexity
 
     public = encoded(tmp_path / "owner" / "public.jsonl")
     private = encoded(*(site.train for site in sites))

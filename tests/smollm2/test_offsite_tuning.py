@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.runs.report import warnings
+from offsite.emulator import modality
 from offsite.emulator.evaluation.attack import RATE, attack
 from offsite.emulator.evaluation.protection import Reach, protection
-from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.methods import Method
 from offsite.emulator.outline import Draft
 from offsite.emulator.plug import plug
@@ -30,7 +30,7 @@ class Story:
     draft: Draft
     emulator_zero_shot: float
     emulator_tuned: float
-    plug_in: Likelihood
+    plug_in: modality.Score
     base_tuned: float
 
 
@@ -44,7 +44,7 @@ def story(bench: Any, blocks: Method) -> Story:
         draft=draft,
         emulator_zero_shot=bench.perplexity(draft.model),
         emulator_tuned=bench.perplexity(emulator),
-        plug_in=likelihood(plug(copy.deepcopy(bench.base), blocks, adapter), bench.exam),
+        plug_in=modality.score(plug(copy.deepcopy(bench.base), blocks, adapter), bench.exam),
         base_tuned=bench.perplexity(bound),
     )
 
@@ -75,10 +75,10 @@ def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, st
         for name, text in (("unfreeze", bench.train), ("heal", bench.public))
     }
     found = {
-        name: Reach(task=likelihood(model, bench.exam), general=likelihood(model, bench.general))
+        name: Reach(task=modality.score(model, bench.exam), general=modality.score(model, bench.general))
         for name, model in attacked.items()
     }
-    plug_in, base = story.plug_in, likelihood(bench.base, bench.general)
+    plug_in, base = story.plug_in, modality.score(bench.base, bench.general)
     margin = log(found["unfreeze"].task.perplexity / plug_in.perplexity)
     gap = log(story.emulator_tuned / plug_in.perplexity)
     tell(

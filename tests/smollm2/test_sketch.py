@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator import builders, zoo
+from offsite.emulator import builders, modality, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.batches import Encoded, collate
@@ -15,7 +15,6 @@ from offsite.emulator.builders import Material
 from offsite.emulator.builders.quantised import Quantised
 from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.formats.packed import PackedLinear
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.placements import Ends
 from offsite.kernels.sketch import decode, sketch
 
@@ -43,8 +42,8 @@ def test_a_sketch_of_smollm2_costs_little_and_less_than_its_rivals() -> None:
     calibration, unseen = [collate(rows[:4])], [collate(rows[4:])]
 
     def loss(model: nn.Module) -> float:
-        found = likelihood(model, unseen)
-        return found.nll / found.tokens
+        found = modality.score(model, unseen)
+        return found.mean
 
     def sketched(groups: int) -> nn.Module:
         return builders.run([Sketched(groups=groups)], Ends(1, 1), base, Material(batches=calibration)).model

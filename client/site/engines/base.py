@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
 from offsite.protos.errors import InputError, ResourceError
@@ -99,7 +99,7 @@ def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
     rows = Batch(
         *(part.tensor_split(ranks.world)[ranks.rank] for part in (batch.input_ids, batch.attention_mask, batch.labels))
     )
-    return likelihood.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
+    return modality.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
 
 
 def mean(loss: Tensor, ranks: Ranks) -> float:

@@ -14,10 +14,9 @@ from offsite.coordinator.runs.steps.inputs import folders, the_base
 from offsite.coordinator.runs.steps.orders import Evaluate
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
-from offsite.emulator import bundle, methods, zoo
+from offsite.emulator import bundle, methods, modality, zoo
 from offsite.emulator.batches import Batch, encode, evaluation_batches
 from offsite.emulator.examples import read
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
@@ -66,6 +65,6 @@ def measure(model: nn.Module, exams: dict[str, list[Batch]], timeline: Timeline)
     scores: dict[str, Score] = {}
     for name, batches in exams.items():
         with timeline.span("evaluation"):
-            measured = likelihood(model, batches)
-        scores[name] = Score(nll=finite(measured.nll), tokens=measured.tokens)
+            measured = modality.score(model, batches)
+        scores[name] = Score(nll=finite(measured.total), tokens=measured.count)
     return scores

@@ -14,7 +14,7 @@ import transformers
 from offsite.client.site.engines.base import Ranks
 from offsite.client.site.engines.plain import Plain
 from offsite.client.site.job import EngineSpec, TrainerJob
-from offsite.emulator import bundle, likelihood, methods
+from offsite.emulator import bundle, methods, modality
 from offsite.emulator.batches import Batch, collate, encode
 from offsite.emulator.examples import read
 from offsite.kernels.schema import Schema, Tensors, settle
@@ -53,7 +53,7 @@ def attacked(job: TrainerJob, steps: int, chain: tuple[Choice, ...] = ()) -> flo
     trained = method.named_parameters(model, places)
     rows = encode(read(Path(job.data)), tokenizer, max_length=training.max_length)
     batches = [collate(rows[4 * at : 4 * at + 4]) for at in range(steps)]
-    likelihood.loss(model, batches[0]).backward()
+    modality.loss(model, batches[0]).backward()
     torch.nn.utils.clip_grad_norm_(list(trained.values()), training.gradient_clipping)
     keys = [key for key in trained if key.endswith(".B")]
     true = torch.cat([trained[key].grad.flatten() for key in keys]).double()  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, collate
@@ -15,7 +16,6 @@ from offsite.emulator.builders.base import Material
 from offsite.emulator.builders.distilled import Distilled
 from offsite.emulator.builders.loram import Loram
 from offsite.emulator.formats.packed import PackedLinear
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.methods.blocks import Blocks
 from offsite.emulator.methods.lora import Lora
 from offsite.emulator.outline import Draft, Outline
@@ -185,7 +185,9 @@ def test_where_every_layer_trains_those_that_were_narrowed_are_tuned(tiny: Any, 
     assert found.outline.frozen == [] and found.tuned == (2, 3)
     assert all(equal_layers(found.model, place, base, place) for place in (0, 1, 4, 5))
     assert same(found.recovery, pruned.recovery)
-    assert likelihood(found.model, [collate(encoded)]).nll < likelihood(pruned.model, [collate(encoded)]).nll
+    assert (
+        modality.score(found.model, [collate(encoded)]).total < modality.score(pruned.model, [collate(encoded)]).total
+    )
 
 
 class Plain:

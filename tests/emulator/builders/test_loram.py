@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
-from offsite.emulator import likelihood
+from offsite.emulator import modality
 from offsite.emulator.anatomy.roles import roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find, layers, linears, shape
@@ -160,7 +160,7 @@ def test_lora_trains_on_the_narrow_model(family: str, tiny: Any, text: list[Batc
     optimiser = torch.optim.Adam(live.values(), lr=1e-2)
     losses = []
     for _ in range(3):
-        loss = likelihood.loss(attached, text[0])
+        loss = modality.loss(attached, text[0])
         optimiser.zero_grad()
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in live.values())

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, longest
@@ -10,7 +11,6 @@ from offsite.emulator.builders import BUILDERS, make
 from offsite.emulator.builders.base import even
 from offsite.emulator.builders.crash import nearest, pooled
 from offsite.emulator.builders.reductions import MARGIN, cluster
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.outline import Outline
 from offsite.emulator.placements import Ends, Kept, Spread
 from offsite.kernels.cka import adjacent_cka
@@ -117,7 +117,9 @@ def test_automatic_sharing_takes_the_likelier_stack(tiny: Any, text: list[Batch]
         sharing: outline("crash", model, text, placement=Ends(1, 1), keep=3, sharing=sharing)
         for sharing in ("off", "on", "auto")
     }
-    nll = {sharing: likelihood(restack(model, plan.layers, plan.shared), text).nll for sharing, plan in plans.items()}
+    nll = {
+        sharing: modality.score(restack(model, plan.layers, plan.shared), text).total for sharing, plan in plans.items()
+    }
     assert nll["auto"] == min(nll["off"], nll["on"])
     assert nll["off"] != nll["on"]
 

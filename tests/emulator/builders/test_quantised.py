@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator import builders
+from offsite.emulator import builders, modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import is_transposed, layers, linears, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.builders.quantised import Quantised
 from offsite.emulator.formats.packed import PackedLinear, dense
-from offsite.emulator.likelihood import loss
 from offsite.emulator.methods import make
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Ends, Kept
@@ -110,7 +109,7 @@ def test_lora_trains_on_a_packed_emulator_and_merges_into_the_base(family: str, 
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        value = loss(attached, text[0])
+        value = modality.loss(attached, text[0])
         value.backward()
         optimizer.step()
         losses.append(value.item())

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from offsite.emulator import builders, methods
+from offsite.emulator import builders, methods, modality
 from offsite.emulator.activations import mean_squares
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find, is_transposed, layers, linears, shape
@@ -18,7 +18,6 @@ from offsite.emulator.builders import Material
 from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.formats.packed import PackedLinear, dense
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.likelihood import loss
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.grids import Grids
 from offsite.emulator.outline import Draft
@@ -121,7 +120,7 @@ def test_training_lowers_the_loss_and_changes_nothing_but_grids(name: str, tiny:
     optimiser = torch.optim.AdamW(live.values(), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(8):
-        now = loss(model, text[0])
+        now = modality.loss(model, text[0])
         losses.append(now.item())
         optimiser.zero_grad()
         now.backward()  # type: ignore[no-untyped-call]
@@ -144,8 +143,8 @@ def test_a_dense_twin_has_the_gradients_that_the_grids_gather(tiny: Any, text: l
     stack = layers(model)
     weights = {(at, path): dense(stack[at].get_submodule(path)) for at in range(3) for path in linears(stack[at])}
     twin = with_weights(base, weights)
-    loss(twin, text[0]).backward()  # type: ignore[no-untyped-call]
-    loss(model, text[0]).backward()  # type: ignore[no-untyped-call]
+    modality.loss(twin, text[0]).backward()  # type: ignore[no-untyped-call]
+    modality.loss(model, text[0]).backward()  # type: ignore[no-untyped-call]
     for key, parameter in GRIDS.named_parameters(model, places).items():
         layer, _, path = key.removesuffix(".grid").partition(".")
         full: Any = layers(twin)[int(layer)].get_submodule(path)

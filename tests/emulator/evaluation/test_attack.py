@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from offsite.emulator import methods
+from offsite.emulator import methods, modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.batches import Batch, Encoded, evaluation_batches
@@ -24,7 +24,6 @@ from offsite.emulator.evaluation.attack import (
 )
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
-from offsite.emulator.likelihood import likelihood
 from offsite.emulator.tuning.loop import Schedule, tune
 
 
@@ -85,31 +84,31 @@ def test_what_was_shared_stays_shared(name: str, dtype: torch.dtype, tiny: Any) 
 def test_an_attack_trains_every_tensor_and_leaves_the_emulator(tiny: Any, encoded: list[Encoded]) -> None:
     emulator = packed(restack(tiny(), [0, 1, 3, 5]), 1)
     text = evaluation_batches(encoded, batch_size=8)
-    before = likelihood(emulator, text)
+    before = modality.score(emulator, text)
     start, _ = unfrozen(emulator)
     ended = attack(emulator, encoded, Schedule(10, 3e-3, batch_size=8))
     assert not any(torch.equal(*pair) for pair in zip(start.parameters(), ended.parameters(), strict=True))
-    assert likelihood(emulator, text) == before
-    assert likelihood(ended, text).nll < before.nll
+    assert modality.score(emulator, text) == before
+    assert modality.score(ended, text).total < before.total
 
 
 def test_unfreezing_beats_training_what_the_owner_meant_to_train(tiny: Any, encoded: list[Encoded]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3, 5]), Schedule(10, 3e-3, batch_size=8)
     text = evaluation_batches(encoded, batch_size=8)
-    attacked = likelihood(attack(emulator, encoded, schedule), text)
+    attacked = modality.score(attack(emulator, encoded, schedule), text)
     meant, _ = unfrozen(emulator)
     ends: dict[str, nn.Parameter] = {
         f"{place}.{name}": value for place in (0, 3) for name, value in layers(meant)[place].named_parameters()
     }
     tune(meant, ends, encoded, schedule)
-    assert attacked.nll < likelihood(meant, text).nll < likelihood(emulator, text).nll
+    assert attacked.total < modality.score(meant, text).total < modality.score(emulator, text).total
 
 
 def test_the_text_of_an_attack_is_that_of_its_steps(tiny: Any, encoded: list[Encoded], text: list[Batch]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(3, 1e-3, batch_size=4)
     mine, _ = unfrozen(emulator)
     tune(mine, dict(mine.named_parameters()), encoded, schedule)
-    assert likelihood(attack(emulator, encoded, schedule), text) == likelihood(mine, text)
+    assert modality.score(attack(emulator, encoded, schedule), text) == modality.score(mine, text)
 
 
 # The family
@@ -205,7 +204,7 @@ def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, t
     attacker = Attacker({"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, rate=3e-3)
     scored = made(attacker, (Attack(), *family(4, starts=["emulator"], public=False, task=True)))
     exam = evaluation_batches(divided(task, seed=0)[1], batch_size=8)
-    start, short, long = (likelihood(model, exam).nll for model in scored.values())
+    start, short, long = (modality.score(model, exam).total for model in scored.values())
     assert long < short < start
 
 
@@ -216,8 +215,8 @@ def test_a_tuned_emulator_is_attacked_with_its_adapter(tiny: Any, task: list[Enc
     attacker = Attacker({"emulator": emulator, "tuned": tuned}, steps=4, task=task, rate=3e-3)
     text = evaluation_batches(task, batch_size=8)
     scored = made(attacker, (Attack("tuned"), Attack("tuned", steps=4)))
-    begun, ended = (likelihood(model, text).nll for model in scored.values())
-    assert begun == likelihood(tuned, text).nll and ended < begun
+    begun, ended = (modality.score(model, text).total for model in scored.values())
+    assert begun == modality.score(tuned, text).total and ended < begun
     assert sum(parameter.numel() for parameter in unfrozen(tuned)[1].values()) > sum(
         parameter.numel() for parameter in emulator.parameters()
     )

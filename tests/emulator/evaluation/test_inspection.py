@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from offsite.emulator import zoo
+from offsite.emulator import modality, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import IGNORED, Batch, encode, evaluation_batches
 from offsite.emulator.builders import make as builder
 from offsite.emulator.evaluation.inspection import Findings, inspect
 from offsite.emulator.examples import Example
-from offsite.emulator.likelihood import Likelihood, likelihood
 from offsite.emulator.methods import make
 from offsite.emulator.placements import Ends
 
@@ -32,7 +31,7 @@ def test_an_honest_model_raises_no_suspicion(family: str, tiny: Any, text: list[
     model = tiny(family)
     found = inspect(model, text, PLACES)
     assert found.suspicions() == []
-    assert found.perplexity == pytest.approx(likelihood(model, text).perplexity)
+    assert found.perplexity == pytest.approx(modality.score(model, text).perplexity)
     assert found.change.keys() == {2, 3} and found.likeness.keys() == found.context.keys() == {1, 4, 5}
     assert not any(layer._forward_hooks for layer in layers(model))
 
@@ -126,9 +125,9 @@ def test_each_tensor_with_a_value_that_is_not_finite_is_named(tiny: Any, text: l
 
 
 def test_a_perplexity_that_is_no_number_is_suspected() -> None:
-    honest = Findings((), likelihood=Likelihood(30.0, 10), vocabulary=96, change={}, likeness={}, context={})
+    honest = Findings((), likelihood=modality.Score(30.0, 10), vocabulary=96, change={}, likeness={}, context={})
     assert honest.suspicions() == []
-    assert len(replace(honest, likelihood=Likelihood(float("nan"), 10)).suspicions()) == 1
+    assert len(replace(honest, likelihood=modality.Score(float("nan"), 10)).suspicions()) == 1
 
 
 def test_padding_has_no_say(tiny: Any, text: list[Batch]) -> None:

@@ -2,12 +2,12 @@ import math
 
 import pytest
 
+from offsite.emulator import modality
 from offsite.emulator.evaluation.protection import Reach, protection
-from offsite.emulator.likelihood import Likelihood
 
 
-def at(mean: float) -> Likelihood:
-    return Likelihood(100 * mean, 100)
+def at(mean: float) -> modality.Score:
+    return modality.Score(100 * mean, 100)
 
 
 def test_nothing_is_protected_unless_a_threshold_is_stated() -> None:
@@ -17,7 +17,7 @@ def test_nothing_is_protected_unless_a_threshold_is_stated() -> None:
 
 
 def test_margins_are_the_least_over_attacks_in_nats_of_perplexity() -> None:
-    plug_in, base = Likelihood(40, 20), Likelihood(60, 20)
+    plug_in, base = modality.Score(40, 20), modality.Score(60, 20)
     attacks = {"unfreeze": Reach(at(2.5), at(5)), "heal": Reach(at(3.5), at(3.25))}
     found = protection(attacks, plug_in=plug_in, base=base)
     assert found.task == pytest.approx(math.log(attacks["unfreeze"].task.perplexity / plug_in.perplexity))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears, shape
-from offsite.emulator.likelihood import loss
 from offsite.emulator.methods import METHODS, Adapter, make
 from offsite.emulator.methods.base import factors
 
@@ -47,7 +47,7 @@ def test_only_the_adapter_trains_and_all_of_it_has_a_gradient(family: str, tiny:
     live = method.named_parameters(attached, ENDS)
     training = [parameter for parameter in attached.parameters() if parameter.requires_grad]
     assert {id(parameter) for parameter in training} == {id(parameter) for parameter in live.values()}
-    loss(attached, text[0]).backward()
+    modality.loss(attached, text[0]).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in live.values())
 
 
@@ -140,7 +140,7 @@ def test_frozen_tensors_stay_as_they_are_through_training(family: str, tiny: Any
     optimiser = torch.optim.AdamW(live.values(), lr=1e-2)
     for _ in range(2):
         optimiser.zero_grad()
-        loss(attached, text[0]).backward()
+        modality.loss(attached, text[0]).backward()
         optimiser.step()
     assert all(torch.equal(p, frozen[name]) for name, p in attached.named_parameters() if not p.requires_grad)
     after = method.state(attached, ENDS)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, evaluation_batches, training_batches
-from offsite.emulator.likelihood import likelihood, loss
 from offsite.emulator.tuning.best import Best
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
@@ -46,7 +46,7 @@ def test_tuning_is_plain_adamw_on_the_seeded_batches(tiny: Any, encoded: list[En
     plain, expected = copy_of(tiny(), [2, 3])
     optimizer = torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.0)
     for at, batch in enumerate(training_batches(encoded, batch_size=2, steps=3, first_step=0, seed=3)):
-        found = loss(plain, batch)
+        found = modality.loss(plain, batch)
         assert losses[at] == pytest.approx(float(found.detach()), rel=1e-6)
         optimizer.zero_grad()
         found.backward()  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny: Any, encoded: list[Encod
 
     def broken(model: nn.Module, batch: Batch) -> Tensor:
         seen.append(batch)
-        return loss(model, batch) * (1 if len(seen) < 3 else float("nan"))
+        return modality.loss(model, batch) * (1 if len(seen) < 3 else float("nan"))
 
     model, parameters = copy_of(tiny(), [2])
     with pytest.raises(ValueError, match=r"loss of step 3 of 8 is nan; a lower learning_rate may help"):
@@ -191,7 +191,7 @@ def test_what_an_observer_keeps_is_killed_and_goes_on_with_the_training(
     def trained(state: Path, tell: Any = None) -> dict[str, Tensor]:
         model, parameters = copy_of(tiny(), [2, 3])
         exam = evaluation_batches(encoded[:2], batch_size=2)
-        best = Best(parameters, lambda: likelihood(model, exam).nll, every=2, patience=99)
+        best = Best(parameters, lambda: modality.score(model, exam).total, every=2, patience=99)
         tune(model, parameters, encoded[2:], SCHEDULE, state=state, every=3, observer=best, tell=tell)
         return {**values(parameters), **best.tensors}
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from offsite.emulator import modality
 from offsite.emulator.batches import IGNORED, Batch
-from offsite.emulator.likelihood import Likelihood, likelihood, loss
 from offsite.emulator.methods import make
 
 
@@ -22,9 +22,9 @@ def reference(model: Any, batch: Batch) -> torch.Tensor:
 
 def test_the_likelihood_is_that_of_full_logits(family: str, tiny: Any, text: list[Batch]) -> None:
     model = tiny(family)
-    found = likelihood(model, text)
-    assert found.tokens == sum(batch.targets for batch in text)
-    assert found.nll == pytest.approx(sum(float(reference(model, batch).detach()) for batch in text), rel=1e-5)
+    found = modality.score(model, text)
+    assert found.count == sum(batch.targets for batch in text)
+    assert found.total == pytest.approx(sum(float(reference(model, batch).detach()) for batch in text), rel=1e-5)
 
 
 def test_the_loss_is_the_mean_and_has_its_gradients(family: str, tiny: Any, text: list[Batch]) -> None:
@@ -33,7 +33,7 @@ def test_the_loss_is_the_mean_and_has_its_gradients(family: str, tiny: Any, text
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     mean = reference(model, batch) / batch.targets
     expected = torch.autograd.grad(mean, parameters)
-    value = loss(model, batch)
+    value = modality.loss(model, batch)
     assert float(value.detach()) == pytest.approx(float(mean.detach()), rel=1e-5)
     for mine, theirs in zip(torch.autograd.grad(value, parameters), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
@@ -43,7 +43,7 @@ def test_logits_are_computed_only_where_labels_are(tiny: Any, text: list[Batch])
     model = tiny()
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
-    loss(model, text[0])
+    modality.loss(model, text[0])
     labelled = (text[0].labels[:, 1:] != IGNORED).any(dim=0)
     assert seen == [int(labelled.sum())]
     assert seen[0] < text[0].labels.shape[1] - 1
@@ -51,33 +51,33 @@ def test_logits_are_computed_only_where_labels_are(tiny: Any, text: list[Batch])
 
 def test_an_attached_model_has_the_same_loss(family: str, tiny: Any, text: list[Batch]) -> None:
     model = tiny(family)
-    before = loss(model, text[0])
+    before = modality.loss(model, text[0])
     method = make("lora", {})
     attached = method.attach(model, {0: 0}, method.start(model, {0: 0}, seed=0))
-    assert torch.equal(loss(attached, text[0]), before)
+    assert torch.equal(modality.loss(attached, text[0]), before)
 
 
 def test_evaluation_leaves_the_mode_and_no_gradient(tiny: Any, text: list[Batch]) -> None:
     model = tiny("gpt2")  # has dropout
-    expected = likelihood(model, text)
+    expected = modality.score(model, text)
     model.train()
-    assert likelihood(model, text) == expected
+    assert modality.score(model, text) == expected
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_likelihoods_add_up(tiny: Any, text: list[Batch]) -> None:
     model = tiny()
-    parts = [likelihood(model, [batch]) for batch in text]
-    whole = likelihood(model, text)
-    assert sum(parts, Likelihood(0.0, 0)) == whole
-    assert whole.perplexity == pytest.approx(math.exp(whole.nll / whole.tokens))
-    assert Likelihood(1e6, 10).perplexity == math.inf
+    parts = [modality.score(model, [batch]) for batch in text]
+    whole = modality.score(model, text)
+    assert sum(parts, modality.Score(0.0, 0)) == whole
+    assert whole.perplexity == pytest.approx(math.exp(whole.total / whole.count))
+    assert modality.Score(1e6, 10).perplexity == math.inf
 
 
 def test_nothing_to_predict_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="no batch was given"):
-        likelihood(tiny(), [])
+        modality.score(tiny(), [])
     ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match="no token to predict"):
-        loss(tiny(), Batch(ids, torch.ones_like(ids), torch.full_like(ids, IGNORED)))
+        modality.loss(tiny(), Batch(ids, torch.ones_like(ids), torch.full_like(ids, IGNORED)))
