@@ -63,7 +63,7 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
     submitted = offsite("run", "submit", str(tmp_path / "run.toml"), *where, "--set", "rounds=1", "--watch")
     assert submitted.returncode == 0, submitted.stderr
     run = submitted.stdout.split()[0]
-    assert "plug in: perplexity" in submitted.stdout and "emulator: 5 layers" in submitted.stdout
+    assert "plug-in: perplexity" in submitted.stdout and "emulator: 5 layers" in submitted.stdout
 
     (listed,) = json.loads(offsite("run", "list", *where, "--format", "json").stdout)
     assert (listed["id"], listed["name"], listed["state"], listed["round"]) == (run, "first", "completed", 1)
