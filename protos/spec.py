@@ -109,6 +109,7 @@ class RunSpec:
     trainable: Chosen = TRAINABLE  # which layers train
     method: Chosen = METHOD
     strategy: Chosen = STRATEGY
+    upload: Stages = ()  # what an update goes through before it leaves its site; empty: nothing
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     rounds: Positive = 1
     sites: Names = ()  # empty: every site that is enrolled when the run starts
@@ -215,7 +216,8 @@ class TaskSpec:
     method_hash: Digest  # digest of the base, the method and the layers it trains
     tier: Tier = ""  # what of the method's adapter this site trains, as the method says it
     training: LocalTraining
-    upload: Stages = ()  # what becomes of the update before it leaves the site
+    upload: Stages = ()  # what the update goes through before it leaves the site
+    update_size: Amount  # bytes of the tensors that leave
     continues: Ancestor | None = None  # what the run goes on from; None: from what the method and the seed give
 
     @property

@@ -10,6 +10,7 @@ import pytest
 
 from offsite.client.site.policy import Policy
 from offsite.emulator import builders, methods
+from offsite.protos import upload
 from offsite.protos.documents import from_toml
 from offsite.protos.spec import RunSpec
 
@@ -52,6 +53,7 @@ def test_the_example_files_are_what_the_commands_take(tmp_path: Path) -> None:
     spec = from_toml(RunSpec, ROOT / "docs" / "run.toml")
     assert [builders.make(choice.name, choice.settings).name for choice in spec.builders] == ["crash"]
     assert methods.make(spec.method.name, spec.method.settings).tier_at("bank") == "r4"
+    assert [stage.name for stage in upload.make(spec.upload)] == ["noise"]
     policy = (ROOT / "docs" / "policy.toml").read_text().replace("/srv/offsite/data", str(tmp_path))
     (tmp_path / "policy.toml").write_text(policy)
     assert Policy.load(tmp_path / "policy.toml").max_rounds == 20

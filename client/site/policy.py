@@ -121,7 +121,7 @@ class Policy:
             raise refusal(
                 "min_noise", f"noise on the update: {noise:g} of the change's rms, at least {self.min_noise:g}"
             )
-        self.check_update(task.adapter_size)  # an update is as large as what it starts from
+        self.check_update(task.update_size)
 
     def check_rows(self, task: TaskSpec, *, seen: int, distinct: int) -> None:
         """Raise RefusedError for a round that sees too few distinct sequences, or a run that sees them too often."""

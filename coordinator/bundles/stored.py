@@ -1,5 +1,6 @@
 """Adapters and bundles as blobs: how the steps of a run keep them, and read them again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,23 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.emulator import bundle
 from offsite.emulator.methods import Adapter, Method
-from offsite.protos import tensors
+from offsite.kernels.schema import Schema, settle
+from offsite.protos import tensors, upload
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.spec import Manifest
+from offsite.protos.upload import Stage
 
 
-def distance(blobs: Blobs, update: str, broadcast: str) -> float:
-    """L2 norm of an update's change since the broadcast, over all of its tensors."""
-    return tensors.distance(blobs.path(update), blobs.path(broadcast))
+def unpacked(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage], *, scratch: Path) -> Path:
+    """Return the file of the adapter that an update stands for: its own, or where stages packed it one in scratch."""
+    if not stages:
+        return update
+    start = tensors.load(broadcast)
+    settled = settle(schema, {name: tensor.shape for name, tensor in start.items()})
+    path = scratch / f"{update.name}.safetensors"
+    tensors.save(path, upload.unpack(stages, tensors.load(update), start, settled))
+    return path
 
 
 def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> Stored:

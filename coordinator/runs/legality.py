@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offsite.coordinator import aggregation
+from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.builders.base import Realigner
@@ -12,6 +13,7 @@ from offsite.emulator.examples import Example, read
 from offsite.emulator.methods import Method
 from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
+from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.spec import RunSpec
 
@@ -38,6 +40,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(sorted(fitting)) or 'none'}"
         )
+    _judge_upload(spec, strategy)
     mixed = tiers(spec) or method.tiers()
     if len(mixed) > 1 and not strategy.mixed_tiers:
         mixing = sorted(name for name, other in fitting.items() if other.mixed_tiers)
@@ -86,6 +89,21 @@ def tiers(spec: RunSpec) -> frozenset[Tier]:
     """Return the tiers of the sites that a run names; none: it takes who is there."""
     method = methods.make(spec.method.name, spec.method.settings)
     return frozenset(method.tier_at(site) for site in spec.sites)
+
+
+def _judge_upload(spec: RunSpec, strategy: Strategy) -> None:
+    """Raise InputError if an upload's stages are not known, or ask more of a round than it does."""
+    for stage in upload.make(spec.upload):
+        why = ""
+        if stage.hides and strategy.needs != "sum":
+            summing = sorted(name for name, other in aggregation.STRATEGIES.items() if other.needs == "sum")
+            why = f"hides all but a sum, and strategy {strategy.name} must see each update; use {' or '.join(summing)}"
+        elif stage.hides:
+            why = "hides all but a sum, and rounds unpack each update by itself so far; leave it out"
+        elif stage.phases != ("train",):
+            why = f"works in the phases {', '.join(stage.phases)}, and a round has train alone so far; leave it out"
+        if why:
+            raise InputError(f"upload: stage {stage.name} {why}")
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

@@ -61,6 +61,7 @@ def assemble(journal: Journal, run: str) -> str:
         "bundle": {key: bundle[key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),
         "strategy": to_plain(spec.strategy),
+        "upload": [to_plain(stage) for stage in spec.upload],
         "training": to_plain(training(spec, built.learning_rate)),
         "rounds": [_round(number, history, accepted) for number in range(spec.rounds)],
         "overall": overall,

@@ -106,6 +106,8 @@ class Round:
             tier=built.tiers[site],
             training=training(self._spec, built.learning_rate),
             continues=self._spec.continues,
+            upload=self._spec.upload,
+            update_size=built.update_sizes[built.tiers[site]],
         )
 
     def _is_rotten(self, task: Row) -> bool:

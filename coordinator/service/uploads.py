@@ -15,7 +15,7 @@ from offsite.protos.events import UpdateAccepted
 from offsite.protos.fleet_pb2 import TaskKey, UploadHeader
 from offsite.protos.spec import RunSpec, TaskSpec, UpdateMetrics
 
-HEADER_BYTES = 1 << 20  # more than any safetensors header of an adapter takes beyond the broadcast's
+HEADER_BYTES = 1 << 20  # more than any safetensors header of an update takes
 
 
 class Upload:
@@ -57,7 +57,7 @@ class Upload:
         for other in self._file.parent.glob(self._stem + "*"):  # one half upload per task: disks are finite
             if other != self._file:
                 other.unlink()
-        limit = self._spec.adapter_size + HEADER_BYTES
+        limit = self._spec.update_size + HEADER_BYTES
         if not 0 < self._header.size <= limit:
             raise MismatchError(f"{self._what()}: {self._header.size} bytes announced, at most {limit} can be right")
         room(self._file.parent, self._header.size)

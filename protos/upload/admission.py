@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from offsite.kernels.schema import Rule, Schema, settle
-from offsite.protos import tensors
+from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
+from offsite.protos.upload.base import Stage
 
 
 def described(task: TaskSpec) -> str:
@@ -21,20 +23,39 @@ def admit(file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_no
     Args:
         file: the update.
         task: what was asked for.
-        schema: what the adapters of the run are made of.
+        schema: what the adapters of the run are made of, before the task's stages pack one.
         broadcast: the adapter that the task starts from.
         max_norm: L2 norm of the largest change since the broadcast that is let in.
     """
     what = described(task)
     _check_origin(tensors.about(file), task)
     settled = settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
-    tensors.check_header(file, settled, what=what)
-    norm = tensors.distance(file, broadcast)
-    fixed = [name for name, field in settled.items() if field.rule is Rule.FIXED]
-    if fixed or not math.isfinite(norm):
-        tensors.check(file, settled, fixed=tensors.load(broadcast, fixed), what=what)  # says where
+    stages = upload.make(task.upload)
+    norm = _unpacked_norm(file, stages, settled, broadcast, what) if stages else _norm(file, settled, broadcast, what)
     if not norm <= max_norm:
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
+
+
+def _norm(file: Path, schema: Schema, broadcast: Path, what: str) -> float:
+    """Return how far an adapter that left as it is has changed; raises MismatchError if it is none of the schema."""
+    tensors.check_header(file, schema, what=what)
+    norm = tensors.distance(file, broadcast)
+    fixed = [name for name, field in schema.items() if field.rule is Rule.FIXED]
+    if fixed or not math.isfinite(norm):
+        tensors.check(file, schema, fixed=tensors.load(broadcast, fixed), what=what)  # says where
+    return norm
+
+
+def _unpacked_norm(file: Path, stages: Sequence[Stage], schema: Schema, broadcast: Path, what: str) -> float:
+    """Return how far an adapter that was packed has changed; raises MismatchError if no site can have packed it."""
+    packed, start = upload.schema_of(stages, schema), tensors.load(broadcast)
+    fixed = {name: start[name] for name, field in packed.items() if field.rule is Rule.FIXED}
+    tensors.check(file, packed, fixed=fixed, what=what)
+    try:
+        adapter = upload.unpack(stages, tensors.load(file), start, schema)
+    except ValueError as error:
+        raise MismatchError(f"{what}: {error}") from error
+    return math.hypot(*(float((adapter[name] - start[name]).double().norm()) for name in schema))
 
 
 def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:

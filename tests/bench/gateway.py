@@ -175,6 +175,7 @@ def supervise(home: Home, run: str, sites: list[str], begin: Callable[[], None])
         version=Version(adapter=DIGEST, broadcast={"r8": Stored(digest=DIGEST, size=1)}),
         tiers=dict.fromkeys(sites, "r8"),
         schema=DIGEST,
+        update_sizes={"r8": 1},
         method=Choice(name="lora"),
         learning_rate=0.01,
         computed="fp32",

@@ -158,11 +158,18 @@ def open_task(home: Any, folder: Path, run: str, *, size: int) -> None:
         version=Version(adapter=digest, broadcast={"": Stored(digest=digest, size=nbytes)}),
         tiers={SITE: ""},
         schema=store_schema(blobs, folder, schema),
+        update_sizes={"": nbytes},
         **{"learning_rate": 1e-3, "computed": "fp32", "recovery": None},
     )
     task = TaskSpec(
         **{"run": run, "round": 0, "rounds": 1, "site": SITE, "attempt": 0, "base": digest, **method},
-        **{"manifest": listed, "manifest_size": listed_size, "adapter": digest, "adapter_size": nbytes},
+        **{
+            "manifest": listed,
+            "manifest_size": listed_size,
+            "adapter": digest,
+            "adapter_size": nbytes,
+            "update_size": nbytes,
+        },
         training=LocalTraining(steps=1, learning_rate=1e-3),
     )
     journal.add_run(run, token=run, owner="olga", spec=to_json(RunSpec(model="m", max_update_norm=1e6)))

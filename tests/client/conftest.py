@@ -110,6 +110,7 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
             manifest_size=1,
             adapter=DIGEST,
             adapter_size=1,
+            update_size=1,
             method=METHOD,
             method_hash=DIGEST,
             training=LocalTraining(**settings),

@@ -69,7 +69,8 @@ class Coordinator:
         for name, data in (("manifest", canonical({})), ("adapter", ADAPTER)):
             (folder / name).write_bytes(data)
             blobs.take(folder / name)
-        task = {**TASK, "run": "live", "site": "bank", "adapter": digest_bytes(ADAPTER), "adapter_size": len(ADAPTER)}
+        task = {**TASK, "run": "live", "site": "bank", "adapter": digest_bytes(ADAPTER)}
+        task |= {"adapter_size": len(ADAPTER), "update_size": len(ADAPTER)}
         manifest = to_json(MANIFEST)
         (folder / "listed").write_bytes(manifest)
         blobs.take(folder / "listed")

@@ -36,7 +36,7 @@ RUN = {
 }
 TASK = {
     **{"run": "r", "round": 0, "rounds": 1, "site": "a", "attempt": 0, "base": DIGEST, "method_hash": DIGEST},
-    **{"manifest": DIGEST, "manifest_size": 9, "adapter": DIGEST, "adapter_size": 9},
+    **{"manifest": DIGEST, "manifest_size": 9, "adapter": DIGEST, "adapter_size": 9, "update_size": 9},
     **{"method": {"name": "lora"}, "training": {"steps": 4, "learning_rate": 0.1}},
 }
 GOOD: list[tuple[type[Any], dict[str, Any]]] = [

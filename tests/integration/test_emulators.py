@@ -71,7 +71,7 @@ class Round:
         sent = self.built.version.broadcast[tier]
         task = TaskSpec(
             **{"run": "r", "round": 0, "rounds": 1, "site": site, "attempt": 0, "base": listed.base.digest},
-            **{"manifest": manifest, "manifest_size": 1, "adapter": sent.digest, "adapter_size": 1},
+            **{"manifest": manifest, "manifest_size": 1, "adapter": sent.digest, "adapter_size": 1, "update_size": 1},
             **{
                 "method": self.built.method,
                 "tier": tier,

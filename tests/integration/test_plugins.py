@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from offsite.client import Choice
 
 TESTS = Path(__file__).parents[1]
-PLUGINS = ["halves", "query-value", "tolerant", "sparse"]
+PLUGINS = ["halves", "query-value", "tolerant", "sparse", "top"]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as pip installs it, from a wheel it built."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for file in ("pyproject.toml", "offsite_halves.py", "offsite_sparse.py"):
+    for file in ("pyproject.toml", "offsite_halves.py", "offsite_sparse.py", "offsite_top.py"):
         (source / file).write_text((TESTS / "plugin" / file).read_text())
     flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *flags, "--target", target, source], check=True)
@@ -66,6 +66,23 @@ def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(
         assert index.dtype == torch.int32 and len(index.unique()) == 12 and bool(values.any())
         name = f"model.layers.{key}.weight"
         assert torch.equal(merged[name], base[name].flatten().index_add(0, index.long(), values).view_as(base[name]))
+
+
+def test_a_stage_of_another_package_that_changes_size_and_sends_integers(federation: Any, environment: None) -> None:
+    federation.coordinate()
+    federation.join("hospital")
+    federation.join("bank")
+    exam = {"exam": str(federation.material / "held-out.jsonl")}
+    with federation.connect() as session:
+        runs = []
+        for upload in ((), (Choice(name="noise"), Choice(name="top", settings={"share": 0.125}))):
+            spec = federation.spec(min_sites=2, rounds=2, evaluation=exam, upload=upload)
+            runs.append(session.submit(spec))
+            runs[-1].result(federation.folder / runs[-1].id)
+    whole, top = (run.report for run in runs)
+    assert top["bytes"]["up"] < 0.6 * whole["bytes"]["up"], "an eighth of the values, each with its index"
+    assert top["overall"]["plug_in"] < top["overall"]["base_zero_shot"]
+    assert len(top["rounds"][1]["sites"]) == 2
 
 
 def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any) -> None:

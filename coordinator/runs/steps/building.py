@@ -20,13 +20,15 @@ from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
-from offsite.emulator.methods import Method
+from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.outline import Draft
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
-from offsite.protos import tensors
+from offsite.kernels.schema import Schema, settle, size_bytes
+from offsite.protos import tensors, upload
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, to_plain
+from offsite.protos.errors import InputError
 from offsite.protos.spec import Choice
 
 
@@ -55,7 +57,9 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         begun = first(method, emulator, layout.outline.places, tiers=tiers.values(), seed=spec.training.seed)
         method.recover(begun.adapter, built.recovery)  # refuses now what could not be brought back later
         version = store_version(blobs, Path(scratch), begun)
-        schema = store_schema(blobs, Path(scratch), method.schema(begun.adapter))
+        made_of = method.schema(begun.adapter)
+        schema = store_schema(blobs, Path(scratch), made_of)
+        update_sizes = {tier: _update_size(spec, made_of, start) for tier, start in begun.broadcast.items()}
         rate = spec.training.learning_rate or suited(method.rate, emulator)
         take_step(emulator, method, layout.outline.places, begun.adapter)  # the last use of this copy
         recovery = None
@@ -78,6 +82,7 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         version=version,
         tiers=tiers,
         schema=schema,
+        update_sizes=update_sizes,
         method=_told(spec.method, method),
         method_hash=digest_bytes(canonical(identity)),
         learning_rate=rate,
@@ -87,6 +92,15 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         spans=tuple(timeline),
     )
     return replace(result, version=go_on(blobs, result, order.continued)) if order.continued else result
+
+
+def _update_size(spec: Grant, schema: Schema, start: Adapter) -> int:
+    """Bytes of the tensors that leave a site which starts from this adapter; raises InputError if a stage cannot."""
+    try:
+        settled = settle(schema, {name: tensor.shape for name, tensor in start.items()})
+        return size_bytes(upload.schema_of(upload.make(spec.upload), settled))
+    except ValueError as error:
+        raise InputError(f"upload: {error}") from error
 
 
 def _told(choice: Choice, method: Method) -> Choice:

@@ -25,6 +25,7 @@ def task(**changes: Any) -> TaskSpec:
     fields: dict[str, Any] = {
         **{"run": "r", "round": 0, "rounds": 3, "site": "bank", "attempt": 0, "base": BASE},
         **{"manifest": OTHER, "manifest_size": 1, "adapter": OTHER, "adapter_size": 1 << 20, "method_hash": OTHER},
+        "update_size": 1 << 20,
         **{"method": Choice(name="lora"), "training": LocalTraining(learning_rate=1e-3, steps=10)},
     }
     return TaskSpec(**{**fields, **changes})
@@ -66,7 +67,7 @@ def test_what_is_within_every_bound_is_allowed() -> None:
         ({"training": LocalTraining(learning_rate=1e-3, steps=2, max_length=131073)}, "max_length"),
         ({"rounds": 4}, "max_rounds"),
         ({"rounds": 2, "continues": Ancestor(run="old", round=1, rounds=2)}, "max_rounds"),
-        ({"adapter_size": (1 << 20) + 1}, "max_upload_mib"),
+        ({"update_size": (1 << 20) + 1}, "max_upload_mib"),
     ],
 )
 def test_a_task_beyond_a_bound_is_refused_by_name(changes: dict[str, Any], bound: str) -> None:

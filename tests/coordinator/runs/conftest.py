@@ -100,7 +100,7 @@ class Stand:
             **{"manifest": digest_bytes(b"manifest"), "manifest_size": 8, "bundle": describe(MANIFEST), "base": BASE},
             **{"method_hash": digest_bytes(b"method"), "learning_rate": 0.01, "computed": "fp32", "recovery": None},
             **{"version": version(b"start"), "tiers": dict.fromkeys(sites, "r8"), "schema": digest_bytes(b"schema")},
-            **{"method": Choice(name="lora", settings={"rank": 4}), "spans": SPANS},
+            **{"method": Choice(name="lora", settings={"rank": 4}), "spans": SPANS, "update_sizes": {"r8": 8}},
         )
 
     def _aggregate(self, order: bytes) -> Folded:

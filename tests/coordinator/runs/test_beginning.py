@@ -55,6 +55,7 @@ def built(home: Home) -> Built:
         version=Version(adapter=start.digest, broadcast={"r2": start}),
         tiers={"ward": "r2"},
         schema=store_schema(home.blobs(), home.scratch, SCHEMA),
+        update_sizes={"r2": 1},
         method=Choice(name="lora"),
         method_hash=OTHER,
         learning_rate=0.01,

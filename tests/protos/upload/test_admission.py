@@ -1,14 +1,15 @@
 """What an update must be to be let in, as a function of files and documents."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from offsite.kernels.schema import Field, Rule, Schema
-from offsite.protos import tensors
+from offsite.kernels.schema import Field, Rule, Schema, Tensors, settle
+from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import Choice, LocalTraining, TaskSpec, UpdateMetrics
@@ -35,10 +36,12 @@ TASK = TaskSpec(
     manifest_size=1,
     adapter=DIGEST,
     adapter_size=1,
+    update_size=1,
     method=Choice(name="lora"),
     method_hash=DIGEST,
     training=LocalTraining(steps=4, batch_size=2, learning_rate=1e-3),
 )
+NOISE = (Choice(name="noise"),)
 
 Admit = Callable[..., None]
 
@@ -47,11 +50,12 @@ Admit = Callable[..., None]
 def admitted(tmp_path: Path) -> Admit:
     """Write an update beside its broadcast and judge it."""
 
-    def judge(update: dict[str, torch.Tensor], *, about: Any = ORIGIN, max_norm: float = 10.0) -> None:
+    def judge(update: Tensors, *, about: Any = ORIGIN, max_norm: float = 10.0, chain: tuple[Choice, ...] = ()) -> None:
         tensors.save(tmp_path / "broadcast", START)
         metadata = {} if about is None else {"offsite": about if isinstance(about, str) else canonical(about).decode()}
         tensors.save(tmp_path / "update", update, metadata=metadata)
-        admit(tmp_path / "update", TASK, SCHEMA, broadcast=tmp_path / "broadcast", max_norm=max_norm)
+        task = replace(TASK, upload=chain)
+        admit(tmp_path / "update", task, SCHEMA, broadcast=tmp_path / "broadcast", max_norm=max_norm)
 
     return judge
 
@@ -77,6 +81,32 @@ def test_what_was_asked_for_is_let_in(admitted: Admit) -> None:
 def test_what_is_something_else_is_named(admitted: Admit, update: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
         admitted(update)
+
+
+def packed() -> Tensors:
+    schema = settle(SCHEMA, {key: tensor.shape for key, tensor in START.items()})
+    return upload.pack(upload.make(NOISE), TRAINED, START, schema, key=bytes(32))
+
+
+def test_what_stages_packed_is_judged_by_their_schema_and_its_norm_by_what_comes_of_it(admitted: Admit) -> None:
+    admitted(packed(), chain=NOISE)
+    admitted(packed(), chain=NOISE, max_norm=2.9)
+    with pytest.raises(MismatchError, match="changed by a norm of 2.84, the run allows 2.7"):
+        admitted(packed(), chain=NOISE, max_norm=2.7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"0.q.B": torch.full((4, 2), float("inf"))}, "tensor 0.q.B holds 8 values that are not finite"),
+        ({"0.q.B": torch.ones(4, 2).half()}, r"tensor 0.q.B is F16 \[4, 2\], expected F32"),
+        ({"0.index": INDEX.flip(0)}, "tensor 0.index is not the one that all sites have"),
+        ({"0.q.B.index": INDEX.clone()}, "tensor 0.q.B.index was not asked for"),
+    ],
+)
+def test_what_no_stage_can_have_packed_is_named(admitted: Admit, changes: Tensors, words: str) -> None:
+    with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
+        admitted(packed() | changes, chain=NOISE)
 
 
 @pytest.mark.parametrize(
