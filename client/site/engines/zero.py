@@ -4,6 +4,7 @@ Neither its fp16 nor its bf16 mode is on: the frozen weights come in their own p
 """
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,9 @@ from offsite.emulator.tuning.adapting import optimizer, warm_up
 from offsite.protos.errors import InputError
 from offsite.protos.spec import LocalTraining
 
+# What deepspeed imports only when it is first used, and torch's compiler with it.
+LATE = "deepspeed.runtime.zero.muon.muon_optimizer"
+
 
 class Zero:
     """Spreads optimiser, gradients and parameters over the processes."""
@@ -26,9 +30,10 @@ class Zero:
     @classmethod
     def preload(cls) -> None:
         """Import deepspeed, unless there is a GPU, which it would ask what it can do; a trainer does that itself."""
-        with contextlib.suppress(InputError):  # a trainer will say so
+        with contextlib.suppress(InputError, ImportError):  # a trainer will say so, if it needs it
             if not torch.cuda.device_count():
                 _import()
+                importlib.import_module(LATE)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from offsite.client.site.engines import ENGINES
 from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import Trainer, launch
@@ -149,7 +150,8 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
     agent = """if True:
         import sys
         from pathlib import Path
-        from offsite.client.site.forks import ForkServer
+        from offsite.client.site.engines import ENGINES
+from offsite.client.site.forks import ForkServer
         from offsite.client.site.job import TrainerJob
         from offsite.client.site.launch import launch
         from offsite.protos.documents import from_json
@@ -178,12 +180,15 @@ def server(tmp_path: Path) -> Iterator[ForkServer]:
     server.close()
 
 
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_theirs(
-    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A copy of a process with several threads may hang, and only the copy is to have what its rank is told."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the engine's own setting comes first
-    trainer = launch(job(training=ENDLESS, processes=2, threads=2), tmp_path / "task", server)
+    one = job(training=ENDLESS, name=name, processes=2, threads=2)
+    server = ForkServer(one.engine, tmp_path / "server.log")
+    trainer = launch(one, tmp_path / "task", server)
     events = until_training(trainer)
     ranks = [psutil.Process(process.pid) for process in trainer.processes]
     parent = ranks[0].parent()
@@ -194,6 +199,8 @@ def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_the
     with pytest.raises(RunError, match="stopped"):
         list(events)
     assert parent.is_running() and not parent.children(), "the server stays for the next task"
+    server.close()
+    assert not parent.is_running()
 
 
 def test_a_trainer_ends_when_its_input_does(start: Any, job: Jobs, tmp_path: Path) -> None:
