@@ -113,6 +113,7 @@ class Server:
                 if task.done():
                     task.result()  # raises: the journal is damaged
         finally:
+            fleet.waiting.close()
             await server.stop(grace=1.0)
             executor.close()
             journal.close()

@@ -22,7 +22,7 @@ class WaitingRoom:
 
     def __init__(self, journal: Journal, gate: Gate, changes: Changes) -> None:
         self._journal, self._gate, self._changes = journal, gate, changes
-        self._calls: dict[str, dict[asyncio.Future[Row], Peer]] = {}  # by site
+        self._calls: dict[str, dict[asyncio.Future[Row | None], Peer]] = {}  # by site
         self._heard: set[str] = set()
         self._next_task = Batch(journal.next_tasks)
 
@@ -40,7 +40,7 @@ class WaitingRoom:
         Raises IdentityError when its certificate ceases to hold meanwhile.
         """
         self.hear(site.name)
-        told: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
+        told: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
         calls = self._calls.setdefault(site.name, {})
         calls[told] = site  # before the look: a task that is written after it is handed out by `work`
         try:
@@ -51,6 +51,13 @@ class WaitingRoom:
             del calls[told]
             if not calls:
                 del self._calls[site.name]
+
+    def close(self) -> None:
+        """Let nobody wait any longer: the coordinator ends."""
+        for calls in self._calls.values():
+            for told in calls:
+                if not told.done():
+                    told.set_result(None)
 
     async def work(self) -> None:
         """Hand out tasks as they are written, and keep the journal up to date on who is here."""
@@ -88,7 +95,7 @@ class WaitingRoom:
             except Unwritable as error:
                 log.error("%s", error)
 
-    def _recheck(self, told: "asyncio.Future[Row]", site: Peer) -> None:
+    def _recheck(self, told: "asyncio.Future[Row | None]", site: Peer) -> None:
         try:
             self._gate.recheck(site)
         except OffsiteError as error:

@@ -151,7 +151,7 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
         import sys
         from pathlib import Path
         from offsite.client.site.engines import ENGINES
-from offsite.client.site.forks import ForkServer
+        from offsite.client.site.forks import ForkServer
         from offsite.client.site.job import TrainerJob
         from offsite.client.site.launch import launch
         from offsite.protos.documents import from_json

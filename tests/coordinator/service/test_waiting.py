@@ -228,6 +228,17 @@ def test_who_is_revoked_waits_no_longer_and_others_do(journal: Journal, monkeypa
     coordinator.run(main())
 
 
+def test_nobody_waits_for_a_coordinator_that_ends(journal: Journal) -> None:
+    coordinator = Coordinator(journal)
+
+    async def main() -> None:
+        calls = await coordinator.waits("ward", "lab")
+        coordinator.room.close()
+        assert await asyncio.gather(*calls) == [None, None] and len(coordinator.room) == 0
+
+    coordinator.run(main())
+
+
 def test_what_comes_in_a_burst_is_done_in_few_calls_and_one_fault_is_not_the_others() -> None:
     calls: list[list[int]] = []
 
