@@ -1,4 +1,4 @@
-"""Gaussian noise on a change, far below it: it ends the inversion of few steps, and nothing else.
+"""Gaussian noise on a change, far below it: it covers the digits that give the text of few steps away.
 
 AdamW's first steps look like signs, but its epsilon leaves the gradient in the last digits of each value, and with the
 gradient most words of the batch. Noise of 1 % of the change's root mean square (rms) covers these digits.
