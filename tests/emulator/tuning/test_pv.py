@@ -134,10 +134,19 @@ def test_a_loss_that_is_not_finite_is_refused(correlated: Squares) -> None:
 
 
 @pytest.mark.slow
-def test_on_a_model_that_has_learned_something_it_beats_straight_through_and_codebooks_alone() -> None:
-    """Half a bit a weight, after 100 steps towards what the base predicts, on text that is hardly seen twice."""
+def test_on_models_that_have_learned_something_it_beats_straight_through_and_codebooks_alone() -> None:
+    """Over three of them: one by itself depends on how a processor rounds."""
     torch.set_num_threads(1)
-    base, text = learned()
+    tuned, alone, rounded = (sum(ends) for ends in zip(*map(divergences, range(3)), strict=True))
+    assert tuned < 0.97 * alone and tuned < rounded
+
+
+def divergences(seed: int) -> tuple[float, float, float]:
+    """How far from what a base predicts PV-Tuning, codebooks alone and straight-through estimation end, in nats.
+
+    Half a bit a weight, after 100 steps, on text that is hardly seen twice.
+    """
+    base, text = learned(seed)
     train, held_out = text[:960], evaluation_batches(text[960:], batch_size=32)
     material = Material(batches=evaluation_batches(train[:64], batch_size=32), encoded=train)
     settings = {"group": 8, "codebooks": 1, "bits": 4, "batch_size": 16, "layers": "all"}
@@ -170,18 +179,17 @@ def test_on_a_model_that_has_learned_something_it_beats_straight_through_and_cod
             pass
         return divergence(model)
 
-    tuned, alone = divergence(built(100, 0.2)), divergence(built(100, 0.0))
     rounded = min(baseline(rate) for rate in (3e-3, 1e-2))
-    assert tuned < 0.95 * alone and tuned < 0.98 * rounded
+    return divergence(built(100, 0.2)), divergence(built(100, 0.0)), rounded
 
 
-def learned() -> tuple[Any, list[Encoded]]:
+def learned(seed: int) -> tuple[Any, list[Encoded]]:
     """A tiny Llama that has learned which two words may follow the last but one, and such texts."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokens = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tokens, **shape, num_hidden_layers=3))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     followers = torch.randint(3, 96, (96, 2), generator=generator).tolist()
     text = []
     for _ in range(1024):
