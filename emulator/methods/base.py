@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from offsite.kernels.schema import Rule, Schema, Tensors, Tier
+from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
 
 Adapter = Tensors
 
@@ -122,3 +122,23 @@ class Method(Protocol):
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write a recovered adapter as files that others can load."""
         ...
+
+
+class Averaged:
+    """What a method declares whose tensors are averaged each by itself and are the same at all sites."""
+
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
+    attaches: ClassVar[bool] = False
+    withheld: ClassVar[frozenset[str]] = frozenset()
+
+    def tier_at(self, site: str) -> Tier:
+        """Return "": all sites train the same."""
+        return ""
+
+    def tiers(self) -> frozenset[Tier]:
+        """Return the only one."""
+        return frozenset({""})
+
+    def schema(self, start: Adapter) -> Schema:
+        """Return fields that are averaged each by itself."""
+        return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}

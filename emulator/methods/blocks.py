@@ -11,35 +11,20 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.formats.packed import PackedLinear
-from offsite.emulator.methods.base import Adapter
-from offsite.kernels.schema import Field, Rule, Schema, Tier
+from offsite.emulator.methods.base import Adapter, Averaged
+from offsite.kernels.schema import Tier
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Averaged):
     """The parameters of the layers that train; an adapter holds their values: "28.self_attn.q_proj.weight"."""
 
     name: ClassVar[str] = "blocks"
     needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 2e-4
-    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
-    attaches: ClassVar[bool] = False
-    withheld: ClassVar[frozenset[str]] = frozenset()
-
-    def tier_at(self, site: str) -> Tier:
-        """Return "": all sites train the same."""
-        return ""
-
-    def tiers(self) -> frozenset[Tier]:
-        """Return the only one."""
-        return frozenset({""})
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Any layer can train whole."""
-
-    def schema(self, start: Adapter) -> Schema:
-        """Return fields that are averaged each by itself."""
-        return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return the layers as they are; raises ValueError if their maps are stored in a format of few bits."""

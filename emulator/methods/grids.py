@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.methods.base import Adapter
+from offsite.emulator.methods.base import Adapter, Averaged
 from offsite.emulator.outline import CENTROIDS
-from offsite.kernels.schema import Field, Rule, Schema, Tier
+from offsite.kernels.schema import Tier
 from offsite.kernels.sketch import decode
 
 
 @dataclass(frozen=True)
-class Grids:
+class Grids(Averaged):
     """The grids of the layers that train; an adapter holds their values: "28.self_attn.q_proj.grid".
 
     The codes stay with the emulator's owner, and a recovered adapter is the change of each W: "28.mlp.up_proj.change".
@@ -31,24 +31,9 @@ class Grids:
     name: ClassVar[str] = "grids"
     needs: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
     rate: ClassVar[float] = 3e-4
-    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
-    attaches: ClassVar[bool] = False
-    withheld: ClassVar[frozenset[str]] = frozenset()
-
-    def tier_at(self, site: str) -> Tier:
-        """Return "": all sites train the same."""
-        return ""
-
-    def tiers(self) -> frozenset[Tier]:
-        """Return the only one."""
-        return frozenset({""})
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Any layer whose maps are sketched can train, and shapes do not tell which are."""
-
-    def schema(self, start: Adapter) -> Schema:
-        """Return fields that are averaged each by itself."""
-        return {key: Field("F32", tuple(tensor.shape), Rule.MEAN) for key, tensor in start.items()}
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return the grids as they are; raises ValueError if there are none."""
