@@ -1,4 +1,4 @@
-"""The coordinator's folder on disk: journal, blobs, half-done uploads, scratch space, and its identity."""
+"""The coordinator's folder on disk: half-done uploads, scratch space, where its journal and blobs are, its identity."""
 
 import shutil
 import time
@@ -8,9 +8,20 @@ from pathlib import Path
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
-from offsite.protos.documents import from_json, to_json
+from offsite.coordinator.store.opening import open_blobs, open_journal, place, shown, url_of
+from offsite.protos.documents import document, from_json, to_json
+from offsite.protos.errors import ConflictError
+from offsite.protos.ranges import Place
 
 STALE_S = 24 * 3600.0
+
+
+@document
+class Stores:
+    """Where a home's journal and blobs are, by URL; empty: in the home."""
+
+    journal: Place = ""
+    blobs: Place = ""
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,7 @@ class Home:
 
     def keep(self, policy: OwnerPolicy) -> None:
         """Have the runs of this home held against a policy, wherever their steps are done."""
-        made = self.root / "policy.json.new"
-        made.write_bytes(to_json(policy))
-        made.replace(self._policy)
+        _write(self._policy, policy)
 
     def policy(self) -> OwnerPolicy:
         """Return the policy that was kept; the default if there was none."""
@@ -66,10 +75,58 @@ class Home:
     def _policy(self) -> Path:
         return self.root / "policy.json"
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has a journal."""
+        return self._stores.exists() or (self.root / "journal.db").exists()
+
+    def use(self, *, journal: str = "", blobs: str = "") -> None:
+        """Have every process that opens this home use these stores, by URL; empty: those that it uses already.
+
+        Raises ConflictError for others than it began with, and OffsiteError for one that cannot be opened.
+        """
+        for url, now, what in ((journal, self._journal, "journal"), (blobs, self._blobs, "blobs")):
+            if url and self.begun and place(url) != place(now):
+                raise ConflictError(
+                    f"{self.root} began with its {what} at {shown(now)}, not at {shown(url)}, where its runs would "
+                    f"seem gone; leave out --{what}, or name another --home; if that is the same store under a new "
+                    f"address, write it into {self._stores} first"
+                )
+        kept = self._kept()
+        open_journal(journal or self._journal).close()
+        open_blobs(blobs or self._blobs)
+        _write(self._stores, Stores(journal=journal or kept.journal, blobs=blobs or kept.blobs))
+
     def journal(self) -> Journal:
         """Open the journal."""
-        return Journal(self.root / "journal.db")
+        return open_journal(self._journal)
 
     def blobs(self) -> Blobs:
         """Open the blobs."""
-        return Blobs(self.root / "blobs")
+        return open_blobs(self._blobs)
+
+    @property
+    def _journal(self) -> str:
+        return self._kept().journal or url_of("sqlite", self.root / "journal.db")
+
+    @property
+    def _blobs(self) -> str:
+        return self._kept().blobs or url_of("file", self.root / "blobs")
+
+    def _kept(self) -> Stores:
+        if not self._stores.exists():
+            return Stores()
+        return from_json(Stores, self._stores.read_bytes(), where=str(self._stores))
+
+    @property
+    def _stores(self) -> Path:
+        return self.root / "stores.json"  # holds passwords
+
+
+def _write(path: Path, value: object) -> None:
+    """Write a document for this account alone, whole or not at all."""
+    made = path.with_name(f"{path.name}.new")
+    made.unlink(missing_ok=True)
+    made.touch(mode=0o600)
+    made.write_bytes(to_json(value))
+    made.replace(path)

@@ -11,7 +11,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
 
 
-Home_ = Annotated[Path, typer.Option("--home", help="Folder of the journal and the blobs; made if missing.")]
+Home_ = Annotated[Path, typer.Option("--home", help="The coordinator's folder; made if missing.")]
 KeepRuns = Annotated[
     int | None, typer.Option(min=0, help="Keep the published files of so many newest ended runs; else of all.")
 ]
@@ -38,6 +38,18 @@ def up(
     keep_runs: KeepRuns = None,
     keep_days: KeepDays = None,
     working_days: WorkingDays = 7.0,
+    journal: Annotated[
+        str,
+        typer.Option(
+            envvar="OFFSITE_JOURNAL", show_envvar=True, help="URL of the journal, kept in HOME; else SQLite there."
+        ),
+    ] = "",
+    blobs: Annotated[
+        str,
+        typer.Option(
+            envvar="OFFSITE_BLOBS", show_envvar=True, help="URL of the blobs, kept in HOME; else a folder there."
+        ),
+    ] = "",
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
     """Serve sites and people until interrupted; unfinished runs go on where they were.
@@ -81,7 +93,8 @@ def up(
 
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
     at = Home(home.resolve(), identity.resolve())
-    run(at, address, make, policy=rules, ready=ready, places=places, retention=retention)
+    stores = {"journal": journal, "blobs": blobs}
+    run(at, address, make, policy=rules, ready=ready, places=places, retention=retention, **stores)
 
 
 @app.command()
@@ -99,10 +112,10 @@ def gc(
     from offsite.protos.errors import NotFoundError
 
     root = home.resolve()
-    if not (root / "journal.db").is_file():
-        raise NotFoundError(f"{root}: no journal.db in it; name a coordinator's folder with --home")
+    if not (at := Home(root, root)).begun:
+        raise NotFoundError(f"{root}: not a coordinator's folder: it has no journal; name one with --home")
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
-    freed = collect(Home(root, root).prepare(), retention, dry_run=dry_run)
+    freed = collect(at.prepare(), retention, dry_run=dry_run)
     if format == "json":
         print(json.dumps({"dry_run": dry_run, **vars(freed)}))
     else:

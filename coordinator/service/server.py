@@ -61,6 +61,8 @@ class Server:
         policy: OwnerPolicy,
         places: int = PLACES,
         retention: Retention = Retention(),  # noqa: B008 (frozen)
+        journal: str = "",
+        blobs: str = "",
     ) -> None:
         self._home = home.prepare()
         self._identity = Identity.load(home.identity, expect="coordinator")
@@ -69,6 +71,7 @@ class Server:
         self._make_executor, self._places, self._retention = make_executor, places, retention
         self._lock = self._alone()
         self._policy = policy
+        home.use(journal=journal, blobs=blobs)
         home.keep(policy)
         home.sweep()
 
@@ -173,7 +176,14 @@ def run(
     ready: Callable[[int], None],
     places: int = PLACES,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
+    journal: str = "",
+    blobs: str = "",
 ) -> None:
-    """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken."""
-    server = Server(home, make_executor, policy=policy, places=places, retention=retention)
+    """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken.
+
+    The journal and the blobs are URLs; empty: those that the home uses already.
+    """
+    server = Server(
+        home, make_executor, policy=policy, places=places, retention=retention, journal=journal, blobs=blobs
+    )
     asyncio.run(server.serve(address, ready=ready))

@@ -83,7 +83,7 @@ class Watch:
 
 def _open(path: Path) -> sa.Engine:
     """Open a journal, made if missing; columns and indices that an older one lacks are added. Raises OffsiteError."""
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 30})
     sa.event.listen(engine, "connect", _prepare)
     with _in_words(path):
         metadata.create_all(engine)
