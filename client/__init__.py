@@ -8,14 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offsite.client.session import Event, Run, Session, connect
+    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, connect
     from offsite.protos.errors import OffsiteError
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
-__all__ = ["Choice", "Event", "OffsiteError", "Run", "RunSpec", "Session", "TrainingSpec", "connect"]
+__all__ = [
+    "Artifact",
+    "Choice",
+    "Event",
+    "OffsiteError",
+    "Run",
+    "RunSpec",
+    "Session",
+    "Site",
+    "Status",
+    "TrainingSpec",
+    "connect",
+]
 
 _HOMES = {
-    "offsite.client.session": ("Event", "Run", "Session", "connect"),
+    "offsite.client.session": ("Artifact", "Event", "Run", "Session", "Site", "Status", "connect"),
     "offsite.protos.errors": ("OffsiteError",),
     "offsite.protos.spec": ("Choice", "RunSpec", "TrainingSpec"),
 }

@@ -12,9 +12,9 @@ with connect("coordinator:8443", identity="kits/alice") as session:
 import logging
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic_core import from_json
 
@@ -29,6 +29,8 @@ from offsite.protos.security.identity import Identity
 from offsite.protos.spec import RunSpec
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RESTART_S = 600.0  # how long one who waits for a run waits for a coordinator that is being restarted
 
@@ -45,48 +47,85 @@ class Event:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a run has published, by a name such as adapter/adapter_model.safetensors; `size` is in bytes."""
+
+    name: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands. Times are in seconds since the epoch, 0 for what has not come; a list's has no artifacts."""
+
+    id: str
+    name: str
+    owner: str
+    state: str  # queued, waiting, running, completed, failed or cancelled
+    round: int  # rounds that are over
+    rounds: int
+    error: str  # why it failed
+    note: str  # what it waits for
+    submitted_at: float
+    finished_at: float
+    artifacts: tuple[Artifact, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """An enrolled site; `seen_at` is when it was last heard, in seconds since the epoch."""
+
+    name: str
+    seen_at: float
+    examples: int
+    version: str
+
+
 class Run:
     """A submitted run."""
 
-    def __init__(self, session: "Session", status: pb.RunStatus) -> None:
+    def __init__(self, session: "Session", reply: pb.RunStatus) -> None:
         self._session = session
-        self._status = status
+        self._reply = reply
 
     @property
     def id(self) -> str:
         """The run's id."""
-        return self._status.id
+        return self._reply.id
 
     @property
     def state(self) -> str:
-        """queued, running, completed, failed or cancelled, as last seen."""
-        return self._status.state
+        """queued, waiting, running, completed, failed or cancelled, as last seen."""
+        return self._reply.state
 
     @property
     def error(self) -> str:
         """Why it failed, as last seen."""
-        return self._status.error
+        return self._reply.error
 
     @property
     def note(self) -> str:
         """What it waits for, as last seen; empty while it goes on."""
-        return self._status.note
+        return self._reply.note
 
     @property
     def spec(self) -> RunSpec:
         """What was submitted, with all defaults filled in."""
-        if not self._status.spec:  # of a list, which is brief
+        if not self._reply.spec:  # of a list, which is brief
             self.refresh()
-        return read_json(RunSpec, self._status.spec, where="run spec")
+        return read_json(RunSpec, self._reply.spec, where="run spec")
 
     @property
-    def status(self) -> pb.RunStatus:
-        """Everything the coordinator said of it, as last seen."""
-        return self._status
+    def status(self) -> Status:
+        """How it stands, as last seen."""
+        artifacts = tuple(_copied(Artifact, artifact) for artifact in self._reply.artifacts)
+        return _copied(Status, self._reply, artifacts=artifacts)
 
     def refresh(self) -> Self:
         """Ask the coordinator again."""
-        self._status = self._session.call("Get", pb.RunId(id=self.id))
+        self._reply = self._session.call("Get", pb.RunId(id=self.id))
         return self
 
     def watch(self, *, after: int = 0, patience_s: float = RESTART_S) -> Iterator[Event]:
@@ -104,7 +143,7 @@ class Run:
                 ended = True
             except UnreachableError as error:
                 log.warning("%s; the run goes on, waiting for the coordinator", plain(str(error)))
-                self._status = self._session.call("Get", pb.RunId(id=self.id), patience_s=patience_s)
+                self._reply = self._session.call("Get", pb.RunId(id=self.id), patience_s=patience_s)
                 log.warning("the coordinator is back; going on after event %d", after)
         self.refresh()
 
@@ -118,14 +157,14 @@ class Run:
 
     def cancel(self) -> Self:
         """End the run; sites stop at their next report."""
-        self._status = self._session.call("Cancel", pb.RunId(id=self.id))
+        self._reply = self._session.call("Cancel", pb.RunId(id=self.id))
         return self
 
     @property
     def report(self) -> dict[str, Any]:
         """The figures of a completed run; empty before."""
         try:
-            report = from_json(self._status.report or "{}", allow_inf_nan=False)
+            report = from_json(self._reply.report or "{}", allow_inf_nan=False)
         except ValueError:
             report = None
         if not isinstance(report, dict):
@@ -136,7 +175,7 @@ class Run:
         """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for."""
         self.wait()
         folder = Path(folder).expanduser()
-        for artifact in self._status.artifacts:
+        for artifact in self.status.artifacts:
             relative = Path(artifact.name)
             if relative.is_absolute() or ".." in relative.parts:
                 raise InputError(f"the coordinator named a file outside the folder: {artifact.name!r}")
@@ -144,15 +183,21 @@ class Run:
         return folder
 
 
-def _event(told: pb.Event) -> Event:
+def _copied(cls: type[T], message: Any, **others: Any) -> T:
+    """Return a dataclass with what the fields of a message hold, or `others`."""
+    names = {field.name for field in fields(cls)} - others.keys()  # type: ignore[arg-type]  # it is a dataclass
+    return cls(**{name: getattr(message, name) for name in names}, **others)
+
+
+def _event(message: pb.Event) -> Event:
     """Read an event; raises MismatchError for one that is not as the protocol has it."""
     try:
-        data = from_json(told.data or "{}", allow_inf_nan=False)
+        data = from_json(message.data or "{}", allow_inf_nan=False)
     except ValueError:
         data = None
     if not isinstance(data, dict):
-        raise MismatchError(f"event {told.seq} of the run holds no JSON table; the coordinator is of another version")
-    return Event(told.seq, told.at, plain(told.kind, most=64), told.round, plain(told.site, most=64), data)
+        raise MismatchError(f"event {message.seq} of the run holds no JSON table; the coordinator is another version")
+    return _copied(Event, message, kind=plain(message.kind, most=64), site=plain(message.site, most=64), data=data)
 
 
 class Session:
@@ -200,19 +245,19 @@ class Session:
 
     def runs(self, *, limit: int | None = None) -> list[Run]:
         """Return all runs, or the newest `limit` ones, oldest first; each in brief until it is refreshed."""
-        found: list[Run] = []
+        runs: list[Run] = []
         more = limit is None or limit > 0
         while more:
-            left = 0 if limit is None else limit - len(found)
-            before = found[-1].id if found else ""
+            left = 0 if limit is None else limit - len(runs)
+            before = runs[-1].id if runs else ""
             page = self.call("List", pb.ListRequest(limit=left, before=before))
-            found += [Run(self, status) for status in page.runs]
-            more = page.more and bool(page.runs) and (limit is None or len(found) < limit)
-        return found[::-1]
+            runs += [Run(self, reply) for reply in page.runs]
+            more = page.more and bool(page.runs) and (limit is None or len(runs) < limit)
+        return runs[::-1]
 
-    def sites(self) -> list[pb.Site]:
-        """Return the enrolled sites."""
-        return list(self.call("Sites", pb.SitesRequest()).sites)
+    def sites(self) -> list[Site]:
+        """Return the enrolled sites, by name."""
+        return [_copied(Site, site) for site in self.call("Sites", pb.SitesRequest()).sites]
 
 
 def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> Session:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,12 +92,12 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
 
     from offsite.client.figures import table
     from offsite.client.session import connect
-    from offsite.protos.documents import plain
+    from offsite.protos.documents import plain, to_plain
 
     with connect(coordinator, identity=identity) as session:
         run = session.run(id)
     if format == "json":
-        print(json.dumps(_plain(run) | {"spec": json.loads(run.status.spec), "report": run.report}, indent=2))
+        print(json.dumps(_plain(run) | {"spec": to_plain(run.spec), "report": run.report}, indent=2))
         return
     console = Console()
     status = run.status
@@ -148,17 +149,13 @@ def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> N
     from offsite.protos.documents import plain
 
     with connect(coordinator, identity=identity) as session:
-        found = session.sites()
+        enrolled = session.sites()
     if format == "json":
-        print(
-            json.dumps(
-                [{"name": s.name, "seen_at": s.seen_at, "examples": s.examples, "version": s.version} for s in found]
-            )
-        )
+        print(json.dumps([asdict(site) for site in enrolled]))
         return
-    if not found:
+    if not enrolled:
         print("no sites yet; one enrols with `offsite site join`")
-    for site in found:
+    for site in enrolled:
         heard = f"heard {time.time() - site.seen_at:.0f} s ago"
         print(plain(f"{site.name}  {site.examples} examples  {heard}  offsite {site.version}"))
 
@@ -179,18 +176,5 @@ def _follow(run: Any, format: str) -> None:
 
 
 def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
-    status = run.status
-    told = {
-        "id": run.id,
-        "name": status.name,
-        "owner": status.owner,
-        "state": run.state,
-        "round": status.round,
-        "rounds": status.rounds,
-        "error": run.error,
-        "note": run.note,
-        "submitted_at": status.submitted_at,
-        "finished_at": status.finished_at,
-    }
-    files = [{"name": file.name, "digest": file.digest, "size": file.size} for file in status.artifacts]
-    return told if brief else told | {"artifacts": files}
+    status = asdict(run.status)
+    return {name: value for name, value in status.items() if not (brief and name == "artifacts")}

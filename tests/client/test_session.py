@@ -1,7 +1,9 @@
 """The SDK against a real server: it goes on after a restart where it was, pages lists, and trusts no answer."""
 
+import inspect
 import json
 import logging
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +13,9 @@ import grpc
 import pytest
 from rich.console import Console
 
+from offsite import client
 from offsite.client.progress import follow
-from offsite.client.session import Session, connect
+from offsite.client.session import Artifact, Session, Status, connect
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError
@@ -108,6 +111,27 @@ def test_a_list_is_read_page_by_page(session: Session) -> None:
     assert [run.id for run in session.runs()] == [f"r{number}" for number in range(1, 8)]
     assert [run.id for run in session.runs(limit=4)] == ["r4", "r5", "r6", "r7"]
     assert session.runs()[0].spec.model == "m", "a row of a list is brief, the rest is asked for when it is needed"
+
+
+def test_what_a_status_says_is_a_dataclass(session: Session, coordinator: Coordinator) -> None:
+    artifact = pb.Artifact(name="adapter/x", digest="blake3:0", size=3)
+    coordinator.status = pb.RunStatus(id="r1", state="completed", round=2, rounds=2, artifacts=[artifact])
+    status = session.run("r1").status
+    assert isinstance(status, Status) and (status.id, status.state, status.round) == ("r1", "completed", 2)
+    assert status.artifacts == (Artifact("adapter/x", "blake3:0", 3),)
+
+
+def test_no_class_of_the_wire_stands_in_the_public_signatures() -> None:
+    def public(name: str) -> list[Any]:
+        thing = getattr(client, name)
+        members = vars(thing).values() if inspect.isclass(thing) else [thing]
+        functions = [getattr(one, "fget", one) for one in members if inspect.isfunction(getattr(one, "fget", one))]
+        return [one for one in functions if not one.__name__.startswith("_")]
+
+    functions = [one for name in client.__all__ for one in public(name)]
+    assert len(functions) > 20
+    hints = {one.__qualname__: repr(typing.get_type_hints(one)) for one in functions}
+    assert not {name for name, hint in hints.items() if "_pb2" in hint}
 
 
 @pytest.mark.parametrize("data", ["[1]", "{", '{"a": NaN}', "\ud7ff", "[" * 5000])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from offsite.client import Choice
 from offsite.protos import runs_pb2 as pb
+from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, NotFoundError, OffsiteError, RefusedError, RunError
 from offsite.protos.transfer_pb2 import DownloadRequest
 
@@ -85,7 +86,7 @@ def test_a_researcher_gets_what_the_owners_policy_gives_and_nothing_more(federat
     base = list(load_file(federation.material / "model" / "model.safetensors").values())
     published = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
     assert published and not any(torch.equal(one, other) for one in published for other in base)
-    told = json.dumps([run.report, *(event.data for event in run.watch())]) + run.status.spec.decode()
+    told = json.dumps([run.report, *(event.data for event in run.watch())]) + to_json(run.spec).decode()
     told += "".join(file.read_text() for file in folder.rglob("*.json"))
     assert str(federation.material) not in told and str(tmp_path) not in told
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
