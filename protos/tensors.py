@@ -1,6 +1,7 @@
 """Named tensors as safetensors files: the only form in which tensors cross a border."""
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,11 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from offsite.kernels.schema import INTEGERS, Field, Schema, Tensors
+from offsite.kernels.schema import INTEGERS, Field, Schema, Tensors, size_bytes
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
 PIECE_BYTES = 1 << 20  # of a tensor in memory at a time where a file is read through: it fits a core's cache
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 ALONE = 1 << 14  # values that torch works on in the thread that asks; on a busy machine others cost more than they do
 
 
@@ -36,6 +48,51 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[s
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def writing(
+    path: Path, schema: Schema, *, metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[Tensors], None]]:
+    """Write the tensors of a settled schema as they come, in any order; the file is whole and on disk, or not there.
+
+    Its bytes depend on no order, and are those of `save` where all tensors have one dtype. Raises ValueError for a
+    tensor that is not of the schema, and at the end if one is missing.
+    """
+    head, begins = _head(schema, metadata or {})
+    partial = path.with_name(path.name + ".partial")
+    missing = set(schema)
+    with partial.open("wb") as file:
+
+        def write(tensors: Tensors) -> None:
+            for name, tensor in tensors.items():
+                field = schema.get(name)
+                if field is None or (tensor.dtype, tuple(tensor.shape)) != (DTYPES[field.dtype], field.shape):
+                    raise ValueError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, agreed was {field}")
+                file.seek(len(head) + begins[name])
+                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+                missing.discard(name)
+
+        file.write(head)
+        file.truncate(len(head) + size_bytes(schema))
+        yield write
+        if missing:
+            raise ValueError(f"{path.name}: tensor {min(missing)} is missing ({len(missing)} of {len(schema)} are)")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _head(schema: Schema, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return how a safetensors file begins, and where after that each tensor does: large values first, so aligned."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begins, end = {}, 0
+    for name, field in sorted(schema.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
+        begins[name], end = end, end + field.size_bytes
+        entries[name] = {"dtype": field.dtype, "shape": field.shape, "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, begins
 
 
 @contextmanager
@@ -73,14 +130,14 @@ def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | Non
     before any tensor is read, and of the tensors a piece at a time is in memory.
     """
     check_header(path, schema, what=what)
-    with _values(path) as values:
+    with reading(path) as file:
         for name, field in schema.items():
-            if bad := sum(_strange(piece, field) for piece in values(name)):
+            if bad := sum(_strange(piece, field) for piece in file.pieces(name)):
                 allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
                 raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
         for name, tensor in (fixed or {}).items():
             flat = iter(torch.split(tensor.flatten(), ALONE))
-            if not all(torch.equal(piece, next(flat)) for piece in values(name)):
+            if not all(torch.equal(piece, next(flat)) for piece in file.pieces(name)):
                 raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
 
 
@@ -88,7 +145,7 @@ def _strange(piece: torch.Tensor, field: Field) -> int:
     """Count the values that no tensor of a field has."""
     if field.dtype in INTEGERS:
         return int(((piece < 0) | (piece >= (field.below or 0))).sum())
-    return 0 if math.isfinite(_norm(piece)) else int((~torch.isfinite(piece)).sum())
+    return 0 if math.isfinite(norm(piece)) else int((~torch.isfinite(piece)).sum())
 
 
 def check_header(path: Path, schema: Schema, *, what: str) -> None:
@@ -112,42 +169,65 @@ def distance(path: Path, start: Path) -> float:
 
     Not finite where a tensor of either is not. A piece of each is in memory at a time.
     """
-    with _values(path) as values, _values(start) as starts:
+    with reading(path) as file, reading(start) as other:
         squares = (
-            _norm(piece - other) ** 2
-            for name in sorted(header(path))
-            for piece, other in zip(values(name), starts(name), strict=True)
+            norm(piece - beside) ** 2
+            for name in sorted(file)
+            for piece, beside in zip(file.pieces(name), other.pieces(name), strict=True)
         )
         return math.sqrt(sum(squares))
 
 
-def _norm(piece: torch.Tensor) -> float:
+def norm(piece: torch.Tensor) -> float:
     """L2 norm, summed in double precision without a copy in it."""
     piece = piece if piece.is_floating_point() else piece.double()  # of integers there is no norm
     return float(torch.linalg.vector_norm(piece, dtype=torch.float64))
 
 
-@contextmanager
-def _values(path: Path) -> Iterator[Callable[[str], Iterator[torch.Tensor]]]:
-    """Open a file to read tensors by name as flat pieces, each of which holds until the next of the file is read.
+class Reader(Mapping[str, torch.Tensor]):
+    """The tensors of an open file by name, each read when it is asked for.
 
     A mapped file would do without the copy, but all that was touched of it would count as resident memory.
     """
-    with _opened(path) as file, path.open("rb", buffering=0) as handle:
+
+    def __init__(self, path: Path, file: Any, handle: Any) -> None:
+        """Take the file as safetensors opened it, and a handle without a buffer."""
+        self._path, self._handle = path, handle
         # A safetensors file is its header and then its tensors without a gap, which opening it has checked.
-        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}  # mapped: none is read by this
-        ends = list(itertools.accumulate(tensor.nbytes for tensor in tensors.values()))
+        self._mapped = {name: file.get_tensor(name) for name in file.offset_keys()}  # none is read by this
+        ends = list(itertools.accumulate(tensor.nbytes for tensor in self._mapped.values()))
         begin = path.stat().st_size - (ends[-1] if ends else 0)
-        starts = dict(zip(tensors, (begin + end for end in (0, *ends)), strict=False))
-        buffer = memoryview(bytearray(PIECE_BYTES))
+        self._starts = dict(zip(self._mapped, (begin + end for end in (0, *ends)), strict=False))
+        self._buffer = memoryview(bytearray(PIECE_BYTES))
 
-        def pieces(name: str) -> Iterator[torch.Tensor]:
-            at, end = starts[name], starts[name] + tensors[name].nbytes
-            while at < end:
-                size = os.preadv(handle.fileno(), [buffer[: end - at]], at)
-                if not size:
-                    raise MismatchError(f"{path.name}: the file has become shorter while it was read")
-                yield from torch.split(torch.frombuffer(buffer[:size], dtype=tensors[name].dtype), ALONE)
-                at += size
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as flat pieces, each of which holds until the next of the file is read."""
+        at, dtype = self._starts[name], self._mapped[name].dtype
+        end = at + self._mapped[name].nbytes
+        while at < end:
+            size = os.preadv(self._handle.fileno(), [self._buffer[: end - at]], at)
+            if not size:
+                raise MismatchError(f"{self._path.name}: the file has become shorter while it was read")
+            yield from torch.split(torch.frombuffer(self._buffer[:size], dtype=dtype), ALONE)
+            at += size
 
-        yield pieces
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read a tensor whole."""
+        tensor, at = torch.empty_like(self._mapped[name]), 0
+        for piece in self.pieces(name):
+            tensor.view(-1)[at : at + len(piece)] = piece
+            at += len(piece)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mapped)
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Reader]:
+    """Open a file to read some of it at a time; raises MismatchError when it is not a safetensors file."""
+    with _opened(path) as file, path.open("rb", buffering=0) as handle:
+        yield Reader(path, file, handle)

@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from offsite.kernels.schema import Field, Rule, Schema
+from offsite.kernels.schema import INTEGERS, Field, Rule, Schema, Tensors
 from offsite.protos import tensors
 from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, hex_of, is_digest, read_chunks
 from offsite.protos.errors import MismatchError
@@ -36,6 +37,51 @@ def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
     tensors.save(tmp_path / "one", GOOD)
     tensors.save(tmp_path / "two", dict(reversed(GOOD.items())))
     assert digest_file(tmp_path / "one") == digest_file(tmp_path / "two")
+
+
+def write(path: Path, schema: Schema, *parts: Tensors, **options: Any) -> Path:
+    with tensors.writing(path, schema, **options) as add:
+        for part in parts:
+            add(part)
+    return path
+
+
+def test_written_as_they_come_tensors_make_the_file_that_they_make_at_once(tmp_path: Path) -> None:
+    floats = {name: GOOD[name] for name in ("0.q.A", "0.q.B")} | {"none": torch.zeros(0, 3), "one": torch.tensor(2.0)}
+    floats |= {'"ä\n': torch.arange(12.0).reshape(3, 4).T}
+    schema: Schema = {name: Field("F32", tuple(tensor.shape), Rule.MEAN) for name, tensor in floats.items()}
+    metadata = {"offsite": '{"round":1}'}
+    tensors.save(tmp_path / "once", floats, metadata=metadata)
+    parts = [{name: tensor} for name, tensor in reversed(floats.items())]
+    written = write(tmp_path / "parts", schema, *parts, metadata=metadata)
+    assert written.read_bytes() == (tmp_path / "once").read_bytes()
+    assert write(tmp_path / "bare", schema, floats).read_bytes() != written.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_tensors_of_every_type_come_back_as_they_were_written(tmp_path: Path) -> None:
+    types = {name: torch.arange(3).to(dtype) for name, dtype in tensors.DTYPES.items()}
+    bounds = {name: 9 for name in INTEGERS}
+    schema: Schema = {name: Field(name, (3,), Rule.LOCAL, below=bounds.get(name)) for name in types}
+    tensors.check(write(tmp_path / "all", schema, types), schema, what="written")
+    with tensors.reading(tmp_path / "all") as file:
+        assert file.keys() == types.keys() == tensors.load(tmp_path / "all").keys()
+        assert all(torch.equal(file[name], types[name]) and file[name].dtype == types[name].dtype for name in types)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"0.q.A": GOOD["0.q.A"]}, "file: tensor 0.index is missing .2 of 3 are"),
+        (GOOD | {"0.q.C": torch.zeros(1)}, r"tensor 0.q.C is torch.float32 \[1\], agreed was None"),
+        (GOOD | {"0.q.B": torch.zeros(2, 4)}, r"tensor 0.q.B is torch.float32 \[2, 4\], agreed was Field"),
+        (GOOD | {"0.q.B": torch.zeros(4, 2).double()}, r"tensor 0.q.B is torch.float64 \[4, 2\], agreed was Field"),
+    ],
+)
+def test_no_file_is_left_of_tensors_that_are_not_the_schemas(tmp_path: Path, part: Tensors, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        write(tmp_path / "file", SCHEMA, part)
+    assert not (tmp_path / "file").exists()
 
 
 @pytest.mark.parametrize(
