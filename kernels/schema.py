@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors: TypeAlias = dict[str, "Tensor"]
+TensorMap: TypeAlias = Mapping[str, "Tensor"]  # perhaps of a file, where each is read when it is asked for
 Tier: TypeAlias = str  # sites of one tier start a round from the same tensors
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of a value, by safetensors' names

@@ -217,6 +217,7 @@ class TaskSpec:
     tier: Tier = ""  # what of the method's adapter this site trains, as the method says it
     training: LocalTraining
     upload: Stages = ()  # what the update goes through before it leaves the site
+    previous: Digest | None = None  # the run's newest update of this site, where stages feed back what they left out
     update_size: Amount  # bytes of the tensors that leave
     continues: Ancestor | None = None  # what the run goes on from; None: from what the method and the seed give
 

@@ -6,6 +6,7 @@ imported where it is used, so that tests that need none start without it.
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,18 @@ def tiny() -> Tiny:
         return model
 
     return make
+
+
+@pytest.fixture
+def top(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stage of another package, known by its name: what it leaves out of an update is fed back."""
+    from importlib.metadata import EntryPoint
+
+    from offsite.protos.upload import STAGES
+
+    monkeypatch.syspath_prepend(Path(__file__).parent / "plugin")
+    monkeypatch.setitem(STAGES._found, "top", [EntryPoint("top", "offsite_top:Top", STAGES.group)])
+    return STAGES["top"]
 
 
 @pytest.fixture

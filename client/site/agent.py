@@ -176,6 +176,7 @@ class Agent:
             key=reporter.key, digest=digest_file(update), size=update.stat().st_size, metrics=metrics.read_text()
         )
         self._config.policy.check_update(header.size)
+        self._work.keep_residual(task, header.digest)  # by its name it counts once the coordinator has the update
         with because("FAULT_UPDATE", InputError, MismatchError, RefusedError):
             self._channel.upload(self._fleet, header, update)
         self._say("uploaded", {"run": task.run, "round": task.round + 1, "bytes": header.size})
@@ -196,6 +197,7 @@ class Agent:
             task=task,
             engine=self._config.engine,
             secret=str(self._work.secret.resolve()),
+            residual=self._residual(task),
             out=str(folder),
         )
         if reporter.stopped:
@@ -223,6 +225,18 @@ class Agent:
         partial = folder / "metrics.partial"
         partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
         partial.replace(folder / "metrics.json")
+
+    def _residual(self, task: TaskSpec) -> str:
+        """Return the file of what stages left out of this site's newest update that the run has; empty: nothing."""
+        self._work.clear_residuals(task)
+        if task.previous is None:
+            return ""
+        file = self._work.residual(task, task.previous)
+        if not file.exists():
+            what = f"what was left out of this site's last update in run {task.run} is gone, and is not sent later"
+            self._say("warning", {"message": what})
+            return ""
+        return str(file.resolve())
 
     def _say_judged(self, task: TaskSpec, event: dict[str, Any]) -> None:
         """Say what the trainer found of the data or of the emulator before it trains."""

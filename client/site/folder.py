@@ -8,6 +8,7 @@
     bundles/        emulators, kept for later rounds and runs
     adapters/       what the open tasks, or the last one, start from
     tasks/RUN/      what the open tasks give
+    residuals/RUN/  what stages left out of an update, by its digest, for the run's next round
 
 Nobody but the site's own user can read it.
 """
@@ -104,6 +105,10 @@ class WorkFolder:
         """Return the folder of what a task gives."""
         return self.path / "tasks" / task.run / f"round-{task.round}-{task.attempt}"
 
+    def residual(self, task: TaskSpec, update: str) -> Path:
+        """Return the file of what stages left out of an update of the task's run."""
+        return self.path / "residuals" / task.run / f"{hex_of(update, most=32)}.safetensors"
+
     def earlier(self, path: Path) -> Path | None:
         """Return the newest file that may hold much of what an adapter, or a file of an emulator, will hold."""
         kind = self.path / path.relative_to(self.path).parts[0]
@@ -111,6 +116,13 @@ class WorkFolder:
         others = (one.joinpath(*within) for one in kind.glob("*") if one.is_dir() or not within)
         files = [one for one in others if one != path and one.is_file() and one.suffix == path.suffix]
         return max(files, key=lambda one: one.stat().st_mtime, default=None)
+
+    def keep_residual(self, task: TaskSpec, update: str) -> None:
+        """Keep what stages left out of a task's update, should the coordinator take it; what was there before stays."""
+        made, kept = self.task(task) / "residual.safetensors", self.residual(task, update)
+        if made.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            made.replace(kept)
 
     # what goes
 
@@ -130,17 +142,25 @@ class WorkFolder:
         for file in files[:-1]:
             file.unlink()
 
+    def clear_residuals(self, task: TaskSpec) -> None:
+        """Remove what belongs to no update that the coordinator has last from this site in the task's run."""
+        kept = self.residual(task, task.previous) if task.previous else None
+        for file in (self.path / "residuals" / task.run).glob("*"):
+            if file != kept:
+                file.unlink()
+
     def clear_bundles(self, policy: Policy, *, used: Path | None = None) -> None:
         """Remove emulators that were not used for long, and the oldest of more than the policy keeps; not the one used.
 
-        The time of an emulator's last use is that of its folder.
+        What was left out of a run's updates goes, too, where that run has asked for none for long. The time of a last
+        use is that of the folder.
         """
         if used is not None and used.is_dir():
             os.utime(used)
         entries = sorted((self.path / "bundles").glob("*"), key=lambda one: one.stat().st_mtime, reverse=True)
         room = policy.keep_bundles_mib * MIB
         for entry in entries:
-            old = time.time() - entry.stat().st_mtime > policy.keep_days * DAY_S
+            old = _is_old(entry, policy)
             if entry.is_dir():
                 room -= sum(file.lstat().st_size for file in entry.rglob("*"))
                 if entry != used and (old or room < 0):
@@ -150,6 +170,13 @@ class WorkFolder:
         for document in (self.path / "bundles").glob("*.json"):
             if not document.with_suffix("").is_dir():
                 document.unlink()
+        for run in (self.path / "residuals").glob("*"):
+            if _is_old(run, policy):
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def _is_old(path: Path, policy: Policy) -> bool:
+    return time.time() - path.stat().st_mtime > policy.keep_days * DAY_S
 
 
 def _draw(secret: Path) -> None:

@@ -48,4 +48,5 @@ class TrainerJob:
     task: TaskSpec
     engine: EngineSpec = EngineSpec()
     secret: Place  # file of the site's secret, from which stages of an upload draw
-    out: Place  # folder, made by the trainer: update.safetensors and metrics.json
+    residual: Place = ""  # file of what stages left out of the site's last update; empty: none of them did
+    out: Place  # folder, made by the trainer: update.safetensors, metrics.json, perhaps residual.safetensors

@@ -2,14 +2,16 @@
 
 import resource
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from offsite.client.site.handout import Handout
 from offsite.client.site.job import TrainerJob
 from offsite.emulator.methods import Adapter
-from offsite.kernels.schema import Tensors, settle
+from offsite.kernels.schema import TensorMap, settle
 from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import MismatchError
@@ -28,21 +30,39 @@ def check(adapter: Adapter, broadcast: Adapter) -> None:
             raise MismatchError(what, reason="FAULT_DIVERGED")
 
 
-def pack(adapter: Adapter, handed: Handout, job: TrainerJob) -> Tensors:
-    """Return what leaves the site of an adapter; raises InputError, ValueError where a stage cannot pack it."""
-    task = job.task
-    schema = settle(handed.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
-    key = derive(Path(job.secret).read_bytes(), "upload", task.run, task.round, task.site)
-    return upload.pack(upload.make(task.upload), adapter, handed.broadcast, schema, key=key)
+def write(adapter: Adapter, metrics: UpdateMetrics, handed: Handout, job: TrainerJob) -> None:
+    """Write the metrics, what stages leave out of the update, and the update: each whole or not at all, it the last.
 
-
-def write(update: Tensors, metrics: UpdateMetrics, task: TaskSpec, out: Path) -> None:
-    """Write an update beside its metrics, each whole or not at all."""
+    Packed a group at a time, the same job gives the same bytes. Raises InputError, ValueError where a stage cannot pack
+    it, MismatchError where what was left out before is not of the task.
+    """
+    task, out = job.task, Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "metrics.json.partial"
     partial.write_bytes(to_json(metrics))
     partial.replace(out / "metrics.json")
-    about = {
+    stages = upload.make(task.upload)
+    schema = settle(handed.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
+    key = derive(Path(job.secret).read_bytes(), "upload", task.run, task.round, task.site)
+    leaves, stays = upload.schema_of(stages, schema), upload.residual_of(stages, schema)
+    with ExitStack() as files:
+        # One entry, because safetensors writes several in random order and the same work must give the same bytes.
+        about = {"offsite": canonical(_about(task)).decode()}
+        send = files.enter_context(tensors.writing(out / "update.safetensors", leaves, metadata=about))
+        keep = files.enter_context(tensors.writing(out / "residual.safetensors", stays)) if stays else None
+        residual: TensorMap = {}
+        if job.residual:
+            tensors.check(Path(job.residual), stays, what="what was left out of the site's last update")
+            residual = files.enter_context(tensors.reading(Path(job.residual)))
+        for packed in upload.pack(stages, adapter, handed.broadcast, schema, key=key, residual=residual):
+            send(packed.update)
+            if keep:
+                keep(packed.residual)
+
+
+def _about(task: TaskSpec) -> dict[str, Any]:
+    """Return what an update says of itself."""
+    return {
         "format": 1,
         "run": task.run,
         "round": task.round,
@@ -51,8 +71,6 @@ def write(update: Tensors, metrics: UpdateMetrics, task: TaskSpec, out: Path) ->
         "broadcast": task.adapter,
         "method_hash": task.method_hash,
     }
-    # One entry, because safetensors writes several in random order and the same work must give the same bytes.
-    tensors.save(out / "update.safetensors", update, metadata={"offsite": canonical(about).decode()})
 
 
 def peak_memory_bytes() -> int:

@@ -62,7 +62,7 @@ class Policy:
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
     keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
-    keep_days: AboveZero = _bound(14.0, "what is downloaded is kept so long after its last use")
+    keep_days: AboveZero = _bound(14.0, "what is downloaded or left out of updates is kept so long after its last use")
 
     def __post_init__(self) -> None:
         """Refuse what allows nothing: an unknown method, or a smallest value above the largest."""

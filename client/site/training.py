@@ -66,8 +66,7 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
             peak_memory_bytes=outcome.peak_memory_bytes(),
         )
         with faults("FAULT_TASK"):
-            update = outcome.pack(adapter, handed, job)
-        outcome.write(update, metrics, job.task, Path(job.out))
+            outcome.write(adapter, metrics, handed, job)
 
 
 def _make_repeatable() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from offsite.kernels.schema import Rule, Schema, Tensors, Tier
+from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Origin:
 class Fold(Protocol):
     """One round's running sum."""
 
-    def add(self, update: Tensors, origin: Origin) -> None:
-        """Take what a site's adapter has become; raises InputError if it cannot be folded with the others."""
+    def add(self, update: TensorMap, origin: Origin) -> None:
+        """Take what a site's adapter has become; raises InputError if it cannot be folded with the others.
+
+        A tensor is read, and unpacked with those of its group, when it is asked for: ask once, a group after the other.
+        """
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
         """Close the round; the tiers are those of the sites that may train next, and the last version has them."""

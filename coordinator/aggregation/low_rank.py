@@ -16,7 +16,7 @@ import torch
 from offsite.coordinator.aggregation.base import Origin, Version
 from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.kernels.low_rank import Pair, compress, distance, inner, split, stack
-from offsite.kernels.schema import Factors, Rule, Schema, Tensors, Tier, factors
+from offsite.kernels.schema import Factors, Rule, Schema, TensorMap, Tensors, Tier, factors
 from offsite.protos.documents import document
 
 Products = dict[str, Pair]  # by group: (B, A)
@@ -47,10 +47,11 @@ class _Fold:
         self._factors: Products = {}
         self._tolerance = tolerance
 
-    def add(self, update: Tensors, origin: Origin) -> None:
+    def add(self, update: TensorMap, origin: Origin) -> None:
         self._others.add(update, origin)
         self._share[origin.tier] = self._share.get(origin.tier, 0.0) + origin.weight
-        for group, (b, a) in _products(update, self._keys).items():
+        for group, pair in self._keys.items():
+            b, a = update[pair.B], update[pair.A]
             self._products[group] = self._grow(self._products.get(group), (origin.weight * b, a))
             if len(self._share) == 1:  # the means of the factors exist only among equal ranks
                 mean_b, mean_a = self._factors.get(group, (torch.zeros_like(b), torch.zeros_like(a)))

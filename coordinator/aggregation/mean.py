@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from offsite.coordinator.aggregation.base import Origin, Version
-from offsite.kernels.schema import Rule, Schema, Tensors, Tier
+from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
 from offsite.protos.documents import document
 from offsite.protos.errors import InputError
 
@@ -36,7 +36,7 @@ class TensorMean:
         self._schema = schema
         self._mean: Tensors = {}
 
-    def add(self, update: Tensors, origin: Origin) -> None:
+    def add(self, update: TensorMap, origin: Origin) -> None:
         """Take one site's tensors of the schema; raises InputError if they differ in shape, or where they may not."""
         for key, field in self._schema.items():
             tensor, mean = update[key], self._mean.get(key)

@@ -1,6 +1,5 @@
 """Adapters and bundles as blobs: how the steps of a run keep them, and read them again."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,10 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.emulator import bundle
 from offsite.emulator.methods import Adapter, Method
-from offsite.kernels.schema import Schema, settle
-from offsite.protos import tensors, upload
+from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.spec import Manifest
-from offsite.protos.upload import Stage
-
-
-def unpacked(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage], *, scratch: Path) -> Path:
-    """Return the file of the adapter that an update stands for: its own, or where stages packed it one in scratch."""
-    if not stages:
-        return update
-    start = tensors.load(broadcast)
-    settled = settle(schema, {name: tensor.shape for name, tensor in start.items()})
-    path = scratch / f"{update.name}.safetensors"
-    tensors.save(path, upload.unpack(stages, tensors.load(update), start, settled))
-    return path
 
 
 def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) -> Stored:

@@ -10,6 +10,7 @@ from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT
 from offsite.coordinator.store.journal import Journal, Key, Row
+from offsite.protos import upload
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, RunError
 from offsite.protos.security.signing import sign
@@ -80,14 +81,20 @@ class Round:
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
-        offers = []
+        attempts, offers = list(attempts), []
+        previous = self._previous() if attempts else {}
         for site, attempt in attempts:
-            document = to_json(self._task(site, attempt))
+            document = to_json(self._task(site, attempt, previous.get(site)))
             signature = sign(document, self._home.owner_key, purpose="task")
             offers.append((Key(self._run, self._number, site, attempt), document, signature))
         self._journal.add_tasks(offers)
 
-    def _task(self, site: str, attempt: int) -> TaskSpec:
+    def _previous(self) -> dict[str, str]:
+        """Return by site its newest update that the run has, where a stage feeds back what it left out of it."""
+        feeds_back = any(stage.feedback for stage in upload.make(self._spec.upload))
+        return self._journal.newest_updates(self._run, before=self._number) if feeds_back else {}
+
+    def _task(self, site: str, attempt: int, previous: str | None) -> TaskSpec:
         built, bundle = self._history[BUILD], self._history.bundle(self._number)
         start = self._history.version(self._number).broadcast[built.tiers[site]]
         return TaskSpec(
@@ -107,6 +114,7 @@ class Round:
             training=training(self._spec, built.learning_rate),
             continues=self._spec.continues,
             upload=self._spec.upload,
+            previous=previous,
             update_size=built.update_sizes[built.tiers[site]],
         )
 

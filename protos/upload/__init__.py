@@ -4,16 +4,22 @@ A chain of stages stands in the run's spec and in every task. Nothing here loads
 packed, so that a site's agent can ask what the stages of a task do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from offsite.kernels.plugins import Plugins
-from offsite.kernels.schema import Rule, Schema, Tensors
+from offsite.kernels.schema import FLOATS, Rule, Schema, TensorMap, Tensors, groups
 from offsite.protos.errors import InputError
 from offsite.protos.security.draws import derive
 from offsite.protos.spec import Choice
 from offsite.protos.upload.base import At, Stage
 
-__all__ = ["STAGES", "At", "Stage", "make", "pack", "schema_of", "unpack"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["STAGES", "At", "Packed", "Stage", "make", "pack", "residual_of", "schema_of", "unpack"]
 
 STAGES: Plugins[Stage] = Plugins("stage", {"noise": "offsite.protos.upload.noise:Noise"}, group="offsite.stages")
 
@@ -26,39 +32,115 @@ def make(chain: Sequence[Choice]) -> list[Stage]:
         raise InputError(f"upload: {error}") from error
 
 
+def _parts(stages: Sequence[Stage], schema: Schema) -> Iterator[list[Schema]]:
+    """Yield for what is packed together, a group or all, its schema before each stage and after the last."""
+    whole = any(stage.whole for stage in stages)
+    for keys in [list(schema)] if whole else groups(schema).values():
+        given = {key: schema[key] for key in keys}
+        yield list(accumulate(stages, lambda schema, stage: stage.schema(schema), initial=given))
+
+
 def schema_of(stages: Sequence[Stage], schema: Schema) -> Schema:
     """Return what leaves the site where stages are given a schema; raises ValueError where one cannot pack it."""
-    for stage in stages:
-        schema = stage.schema(schema)
-    return schema
-
-
-def pack(stages: Sequence[Stage], adapter: Tensors, broadcast: Tensors, schema: Schema, *, key: bytes) -> Tensors:
-    """Pack, at the site, what an adapter has become since its broadcast; `key` is of the site and the task.
-
-    Without stages it is the adapter itself, since the change would not give it back bit for bit.
-    """
-    if not stages:
-        return adapter
-    packed = {name: adapter[name] - broadcast[name] if _moves(schema, name) else adapter[name] for name in schema}
-    for number, stage in enumerate(stages):
-        packed = stage.pack(packed, At(schema, derive(key, number, stage.name)))
-        schema = stage.schema(schema)
+    packed: Schema = {}
+    for *_, last in _parts(stages, schema):
+        if both := packed.keys() & last.keys():
+            raise ValueError(f"two groups are packed into one tensor {min(both)}; a stage names what it makes by group")
+        packed |= last
     return packed
 
 
-def unpack(stages: Sequence[Stage], packed: Tensors, broadcast: Tensors, schema: Schema) -> Tensors:
-    """Return, at the coordinator, the adapter as far as the stages keep it.
+def residual_of(stages: Sequence[Stage], schema: Schema) -> Schema:
+    """Return what stays at the site where stages are given a schema: what they leave out and feed back."""
+    return {
+        _residual(number, key): schemas[number][key]
+        for schemas in _parts(stages, schema)
+        for number, stage in enumerate(stages)
+        if stage.feedback
+        for key in _lasting(schemas[number])
+    }
 
-    Raises ValueError for tensors that no site can have packed.
+
+class Packed(NamedTuple):
+    """A group of an update, or all of it."""
+
+    update: Tensors  # what leaves the site
+    residual: Tensors  # what stays
+
+
+def pack(
+    stages: Sequence[Stage],
+    adapter: TensorMap,
+    broadcast: TensorMap,
+    schema: Schema,
+    *,
+    key: bytes,
+    residual: TensorMap = MappingProxyType({}),
+) -> Iterator[Packed]:
+    """Pack, at the site, what an adapter has become since its broadcast, a group of a settled schema at a time.
+
+    Without stages it is the adapter itself, since the change would not give it back bit for bit. `key` is of the site
+    and the task; `residual` is what stayed of the last update.
     """
-    if not stages:
-        return packed
-    schemas = [schema_of(stages[:number], schema) for number in range(len(stages))]
-    for stage, given in zip(reversed(stages), reversed(schemas), strict=True):
-        packed = stage.unpack(packed, At(given))
-    return {name: broadcast[name] + packed[name] if _moves(schema, name) else packed[name] for name in schema}
+    for schemas in _parts(stages, schema):
+        given = {name: adapter[name] for name in schemas[0]}
+        if stages:
+            given |= {name: given[name] - broadcast[name] for name in _moving(schemas[0])}
+        left: Tensors = {}
+        for number, (stage, fields) in enumerate(zip(stages, schemas, strict=False)):
+            names = {name: _residual(number, name) for name in _lasting(fields)} if stage.feedback else {}
+            given |= {name: given[name] + residual[kept] for name, kept in names.items() if kept in residual}
+            packed = stage.pack(given, At(fields, derive(key, number, stage.name)))
+            if names:
+                back = stage.unpack(packed, At(fields))
+                left |= {kept: given[name] - back[name] for name, kept in names.items()}
+            given = packed
+        yield Packed(given, left)
 
 
-def _moves(schema: Schema, name: str) -> bool:
-    return schema[name].rule is not Rule.FIXED
+def unpack(stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap, schema: Schema) -> TensorMap:
+    """Return, at the coordinator, the adapter of a settled schema as far as the stages keep it.
+
+    What is packed together is unpacked when one of its tensors is asked for, and not kept when one of another is. That
+    raises ValueError for tensors that no site can have packed.
+    """
+    return _Unpacked(stages, packed, broadcast, schema) if stages else packed
+
+
+class _Unpacked(Mapping[str, "Tensor"]):
+    def __init__(self, stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap, schema: Schema) -> None:
+        self._stages, self._packed, self._broadcast = stages, packed, broadcast
+        self._parts = {name: schemas for schemas in _parts(stages, schema) for name in schemas[0]}
+        self._part: Tensors = {}
+
+    def __getitem__(self, name: str) -> "Tensor":
+        if name not in self._part:
+            self._part = {}  # before the next is made
+            self._part = self._unpack(self._parts[name])
+        return self._part[name]
+
+    def _unpack(self, schemas: list[Schema]) -> Tensors:
+        part = {name: self._packed[name] for name in schemas[-1]}
+        for stage, given in zip(reversed(self._stages), reversed(schemas[:-1]), strict=True):
+            part = stage.unpack(part, At(given))
+        return part | {name: self._broadcast[name] + part[name] for name in _moving(schemas[0])}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _moving(schema: Schema) -> list[str]:
+    return [key for key, field in schema.items() if field.rule is not Rule.FIXED]
+
+
+def _lasting(schema: Schema) -> list[str]:
+    """Return the tensors whose entries are the same ones in each round, so that what is left out can be added."""
+    return [key for key in _moving(schema) if schema[key].dtype in FLOATS and schema[key].rule is not Rule.LOCAL]
+
+
+def _residual(number: int, name: str) -> str:
+    """Name what a stage leaves out of a tensor."""
+    return f"{number}.{name}"

@@ -10,6 +10,7 @@ from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload.base import Stage
+from offsite.protos.upload.files import distance
 
 
 def described(task: TaskSpec) -> str:
@@ -48,14 +49,13 @@ def _norm(file: Path, schema: Schema, broadcast: Path, what: str) -> float:
 
 def _unpacked_norm(file: Path, stages: Sequence[Stage], schema: Schema, broadcast: Path, what: str) -> float:
     """Return how far an adapter that was packed has changed; raises MismatchError if no site can have packed it."""
-    packed, start = upload.schema_of(stages, schema), tensors.load(broadcast)
-    fixed = {name: start[name] for name, field in packed.items() if field.rule is Rule.FIXED}
+    packed = upload.schema_of(stages, schema)
+    fixed = tensors.load(broadcast, [name for name, field in packed.items() if field.rule is Rule.FIXED])
     tensors.check(file, packed, fixed=fixed, what=what)
     try:
-        adapter = upload.unpack(stages, tensors.load(file), start, schema)
+        return distance(file, broadcast, schema, stages)
     except ValueError as error:
         raise MismatchError(f"{what}: {error}") from error
-    return math.hypot(*(float((adapter[name] - start[name]).double().norm()) for name in schema))
 
 
 def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:

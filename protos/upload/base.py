@@ -1,7 +1,16 @@
 """What a stage of an upload promises: one half at the site, the other at the coordinator.
 
-Stages are given the change since the broadcast, or what the stage before them made of it. The module of a stage loads
-no tensor library when it is imported.
+Stages are given the change since the broadcast, or what the stage before them made of it, a group of the schema at a
+time: what is folded together is packed together, and neither end holds more than the largest group in memory. A cast, a
+sign or the largest values of each group need no more. A stage that must see all groups at once, as a bound on the norm
+of the whole change or the largest values of all, says that it is `whole`; its chain then works on all tensors together,
+and the memory it takes is that of the whole change.
+
+What a lossy stage leaves out can be fed back (error feedback): its `feedback` is true, and the chain adds at the site
+what the last round's `unpack` did not give back to what the stage is given in this one. Nothing is fed back of
+tensors that are fixed, of integers, and of local ones, whose entries mean others in each round.
+
+The module of a stage loads no tensor library when it is imported.
 """
 
 from dataclasses import dataclass
@@ -24,7 +33,17 @@ class Stage(Protocol):
     name: ClassVar[str]
     hides: ClassVar[bool]  # whether the coordinator can unpack only the sum of all sites' updates
     phases: ClassVar[tuple[str, ...]]  # of the site's work in a round
-    noise: float  # standard deviation of what it adds, as a share of the change's rms; 0: it adds nothing
+    whole: ClassVar[bool]  # whether it works on all groups at once
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of what it adds, as a share of the change's rms; 0: it adds nothing."""
+        ...
+
+    @property
+    def feedback(self) -> bool:
+        """Whether what it leaves out stays at the site and is added to the next round's change; never if it hides."""
+        ...
 
     def schema(self, given: Schema) -> Schema:
         """Return what `pack` makes of a schema, settled if that is; raises ValueError where it cannot be packed."""

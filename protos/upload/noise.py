@@ -29,6 +29,8 @@ class Noise:
     name: ClassVar[str] = "noise"
     hides: ClassVar[bool] = False
     phases: ClassVar[tuple[str, ...]] = ("train",)
+    whole: ClassVar[bool] = False
+    feedback: ClassVar[bool] = False
     share: Annotated[float, Field(strict=True, gt=0, le=100)] = 0.01
 
     @property

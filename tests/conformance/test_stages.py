@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, settle, size_bytes
-from offsite.protos import tensors
-from offsite.protos.upload import STAGES, Stage
+from offsite.protos import tensors, upload
+from offsite.protos.security.draws import derive
+from offsite.protos.upload import STAGES, Packed, Stage
 from offsite.protos.upload.base import At
 
 KEY = bytes(range(32))
@@ -67,17 +68,57 @@ def schema(request: pytest.FixtureRequest, stage: Stage) -> Schema:
     return given(request.param)
 
 
+def start_of(schema: Schema) -> Tensors:
+    """A broadcast that a change of the schema is the same from, bit for bit."""
+    return {key: torch.zeros_like(tensor) for key, tensor in change(schema).items()}
+
+
+def packed(stage: Stage, schema: Schema, given: Tensors, residual: Tensors) -> Packed:
+    """What a chain of one stage makes of a change, a group at a time."""
+    parts = list(upload.pack([stage], given, start_of(schema), schema, key=KEY, residual=residual))
+    update = {key: tensor for part in parts for key, tensor in part.update.items()}
+    return Packed(update, {key: tensor for part in parts for key, tensor in part.residual.items()})
+
+
 def test_it_declares_what_it_hides_what_it_adds_and_when_it_works(stage: Stage) -> None:
-    assert stage.hides in (True, False) and stage.noise >= 0
+    assert {stage.hides, stage.whole, stage.feedback} <= {True, False} and stage.noise >= 0
     assert "train" in stage.phases and all(isinstance(phase, str) for phase in stage.phases)
+    assert not (stage.hides and stage.feedback), "what was left out is known only where one update can be unpacked"
 
 
 def test_what_it_packs_is_what_its_schema_says_to_the_byte(stage: Stage, schema: Schema, tmp_path: Path) -> None:
-    packed = stage.pack(change(schema), At(schema, KEY))
-    promised = stage.schema(schema)
-    tensors.save(tmp_path / "packed", packed)
+    sent, promised = packed(stage, schema, change(schema), {}).update, upload.schema_of([stage], schema)
+    tensors.save(tmp_path / "packed", sent)
     tensors.check(tmp_path / "packed", promised, what="packed")
-    assert sum(tensor.nbytes for tensor in packed.values()) == size_bytes(promised)
+    assert sum(tensor.nbytes for tensor in sent.values()) == size_bytes(promised)
+
+
+def test_a_group_is_packed_the_same_whatever_is_packed_beside_it(stage: Stage, schema: Schema) -> None:
+    if stage.whole:
+        pytest.skip("it works on all groups at once")
+    together = stage.pack(change(schema), At(schema, derive(KEY, 0, stage.name)))
+    alone = packed(stage, schema, change(schema), {}).update
+    assert same(together, alone) and stage.schema(schema) == upload.schema_of([stage], schema)
+
+
+def test_what_was_sent_and_what_stays_are_the_changes_together(stage: Stage, schema: Schema) -> None:
+    if not stage.feedback:
+        assert upload.residual_of([stage], schema) == {}
+        pytest.skip("nothing is fed back")
+    promised, start = upload.residual_of([stage], schema), start_of(schema)
+    total, wanted, residual = dict(start), dict(start), Tensors()
+    for seed in range(3):
+        sent, residual = packed(stage, schema, change(schema, seed=seed), residual)
+        back = upload.unpack([stage], sent, start, schema)
+        total = {key: total[key] + back[key] for key in total}
+        wanted = {key: wanted[key] + tensor for key, tensor in change(schema, seed=seed).items()}
+        assert {key: tuple(tensor.shape) for key, tensor in residual.items()} == {
+            key: field.shape for key, field in promised.items()
+        }
+    assert any(bool(tensor.any()) for tensor in residual.values()), "it says that it leaves something out"
+    for key in (name.removeprefix("0.") for name in promised):
+        whole = total[key] + residual[f"0.{key}"]
+        assert torch.allclose(whole, wanted[key], rtol=1e-5, atol=1e-6 * float(wanted[key].abs().max()))
 
 
 def test_repeated_it_packs_the_same_and_leaves_what_it_was_given(stage: Stage, schema: Schema) -> None:

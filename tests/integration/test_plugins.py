@@ -68,7 +68,9 @@ def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(
         assert torch.equal(merged[name], base[name].flatten().index_add(0, index.long(), values).view_as(base[name]))
 
 
-def test_a_stage_of_another_package_that_changes_size_and_sends_integers(federation: Any, environment: None) -> None:
+def test_a_stage_of_another_package_that_changes_size_sends_integers_and_feeds_back(
+    federation: Any, environment: None
+) -> None:
     federation.coordinate()
     federation.join("hospital")
     federation.join("bank")
@@ -83,6 +85,17 @@ def test_a_stage_of_another_package_that_changes_size_and_sends_integers(federat
     assert top["bytes"]["up"] < 0.6 * whole["bytes"]["up"], "an eighth of the values, each with its index"
     assert top["overall"]["plug_in"] < top["overall"]["base_zero_shot"]
     assert len(top["rounds"][1]["sites"]) == 2
+    for site in ("hospital", "bank"):
+        left = federation.folder / "work" / site / "residuals"
+        assert [folder.name for folder in left.iterdir()] == [runs[1].id]
+        kept = list((left / runs[1].id).iterdir())
+        names = [f"{file.stem[:2]}/{file.stem[2:]}*" for file in kept]
+        assert len(kept) == 2, "what the second round began from, and what it left"
+        assert all(any((federation.folder / "home" / "blobs").rglob(name)) for name in names), "each is of an update"
+        for file in kept:
+            stays = load_file(file)
+            assert len(stays) == 2 * 7 * 2 and all(bool(tensor.any()) for tensor in stays.values())
+        assert "is gone" not in federation.log(site).read_text()
 
 
 def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any) -> None:

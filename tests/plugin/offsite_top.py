@@ -1,4 +1,4 @@
-"""A stage of another package: of each tensor's change, only the largest values leave.
+"""A stage of another package: of each tensor's change, only the largest values leave; the others are fed back.
 
 The size changes, and integers travel: "0.q.A" leaves as "0.q.A.values" (n) and "0.q.A.index" (n).
 """
@@ -18,7 +18,9 @@ class Top:
     name: ClassVar[str] = "top"
     hides: ClassVar[bool] = False
     phases: ClassVar[tuple[str, ...]] = ("train",)
+    whole: ClassVar[bool] = False
     noise: ClassVar[float] = 0.0
+    feedback: ClassVar[bool] = True
     share: float = 0.25
 
     def schema(self, given: Schema) -> Schema:

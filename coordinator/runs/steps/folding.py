@@ -8,16 +8,16 @@ import torch
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin
 from offsite.coordinator.aggregation.outliers import Change, outliers
-from offsite.coordinator.bundles.stored import unpacked
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.steps.orders import Aggregate
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.versions import read_schema
-from offsite.protos import tensors, upload
+from offsite.protos import upload
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import RunSpec
+from offsite.protos.upload.files import distance, opened
 
 
 def aggregate(home: Home, spec: RunSpec, order: Aggregate) -> Folded:
@@ -31,12 +31,11 @@ def aggregate(home: Home, spec: RunSpec, order: Aggregate) -> Folded:
     with timeline.span("aggregation"), TemporaryDirectory(dir=home.scratch) as scratch:
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.path(sent.digest) for tier, sent in order.last.broadcast.items()}
-        adapters, changes = {}, {}
-        for update in order.updates:
-            tier = order.tiers[update.site]
-            packed = blobs.path(update.digest)
-            adapters[update.site] = unpacked(packed, starts[tier], schema, stages, scratch=Path(scratch))
-            changes[update.site] = Change(tensors.distance(adapters[update.site], starts[tier]), tier)
+        files = {update.site: blobs.path(update.digest) for update in order.updates}
+        changes = {
+            site: Change(distance(file, starts[order.tiers[site]], schema, stages), order.tiers[site])
+            for site, file in files.items()
+        }
         left_out = outliers(changes, ratio=spec.max_update_ratio)
         updates = [update for update in order.updates if update.site not in left_out]
         if len(updates) < spec.min_sites:
@@ -46,7 +45,8 @@ def aggregate(home: Home, spec: RunSpec, order: Aggregate) -> Folded:
         total = sum(update.examples for update in updates)
         for update in sorted(updates, key=lambda update: update.site):
             origin = Origin(update.site, order.tiers[update.site], update.examples / total)
-            fold.add(tensors.load(adapters[update.site]), origin)
+            with opened(files[update.site], starts[origin.tier], schema, stages) as adapter:
+                fold.add(adapter, origin)
         version = fold.finish(sorted({*order.tiers.values()}))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in version.adapter.values()):
             raise MismatchError("the average of the updates is not finite; lower max_update_norm and look at the sites")

@@ -1,6 +1,7 @@
 """What the agent hands a trainer of the site's policy, and what it says of what the trainer tells."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from offsite.client.site.reasons import faults
 from offsite.client.site.reporter import Reporter
 from offsite.coordinator.service.reasons import sentence
 from offsite.protos import fleet_pb2 as pb
+from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import (
     IdentityError,
@@ -72,6 +74,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     one, said = job(), []
     policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
     work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
+    work.clear_residuals = id
     config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work)
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
@@ -122,6 +125,79 @@ def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
     with pytest.raises(IdentityError, match="revoked"):
         site.run()
     work.close()
+
+
+class Owner:
+    """A coordinator's end of a channel: accepts updates, or fails, and remembers what was sent."""
+
+    def __init__(self) -> None:
+        self.grpc = SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
+        self.sent: list[bytes] = []
+        self.error: Exception | None = None
+
+    def call(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def upload(self, _: Any, header: Any, file: Path) -> None:
+        self.sent.append(file.read_bytes())
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def fed_back(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An agent whose trainers leave out of each update what they were given to go on from, and a number."""
+
+    class Leaving(Trainer):
+        def events(self) -> Iterator[dict[str, Any]]:
+            before = Path(self.job.residual).read_text() if self.job.residual else ""
+            self.numbers.append(before)
+            for name in ("update", "residual"):
+                (Path(self.job.out) / f"{name}.safetensors").write_text(f"{before}{self.job.task.round}")
+            yield from super().events()
+
+        numbers: list[str] = []
+
+    def launch(wanted: TrainerJob, folder: Path, server: ForkServer) -> Trainer:
+        return Leaving(wanted, refused=False)
+
+    monkeypatch.setattr(agent, "launch", launch)
+    monkeypatch.setattr(ForkServer, "start", lambda server: None)
+    work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
+    settings = {"identity": SimpleNamespace(name="clinic"), "engine": EngineSpec(), "data": tmp_path}
+    policy = Policy(bases=("any",), data=("/",), min_rows=1)
+    owner, said = Owner(), list[str]()
+    config: Any = SimpleNamespace(work=work, policy=policy, **settings)
+    site = agent.Agent(owner, config, say=lambda _, data: said.append(str(data)))  # type: ignore[arg-type]
+    monkeypatch.setattr(site, "_fetch", lambda task, reporter: (job().manifest, tmp_path, tmp_path / "adapter"))
+    reporter: Any = SimpleNamespace(now=lambda *_, **__: None, on_stop=id, stopped=False, bytes_down=0, key=None)
+
+    def do(round: int, previous: str | None = None, *, attempt: int = 0) -> None:
+        task = replace(job().task, round=round, rounds=9, previous=previous, attempt=attempt)
+        site._do(task, reporter)
+
+    yield SimpleNamespace(do=do, owner=owner, said=said, began=Leaving.numbers, work=work)
+    work.close()
+
+
+def test_what_was_left_out_goes_on_with_the_update_that_the_coordinator_has(fed_back: Any) -> None:
+    site = fed_back
+    first = digest_bytes(b"0")
+    site.do(0)
+    site.owner.error = UnreachableError("gone")
+    with pytest.raises(UnreachableError):
+        site.do(1, first)
+    with pytest.raises(UnreachableError):
+        site.do(1, first)  # as after a kill: what is made is not made again
+    site.owner.error = None
+    site.do(1, first)
+    assert site.owner.sent == [b"0", b"01", b"01", b"01"] and site.began == ["", "0"]
+    site.do(1, first, attempt=1)  # its update was lost at the coordinator: from where it began before
+    site.do(2, digest_bytes(b"01"))
+    assert site.owner.sent[-2:] == [b"01", b"012"] and site.began == ["", "0", "0", "01"]
+    assert "is gone" not in "".join(site.said)
+    site.do(3, digest_bytes(b"another"))
+    assert site.began[-1] == "" and "left out of this site's last update in run run-1 is gone" in "".join(site.said)
 
 
 @pytest.mark.parametrize("case", ["leak-columns", "leak-role", "broken"])

@@ -13,6 +13,7 @@ from offsite.client.site.policy import Policy
 from offsite.protos.errors import ConflictError, ResourceError
 
 TASK: Any = SimpleNamespace(run="r", round=1, attempt=0, manifest="sha256:" + "a" * 64, adapter="sha256:" + "b" * 64)
+FIRST, SECOND, THIRD = (f"blake3:{digit * 64}" for digit in "123")
 
 
 def kit(name: str, authority: bytes = b"one") -> Any:
@@ -119,4 +120,48 @@ def test_emulators_go_by_age_and_by_size_the_oldest_first(tmp_path: Path) -> Non
     assert kept() == {"middle", "middle.json"}, "what is in use stays, however large"
     shutil.rmtree(bundles)
     folder.clear_bundles(policy)
+    folder.close()
+
+
+def residual(folder: WorkFolder, round: int, update: str, *, attempt: int = 0) -> Path:
+    """Have a task of a round leave something out of its update, and return where that is kept."""
+    task: Any = SimpleNamespace(run="r", round=round, attempt=attempt)
+    folder.task(task).mkdir(parents=True)
+    (folder.task(task) / "residual.safetensors").write_text(update)
+    folder.keep_residual(task, update)
+    folder.keep_residual(task, update)  # as an agent does that was killed before its upload
+    assert (kept := folder.residual(task, update)).read_text() == update
+    return kept
+
+
+def taken(folder: WorkFolder, previous: str | None, *, run: str = "r") -> None:
+    """Begin a task of a run that has an update."""
+    folder.clear_residuals(SimpleNamespace(run=run, previous=previous))  # type: ignore[arg-type]
+
+
+def test_what_was_left_out_is_kept_until_a_later_update_is_the_runs_newest(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    first, second = residual(folder, 0, FIRST), residual(folder, 1, SECOND)
+    folder.clear_tasks()
+    taken(folder, FIRST)  # the second was refused, or lost at the coordinator: its round begins again
+    assert first.exists() and not second.exists()
+    third = residual(folder, 1, THIRD, attempt=1)
+    assert first.exists() and third.exists(), "nobody knows yet whether the third will count"
+    taken(folder, THIRD)
+    assert third.exists() and not first.exists()
+    taken(folder, None, run="another")
+    assert third.exists(), "of another run"
+    taken(folder, None)
+    assert not third.exists()
+    folder.close()
+
+
+def test_what_was_left_out_goes_with_age(tmp_path: Path) -> None:
+    folder = WorkFolder.open(tmp_path / "work", kit("bank"))
+    kept, policy = residual(folder, 0, FIRST), Policy(bases=("any",), data=(), keep_days=10.0)
+    folder.clear_bundles(policy)
+    assert kept.exists()
+    os.utime(kept.parent, (1, 1))
+    folder.clear_bundles(policy)
+    assert not kept.parent.exists()
     folder.close()

@@ -17,7 +17,7 @@ from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.emulator import bundle, methods, modality
 from offsite.emulator.batches import Batch, collate, encode
 from offsite.emulator.examples import read
-from offsite.kernels.schema import Schema, Tensors, settle
+from offsite.kernels.schema import Schema, TensorMap, Tensors, settle
 from offsite.protos import tensors, upload
 from offsite.protos.spec import Choice, LocalTraining
 
@@ -34,11 +34,13 @@ def inverted(change: torch.Tensor, rate: float, *, blur: float = 1e-9) -> torch.
     return -change.sign() * EPSILON * share / (1 - share)
 
 
-def sent(trained: Tensors, start: Tensors, schema: Schema, chain: tuple[Choice, ...]) -> Tensors:
+def sent(trained: Tensors, start: Tensors, schema: Schema, chain: tuple[Choice, ...]) -> TensorMap:
     """What the coordinator has of an adapter."""
     stages = upload.make(chain)
     schema = settle(schema, {key: tensor.shape for key, tensor in start.items()})
-    return upload.unpack(stages, upload.pack(stages, trained, start, schema, key=bytes(32)), start, schema)
+    parts = upload.pack(stages, trained, start, schema, key=bytes(32))
+    packed = {key: tensor for part in parts for key, tensor in part.update.items()}
+    return upload.unpack(stages, packed, start, schema)
 
 
 def attacked(job: TrainerJob, steps: int, chain: tuple[Choice, ...] = ()) -> float:

@@ -8,6 +8,7 @@ import pytest
 from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign, Update
 from offsite.coordinator.runs.supervisor import TRIES, Lost
 from offsite.coordinator.store.database import Unwritable
+from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json
 from offsite.protos.errors import ResourceError
 from offsite.protos.events import Cancelled
@@ -15,6 +16,7 @@ from offsite.protos.security.signing import verify
 from offsite.protos.spec import Choice, TaskSpec
 
 EXAM = {"exam": "held-out.jsonl"}
+SITES = ("bank", "ward")
 
 
 def asked(stand: Any, kind: type[Any]) -> list[Any]:
@@ -43,6 +45,39 @@ def test_a_task_is_signed_and_says_nothing_of_the_other_sites(stand: Any) -> Non
     for task in stand.journal.tasks("r"):
         verify(task.spec, task.signature, stand.home.identity / "owner.pub", purpose="task")
         assert from_json(TaskSpec, task.spec, where="task").method.settings == {"rank": 4}
+
+
+def previous(stand: Any) -> dict[tuple[int, str, int], str | None]:
+    """Of each task (round, site, attempt) the update that it goes on from."""
+    tasks = stand.journal.tasks("r")
+    return {(t.round, t.site, t.attempt): from_json(TaskSpec, t.spec, where="task").previous for t in tasks}
+
+
+def test_a_task_names_the_sites_newest_update_where_a_stage_feeds_back(stand: Any, top: Any) -> None:
+    def act(task: Any) -> None:
+        if (task.round, task.site) in ((0, "bank"), (1, "ward")) and task.attempt == 0:
+            stand.close(task)
+        elif (task.round, task.site) == (1, "bank"):
+            stand.close(task)
+        else:
+            stand.upload(task)
+
+    stand.act = act
+    stand.submit("bank", "ward", rounds=3, upload=(Choice(name="top"),))
+    assert stand.run().state == "completed"
+    names = {(number, site): digest_bytes(f"update {number} {site}".encode()) for number in (0, 1) for site in SITES}
+    assert previous(stand) == {
+        **{(0, "bank", 0): None, (0, "bank", 1): None, (0, "ward", 0): None},
+        **{(1, "bank", 0): names[0, "bank"], (1, "bank", 1): names[0, "bank"]},
+        **{(1, "ward", 0): names[0, "ward"], (1, "ward", 1): names[0, "ward"]},
+        **{(2, "bank", 0): names[0, "bank"], (2, "ward", 0): names[1, "ward"]},
+    }
+
+
+def test_where_nothing_is_fed_back_a_task_names_no_update(stand: Any) -> None:
+    stand.submit("bank", "ward", rounds=2, upload=(Choice(name="noise"),))
+    stand.run()
+    assert set(previous(stand).values()) == {None}
 
 
 def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> None:

@@ -41,7 +41,7 @@ TASK = TaskSpec(
     method_hash=DIGEST,
     training=LocalTraining(steps=4, batch_size=2, learning_rate=1e-3),
 )
-NOISE = (Choice(name="noise"),)
+NOISE, TOP = (Choice(name="noise"),), (Choice(name="top"),)
 
 Admit = Callable[..., None]
 
@@ -83,9 +83,10 @@ def test_what_is_something_else_is_named(admitted: Admit, update: dict[str, torc
         admitted(update)
 
 
-def packed() -> Tensors:
+def packed(chain: tuple[Choice, ...] = NOISE) -> Tensors:
     schema = settle(SCHEMA, {key: tensor.shape for key, tensor in START.items()})
-    return upload.pack(upload.make(NOISE), TRAINED, START, schema, key=bytes(32))
+    parts = upload.pack(upload.make(chain), TRAINED, START, schema, key=bytes(32))
+    return {key: tensor for part in parts for key, tensor in part.update.items()}
 
 
 def test_what_stages_packed_is_judged_by_their_schema_and_its_norm_by_what_comes_of_it(admitted: Admit) -> None:
@@ -107,6 +108,13 @@ def test_what_stages_packed_is_judged_by_their_schema_and_its_norm_by_what_comes
 def test_what_no_stage_can_have_packed_is_named(admitted: Admit, changes: Tensors, words: str) -> None:
     with pytest.raises(MismatchError, match=f"update of clinic, round 1: {words}"):
         admitted(packed() | changes, chain=NOISE)
+
+
+def test_what_a_stage_cannot_unpack_is_named(admitted: Admit, top: Any) -> None:
+    sent = packed(TOP)
+    admitted(sent, chain=TOP)
+    with pytest.raises(MismatchError, match="update of clinic, round 1: tensor 0.q.B.index names an entry twice"):
+        admitted(sent | {"0.q.B.index": torch.zeros(2, dtype=torch.int32)}, chain=TOP)
 
 
 @pytest.mark.parametrize(
