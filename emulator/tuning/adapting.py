@@ -1,7 +1,7 @@
 """How an adapter is trained: the rules of a site's steps, and of the owner's where figures compare with a site's."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,6 +11,10 @@ from torch.optim import AdamW, Optimizer
 
 from offsite.emulator import modality
 from offsite.emulator.batches import Encoded, training_batches
+from offsite.emulator.methods import Method
+from offsite.emulator.tuning.state import identity, resume, save
+
+EVERY = 20  # steps between two states
 
 
 class Rules(Protocol):
@@ -70,25 +74,70 @@ def adapt(
     encoded: Sequence[Encoded],
     rules: Rules,
     *,
+    state: Path | None = None,
     tell: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Train the adapter in a model as a site of one process does in a first round; the model is left in training mode.
 
-    `tell` hears (steps done, steps, loss). Raises ValueError on a loss that is not finite.
+    A loss that is not finite does not end it: the model's figures say it. Raises ValueError on a state of other work.
+
+    Args:
+        model: what the adapter is in.
+        parameters: of the adapter.
+        encoded: the text.
+        rules: how to train.
+        state: a file to go on from after a kill, of three times the adapter's size; its owner's to remove.
+        tell: hears (steps done, steps, loss).
     """
     trained = list(parameters.values())
     device = trained[0].device
     adamw = optimizer(trained, rules)
-    batches = training_batches(encoded, batch_size=rules.batch_size, steps=rules.steps, first_step=0, seed=rules.seed)
     model.train()
     torch.manual_seed(rules.seed)  # of dropout
-    for step, batch in enumerate(batches):
-        warm_up(adamw, rules, step)
+    draws = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+    work = identity(parameters, encoded, repr(rules)) if state else ""
+    kept = {"draws": draws.get_state()}
+    losses = resume(state, work, parameters, adamw, kept) if state and state.exists() else []
+    draws.set_state(kept["draws"])
+    for batch in training_batches(
+        encoded,
+        batch_size=rules.batch_size,
+        steps=rules.steps - len(losses),
+        first_step=len(losses),
+        seed=rules.seed,
+    ):
+        warm_up(adamw, rules, len(losses))
         loss = modality.loss(model, batch.to(device))
         loss.backward()  # type: ignore[no-untyped-call]
         update(adamw, trained, rules)
-        told = float(loss.detach())
-        if not math.isfinite(told):
-            raise ValueError(f"the loss of step {step + 1} of {rules.steps} is {told}; a lower learning_rate may help")
+        losses.append(float(loss.detach()))
+        if state and (len(losses) % EVERY == 0 or len(losses) == rules.steps):
+            save(state, work, parameters, adamw, losses, {"draws": draws.get_state()})
         if tell:
-            tell(step + 1, rules.steps, told)
+            tell(len(losses), rules.steps, losses[-1])
+
+
+def adapted(
+    model: nn.Module,
+    method: Method,
+    places: Mapping[int, int],
+    encoded: Sequence[Encoded],
+    rules: Rules,
+    *,
+    state: Path | None = None,
+    tell: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """Return a model with a method's adapter in it that was trained from its start; the model itself is used up.
+
+    Args:
+        model: a base or an emulator, with modules of its own.
+        method: what is trained.
+        places: place in the model -> layer of the base, of the layers that train.
+        encoded: the text.
+        rules: how to train.
+        state: as in `adapt`.
+        tell: as in `adapt`.
+    """
+    model = method.attach(model, places, method.start(model, places, seed=rules.seed))
+    adapt(model, method.named_parameters(model, places), encoded, rules, state=state, tell=tell)
+    return model

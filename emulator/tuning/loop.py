@@ -1,9 +1,6 @@
 """Training at the model's owner: a few parameters of a model, on text, so that it can be killed and goes on."""
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,15 +8,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import Batch, Encoded, training_batches
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its two running means
+from offsite.emulator.tuning.state import identity, resume, save
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,9 @@ def tune(
     """
     _free(model, parameters, encoded)
     optimizer = _optimizer(parameters, schedule)
-    work = _identity(parameters, encoded, schedule) if state else ""
+    work = identity(parameters, encoded, asdict(schedule)) if state else ""
     kept = observer.tensors if observer else {}
-    losses = _resume(state, work, parameters, optimizer, kept) if state and state.exists() else []
+    losses = resume(state, work, parameters, optimizer, kept) if state and state.exists() else []
     device = next(iter(parameters.values())).device
     training = model.training
     model.eval()
@@ -120,7 +114,7 @@ def tune(
             if observer:
                 observer.after(len(losses))
             if state and (len(losses) % every == 0 or len(losses) == schedule.steps):
-                _save(state, work, parameters, optimizer, losses, kept)
+                save(state, work, parameters, optimizer, losses, kept)
             if tell:
                 tell(len(losses), schedule.steps, losses[-1])
     finally:
@@ -189,63 +183,3 @@ def _precision(model: nn.Module, device: torch.device) -> AbstractContextManager
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             return torch.autocast(device.type, dtype=parameter.dtype)
     return nullcontext()
-
-
-def _identity(parameters: Mapping[str, nn.Parameter], encoded: Sequence[Encoded], schedule: Schedule) -> str:
-    """Describe the work: its schedule, its text, and the parameters it starts from."""
-    start, text = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in parameters.items():
-        start.update(f"{name} {tuple(parameter.shape)}".encode())
-        start.update(parameter.detach().cpu().contiguous().numpy().data)
-    for one in encoded:
-        text.update(f"{one.input_ids} {one.labels}".encode())
-    described = {"schedule": asdict(schedule), "text": text.hexdigest(), "start": start.hexdigest()}
-    return json.dumps(described, sort_keys=True)
-
-
-def _save(
-    state: Path,
-    work: str,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    losses: Sequence[float],
-    kept: Mapping[str, Tensor],
-) -> None:
-    """Write the whole state, so that at any moment the file is absent or whole."""
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    tensors |= {f"kept.{name}": tensor for name, tensor in kept.items()}
-    for name, parameter in parameters.items():
-        tensors[f"value.{name}"] = parameter.detach()
-        tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
-    state.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.with_name(f"{state.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"work": work})
-    os.replace(partial, state)
-
-
-@torch.no_grad()
-def _resume(
-    state: Path,
-    work: str,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    kept: Mapping[str, Tensor],
-) -> list[float]:
-    """Read parameters, moments and what was kept back; return the losses of the steps that are done."""
-    try:
-        with safe_open(state, "pt") as file:
-            if (file.metadata() or {}).get("work") != work:
-                raise ValueError(f"{state} is of other work: another model, text or schedule; remove it to start anew")
-            losses: list[float] = file.get_tensor("losses").tolist()
-            for name, tensor in kept.items():
-                tensor.copy_(file.get_tensor(f"kept.{name}"))
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"value.{name}"))
-                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(len(losses)), device=parameter.device),
-                    **moments,
-                }
-    except SafetensorError as error:
-        raise ValueError(f"{state} is not a state of tuning: {error}; remove it to start anew") from None
-    return losses

@@ -1,0 +1,80 @@
+"""The state of a training as a file: it goes on from it after a kill, and ends with the bytes of an undisturbed one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from offsite.emulator.batches import Encoded
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its two running means
+
+
+def identity(parameters: Mapping[str, nn.Parameter], encoded: Sequence[Encoded], schedule: object) -> str:
+    """Describe the work: its schedule (as plain data), its text, and the parameters it starts from."""
+    start, text = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in parameters.items():
+        start.update(f"{name} {tuple(parameter.shape)}".encode())
+        start.update(parameter.detach().cpu().contiguous().numpy().data)
+    for one in encoded:
+        text.update(f"{one.input_ids} {one.labels}".encode())
+    described = {"schedule": schedule, "text": text.hexdigest(), "start": start.hexdigest()}
+    return json.dumps(described, sort_keys=True)
+
+
+def save(
+    state: Path,
+    work: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: AdamW,
+    losses: Sequence[float],
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Write the whole state, so that at any moment the file is absent or whole."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    tensors |= {f"kept.{name}": tensor for name, tensor in kept.items()}
+    for name, parameter in parameters.items():
+        tensors[f"value.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    state.parent.mkdir(parents=True, exist_ok=True)
+    partial = state.with_name(f"{state.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"work": work})
+    os.replace(partial, state)
+
+
+@torch.no_grad()
+def resume(
+    state: Path,
+    work: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: AdamW,
+    kept: Mapping[str, Tensor],
+) -> list[float]:
+    """Read parameters, moments and what was kept back; return the losses of the steps that are done.
+
+    Raises ValueError if the file is of other work, or no state.
+    """
+    try:
+        with safe_open(state, "pt") as file:
+            if (file.metadata() or {}).get("work") != work:
+                raise ValueError(f"{state} is of other work: another model, text or schedule; remove it to start anew")
+            losses: list[float] = file.get_tensor("losses").tolist()
+            for name, tensor in kept.items():
+                tensor.copy_(file.get_tensor(f"kept.{name}"))
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(f"value.{name}"))
+                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(len(losses)), device=parameter.device),
+                    **moments,
+                }
+    except SafetensorError as error:
+        raise ValueError(f"{state} is not a state of tuning: {error}; remove it to start anew") from None
+    return losses
