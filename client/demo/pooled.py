@@ -7,11 +7,11 @@ emulator that they hold and train that, on the same data. Each of the two jobs r
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,28 +65,21 @@ class Pool:
 
     def _bound(self) -> dict[str, dict[str, Score]]:
         """Train the base as a site trains the emulator."""
-        from offsite.client.site.engines import ENGINES, join
-        from offsite.client.site.job import EngineSpec
-        from offsite.emulator import methods, zoo
-        from offsite.emulator.batches import training_batches
+        import torch
 
-        job, training, plain = self._job, self._job.training, EngineSpec(name="plain")
+        from offsite.emulator import methods, zoo
+        from offsite.emulator.tuning.adapting import adapted
+
+        job, rules = self._job, replace(self._job.training, steps=self._job.steps)
         with self._span("loading"):
             source = zoo.locate(job.spec.model, cache=zoo.cache_folder())
             model, tokenizer = zoo.load_base(source, dtype=self._dtype)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
             encoded = self._encoded(job.data.values(), tokenizer)
         with self._span("training"):
             places = {layer: layer for layer in job.manifest.trainable}
             method = methods.make(job.spec.method.name, job.spec.method.settings)
-            model = method.attach(model, places, method.start(model, places, seed=training.seed))
-            trained = method.named_parameters(model, places)
-            engine = ENGINES[plain.name](model, trained, training, plain, join(plain, Path(os.devnull)))
-            model.train()
-            batches = training_batches(
-                encoded, batch_size=training.batch_size, steps=job.steps, first_step=0, seed=training.seed
-            )
-            for step, batch in enumerate(batches, start=1):
-                self._tell(step, job.steps, engine.step(batch))
+            model = adapted(model, method, places, encoded, rules, tell=self._tell)
         return {"bound": self._scores(model, tokenizer)}
 
     def _attacks(self) -> dict[str, dict[str, Score]]:

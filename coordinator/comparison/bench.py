@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from offsite.coordinator.attacks import scored
+from offsite.coordinator.bound import of_base, tuned
 from offsite.coordinator.comparison.plan import Plan
 from offsite.coordinator.comparison.rows import Answered, Attacked, Predicted, Score
 from offsite.coordinator.comparison.texts import Texts
@@ -21,13 +22,11 @@ from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.attack import STARTS, Attacker, Start, family
 from offsite.emulator.methods import Method
 from offsite.emulator.precision import DTYPES
-from offsite.emulator.tuning.adapting import adapt
-from offsite.emulator.tuning.rates import suited
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos import figures
 from offsite.protos.documents import to_plain
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT
-from offsite.protos.spec import METHOD, Choice, LocalTraining
+from offsite.protos.spec import Choice
 
 Tell = Callable[[str, int, int], None]  # what, step, of how many
 
@@ -60,11 +59,13 @@ class Bench:
         """Return the base with modules of its own, of the same tensors."""
         return restack(self.base, range(len(layers(self.base))))
 
-    def train(self, model: nn.Module, parameters: dict[str, nn.Parameter], method: Method, what: str) -> None:
-        """Train as a site does, on what a site would have."""
-        rate = self.plan.learning_rate or suited(method.rate, model)
-        rules = LocalTraining(**to_plain(self.plan.training) | {"learning_rate": rate})
-        adapt(model, parameters, self.texts.train, rules, tell=lambda step, steps, loss: self.tell(what, step, steps))
+    def train(self, model: nn.Module, method: Method, places: Mapping[int, int], what: str) -> nn.Module:
+        """Return a model tuned as a site does, on what a site would have."""
+        training = replace(self.plan.training, learning_rate=self.plan.learning_rate)
+        return tuned(
+            *(model, method, places, self.texts.train, training),
+            tell=lambda step, steps, loss: self.tell(what, step, steps),
+        )
 
     def score(self, model: nn.Module) -> Score:
         """Measure what a model can do; raises ValueError if what it predicts is not finite."""
@@ -108,22 +109,16 @@ class Bench:
         return self.finished(Score, self.identity | {"figure": BASE_ZERO_SHOT}, lambda: self.score(self.base))
 
     def bound(self, method: Choice, trained: Iterable[int]) -> Score:
-        """Measure the base tuned itself, once for all candidates that train the same in the same layers.
-
-        Where a method trains only what a builder makes, the bound is that of a run's usual method.
-        """
-        choice = METHOD if methods.make(method.name, method.settings).needs else method
+        """Measure the base tuned itself, once for all candidates that train the same in the same layers."""
+        choice = of_base(method)
         places = {layer: layer for layer in trained}
 
-        def tuned() -> Score:
+        def score() -> Score:
             way = methods.make(choice.name, choice.settings)
-            model = self.own()
-            model = way.attach(model, places, way.start(model, places, seed=self.plan.training.seed))
-            self.train(model, way.named_parameters(model, places), way, "tuning the base, the bound")
-            return self.score(model)
+            return self.score(self.train(self.own(), way, places, "tuning the base, the bound"))
 
         depends = self.identity | {"figure": BASE_TUNED, "method": to_plain(choice), "trained": list(places)}
-        return self.finished(Score, depends, tuned)
+        return self.finished(Score, depends, score)
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:

@@ -47,9 +47,7 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
     emulated = bench.finished(Emulated, _build(candidate, bench), lambda: _emulated(candidate, bench, built, emulator))
 
     places = layout.outline.places
-    tuned = method.attach(emulator, places, method.start(emulator, places, seed=bench.plan.training.seed))
-    trained = method.named_parameters(tuned, places)
-    bench.train(tuned, trained, method, "tuning the emulator")
+    tuned = bench.train(emulator, method, places, "tuning the emulator")
     emulator_tuned = bench.score(tuned)
     adapter = method.recover(method.state(tuned, places), built.recovery)
     attacks = bench.attacked(
@@ -57,7 +55,7 @@ def _measure(candidate: Candidate, bench: Bench) -> Measured:
         bench.identity | {"candidate": to_plain(candidate)},
         state=unfinished(candidate, bench) / "attacks",
     )
-    step = _costs(bench, tuned, trained, method)
+    step = _costs(bench, tuned, method.named_parameters(tuned, places), method)
 
     return Measured(
         emulated=emulated,
