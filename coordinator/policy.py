@@ -38,7 +38,7 @@ class OwnerPolicy:
     continued: Flag = True  # whether runs may go on from a version of another one of theirs
     max_rounds: Positive = 20  # of a run, and of those that it goes on from
     max_steps: Positive = 1000  # optimiser steps of one round at one site
-    max_tuning_steps: Positive = 10_000  # of a builder, of realignment between rounds, and of an attack
+    max_tuning_steps: Positive = 10_000  # of a builder, realignment, an attack, and the base itself
     max_batch_size: Positive = 64
     max_length: Positive = 4096
     max_rank: Positive = 256  # of LoRA
@@ -179,7 +179,7 @@ class OwnerPolicy:
             (
                 "most tuning",
                 f"{self.max_tuning_steps} steps",
-                "of a builder, a realignment or an attack, on the owner's machine",
+                "of a builder, a realignment, an attack or the base itself, on the owner's machine",
             ),
             ("largest batch", f"{self.max_batch_size} of {self.max_length} tokens", "sequences of one step"),
             ("largest rank", str(self.max_rank), "of LoRA"),

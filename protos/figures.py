@@ -34,7 +34,7 @@ FIGURES = {  # by their names in steps, events and reports, in the order in whic
     EMULATOR_ZERO_SHOT: Figure("emulator\nzero-shot", "#e0b37a", "measuring the emulator"),
     EMULATOR_TUNED: Figure("emulator\ntuned", "#c8803c", "measuring the tuned emulator"),
     PLUG_IN: Figure("plug-in", "#1b7f5c", "measuring the plug-in"),
-    BASE_TUNED: Figure("base\ntuned", "#3f6fb5", "measuring the tuned base"),
+    BASE_TUNED: Figure("base\ntuned", "#3f6fb5", "tuning the base itself"),
     ATTACK: Figure("attack", "#b5473f", "attacking the emulator"),
 }
 
@@ -117,13 +117,16 @@ def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:
     return (whole if isinstance(value, dict) else list(whole.values())), places
 
 
-def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, task: bool) -> dict[str, Any]:
+def protection(
+    overall: Mapping[str, float], attacks: Sequence[str] = (), *, task: bool, tuned_on: str
+) -> dict[str, Any]:
     """Say in a run's report what attacks on its emulator showed; a run states no threshold, so nothing is claimed.
 
     Args:
         overall: the figures over all texts, "attack" that of the strongest attack.
         attacks: what was done in each, the strongest first.
         task: whether an attack had text of the task.
+        tuned_on: the text that the base itself was tuned on, where it was.
 
     "margin" is how far the best that a site can have stays behind the plug-in, "lost" how far that stays behind tuning
     on the base, in nats a token; None where it was not measured.
@@ -132,10 +135,10 @@ def protection(overall: Mapping[str, float], attacks: Sequence[str] = (), *, tas
     reached = {name: nats for name in (ATTACK, EMULATOR_TUNED) if (nats := _nats(overall, name)) is not None}
     bound = _nats(overall, BASE_TUNED)
     if bound is None or plug_in is None:
-        lost, beside = None, "what tuning on the base itself gives was not measured"
+        lost, beside = None, "what tuning the base itself gives was not measured"
     else:
         lost = plug_in - bound
-        beside = f"the plug-in is {_behind(lost)} tuning on the base itself"
+        beside = f"the plug-in is {_behind(lost)} the base itself tuned on {tuned_on}"
     told = {"label": "not protected", "margin": None, "lost": lost}
     if not attacks:
         return told | {"reason": f"no attack on the emulator was asked for, so none was measured; {beside}"}

@@ -123,7 +123,7 @@ class RunSpec:
     evaluation: Exams = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     attack_steps: Count = 0  # of attacks on the emulator, as many as sites tune for in all; 0: it is not attacked
     attack_longest: Positive = 4  # times as many steps in the longest attacks
-    attack_text: Place = ""  # there too: examples of the task for attacks to train on; beside them is the public text
+    attack_text: Place = ""  # there too: examples of the task for attacks, and the base itself, to train on
     max_update_norm: AboveZero = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
     max_update_ratio: Ratio = 5.0  # to the round's median, else left out
     evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end

@@ -22,7 +22,9 @@ def join(report: dict[str, Any], measured: Mapping[What, Pooled], *, started: fl
         report["spans"] += [{"who": "demo", "step": what, **to_plain(span)} for span in pooled.spans]
     attacks = measured["attack"].scores
     report["attacks"] = [{"name": name, "overall": perplexity(scores.values())} for name, scores in attacks.items()]
-    report["protection"] = protection(report["overall"], list(attacks), task=True)
+    report["protection"] = protection(
+        report["overall"], list(attacks), task=True, tuned_on="the sites' data in one place"
+    )
     report["marks"] = marks(report)
     wrong = {name: why for name, why in report["marks"].get("overall", {}).items() if name in FIGURES.values()}
     report["warnings"] += sentences(wrong)

@@ -13,6 +13,7 @@ from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json, to_plain
 from offsite.protos.figures import (
     ATTACK,
+    BASE_TUNED,
     BASE_ZERO_SHOT,
     EMULATOR_TUNED,
     EMULATOR_ZERO_SHOT,
@@ -29,8 +30,9 @@ from offsite.protos.figures import (
 from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
-MEASURED = (BASE_ZERO_SHOT, EMULATOR_ZERO_SHOT, EMULATOR_TUNED, PLUG_IN)
+MEASURED = (BASE_ZERO_SHOT, EMULATOR_ZERO_SHOT, EMULATOR_TUNED, PLUG_IN, BASE_TUNED)
 BUNDLE = ("builders", "parameters", "bytes", "disclosed", "disclosed_lossy")
+OWN_TEXT = "the owner's own text of the task, not the sites'"
 UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly guides training
 
 
@@ -83,7 +85,9 @@ def assemble(journal: Journal, run: str) -> str:
         "vocabulary": built.vocabulary,
         "warnings": warnings(overall, vocabulary=built.vocabulary),
         "attacks": [{"name": one.name, "overall": perplexity(one.sets.values())} for one in attacks],
-        "protection": protection(overall, [one.name for one in attacks], task=bool(spec.attack_text)),
+        "protection": protection(
+            overall, [one.name for one in attacks], task=bool(spec.attack_text), tuned_on=OWN_TEXT
+        ),
     }
     report["marks"] = marks(report)
     told, gone = without_infinities(report)

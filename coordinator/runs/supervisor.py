@@ -18,7 +18,17 @@ from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.report import assemble, perplexities, warnings
 from offsite.coordinator.runs.rounds import Round
 from offsite.coordinator.runs.steps import results
-from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign, Update
+from offsite.coordinator.runs.steps.orders import (
+    Aggregate,
+    Attack,
+    Build,
+    Evaluate,
+    Order,
+    Publish,
+    Realign,
+    Tune,
+    Update,
+)
 from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step
 from offsite.coordinator.store.database import Unwritable, Watch
 from offsite.coordinator.store.journal import LIVE
@@ -36,7 +46,7 @@ from offsite.protos.events import (
     StepBegun,
     Warned,
 )
-from offsite.protos.figures import BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 R = TypeVar("R")
 Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity, run spec, order -> result
@@ -196,6 +206,9 @@ class Supervisor:
             self._evaluate(EMULATOR_TUNED, manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
             self._evaluate(PLUG_IN, manifest=None, adapter=adapter)
         if self._spec.attack_steps:
+            if self._spec.attack_text:
+                tune = Tune(base=built.base.digest, trainable=built.bundle.trainable)
+                self._do(results.evaluate(BASE_TUNED), tune, partial(self._measured, BASE_TUNED))
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
             self._do(results.ATTACK, order, lambda made: [Measured(name=figures.ATTACK, sets=made.attacks[0].sets)])
         published = self._do(PUBLISH, Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery))

@@ -36,7 +36,7 @@ def test_huge_missing_and_odd_figures_are_drawn_or_left_out(tmp_path: Path) -> N
     assert "1.0e+304" in page and "lab failed: &lt;script&gt;" in page and "<b>x</b>" not in page
     assert page.count("<svg") == 3 and len(page) < 300_000
     assert "<td>&lt;i&gt;heal 4</td><td>1.0e+304</td>" in page and "there is no margin to tell" in page
-    assert "the plug-in loses 0.25 nats against tuning on the base" in page
+    assert "the plug-in loses 0.25 nats against the base tuned itself" in page
     nothing = report() | {"overall": {}, "sites": {}, "tokens": {}, "rounds": [], "spans": []}
     write(nothing, tmp_path / "nothing.html")
     assert "Perplexity on" not in (tmp_path / "nothing.html").read_text()

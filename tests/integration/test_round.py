@@ -107,12 +107,12 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
 
     report = run.report
     assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]
-    figures = {"base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "attack"}
+    figures = {"base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned", "attack"}
     assert report["overall"].keys() == figures
     assert len(report["attacks"]) == 7 and report["protection"]["margin"] is not None
     assert report["overall"]["attack"] == report["attacks"][0]["overall"] < report["overall"]["emulator_zero_shot"]
     assert f"the strongest of 7 attacks ({report['attacks'][0]['name']})" in report["protection"]["reason"]
-    assert "tuning on the base itself gives was not measured" in report["protection"]["reason"]
+    assert report["protection"]["reason"].endswith("tuned on the owner's own text of the task, not the sites'")
     assert report["sites"]["exam"] == pytest.approx(report["overall"])
     assert report["rounds"][0]["figures"]["plug_in"] < report["overall"]["base_zero_shot"]
     assert report["bytes"]["down"] > report["bytes"]["up"] > 0

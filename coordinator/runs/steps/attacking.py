@@ -14,15 +14,13 @@ from offsite.coordinator.bundles.stored import open_bundle
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.evaluation import exams, measure
-from offsite.coordinator.runs.steps.inputs import folders, unfinished
+from offsite.coordinator.runs.steps.inputs import encoded, unfinished
 from offsite.coordinator.runs.steps.orders import Attack
 from offsite.coordinator.runs.steps.results import Attacked, Attacks, Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.store.finished import Finished
 from offsite.emulator import bundle, methods
-from offsite.emulator.batches import Encoded, encode
 from offsite.emulator.evaluation.attack import Attacker, Start, family
-from offsite.emulator.examples import read
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
@@ -44,12 +42,8 @@ def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
         tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.adapter)))
     models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
 
-    def text(place: str) -> list[Encoded]:
-        if not place:
-            return []
-        return encode(read(Path(place), folders=folders(spec)), tokenizer, max_length=spec.training.max_length)
-
-    task, public, held_out = text(spec.attack_text), text(spec.public), exams(spec, tokenizer)
+    task, public = ([] if not text else encoded(spec, text, tokenizer) for text in (spec.attack_text, spec.public))
+    held_out = exams(spec, tokenizer)
     with timeline.span("training"):
         scores = scored(
             family(spec.attack_steps, public=bool(public), task=bool(task), longest=spec.attack_longest),

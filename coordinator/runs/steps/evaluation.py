@@ -10,13 +10,12 @@ from torch import nn
 from offsite.coordinator.bundles.stored import open_bundle, recovered
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.inputs import folders, the_base
+from offsite.coordinator.runs.steps.inputs import encoded, the_base
 from offsite.coordinator.runs.steps.orders import Evaluate
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, modality, zoo
-from offsite.emulator.batches import Batch, encode, evaluation_batches
-from offsite.emulator.examples import read
+from offsite.emulator.batches import Batch, evaluation_batches
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
@@ -52,10 +51,7 @@ def evaluate(home: Home, spec: Grant, order: Evaluate) -> Evaluation:
 def exams(spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
     """Read the owner's held-out data by name."""
     return {
-        name: evaluation_batches(
-            encode(read(Path(path), folders=folders(spec)), tokenizer, max_length=spec.training.max_length),
-            batch_size=EVALUATION_BATCH,
-        )
+        name: evaluation_batches(encoded(spec, path, tokenizer), batch_size=EVALUATION_BATCH)
         for name, path in sorted(spec.evaluation.items())
     }
 

@@ -1,10 +1,13 @@
 """What steps begin from: the base, the folders of texts, and what a step that was killed left behind."""
 
 from pathlib import Path
+from typing import Any
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.emulator import zoo
+from offsite.emulator.batches import Encoded, encode
+from offsite.emulator.examples import read
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError
@@ -22,6 +25,11 @@ def the_base(spec: RunSpec, digest: str) -> Path:
 def folders(spec: Grant) -> list[Path]:
     """Return the folders that links inside a folder of texts may not leave; none: they may lead anywhere."""
     return [Path(folder) for folder in spec.folders]
+
+
+def encoded(spec: Grant, text: str, tokenizer: Any) -> list[Encoded]:
+    """Read a text of the run, as long as its sequences may be; raises ValueError."""
+    return encode(read(Path(text), folders=folders(spec)), tokenizer, max_length=spec.training.max_length)
 
 
 def unfinished(home: Home, spec: RunSpec, step: str) -> Path:

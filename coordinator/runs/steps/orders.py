@@ -80,6 +80,15 @@ class Attack:
 
 
 @document
+class Tune:
+    """Tune the base itself on the owner's text of the task, and measure it: the bound."""
+
+    step: ClassVar[str] = "tune"
+    base: Digest
+    trainable: Layers
+
+
+@document
 class Publish:
     """Write the outcome of a run as files."""
 
@@ -89,4 +98,4 @@ class Publish:
     recovery: Digest | None
 
 
-Order = Build | Aggregate | Realign | Evaluate | Attack | Publish
+Order = Build | Aggregate | Realign | Evaluate | Attack | Tune | Publish

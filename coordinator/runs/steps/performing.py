@@ -13,8 +13,9 @@ from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate
-from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign
+from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign, Tune
 from offsite.coordinator.runs.steps.publishing import publish
+from offsite.coordinator.runs.steps.tuning import tune
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
 
@@ -24,6 +25,7 @@ STEPS: dict[str, tuple[type[Order], Callable[[Home, Grant, Any], object]]] = {
     "aggregate": (Aggregate, aggregate),
     "evaluate": (Evaluate, evaluate),
     "attack": (Attack, attack),
+    "tune": (Tune, tune),
     "publish": (Publish, publish),
 }
 

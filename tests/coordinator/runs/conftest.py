@@ -9,8 +9,17 @@ import pytest
 
 from offsite.coordinator.bundles.manifests import describe
 from offsite.coordinator.home import Home
-from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign
-from offsite.coordinator.runs.steps.results import Built, Evaluation, Folded, Part, Publication, Realigned
+from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune
+from offsite.coordinator.runs.steps.results import (
+    Attacked,
+    Attacks,
+    Built,
+    Evaluation,
+    Folded,
+    Part,
+    Publication,
+    Realigned,
+)
 from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
@@ -120,6 +129,15 @@ class Stand:
         bad = asked.manifest is not None and asked.adapter is None  # an emulator that nothing was trained on
         nll = (8000.0 if bad else 1000.0) + int(digest_bytes(order)[7:9], 16)
         return Evaluation(sets={"exam": Score(nll=nll, tokens=1000)}, spans=SPANS)
+
+    def _tune(self, order: bytes) -> Evaluation:
+        self._take(Tune, order)
+        return Evaluation(sets={"exam": Score(nll=500.0, tokens=1000)}, spans=SPANS)
+
+    def _attack(self, order: bytes) -> Attacks:
+        self._take(Attack, order)
+        made = Attacked(name="unfreeze 2", sets={"exam": Score(nll=3000.0, tokens=1000)})
+        return Attacks(attacks=(made,), spans=SPANS)
 
     def _publish(self, order: bytes) -> Publication:
         self._take(Publish, order)

@@ -1,22 +1,35 @@
-"""The attack of a run: a family on the built emulator, the strongest first, that a kill does not begin anew."""
+"""The attack of a run: a family on the built emulator, the strongest first, that a kill does not begin anew.
 
+And the bound beside it: the base itself, tuned on the owner's text of the task.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from offsite.coordinator.bundles.stored import store_adapter
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.legality import judge
 from offsite.coordinator.runs.steps import attacking
 from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build
-from offsite.coordinator.runs.steps.orders import Attack, Build
+from offsite.coordinator.runs.steps.evaluation import evaluate
+from offsite.coordinator.runs.steps.orders import Attack, Build, Evaluate, Tune
 from offsite.coordinator.runs.steps.results import Attacks
+from offsite.coordinator.runs.steps.tuning import tune
+from offsite.emulator import methods, zoo
+from offsite.emulator.batches import encode
+from offsite.emulator.examples import read
+from offsite.emulator.tuning import adapting
+from offsite.emulator.tuning.adapting import adapted
 from offsite.protos.errors import InputError
 from offsite.protos.figures import Score, perplexity
 from offsite.protos.security.pki import Authority
-from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import Choice, LocalTraining, RunSpec, TrainingSpec
 
 
 def fields(material: Path, **changes: Any) -> dict[str, Any]:
@@ -95,6 +108,58 @@ def test_a_killed_attack_goes_on_with_what_is_left(home: Home, material: Path, m
         attack(home, spec, order)
     assert figures(attack(home, spec, order)) == whole
     assert len(calls) == 1 + len(whole), "no score was taken twice, but for the one that was killed"
+
+
+def tuned(home: Home, spec: Grant) -> Score:
+    """Tune the base of a run, and return its one figure."""
+    digest = zoo.digest(zoo.locate(spec.model, cache=home.root))
+    made = tune(home, spec, Tune(base=digest, trainable=(0, 4)))
+    assert {span.kind for span in made.spans} == {"loading", "training", "evaluation"}
+    assert not list(home.scratch.glob("unfinished-*"))
+    return made.sets["exam"]
+
+
+def test_the_base_is_tuned_as_a_site_would_tune_it(home: Home, material: Path) -> None:
+    """Of an emulator that is the base, tuned at a site on the owner's text, the plug-in is the bound."""
+    whole = (Choice(name="whole"),)
+    spec = Grant(
+        **fields(material, builders=whole, attack_steps=3, evaluation={"exam": str(material / "public.jsonl")})
+    )
+    built = build(home, spec, Build(run="r", sites=("ward",)))
+    method, places = methods.make(spec.method.name, spec.method.settings), {0: 0, 4: 4}
+    model, tokenizer = zoo.load_base(zoo.locate(spec.model, cache=home.root), dtype=torch.float32)
+    rules = LocalTraining(steps=3, batch_size=4, max_length=16, learning_rate=built.learning_rate)
+    text = encode(read(material / "attack.jsonl"), tokenizer, max_length=16)
+    stored = store_adapter(
+        home.blobs(), home.scratch / "a", method.state(adapted(model, method, places, text, rules), places)
+    )
+    order = Evaluate(base=built.base.digest, manifest=None, adapter=stored.digest, recovery=built.recovery)
+    plug_in, zero_shot = (evaluate(home, spec, one).sets["exam"] for one in (order, replace(order, adapter=None)))
+    bound = tuned(home, spec)
+    assert bound.nll == pytest.approx(plug_in.nll, rel=1e-5) and bound.tokens == plug_in.tokens
+    assert bound.nll != pytest.approx(zero_shot.nll, rel=5e-4)
+
+
+def test_a_killed_tuning_of_the_base_goes_on(home: Home, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, steps = Grant(**fields(material, attack_steps=3)), []
+    whole, update = tuned(home, spec), adapting.update
+
+    def killed(*arguments: Any) -> None:
+        steps.append(arguments)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(adapting, "EVERY", 1)
+    monkeypatch.setattr(adapting, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(home, spec)
+    assert tuned(home, spec) == whole and len(steps) == 1 + 3, "no step was taken twice, but for the killed one"
+
+
+def test_a_tuning_of_the_base_that_gives_no_number_does_not_end_the_run(home: Home, material: Path) -> None:
+    training = TrainingSpec(batch_size=4, max_length=16, learning_rate=1e30)
+    assert tuned(home, Grant(**fields(material, training=training))).nll is None
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from offsite.protos.spec import Choice
 SPEC: dict[str, Any] = {
     **{"rounds": 2, "sites": ("bank", "town", "ward"), "min_sites": 2, "realign_steps": 1},
     **{"evaluation": {"exam": "held-out.jsonl"}, "evaluate_every": 1, "builders": (Choice(name="any"),)},
+    **{"attack_steps": 2, "attack_text": "task.jsonl"},
 }
 
 
@@ -109,6 +110,7 @@ def test_a_kill_before_or_after_any_write_changes_nothing_that_is_left(
         watched.setattr(Database, "_write", write)
         undisturbed = run(stand)
     assert undisturbed["state"] == "completed"
+    assert {"base_tuned", "attack"} <= undisturbed["steps"].keys() & undisturbed["report"]["overall"].keys()
     assert {kind for events in undisturbed["events"].values() for kind, *_ in events} == {
         *("waiting", "selected", "step", "bundle", "figure", "warning", "site", "update", "round", "completed"),
     }

@@ -37,7 +37,7 @@ def test_weights_that_are_no_numbers_still_give_a_report_that_is_json() -> None:
     told, gone = without_infinities({"overall": overall, "sites": sites, "spans": [{"end": math.inf}], "n": 1})
     assert json.loads(json.dumps(told, allow_nan=False))["overall"] == {"plug_in": None} and told["n"] == 1
     assert gone == ["overall.plug_in", "sites.a.plug_in", "sites.b.plug_in", "spans.0.end"]
-    told = protection({"attack": math.nan, "plug_in": 2.0}, ["heal 4"], task=True)
+    told = protection({"attack": math.nan, "plug_in": 2.0}, ["heal 4"], task=True, tuned_on="notes")
     assert told["label"] == "not protected" and "is no finite number" in told["reason"] and told["margin"] is None
 
 
@@ -75,24 +75,24 @@ def test_a_figure_that_cannot_be_right_is_marked_and_warned_of(figure: str, valu
 
 
 def test_where_no_attack_was_asked_for_the_report_says_so_and_claims_nothing() -> None:
-    told = protection({"plug_in": 9.0, "emulator_tuned": 60.0}, task=False)
+    told = protection({"plug_in": 9.0, "emulator_tuned": 60.0}, task=False, tuned_on="notes")
     assert told == {
         "label": "not protected",
         "margin": None,
         "lost": None,
-        "reason": "no attack on the emulator was asked for, so none was measured; what tuning on the base itself gives "
+        "reason": "no attack on the emulator was asked for, so none was measured; what tuning the base itself gives "
         "was not measured",
     }
 
 
 def test_the_strongest_attack_stands_beside_what_the_plug_in_loses() -> None:
-    told = protection(HONEST, ["heal 8, unfreeze 16", "heal 8"], task=True)
+    told = protection(HONEST, ["heal 8, unfreeze 16", "heal 8"], task=True, tuned_on="notes")
     assert told["margin"] == pytest.approx(math.log(12 / 9)) and told["lost"] == pytest.approx(math.log(9 / 7))
     assert told["reason"] == (
         "no threshold was stated; the strongest of 2 attacks (heal 8, unfreeze 16) brings the emulator to perplexity "
-        "12.00, 0.29 nats behind the plug-in; the plug-in is 0.25 nats behind tuning on the base itself"
+        "12.00, 0.29 nats behind the plug-in; the plug-in is 0.25 nats behind the base itself tuned on notes"
     )
-    better = protection(HONEST | {"attack": 8.0}, ["unfreeze 4"], task=True)
+    better = protection(HONEST | {"attack": 8.0}, ["unfreeze 4"], task=True, tuned_on="notes")
     assert better["margin"] < 0 and better["reason"].startswith(
         "no threshold was stated; the one attack that was made (unfreeze 4) brings the emulator to perplexity 8.00, "
         "0.12 nats ahead of the plug-in"
@@ -100,7 +100,7 @@ def test_the_strongest_attack_stands_beside_what_the_plug_in_loses() -> None:
 
 
 def test_an_attack_that_does_not_reach_the_tuned_emulator_is_not_the_margin() -> None:
-    told = protection(HONEST | {"attack": 70.0}, ["heal 4"], task=False)
+    told = protection(HONEST | {"attack": 70.0}, ["heal 4"], task=False, tuned_on="notes")
     assert told["margin"] == pytest.approx(math.log(60 / 9))
     assert "the emulator tuned as asked is stronger than that, 1.90 nats behind the plug-in" in told["reason"]
     assert "there was public text alone, and a site, which has the task's, may come further" in told["reason"]

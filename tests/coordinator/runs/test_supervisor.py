@@ -1,11 +1,12 @@
 """The supervisor as a function: rounds, attempts, who is left out, and what ends a run."""
 
 import itertools
+import json
 from typing import Any
 
 import pytest
 
-from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Publish, Realign, Update
+from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune, Update
 from offsite.coordinator.runs.supervisor import TRIES, Lost
 from offsite.coordinator.store.database import Unwritable
 from offsite.protos.chunks import digest_bytes
@@ -88,6 +89,21 @@ def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> 
     bare, emulator, between, tuned, plugged = asked(stand, Evaluate)
     assert (bare.manifest, bare.adapter) == (None, None) and emulator.adapter is None
     assert (between.manifest, plugged.manifest) == (None, None) and plugged.adapter == tuned.adapter != between.adapter
+
+
+@pytest.mark.parametrize("text", ["task.jsonl", ""])
+def test_the_base_is_tuned_where_it_is_attacked_and_the_owner_has_text_of_the_task(stand: Any, text: str) -> None:
+    stand.submit("ward", evaluation=EXAM, attack_steps=2, attack_text=text)
+    protection = json.loads(stand.run().report)["protection"]
+    assert len(asked(stand, Attack)) == 1 and told(stand, "figure")[-1].data["name"] == "attack"
+    if text:
+        (order,) = asked(stand, Tune)
+        assert order.trainable == (0,) and told(stand, "figure")[-2].data["name"] == "base_tuned"
+        assert protection["lost"] > 0
+        assert protection["reason"].endswith("tuned on the owner's own text of the task, not the sites'")
+    else:
+        assert asked(stand, Tune) == [] and protection["lost"] is None
+        assert protection["reason"].endswith("what tuning the base itself gives was not measured")
 
 
 def test_a_version_is_measured_while_the_sites_train_from_it_and_realigned_before(stand: Any) -> None:
