@@ -123,13 +123,14 @@ class Blobs:
             yield
 
 
-def room(folder: Path, size: int) -> None:
-    """Raise ResourceError unless the disk under a folder has room for `size` more bytes."""
+def room(folder: Path, size: int, *, what: str = "") -> None:
+    """Raise ResourceError unless the disk under a folder has room for `size` more bytes, and say for what."""
     free = shutil.disk_usage(folder).free
     if free < size + MARGIN_BYTES:
         need = (size + MARGIN_BYTES) >> 20
         raise ResourceError(
-            f"{folder}: the disk has {free >> 20} MiB free, {need} MiB are needed; free some and try again"
+            f"{folder}: the disk has {free >> 20} MiB free, {need} MiB are needed{f' for {what}' if what else ''}; "
+            "free some and try again"
         )
 
 

@@ -82,6 +82,18 @@ def most_steps(attacks: Collection[Attack]) -> int:
     return sum(healed.values()) + sum(trained.values())
 
 
+def state_bytes(model: nn.Module, attacks: Collection[Attack]) -> int:
+    """Return the most bytes that the states of these attacks on a model take in their folder at one moment.
+
+    A state is of five times the fp32 size: values, two moments, average and best. While one is written, the last one is
+    still there, and beside them the state of the healing that came before.
+    """
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    values = sum(parameter.numel() for parameter in model.parameters())
+    values += sum(module.in_features * module.out_features for module in packed)
+    return (3 if any(one.healing and one.steps for one in attacks) else 2) * 5 * values * torch.float32.itemsize
+
+
 def unfrozen(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Return an fp32 copy of an emulator in which everything trains, and its parameters, each once.
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from offsite.coordinator.attacks import scored
+from offsite.coordinator.attacks import of_run, scored
 from offsite.coordinator.bundles.stored import open_bundle
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
@@ -20,7 +20,7 @@ from offsite.coordinator.runs.steps.results import Attacked, Attacks, Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.store.finished import Finished
 from offsite.emulator import bundle, methods
-from offsite.emulator.evaluation.attack import Attacker, Start, family
+from offsite.emulator.evaluation.attack import Attacker, Start
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
@@ -46,7 +46,7 @@ def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
     held_out = exams(spec, tokenizer)
     with timeline.span("training"):
         scores = scored(
-            family(spec.attack_steps, public=bool(public), task=bool(task), longest=spec.attack_longest),
+            of_run(spec),
             Attacker(
                 models,
                 steps=spec.attack_steps,

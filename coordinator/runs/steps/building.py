@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from offsite.coordinator.attacks import check_room, of_run
 from offsite.coordinator.bundles import building, disclosures
 from offsite.coordinator.bundles.stored import open_bundle, recovered, store_adapter, store_bundle
 from offsite.coordinator.bundles.trial import take_step
@@ -53,6 +54,8 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         method = methods.make(spec.method.name, spec.method.settings)
         layout = bundle.described(manifest)
         emulator, _ = bundle.load(built.folder, layout=layout, dtype="auto")
+        if spec.attack_steps:  # at the run's end, when it would be late to say so
+            check_room(home.scratch, [emulator], of_run(spec))
         tiers = {site: method.tier_at(site) for site in order.sites}
         begun = first(method, emulator, layout.outline.places, tiers=tiers.values(), seed=spec.training.seed)
         method.recover(begun.adapter, built.recovery)  # refuses now what could not be brought back later

@@ -5,6 +5,7 @@ And the bound beside it: the base itself, tuned on the owner's text of the task.
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.orders import Attack, Build, Evaluate, Tune
 from offsite.coordinator.runs.steps.results import Attacks
 from offsite.coordinator.runs.steps.tuning import tune
+from offsite.coordinator.store import blobs
 from offsite.emulator import methods, zoo
 from offsite.emulator.batches import encode
 from offsite.emulator.examples import read
 from offsite.emulator.tuning import adapting
 from offsite.emulator.tuning.adapting import adapted
-from offsite.protos.errors import InputError
+from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.figures import Score, perplexity
 from offsite.protos.security.pki import Authority
 from offsite.protos.spec import Choice, LocalTraining, RunSpec, TrainingSpec
@@ -108,6 +110,18 @@ def test_a_killed_attack_goes_on_with_what_is_left(home: Home, material: Path, m
         attack(home, spec, order)
     assert figures(attack(home, spec, order)) == whole
     assert len(calls) == 1 + len(whole), "no score was taken twice, but for the one that was killed"
+
+
+def test_what_attacks_go_on_from_must_find_room_before_a_site_trains(
+    home: Home, material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Grant(**fields(material))
+    order, free = ordered(home, spec), blobs.MARGIN_BYTES + (300 << 10)  # enough for the emulator itself
+    monkeypatch.setattr(blobs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    for step in (lambda spec: ordered(home, spec), lambda spec: attack(home, spec, order)):
+        with pytest.raises(ResourceError, match="MiB are needed for what attacks on the emulator go on from after a"):
+            step(spec)
+    ordered(home, Grant(**fields(material, attack_steps=0, attack_text="")))
 
 
 def tuned(home: Home, spec: Grant) -> Score:

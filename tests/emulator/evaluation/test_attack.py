@@ -1,4 +1,5 @@
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from offsite.emulator.evaluation.attack import (
     divided,
     family,
     most_steps,
+    state_bytes,
     unfrozen,
 )
 from offsite.emulator.formats.int4 import Int4
@@ -250,6 +252,31 @@ def test_killed_attacks_go_on_with_what_is_left(
     going_on.make([one for one in attacks if one not in scored], keep)
     assert all(same(scored[one], model) for one, model in whole.items())
     assert len(heard) < most_steps(attacks) - killed_at[1] // 4 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "states"), [({"public": True, "task": True}, 3), ({"public": True, "task": False}, 2)]
+)
+def test_states_take_the_disk_that_is_said_and_no_more(
+    tiny: Any,
+    task: list[Encoded],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: dict[str, bool],
+    states: int,
+) -> None:
+    def replace(*names: Path) -> None:
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+        whole(*names)
+
+    sizes, whole = list[int](), os.replace
+    monkeypatch.setattr("offsite.emulator.tuning.state.os.replace", replace)
+    emulator, attacks = packed(restack(tiny(), [0, 1, 3]), 1), family(2, starts=["emulator"], **texts)
+    attacker = Attacker({"emulator": emulator}, steps=2, task=task, public=task, state=tmp_path)
+    attacker.make(attacks, lambda *_: None)
+    said = state_bytes(emulator, attacks)
+    assert said == states * 5 * 4 * sum(parameter.numel() for parameter in unfrozen(emulator)[1].values())
+    assert 0.9 * said < max(sizes) < 1.1 * said, "names and what is kept in numbers count at this size"
 
 
 def test_rates_suit_whole_layers_unless_they_are_given(tiny: Any, task: list[Encoded]) -> None:
