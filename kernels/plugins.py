@@ -60,6 +60,12 @@ class Plugins(Mapping[str, type[T]]):
         """Count the names."""
         return len(self._found)
 
+    def preload(self) -> None:
+        """Load all of ours; not others', of which nobody knows what they do when they are imported."""
+        for name in self._ours:
+            if len(self._found[name]) == 1:
+                self[name]
+
     def make(self, name: str, settings: Mapping[str, Any]) -> T:
         """Make a plug-in; raises ValueError that says what is unknown, of another type, no number, or unfit."""
         return make(self.kind, self, name, settings)

@@ -13,9 +13,8 @@ from typing import Any
 
 from offsite.client.channel import Channel
 from offsite.client.site.folder import WorkFolder
-from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
-from offsite.client.site.launch import last, launch
+from offsite.client.site.launch import fork_server, last, launch
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import because, reason
 from offsite.client.site.reporter import Reporter
@@ -72,7 +71,7 @@ class Agent:
         self._show = say
         channel.waiting = lambda message: self._say("waiting", {"message": message})
         self._fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
-        self._trainers = ForkServer(config.engine, config.work.path / "trainers.log")
+        self._trainers = fork_server(config.engine, config.work.path / "trainers.log")
         self._tasked_at = float("-inf")
         self._report_every_s = 2.0
 

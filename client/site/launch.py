@@ -4,20 +4,26 @@ import json
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from offsite.client.site.forks import Forked, ForkServer
-from offsite.client.site.job import TrainerJob
+from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.protos.documents import to_json
 from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
+from offsite.protos.processes.forks import Forked, ForkServer
 
 POLL_S = 1.0  # how soon a process is missed that died without a word
 LOG_TAIL = 4096  # bytes of a trainer's log that are kept when its task fails
 GRACE_S = 5.0  # between asking a process to end and ending it
+
+
+def fork_server(engine: EngineSpec, log: Path) -> ForkServer:
+    """Return what trainers of an engine are forked from; `log` is for its own output."""
+    return ForkServer("offsite.client.site.trainer", [engine.name], environment=_shared(engine), log=log)
 
 
 def launch(job: TrainerJob, folder: Path, server: ForkServer) -> "Trainer":
@@ -36,7 +42,7 @@ def launch(job: TrainerJob, folder: Path, server: ForkServer) -> "Trainer":
                 processes.append(
                     server.fork(
                         document,
-                        _environment(folder, rank),
+                        _own(folder, rank),
                         stdin=leash_read,
                         stdout=events_write,
                         stderr=log.fileno(),
@@ -48,7 +54,26 @@ def launch(job: TrainerJob, folder: Path, server: ForkServer) -> "Trainer":
     return Trainer(processes, [*logs, server.log], leash=leash, events=events)
 
 
-def _environment(folder: Path, rank: int) -> dict[str, str]:
+def _shared(engine: EngineSpec) -> dict[str, str]:
+    """Return what the libraries of an engine read, and whatever else all its trainers have in common."""
+    variables = {
+        "WORLD_SIZE": str(engine.processes),
+        "LOCAL_WORLD_SIZE": str(engine.processes),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other processes
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed earns one at every collective, each a line in the log
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it the sums of cuBLAS differ from run to run
+    }
+    if engine.threads:
+        variables["OMP_NUM_THREADS"] = str(engine.threads)
+    if engine.device == "cpu":
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if sys.platform == "linux":  # the ranks talk within this machine, whatever its host name resolves to
+        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return variables
+
+
+def _own(folder: Path, rank: int) -> dict[str, str]:
     """Return what is a rank's own; what all have in common is the server's."""
     return {
         "RANK": str(rank),

@@ -1,22 +1,21 @@
-"""What a trainer process does, one per rank, once `forkserver.py` has made it.
+"""What a trainer process does, one per rank, once it has been forked (`offsite.protos.processes`).
 
 It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "data", "examples", "distinct",
 "sequences", "divided", "cut", "without_target", "left_out", "warnings"}, {"event": "inspected", "perplexity",
 "warnings"}, {"event": "step", "step", "steps", "loss", "tokens"}, {"event": "done"}, or {"event": "error", "status",
 "reason", "message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The
-first rank tells everything, the others their errors. The exit code is that of the error. The end of standard input ends
-the process.
+first rank tells everything, the others their errors. The exit code is that of the error.
 """
 
 import errno
 import json
 import os
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 from offsite.client.site import training
+from offsite.client.site.engines import ENGINES
 from offsite.client.site.job import TrainerJob
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError, ResourceError
@@ -47,10 +46,14 @@ class Speaker:
         os.write(self._pipe, json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
+def preload(engine: str) -> None:
+    """Import what the trainers of an engine need beside this file."""
+    ENGINES[engine].preload()
+
+
 def main(path: Path) -> int:
     """Do a job and return the exit code."""
     say = Speaker()
-    threading.Thread(target=_end_with_agent, daemon=True).start()
     try:
         job = from_json(TrainerJob, path.read_bytes(), where=str(path))
         say("loading")
@@ -62,12 +65,6 @@ def main(path: Path) -> int:
         return error.exit_code
     say("done")
     return 0
-
-
-def _end_with_agent() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
 
 
 def explain(error: Exception) -> OffsiteError:

@@ -25,11 +25,6 @@ SENTENCE = 300  # characters of a warning; events of several processes must not 
 Say = Callable[..., None]
 
 
-def preload(engine: str) -> None:
-    """Import what the trainers of an engine need beside this file."""
-    ENGINES[engine].preload()
-
-
 def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     """Do this process's part of a job; the first rank writes what is sent. Raises OffsiteError and system errors."""
     started = time.time()

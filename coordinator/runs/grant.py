@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from offsite.protos.documents import document
+from offsite.protos.documents import document, plain
 from offsite.protos.ranges import Flag, Place
 from offsite.protos.spec import Ancestor, RunSpec
 
@@ -33,6 +33,10 @@ class Grant(RunSpec):
         if self.role == "owner":
             return sentence
         return self.discreet(next((text for cause in _causes(error) if (text := _of_data(cause))), sentence))
+
+    def fault(self, error: Exception) -> str:
+        """Say what a fault of ours was."""
+        return f"internal error: {type(error).__name__}: {plain(self.told(error), most=300)}"
 
     def discreet(self, sentence: str) -> str:
         """Call places by the names the run has for them, and all others by their last part."""

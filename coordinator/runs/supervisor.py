@@ -97,7 +97,7 @@ class Supervisor:
             self._fail(str(from_system(error)))
         except Exception as error:  # a fault of ours must end the run with a word, not leave it hanging
             log.exception("run %s", self._run)
-            self._fail(f"internal error: {type(error).__name__}: {plain(self._spec.told(error), most=300)}")
+            self._fail(self._spec.fault(error))
         finally:
             self._journal.close()
 

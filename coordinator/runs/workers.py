@@ -5,7 +5,9 @@ imported Ray, that it is ready, then every few seconds that all is well, or what
 
 A supervisor is a detached, named actor: it outlives the server that asked for it. Ray restarts a dead actor with empty
 memory by running its constructor again, so the constructor itself starts the work and the journal supplies the state.
-Steps are Ray tasks, so that their memory is freed with their worker and the actor stays small.
+A step is a Ray task, so that Ray finds the node and counts the CPU; its work is done in a process forked for it, from
+one of that node that has imported the tensor libraries. So a step begins at once, all its memory is free with its end,
+that of a GPU too, and Ray's own processes stay small.
 """
 
 import logging
@@ -22,6 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import plain
@@ -38,6 +41,7 @@ def main() -> None:
         try:
             print("imported", file=said)
             _join(address, root)
+            _steps(root, identity)
             threading.Thread(target=_obey, args=(said, root, identity, int(threads)), daemon=True).start()
             print("ready", file=said)
             _beat(said)
@@ -59,8 +63,10 @@ def _join(address: str, root: str) -> None:
         logging_level=logging.ERROR,
         **local,
     )
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
     for name in ray.util.list_named_actors():  # those of a node that is gone would wait for it for ever
-        if not name.endswith(_node()):
+        kind, *_, node = name.split("-")
+        if node != _node() and (kind == "run" or node not in alive):
             ray.kill(ray.get_actor(name), no_restart=True)
 
 
@@ -93,18 +99,9 @@ def _connect(what: str, address: str) -> None:
 def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
     """Start the supervisors that are asked for, until nobody can ask any more."""
     try:
-        here = NodeAffinitySchedulingStrategy(_node(), soft=False)  # beside the journal
         for line in sys.stdin:
             run = line.strip()
-            actor = _Actor.options(  # type: ignore[attr-defined]
-                name=f"run-{run}-{_node()}",
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                num_cpus=0,
-                scheduling_strategy=here,
-            )
-            actor.remote(root, identity, run, threads)
+            _here(_Supervisor, f"run-{run}", root, identity, run, threads)  # beside the journal
         ray.shutdown()
         os._exit(0)
     except Exception as error:
@@ -116,8 +113,26 @@ def _sentence(error: Exception) -> str:
     return plain(str(error).strip() or type(error).__name__, most=300)
 
 
+def _here(kind: Any, name: str, *arguments: Any) -> Any:
+    """Return an actor of this node by its name; it is made if it is not there, and again should it die."""
+    return kind.options(
+        name=f"{name}-{_node()}",
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_task_retries=-1,
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False),
+    ).remote(*arguments)
+
+
+def _steps(root: str, identity: str) -> Any:
+    """Return the actor that holds what this node's steps are forked from; it starts that with itself."""
+    return _here(_Steps, "steps", root, identity)
+
+
 @ray.remote
-class _Actor:
+class _Supervisor:
     def __init__(self, root: str, identity: str, run: str, threads: int) -> None:
         self._threads = threads
         self._home, self._run = Home(Path(root), Path(identity)), run
@@ -136,19 +151,26 @@ class _Actor:
         try:
             return bytes(ray.get(_perform.remote(self._threads, *arguments)))
         except RayTaskError as error:
-            raise error.cause from None
+            raise Lost if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
             raise Lost from error
 
 
+@ray.remote
+class _Steps:
+    def __init__(self, root: str, identity: str) -> None:
+        self._server = forking.fork_server(Home(Path(root), Path(identity)))
+        self._server.start()
+
+    def address(self) -> str:
+        self._server.start()  # again, should it have ended
+        return str(self._server.address)
+
+
 @ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
-def _perform(threads: int, *arguments: Any) -> bytes:
-    import torch
-
-    from offsite.coordinator.runs.steps.performing import perform
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)  # Ray would leave one thread per CPU asked for
-    return perform(*arguments)
+def _perform(threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+    address = Path(ray.get(_steps(root, identity).address.remote()))
+    return forking.perform(address, threads, step, root, identity, spec, order)
 
 
 if __name__ == "__main__":

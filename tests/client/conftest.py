@@ -10,15 +10,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
-from offsite.client.site.launch import Trainer, launch
+from offsite.client.site.launch import Trainer, fork_server, launch
 from offsite.client.site.policy import Policy
 from offsite.emulator import bundle, methods
 from offsite.emulator.outline import Outline
 from offsite.protos import tensors
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import to_json
+from offsite.protos.processes.forks import ForkServer
 from offsite.protos.spec import BaseRef, Choice, LocalTraining, Manifest, TaskSpec
 
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))
@@ -138,7 +138,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
     def start(job: TrainerJob, folder: Path) -> Trainer:
         if job.engine not in servers:
-            servers[job.engine] = ForkServer(job.engine, tmp_path_factory.mktemp("server") / "log")
+            servers[job.engine] = fork_server(job.engine, tmp_path_factory.mktemp("server") / "log")
         return launch(job, folder, servers[job.engine])
 
     yield start

@@ -21,7 +21,7 @@ def trainers(federation: Any) -> list[int]:
     """Trainer processes of this federation: their standard error is the log of a rank."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline"]):
-        if "offsite.client.site.forkserver" in (process.info["cmdline"] or ()):
+        if "offsite.client.site.trainer" in (process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 logs = [Path(file.path) for file in process.open_files()]
                 found += [process.pid for log in logs if federation.folder in log.parents and "rank-" in log.name]

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import Policy
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.steps.performing import perform
-from offsite.coordinator.runs.supervisor import Supervisor
+from offsite.coordinator.runs.supervisor import Perform, Supervisor
 from offsite.coordinator.service.uploads import Upload
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.journal import LIVE, OPEN
@@ -71,7 +73,7 @@ class Site:
         train(job, say=lambda event, **fields: None, rendezvous=self._folder / "rendezvous")
 
 
-def live(home: Home, site: Site) -> None:
+def live(home: Home, site: Site, perform: Perform = perform) -> None:
     Supervisor(home, "r", perform=perform, rest=lambda _: site.work(home)).run()
 
 
@@ -115,7 +117,11 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
         return home
 
     undisturbed, killed = submit("undisturbed"), submit("killed")
-    live(undisturbed, site)
+    server = forking.fork_server(undisturbed)
+    server.start()
+    assert server.address is not None
+    with closing(server):
+        live(undisturbed, site, partial(forking.perform, server.address, 1))  # its steps in processes of their own
     whole, writes, moments = Database._write, itertools.count(1), itertools.cycle(("before", "after"))
 
     @contextmanager

@@ -142,7 +142,10 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
         assert {at for at in listening if "127.0.0.1:" not in at} == set()
         next(process for process in tree if process.name() == "raylet").kill()
         folder = run.result(federation.folder / "out")
+        heavy = [" ".join(process.cmdline()) for process in federation.tree("coordinator") if has_torch(process)]
+    assert ["coordinator up" in heavy[0], "coordinator.runs.steps.process" in heavy[-1], len(heavy)] == [True, True, 2]
     federation.stop()
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(federation.folder) in writes(process)]
     for key, given, wanted in trained(federation, folder):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
     assert (federation.folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
@@ -157,3 +160,21 @@ def listens(process: psutil.Process) -> list[Any]:
         return [at.laddr for at in process.net_connections(kind="inet") if at.status == psutil.CONN_LISTEN]
     except psutil.NoSuchProcess:
         return []
+
+
+def has_torch(process: psutil.Process) -> bool:
+    """Whether a process has loaded the tensor library, which takes hundreds of megabytes."""
+    try:
+        return any("libtorch" in at.path for at in process.memory_maps())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def writes(process: psutil.Process) -> str:
+    """The files that a process which forks steps, or was forked for one, has open."""
+    try:
+        if "offsite.coordinator.runs.steps.process" not in (process.info["cmdline"] or ()):
+            return ""
+        return " ".join(file.path for file in process.open_files())
+    except psutil.NoSuchProcess:
+        return ""

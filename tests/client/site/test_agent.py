@@ -10,7 +10,6 @@ import pytest
 
 from offsite.client.site import agent, rows
 from offsite.client.site.folder import WorkFolder
-from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
@@ -28,6 +27,7 @@ from offsite.protos.errors import (
     UnreachableError,
     from_status,
 )
+from offsite.protos.processes.forks import ForkServer
 from offsite.protos.spec import UpdateMetrics
 
 STEP = {"event": "step", "step": 1, "steps": 6, "loss": 4.0, "tokens": 9}

@@ -16,15 +16,15 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from offsite.client.site.engines import ENGINES
-from offsite.client.site.forks import ForkServer
 from offsite.client.site.job import EngineSpec, TrainerJob
-from offsite.client.site.launch import Trainer, launch
+from offsite.client.site.launch import Trainer, fork_server, launch
 from offsite.client.site.trainer import explain
 from offsite.emulator import examples
 from offsite.emulator.batches import encode, training_batches
 from offsite.protos import tensors
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import InputError, MismatchError, ResourceError, RunError
+from offsite.protos.processes.forks import ForkServer
 from offsite.protos.spec import UpdateMetrics
 
 Jobs = Any
@@ -151,13 +151,12 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
         import sys
         from pathlib import Path
         from offsite.client.site.engines import ENGINES
-        from offsite.client.site.forks import ForkServer
         from offsite.client.site.job import TrainerJob
-        from offsite.client.site.launch import launch
+        from offsite.client.site.launch import fork_server, launch
         from offsite.protos.documents import from_json
         job = from_json(TrainerJob, Path(sys.argv[1]).read_bytes(), where="job")
         folder = Path(sys.argv[2])
-        server = ForkServer(job.engine, folder.with_name("log"))
+        server = fork_server(job.engine, folder.with_name("log"))
         for event in launch(job, folder, server).events():
             print(event["event"], flush=True)
     """
@@ -175,7 +174,7 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ForkServer]:
     """A server of this test alone, with two threads, which training uses and it must not."""
-    server = ForkServer(EngineSpec(name="plain", device="cpu", threads=2, processes=2), tmp_path / "server.log")
+    server = fork_server(EngineSpec(name="plain", device="cpu", threads=2, processes=2), tmp_path / "server.log")
     yield server
     server.close()
 
@@ -187,7 +186,7 @@ def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_the
     """A copy of a process with several threads may hang, and only the copy is to have what its rank is told."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the engine's own setting comes first
     one = job(training=ENDLESS, name=name, processes=2, threads=2)
-    server = ForkServer(one.engine, tmp_path / "server.log")
+    server = fork_server(one.engine, tmp_path / "server.log")
     trainer = launch(one, tmp_path / "task", server)
     events = until_training(trainer)
     ranks = [psutil.Process(process.pid) for process in trainer.processes]

@@ -1,0 +1,44 @@
+"""Steps in processes of their own, forked from one that has imported what they need. Imports no tensor library."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from offsite.coordinator.home import Home
+from offsite.coordinator.runs.supervisor import Lost
+from offsite.protos.errors import from_status
+from offsite.protos.processes.forks import ForkServer, fork
+
+
+def fork_server(home: Home) -> ForkServer:
+    """Return what the steps of a home are forked from on this machine, for whoever asks at its address."""
+    log = home.root / f"steps-{socket.gethostname()}.log"
+    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, listens=True)
+
+
+def perform(address: Path, threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+    """Do a step in a process forked for it, which ends with this one at the latest; return its result.
+
+    Raises the step's own error, or Lost if its process could not begin or was killed.
+    """
+    scratch = Home(Path(root), Path(identity)).prepare().scratch
+    job = {"threads": threads, "step": step, "root": root, "identity": identity}
+    job |= {"spec": spec.decode(), "order": order.decode()}
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing, "wb"), TemporaryDirectory(dir=scratch) as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        with socket.socket(socket.AF_UNIX) as server:
+            try:
+                server.connect(str(address))
+            except OSError as error:
+                raise Lost(f"step {step}: what it is forked from has ended") from error
+            process = fork(server, path, {}, stdin=reading, stdout=1, stderr=2)
+        if code := process.wait():
+            raise Lost(f"step {step}: its process ended with exit code {code}")
+        if (fault := path.with_name("error")).exists():
+            told = json.loads(fault.read_bytes())
+            raise from_status(told["status"], told["message"], reason=told["reason"])
+        return path.with_name("result").read_bytes()

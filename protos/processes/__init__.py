@@ -1,0 +1,1 @@
+"""Processes that begin warm: forked from one that has imported what they need."""

@@ -1,0 +1,162 @@
+"""The other end of the process that processes are forked from (`forkserver.py`). Imports no tensor library."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# What libraries read when they are imported, so that what imports them can be forked.
+VARIABLES = {
+    "OPENBLAS_NUM_THREADS": "1",  # it starts its threads when numpy is imported, and nothing here needs them
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # counting GPUs must not touch them before the fork
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class ForkServer:
+    """Makes processes that do one work. The server is started when it is first needed, and again should it have ended.
+
+    One that `listens` does so for other processes of this account, too, which `fork` by its `address`.
+    """
+
+    def __init__(
+        self,
+        work: str,
+        arguments: Sequence[str] = (),
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+        listens: bool = False,
+    ) -> None:
+        """Name the module of the work, what it preloads, and the file that the server's own output goes to."""
+        self.log = log
+        self.address: Path | None = None
+        self._work, self._environment, self._listens = [work, *arguments], environment, listens
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the server unless it runs. It imports for seconds; what is asked of it meanwhile waits."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._socket, other = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(other)]
+            if self._listens:
+                self.address = Path(tempfile.mkdtemp(prefix="offsite-")) / "fork"  # a folder that is this account's
+                sockets.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                sockets[-1].bind(str(self.address))
+                sockets[-1].listen()
+            numbers = [one.fileno() for one in sockets]
+            self._process = subprocess.Popen(
+                # -P: a file in the folder where this runs must not stand in for a library
+                [sys.executable, "-P", "-m", "offsite.protos.processes.forkserver"]
+                + [",".join(map(str, numbers)), *self._work],
+                stdin=subprocess.DEVNULL,
+                stdout=stack.enter_context(self.log.open("wb")),
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **VARIABLES, **self._environment},
+                pass_fds=numbers,
+                start_new_session=True,  # an interrupt at a terminal is its owner's to handle
+            )
+
+    def fork(self, job: Path, environment: Mapping[str, str], *, stdin: int, stdout: int, stderr: int) -> "Forked":
+        """Start a process; the descriptors remain the caller's to close."""
+        self.start()
+        assert self._process is not None and self._socket is not None
+        return fork(self._socket, job, environment, stdin=stdin, stdout=stdout, stderr=stderr, ended=self._process.wait)
+
+    def close(self) -> None:
+        """End the server; processes that were forked go on."""
+        if self._process is not None and self._socket is not None:
+            self._socket.close()
+            self._process.terminate()  # it may be importing
+            self._process.wait()
+            self._process = self._socket = None
+        if self.address is not None:
+            shutil.rmtree(self.address.parent, ignore_errors=True)
+
+
+def fork(
+    server: socket.socket,
+    job: Path,
+    environment: Mapping[str, str],
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    ended: Callable[[], int] = lambda: 1,
+) -> "Forked":
+    """Ask a server for a process; `ended` is how the server ended, should it.
+
+    The descriptors remain the caller's to close.
+    """
+    request = json.dumps({"job": str(job), "environment": dict(environment)}).encode()
+    told, telling = os.pipe()
+    try:
+        # A server that has just ended cannot take the request; the pipe, whose last end is closed then, says so.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(server, [request], [stdin, stdout, stderr, telling])
+    finally:
+        os.close(telling)
+    return Forked(told, ended)
+
+
+class Forked:
+    """A process that is the server's child and ours to follow, as one would a `subprocess.Popen`."""
+
+    def __init__(self, told: int, ended: Callable[[], int]) -> None:
+        """Take the pipe on which the server tells of the process, and what waits for the server's end."""
+        self._told, self._ended = told, ended
+        self._words = b""
+        self._code: int | None = None
+        self.lost = False  # whether the server ended before this process, and how it does is not known
+        self._lock = threading.Lock()
+        os.set_blocking(told, False)
+
+    @property
+    def pid(self) -> int | None:
+        """Its id, once it was forked."""
+        self.poll()
+        pid, end, _ = self._words.partition(b"\n")
+        return int(pid) if end else None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs; that of the server if it ended and can no longer tell."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while self._code is None:
+                words = os.read(self._told, 64)
+                self._words += words
+                if self._words.count(b"\n") == 2:
+                    self._code = int(self._words.split()[1])
+                elif not words:
+                    self.lost, self._code = True, self._ended() or 1
+                if self._code is not None:
+                    os.close(self._told)
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Return the exit code, or None if it runs after so many seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            with contextlib.suppress(ValueError, OSError):  # closed meanwhile, as another thread has heard of the end
+                if not select.select([self._told], [], [], left)[0]:
+                    return None
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal unless it has ended."""
+        if self.poll() is None and (pid := self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)

@@ -1,0 +1,81 @@
+"""Steps in processes of their own: what comes back, and what does not."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.coordinator.runs import forking
+from offsite.coordinator.runs.steps import process
+from offsite.coordinator.runs.supervisor import Lost
+from offsite.protos.documents import to_json
+from offsite.protos.errors import ResourceError
+from offsite.protos.processes.forks import ForkServer
+from offsite.protos.spec import RunSpec
+
+WORK = """
+import json, os, time
+
+def preload():
+    pass
+
+def main(path):
+    job = json.loads(path.read_bytes())
+    if job["step"] == "killed":
+        os.kill(os.getpid(), 9)
+    elif job["step"] == "full":
+        fault = {"status": "RESOURCE_EXHAUSTED", "reason": "FAULT_DISK", "message": "the disk is full"}
+        path.with_name("error").write_text(json.dumps(fault))
+    else:
+        path.with_name("result").write_text(f"{job['step']} {job['order']} {job['threads']}")
+    return 0
+"""
+
+
+@pytest.fixture
+def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
+    """Steps done by processes that only look like them, and are forked at once."""
+    (tmp_path / "looks.py").write_text(WORK)
+    paths = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    server = ForkServer("looks", environment=paths, log=tmp_path / "log", listens=True)
+    server.start()
+
+    def perform(step: str) -> bytes:
+        assert server.address is not None
+        where = str(stand.home.root), str(stand.home.identity)
+        return forking.perform(server.address, 3, step, *where, b"{}", b"order")
+
+    yield perform
+    server.close()
+
+
+def test_a_step_gives_its_result_or_raises_its_own_error_and_leaves_nothing(perform: Any, stand: Any) -> None:
+    assert perform("build") == b"build order 3"
+    with pytest.raises(ResourceError, match="^the disk is full$") as error:
+        perform("full")
+    assert error.value.reason == "FAULT_DISK" and not list(stand.home.scratch.iterdir())
+
+
+def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform: Any, tmp_path: Path) -> None:
+    with pytest.raises(Lost, match="step killed: its process ended with exit code -9"):
+        perform("killed")
+    with pytest.raises(Lost, match="step build: what it is forked from has ended"):
+        forking.perform(tmp_path / "nowhere", 1, "build", str(tmp_path / "home"), str(tmp_path), b"{}", b"{}")
+
+
+def test_a_fault_of_ours_comes_back_in_words(stand: Any, tmp_path: Path) -> None:
+    job = {
+        "threads": torch.get_num_threads(),
+        "step": "none",
+        "order": "{}",
+        "spec": to_json(RunSpec(model="m")).decode(),
+    }
+    where = {"root": str(stand.home.root), "identity": str(stand.home.identity)}
+    (tmp_path / "job.json").write_text(json.dumps(job | where))
+    assert process.main(tmp_path / "job.json") == 0
+    fault = json.loads((tmp_path / "error").read_bytes())
+    assert fault == {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
