@@ -1,13 +1,20 @@
 """What a run asks of its model, held against the model's own shapes when it is submitted: no weight is read."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.anatomy.structure import layers, positions
 from offsite.emulator.builders.base import evenly
+from offsite.emulator.methods import Method
 from offsite.emulator.outline import Outline
+from offsite.kernels.schema import settle
+from offsite.protos import upload
 from offsite.protos.spec import RunSpec
 
 
@@ -32,7 +39,28 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
         builder: Any = builders.make(choice.name, choice.settings)
         if builder.stage != "depth":
             builder.fits(emulator, outline, depth=len(layers(model)))
-    methods.make(spec.method.name, spec.method.settings).fits(emulator, outline.places)
+    method = methods.make(spec.method.name, spec.method.settings)
+    method.fits(emulator, outline.places)
+    _judge_upload(spec, method, emulator, outline.places)
+
+
+def _judge_upload(spec: RunSpec, method: Method, model: Any, places: Mapping[int, int]) -> None:
+    """Raise ValueError if a stage cannot pack what a site of some tier sends, by the shapes of the base.
+
+    What only the built emulator has, or only values tell, is judged when it is built: what a method needs of builders,
+    maps that these narrow, and schemas that depend on the start's values.
+    """
+    stages = upload.make(spec.upload)
+    if not stages or method.needs:
+        return
+    for tier in sorted({method.tier_at(site) for site in spec.sites} or method.tiers()):
+        with FakeTensorMode(allow_non_fake_inputs=True), suppress(DataDependentOutputException):  # none has values
+            start = method.start(model, places, seed=spec.training.seed, tier=tier)
+            schema = settle(method.schema(start), {name: tensor.shape for name, tensor in start.items()})
+            try:
+                upload.schema_of(stages, schema)
+            except ValueError as error:
+                raise ValueError(f"upload: {error}") from error
 
 
 def _outline(spec: RunSpec, model: Any) -> Outline:

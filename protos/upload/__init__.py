@@ -47,6 +47,13 @@ def schema_of(stages: Sequence[Stage], schema: Schema) -> Schema:
         if both := packed.keys() & last.keys():
             raise ValueError(f"two groups are packed into one tensor {min(both)}; a stage names what it makes by group")
         packed |= last
+    stays = residual_of(stages, schema)
+    for number, stage in enumerate(stages):
+        if stage.feedback and not any(key.startswith(_residual(number, "")) for key in stays):
+            raise ValueError(
+                f"stage {stage.name} is to feed back what it leaves out, but none of what it is given has the same "
+                "entries in every round; put it before the stages that choose entries"
+            )
     return packed
 
 
@@ -98,17 +105,18 @@ def pack(
         yield Packed(given, left)
 
 
-def unpack(stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap, schema: Schema) -> TensorMap:
+def unpack(stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap | None, schema: Schema) -> TensorMap:
     """Return, at the coordinator, the adapter of a settled schema as far as the stages keep it.
 
-    What is packed together is unpacked when one of its tensors is asked for, and not kept when one of another is. That
-    raises ValueError for tensors that no site can have packed.
+    Without a broadcast it is the change, where there are stages. What is packed together is unpacked when one of its
+    tensors is asked for, and kept until one of others is. That raises ValueError for tensors that no site can have
+    packed.
     """
     return _Unpacked(stages, packed, broadcast, schema) if stages else packed
 
 
 class _Unpacked(Mapping[str, "Tensor"]):
-    def __init__(self, stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap, schema: Schema) -> None:
+    def __init__(self, stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap | None, schema: Schema) -> None:
         self._stages, self._packed, self._broadcast = stages, packed, broadcast
         self._parts = {name: schemas for schemas in _parts(stages, schema) for name in schemas[0]}
         self._part: Tensors = {}
@@ -123,6 +131,8 @@ class _Unpacked(Mapping[str, "Tensor"]):
         part = {name: self._packed[name] for name in schemas[-1]}
         for stage, given in zip(reversed(self._stages), reversed(schemas[:-1]), strict=True):
             part = stage.unpack(part, At(given))
+        if self._broadcast is None:
+            return part
         return part | {name: self._broadcast[name] + part[name] for name in _moving(schemas[0])}
 
     def __iter__(self) -> Iterator[str]:

@@ -31,8 +31,8 @@ class Stage(Protocol):
     """A family member: its settings are its fields."""
 
     name: ClassVar[str]
-    hides: ClassVar[bool]  # whether the coordinator can unpack only the sum of all sites' updates
-    phases: ClassVar[tuple[str, ...]]  # of the site's work in a round
+    hides: ClassVar[bool]  # whether only the sum of all sites' updates can be unpacked; no run may ask for that so far
+    phases: ClassVar[tuple[str, ...]]  # of a round in which it has work at the site; so far a run may ask for "train"
     whole: ClassVar[bool]  # whether it works on all groups at once
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.kernels.schema import Schema, TensorMap, settle
+from offsite.kernels.schema import Rule, Schema, TensorMap, settle
 from offsite.protos import tensors, upload
 from offsite.protos.upload.base import Stage
 
@@ -18,11 +18,12 @@ def opened(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage
 
 
 def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage]) -> float:
-    """L2 norm, over all tensors, of how far an update's adapter is from its broadcast; raises ValueError as above."""
+    """L2 norm, over all tensors, of how far an update goes from its broadcast; raises ValueError as above."""
     if not stages:
         return tensors.distance(update, broadcast)
-    with opened(update, broadcast, schema, stages) as adapter, tensors.reading(broadcast) as start:
-        return math.hypot(*(tensors.norm(adapter[name] - start[name]) for name in adapter))
+    with tensors.reading(update) as packed:
+        change = upload.unpack(stages, packed, None, _settled(schema, broadcast))
+        return math.hypot(*(tensors.norm(change[name]) for name in change if schema[name].rule is not Rule.FIXED))
 
 
 def _settled(schema: Schema, broadcast: Path) -> Schema:

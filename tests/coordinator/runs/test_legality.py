@@ -1,13 +1,18 @@
 """Which stages of an upload a run may ask for."""
 
+from contextlib import nullcontext
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from offsite.coordinator.runs import legality
+from offsite.emulator.catalogue import METHODS
+from offsite.kernels.schema import Schema
 from offsite.protos.errors import InputError
-from offsite.protos.spec import Choice, RunSpec
+from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
 WHOLE = Choice(name="whole")
 STAGES: dict[str, Any] = {
@@ -42,4 +47,51 @@ def test_a_stage_that_is_not_known_is_refused_with_those_that_are(monkeypatch: p
     monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
     spec = RunSpec(model="nowhere", builders=(WHOLE,), upload=(Choice(name="nosie"),))
     with pytest.raises(InputError, match="upload: there is no stage 'nosie' .did you mean noise.*; known are noise"):
+        legality.judge(spec)
+
+
+class Picky:
+    """A stage that packs no tensor of one row, and no norm."""
+
+    hides, phases, whole, noise, feedback = False, ("train",), False, 0.0, False
+
+    def schema(self, given: Schema) -> Schema:
+        for key, field in given.items():
+            if "norm" in key or field.shape[0] == 1:
+                raise ValueError(f"tensor {key} of shape {list(field.shape)} cannot be packed")
+        return given
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "sites", "words"),
+    [
+        ("lora", {}, (), ""),
+        ("lora", {"rank": 1}, (), r"upload: tensor 0.mlp.down_proj.A of shape \[1, 32\] cannot be packed"),
+        ("lora", {"ranks": {"bank": 1}}, ("bank", "ward"), r"upload: tensor 0.mlp.down_proj.A of shape \[1, 32\]"),
+        ("lora", {"ranks": {"bank": 1}}, ("town", "ward"), ""),
+        ("blocks", {}, (), r"upload: tensor 0.input_layernorm.weight of shape \[16\] cannot be packed"),
+        ("sparse", {"entries": 1}, (), ""),  # its start's values are part of its schema: the build tells
+    ],
+)
+def test_a_stage_that_cannot_pack_what_sites_send_is_refused_before_anything_is_built(
+    material: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+    sites: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "plugin")
+    monkeypatch.setitem(METHODS._found, "sparse", [EntryPoint("sparse", "offsite_sparse:Sparse", METHODS.group)])
+    monkeypatch.setattr(legality.upload, "make", lambda chain: [Picky() for _ in chain])
+    spec = RunSpec(
+        model=str(material / "model"),
+        builders=(WHOLE,),
+        method=Choice(name=method, settings=settings),
+        strategy=Choice(name="low-rank" if method == "lora" else "mean"),
+        sites=sites,
+        upload=(Choice(name="picky"),),
+        training=TrainingSpec(max_length=32),
+    )
+    with pytest.raises(InputError, match=words) if words else nullcontext():
         legality.judge(spec)

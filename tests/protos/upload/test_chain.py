@@ -219,3 +219,5 @@ def test_each_stage_feeds_back_its_own_and_nothing_of_what_is_fixed_or_local() -
     packed = pack(chain, ADAPTER, BROADCAST, SCHEMA, residual=residual)
     assert first.given[-1]["w"].tolist() == [0.25, 2.75, -3.0] and torch.equal(packed["index"], INDEX)
     assert second.given[-1]["w"].tolist() == [0.0, 1.0, -1.5]
+    with pytest.raises(ValueError, match="stage rounded is to feed back .* put it before the stages that choose"):
+        upload.schema_of(chain, SCHEMA)
