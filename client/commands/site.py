@@ -74,13 +74,22 @@ def join(
             _log_json("data", {"tokenizer": str(tokenizer), **coming})
     else:
         _show_policy(kit.name, rules.describe(), policy, data, census, coming)
+    say = _log_json if format == "json" else _log_text
+    if census.distinct < rules.min_rows:
+        what = (
+            f"{data} holds {census.distinct} distinct examples, and {policy} wants at least {rules.min_rows} distinct "
+        )
+        what += (
+            "sequences in every round (min_rows): unless long ones are divided into as many, every task is refused; "
+        )
+        say("warning", {"message": what + "add examples, or lower min_rows"})
     wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
     spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
     channel = Channel(coordinator, kit, patience_s=60.0)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
     config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
     try:
-        Agent(channel, config, say=_log_json if format == "json" else _log_text).run()
+        Agent(channel, config, say=say).run()
     finally:
         folder.close()
         channel.close()
