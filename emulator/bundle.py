@@ -21,7 +21,8 @@ from offsite.emulator.formats import Format
 from offsite.emulator.formats.packed import PackedLinear, packed
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.quiet import quiet
-from offsite.emulator.zoo.weights import ADAPTER, CODE, INDEX, one_line
+from offsite.emulator.zoo.files import INDEX, one_line
+from offsite.emulator.zoo.weights import ADAPTER, CODE
 
 Shapes = dict[int, dict[str, tuple[int, int]]]  # place -> path inside the layer -> (d_out, d_in)
 

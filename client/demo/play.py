@@ -12,23 +12,22 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
 
 from offsite.client.demo import policy
+from offsite.client.demo.data import SiteData, prepare, split
 from offsite.client.demo.outcome import join
 from offsite.client.demo.pooled import Pooled, PooledJob, What
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Event, Run, connect
+from offsite.emulator import zoo
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
-
-if TYPE_CHECKING:  # it reads a model's packages, which takes seconds that a refusal need not wait
-    from offsite.client.demo.data import SiteData
 
 MARK = ".offsite-demo"  # says that a folder is ours to empty
 POOLED: dict[What, str] = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
@@ -101,11 +100,8 @@ class Demo:
             shutil.rmtree(self._out / name, ignore_errors=True)
         self._work.mkdir()
 
-    def _materials(self) -> "tuple[str, list[SiteData], Path]":
+    def _materials(self) -> tuple[str, list[SiteData], Path]:
         """Fetch or find the model, and lay out each site's private data and the owner's exam."""
-        from offsite.client.demo.data import prepare, split
-        from offsite.emulator import zoo
-
         settings, cache = self._settings, zoo.cache_folder()
         self._say(f"model {settings.model} (cache: {cache})")
         layout = {"held_out": settings.held_out, "seed": settings.seed}
@@ -125,7 +121,7 @@ class Demo:
             self._say(f"site {site.name}: {site.source}")
         return str(located), sites, public
 
-    def _start(self, processes: Processes, model: str, sites: "list[SiteData]") -> str:
+    def _start(self, processes: Processes, model: str, sites: list[SiteData]) -> str:
         """Issue certificates, start the coordinator and the sites, wait until all are there."""
         from offsite.protos.security.pki import Authority
 
@@ -154,7 +150,7 @@ class Demo:
         self._say(f"coordinator on {address}, {len(sites)} sites enrolled over mutual TLS")
         return address
 
-    def _spec(self, sites: "list[SiteData]", public: Path) -> RunSpec:
+    def _spec(self, sites: list[SiteData], public: Path) -> RunSpec:
         settings = self._settings
         training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
         return RunSpec(
@@ -182,18 +178,18 @@ class Demo:
 
     def _precision(self) -> Literal["fp32", "bf16"]:
         """Return what was asked for, else what this machine computes in fastest."""
+        if self._settings.precision:
+            return self._settings.precision
         import torch
 
         from offsite.emulator.precision import fastest, race
 
-        if self._settings.precision:
-            return self._settings.precision
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         chosen = fastest(device)
         self._say(f"computing in {chosen}" + (f": {race()}" if device.type == "cpu" else ""))
         return chosen
 
-    def _pooled(self, processes: Processes, run: Run, model: str, sites: "list[SiteData]", what: What) -> None:
+    def _pooled(self, processes: Processes, run: Run, model: str, sites: list[SiteData], what: What) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
         spec = run.spec
         self._say(f"the {what}: training {POOLED[what]}, with all data pooled, which only a demo can do")

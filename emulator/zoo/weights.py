@@ -1,4 +1,4 @@
-"""What of a model folder is its checkpoint, and a model loaded from it whole: no parameter is random, no tensor unused.
+"""A model loaded whole from its checkpoint: no parameter is random, no tensor unused.
 
 transformers fills what a checkpoint lacks with random values, and leaves out what does not fit. Here both are refused.
 """
@@ -17,43 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.quiet import quiet
+from offsite.emulator.zoo.files import one_line, weight_files
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 # Settings that name code to import or to download; a bundle that has one is refused by the sites.
 CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
 # What torch.compile, FSDP, checkpointing and DataParallel put into the names of what they wrap.
 _WRAPPERS = (r"_orig_mod\.", r"_fsdp_wrapped_module\.", r"_checkpoint_wrapped_module\.", r"^module\.")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a folder's weights by transformers' own rule, in order of their names; raises ValueError.
-
-    They are `model.safetensors`, else those that `model.safetensors.index.json` names. No other file counts.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_bytes())
-            named, _ = set(index["weight_map"].values()), index["metadata"]  # transformers asks for both
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(
-                f'{folder / INDEX}: not an index of weights, a JSON table with "metadata" and "weight_map"'
-            ) from None
-        for name in named:
-            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{folder / INDEX}: it names {str(name)[:200]!r}, which is no file of this folder")
-        return [folder / name for name in sorted(named)]
-    others = sorted(
-        path.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
-    )
-    there = f", only {others[0]}" if others else ""
-    if others and not others[0].endswith(".safetensors"):
-        there += ", and pickled weights are refused because loading them runs code"
-    raise ValueError(f"model folder {folder}: no {WEIGHTS} or {INDEX}{there}; save the model as safetensors")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -237,9 +209,3 @@ def _raw(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a table of settings, found {type(raw).__name__}")
     return raw
-
-
-def one_line(error: object) -> str:
-    """Return what an error says as one line of at most a few hundred characters, each fit for a terminal."""
-    line = " ".join(str(error).split())[:300] or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in line)
