@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,14 @@ def job(site_files: Path, tmp_path: Path) -> Jobs:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """What launches jobs, those of one engine from one server."""
+    """What launches jobs, those that import the same from one server."""
     servers: dict[EngineSpec, ForkServer] = {}
 
     def start(job: TrainerJob, folder: Path) -> Trainer:
-        if job.engine not in servers:
-            servers[job.engine] = fork_server(job.engine, tmp_path_factory.mktemp("server") / "log")
-        return launch(job, folder, servers[job.engine])
+        engine = replace(job.engine, zero_stage=2, offload=False)
+        if engine not in servers:
+            servers[engine] = fork_server(engine, tmp_path_factory.mktemp("server") / "log")
+        return launch(job, folder, servers[engine])
 
     yield start
     for server in servers.values():

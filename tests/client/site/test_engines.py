@@ -27,6 +27,7 @@ from offsite.protos.errors import InputError
 from offsite.protos.recipes import parse, parse_one
 
 Jobs = Any
+TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
 # Steep, clipped and decaying, so that a fault in any of these shows.
 TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clipping": 0.05}
@@ -80,7 +81,7 @@ def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
 ) -> None:
     agree(
         start,
-        job(name="deepspeed", zero_stage=stage, processes=2, training=TRAINING),
+        job(name="deepspeed", zero_stage=stage, training=TRAINING, **TWO),
         job(training=TRAINING),
         tmp_path / "task",
     )
@@ -88,7 +89,7 @@ def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
 
 def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path) -> None:
     uneven = TRAINING | {"batch_size": 5}
-    agree(start, job(processes=2, training=uneven), job(training=uneven), tmp_path / "task")
+    agree(start, job(training=uneven, **TWO), job(training=uneven), tmp_path / "task")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -122,7 +123,7 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(job: Jobs, name
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloading_changes_no_result(start: Any, job: Jobs, tmp_path: Path, stage: int) -> None:
-    offloaded = job(name="deepspeed", zero_stage=stage, offload=True, processes=2, training=TRAINING)
+    offloaded = job(name="deepspeed", zero_stage=stage, offload=True, training=TRAINING, **TWO)
     agree(start, offloaded, job(training=TRAINING), tmp_path / "task")
 
 

@@ -29,6 +29,7 @@ from offsite.protos.spec import UpdateMetrics
 
 Jobs = Any
 ENDLESS = {"steps": 100_000}
+TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
 
 
 def until_training(trainer: Trainer) -> Any:
@@ -145,12 +146,42 @@ def test_a_broken_line_of_data_is_one_error_that_names_it(start: Any, job: Jobs,
     assert not (tmp_path / "out").exists()
 
 
-def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> None:
-    (tmp_path / "wanted.json").write_bytes(to_json(job(training=ENDLESS, processes=2)))
+STAND_IN = """
+import os, sys, time
+from types import SimpleNamespace
+from offsite.protos.errors import MismatchError
+
+def train(job, say, rendezvous):
+    if job.task.run == "mismatch" and os.environ["RANK"] == "1":
+        raise MismatchError("not what was agreed")
+    say("step", step=1)
+    time.sleep(0 if job.task.run == "short" else 1000)
+
+engine = SimpleNamespace(preload=lambda: time.sleep(0.3))
+sys.modules["offsite.client.site.engines"] = SimpleNamespace(ENGINES={"plain": engine})
+sys.modules["offsite.client.site.training"] = SimpleNamespace(train=train)
+"""
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    """A server whose trainers do all that trainers do but train: it imports for a moment only."""
+    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = fork_server(EngineSpec(name="plain", device="cpu", processes=2), tmp_path / "server.log")
+    yield server
+    server.close()
+
+
+def named(job: TrainerJob, run: str) -> TrainerJob:
+    return replace(job, task=replace(job.task, run=run))
+
+
+def test_trainers_end_when_their_agent_is_killed(idle: ForkServer, job: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "wanted.json").write_bytes(to_json(job(processes=2)))
     agent = """if True:
         import sys
         from pathlib import Path
-        from offsite.client.site.engines import ENGINES
         from offsite.client.site.job import TrainerJob
         from offsite.client.site.launch import fork_server, launch
         from offsite.protos.documents import from_json
@@ -171,35 +202,23 @@ def test_trainers_end_when_their_agent_is_killed(job: Jobs, tmp_path: Path) -> N
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ForkServer]:
-    """A server of this test alone, with two threads, which training uses and it must not."""
-    server = fork_server(EngineSpec(name="plain", device="cpu", threads=2, processes=2), tmp_path / "server.log")
-    yield server
-    server.close()
-
-
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_theirs(
-    job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    start: Any, job: Jobs, tmp_path: Path, name: str
 ) -> None:
     """A copy of a process with several threads may hang, and only the copy is to have what its rank is told."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the engine's own setting comes first
-    one = job(training=ENDLESS, name=name, processes=2, threads=2)
-    server = fork_server(one.engine, tmp_path / "server.log")
-    trainer = launch(one, tmp_path / "task", server)
+    trainer = start(job(training=ENDLESS, name=name, **TWO), tmp_path / "task")
     events = until_training(trainer)
     ranks = [psutil.Process(process.pid) for process in trainer.processes]
     parent = ranks[0].parent()
     assert parent is not None and parent == ranks[1].parent() and parent.parent() == psutil.Process()
+    assert parent.environ()["OMP_NUM_THREADS"] == "2", "the engine's own setting comes before this process's"
     assert parent.num_threads() == 1 and all(rank.num_threads() > 1 for rank in ranks)
     assert os.getsid(parent.pid) == parent.pid and [os.getsid(rank.pid) for rank in ranks] == [r.pid for r in ranks]
     trainer.stop()
     with pytest.raises(RunError, match="stopped"):
         list(events)
     assert parent.is_running() and not parent.children(), "the server stays for the next task"
-    server.close()
-    assert not parent.is_running()
 
 
 def test_a_trainer_ends_when_its_input_does(start: Any, job: Jobs, tmp_path: Path) -> None:
@@ -221,14 +240,14 @@ def test_a_stopped_trainer_is_gone_and_says_so(start: Any, job: Jobs, tmp_path: 
     trainer.stop()
 
 
-def test_a_trainer_may_be_stopped_before_its_server_is_ready(server: ForkServer, job: Jobs, tmp_path: Path) -> None:
-    trainer = launch(job(training=ENDLESS), tmp_path / "task", server)
+def test_a_trainer_may_be_stopped_before_its_server_is_ready(idle: ForkServer, job: Jobs, tmp_path: Path) -> None:
+    trainer = launch(job(processes=2), tmp_path / "task", idle)
     trainer.stop()
     assert all(process.poll() for process in trainer.processes)
 
 
 def test_a_killed_process_is_told_apart_from_a_fault(start: Any, job: Jobs, tmp_path: Path) -> None:
-    trainer = start(job(training=ENDLESS, processes=2), tmp_path / "task")
+    trainer = start(job(training=ENDLESS, **TWO), tmp_path / "task")
     events = until_training(trainer)
     os.kill(trainer.processes[1].pid, signal.SIGKILL)
     with pytest.raises(ResourceError, match="process 1 was killed by signal 9"):
@@ -236,10 +255,11 @@ def test_a_killed_process_is_told_apart_from_a_fault(start: Any, job: Jobs, tmp_
     assert not any(psutil.pid_exists(process.pid) for process in trainer.processes)
 
 
-def test_a_killed_server_costs_its_trainers_and_the_next_task_has_another(
-    server: ForkServer, job: Jobs, tmp_path: Path
+def test_a_killed_server_costs_its_trainers_the_next_task_has_another_and_a_closed_one_ends(
+    idle: ForkServer, job: Jobs, tmp_path: Path
 ) -> None:
-    trainer = launch(job(training=ENDLESS), tmp_path / "task", server)
+    others = {*psutil.Process().children()}
+    trainer = launch(job(), tmp_path / "task", idle)
     events = until_training(trainer)
     rank = psutil.Process(trainer.processes[0].pid)
     os.kill(rank.ppid(), signal.SIGKILL)
@@ -247,38 +267,25 @@ def test_a_killed_server_costs_its_trainers_and_the_next_task_has_another(
         list(events)
     _, alive = psutil.wait_procs([rank], timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
-    assert list(launch(job(), tmp_path / "next", server).events())[-1] == {"event": "done"}
+    assert list(launch(named(job(), "short"), tmp_path / "next", idle).events())[-1] == {"event": "done"}
+    (server,) = {*psutil.Process().children()} - others
+    idle.close()
+    assert not server.is_running()
 
 
 def test_a_trainer_that_cannot_start_is_told_with_the_end_of_its_log(
-    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    idle: ForkServer, job: Jobs, tmp_path: Path
 ) -> None:
+    (tmp_path / "sitecustomize.py").unlink()
     (tmp_path / "offsite.py").write_text("raise SystemExit('a broken installation')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match=r"exit codes \[1\]\n.*a broken installation"):
-        list(launch(job(), tmp_path / "task", server).events())
-
-
-STAND_IN = """if True:
-    import os, time
-    from offsite.client.site import trainer
-
-    def main(path):
-        if os.environ["RANK"] == "0":
-            time.sleep(1000)
-        print('{"event": "error", "status": "DATA_LOSS", "message": "not what was agreed"}', flush=True)
-        return 7
-
-    trainer.main = main
-"""
+        list(launch(job(), tmp_path / "task", idle).events())
 
 
 def test_an_error_that_is_told_is_raised_once_whichever_process_tells_it(
-    server: ForkServer, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    idle: ForkServer, job: Jobs, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    trainer = launch(job(processes=2), tmp_path / "task", server)
+    trainer = launch(named(job(processes=2), "mismatch"), tmp_path / "task", idle)
     with pytest.raises(MismatchError, match="^not what was agreed$"):
         list(trainer.events())
     assert not any(psutil.pid_exists(process.pid) for process in trainer.processes)
