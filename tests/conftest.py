@@ -5,8 +5,11 @@ imported where it is used, so that tests that need none start without it.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -131,3 +134,26 @@ def text(tokenizer: Any) -> list[Any]:
         for number, row in enumerate(drawn)
     ]
     return evaluation_batches(encode(examples, tokenizer, max_length=24), batch_size=4)
+
+
+@pytest.fixture
+def offsite(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command line in this process: what it would say in one of its own, which takes seconds to import, and its
+    exit code."""
+
+    def run(*arguments: str) -> CompletedProcess[str]:
+        from offsite.client import cli
+
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["offsite", *arguments])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return CompletedProcess(arguments, int(end.value.code or 0), *capfd.readouterr())
+
+    return run

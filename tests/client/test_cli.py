@@ -3,30 +3,31 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from offsite.client import session
 from offsite.client.cli import at_home
 from offsite.protos.security.pki import Authority
 
 
-def offsite(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # A proxy must not stand between this machine and itself.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFSITE_")}
-    environment |= {"COLUMNS": "200", "https_proxy": "http://192.0.2.1:3128", "grpc_proxy": "http://192.0.2.1:3128"}
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "offsite.client", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize("group", ["", "coordinator", "demo", "emulator", "pki", "run", "site"])
-def test_every_group_explains_itself(group: str) -> None:
+def test_every_group_explains_itself(offsite: Any, group: str) -> None:
     told = offsite(*([group] if group else []), "--help")
     assert told.returncode == 0 and "Usage: offsite" in told.stdout, told.stderr
     if not group:
         assert all(name in told.stdout for name in ("coordinator", "demo", "emulator", "pki", "run", "site"))
         assert "130 interrupted" in told.stdout
+        assert told.stdout == process("--help").stdout
 
 
 def refused(told: subprocess.CompletedProcess[str], code: int, words: str) -> None:
@@ -54,18 +55,19 @@ def join(kits: Path, *, kit: str = "bank", data: str = "good.jsonl", policy: str
     ]
 
 
-def test_data_that_cannot_be_read_is_named_with_its_line(kits: Path) -> None:
+def test_data_that_cannot_be_read_is_named_with_its_line(kits: Path, offsite: Any) -> None:
+    refused(process(*join(kits, data="broken.jsonl")), 3, "broken.jsonl, line 2: not JSON")
     refused(offsite(*join(kits, data="broken.jsonl")), 3, "broken.jsonl, line 2: not JSON")
     refused(offsite(*join(kits, data="columns.jsonl")), 3, "columns.jsonl, line 1")
     refused(offsite(*join(kits, data="none.jsonl")), 3, "none.jsonl: no such file")
 
 
-def test_data_outside_the_policy_is_refused(kits: Path) -> None:
+def test_data_outside_the_policy_is_refused(kits: Path, offsite: Any) -> None:
     (kits / "narrow.toml").write_text(f'bases = ["any"]\ndata = ["{kits / "pki"}"]\n')
     refused(offsite(*join(kits, policy="narrow.toml")), 5, "the policy allows data only in")
 
 
-def test_a_policy_with_a_mistake_is_named_by_field(kits: Path) -> None:
+def test_a_policy_with_a_mistake_is_named_by_field(kits: Path, offsite: Any) -> None:
     (kits / "odd.toml").write_text('bases = ["any"]\ndata = []\nmax_step = 5\n')
     refused(
         offsite(*join(kits, policy="odd.toml")),
@@ -74,20 +76,23 @@ def test_a_policy_with_a_mistake_is_named_by_field(kits: Path) -> None:
     )
 
 
-def test_a_kit_of_another_role_or_none_is_refused(kits: Path) -> None:
+def test_a_kit_of_another_role_or_none_is_refused(kits: Path, offsite: Any) -> None:
     refused(offsite(*join(kits, kit="alice")), 4, "alice")
     refused(offsite(*join(kits, kit="nobody")), 4, "nobody")
 
 
-def test_a_coordinator_that_is_not_there_has_its_exit_code(kits: Path) -> None:
-    alice = str(kits / "pki" / "alice")
-    refused(offsite("run", "list", "--coordinator", "127.0.0.1:1", "--identity", alice), 9, "nothing listens there")
-    refused(
-        offsite("run", "list", "--coordinator", "https://x.org", "--identity", alice), 3, "HOST:PORT, here x.org:8443"
-    )
+def test_a_coordinator_that_is_not_there_has_its_exit_code(
+    kits: Path, offsite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for proxy in ("https_proxy", "grpc_proxy"):  # which must not stand between this machine and itself
+        monkeypatch.setenv(proxy, "http://192.0.2.1:3128")
+    monkeypatch.setattr(session, "connect", partial(session.connect, patience_s=0.5))
+    kit = ["--identity", str(kits / "pki" / "alice")]
+    refused(offsite("run", "list", "--coordinator", "127.0.0.1:1", *kit), 9, "nothing listens there")
+    refused(offsite("run", "list", "--coordinator", "https://x.org", *kit), 3, "HOST:PORT, here x.org:8443")
 
 
-def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
+def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path, offsite: Any) -> None:
     (kits / "run.toml").write_text('model = "m"\nround = 3\n')
     where = ["--coordinator", "127.0.0.1:1", "--identity", str(kits / "pki" / "alice")]
     refused(
@@ -98,7 +103,7 @@ def test_a_run_file_with_a_mistake_is_named_by_field(kits: Path) -> None:
     refused(offsite("run", "submit", "--set", "rounds", *where), 3, "--set rounds: expected NAME=VALUE")
 
 
-def test_the_version_is_said() -> None:
+def test_the_version_is_said(offsite: Any) -> None:
     told = offsite("--version")
     assert (told.returncode, told.stdout) == (0, f"offsite {version('offsite')}\n")
 
@@ -112,18 +117,18 @@ def test_a_tilde_is_ones_home_where_a_shell_leaves_it(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
-    told = offsite("run", "list", "--nonsense")
+    told = process("run", "list", "--nonsense")
     assert told.returncode == 2 and "Traceback" not in told.stderr
 
 
-def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path, offsite: Any) -> None:
     (tmp_path / "thesis.txt").write_text("ten years of work")
     refused(offsite("demo", "--out", str(tmp_path)), 11, "not empty, and not made by a demo")
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
     refused(offsite("demo", "--out", str(tmp_path / "x"), "--site", "bank"), 3, "expected NAME=FILE")
 
 
-def test_a_path_that_looks_like_markup_is_only_a_path(tmp_path: Path) -> None:
+def test_a_path_that_looks_like_markup_is_only_a_path(tmp_path: Path, offsite: Any) -> None:
     told = offsite("demo", "--out", str(tmp_path / "x"), "--model", "/none/[/x]")
     refused(told, 3, "/none/[/x]")
     assert "model /none/[/x]" in told.stdout

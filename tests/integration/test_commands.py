@@ -1,22 +1,15 @@
 """What people type, against a coordinator that runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from offsite.protos.security.pki import Authority
 
 
-def offsite(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    command = [sys.executable, "-m", "offsite.client", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tmp_path: Path, material: Path) -> None:
+def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(
+    tmp_path: Path, material: Path, offsite: Any
+) -> None:
     authority = Authority.create(tmp_path / "pki")
     kit = authority.issue("coordinator", "owner")
     out = tmp_path / "bundle"
@@ -50,12 +43,12 @@ def test_an_emulator_is_built_signed_inspected_and_a_changed_one_is_found_out(tm
     assert wrong.returncode == 3 and "config.json" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
-def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, tmp_path: Path) -> None:
-    federation.coordinate()
-    federation.join("hospital")
+def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(coordinated: Any, tmp_path: Path, offsite: Any) -> None:
+    federation = coordinated
+    federation.have("hospital")
     where = ["--coordinator", federation.address, "--identity", str(federation.owner)]
     (tmp_path / "run.toml").write_text(
-        f'model = "{federation.material}/model"\nname = "first"\n'
+        f'model = "{federation.material}/model"\nname = "first"\nsites = ["hospital"]\n'
         f'[[builders]]\nname = "uniform"\nsettings = {{ keep = 5 }}\n'
         f'[evaluation]\nexam = "{federation.material}/held-out.jsonl"\n'
         "[training]\nsteps = 4\nmax_length = 32\n"
@@ -65,7 +58,8 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(federation: Any, 
     run = submitted.stdout.split()[0]
     assert "plug-in: perplexity" in submitted.stdout and "emulator: 5 layers" in submitted.stdout
 
-    (listed,) = json.loads(offsite("run", "list", *where, "--format", "json").stdout)
+    runs = json.loads(offsite("run", "list", *where, "--format", "json").stdout)
+    (listed,) = (one for one in runs if one["id"] == run)
     assert (listed["id"], listed["name"], listed["state"], listed["round"]) == (run, "first", "completed", 1)
     shown = json.loads(offsite("run", "show", run, *where, "--format", "json").stdout)
     assert shown["spec"]["training"]["steps"] == 4 and shown["report"]["overall"]["plug_in"] > 1
