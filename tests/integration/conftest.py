@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ def wait_until(true: Callable[[], Any], what: str) -> Any:
 
 
 class Federation:
-    """Processes under one folder; none outlives the test."""
+    """Processes under one folder, with more in their environment if need be; none outlives the tests it is for."""
 
-    def __init__(self, folder: Path, material: Path) -> None:
+    def __init__(self, folder: Path, material: Path, **environment: str) -> None:
         self.folder, self.material = folder, material
+        self._environment = os.environ | ENVIRONMENT | environment
         self.authority = Authority.create(folder / "pki")
         self.authority.issue("coordinator", "coordinator")
         self.owner = self.authority.issue("owner", "olga")
@@ -63,7 +65,7 @@ class Federation:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT,
+                env=self._environment,
             )
 
     def log(self, name: str) -> Path:
@@ -116,6 +118,12 @@ class Federation:
             *("--engine", engine, "--format", "json"),
         )
         self.expect(name, "enrolled", count=enrolled + 1)
+
+    def have(self, *names: str) -> None:
+        """Join the sites that have not joined; a run of theirs names them, as others may be there too."""
+        for name in names:
+            if name not in self._children:
+                self.join(name)
 
     def ended(self, name: str) -> int:
         """Wait for a process to end by itself; return its exit code."""
@@ -239,25 +247,36 @@ def wait() -> Callable[[Callable[[], Any], str], Any]:
     return wait_until
 
 
+@contextmanager
+def federated(folder: Path, material: Path, **environment: str) -> Iterator[Federation]:
+    made = Federation(folder, material, **environment)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="session")
+def federations(material: Path) -> Callable[..., AbstractContextManager[Federation]]:
+    """A maker of federations, each in a folder and, by keyword, an environment of its own."""
+    return lambda folder, **environment: federated(folder, material, **environment)
+
+
 @pytest.fixture
 def federation(tmp_path: Path, material: Path) -> Iterator[Federation]:
     """A federation with nothing started."""
-    made = Federation(tmp_path, material)
-    try:
+    with federated(tmp_path, material) as made:
         yield made
-    finally:
-        made.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def coordinated(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Iterator[Federation]:
-    """A federation whose coordinator runs, shared by the tests of one file."""
-    made = Federation(tmp_path_factory.mktemp("coordinated"), material)
-    try:
+    """A federation whose coordinator runs, shared by all tests that end nothing of it but what they started."""
+    with federated(tmp_path_factory.mktemp("coordinated"), material) as made:
         made.coordinate()
+        with made.connect() as session:  # it is patient while the coordinator imports what judges runs
+            session.submit(made.spec(sites=("nobody",))).cancel()
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

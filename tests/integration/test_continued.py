@@ -1,8 +1,6 @@
 """A run that goes on from a version of another one, over real processes: the same bytes as one run of all rounds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from offsite.client import Choice
 from offsite.protos.errors import InputError, NotFoundError
 
+SITES = ("bank", "hospital")
 RANKS = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
 
 
@@ -18,38 +17,34 @@ def published(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def submitted(federation: Any, spec: Path, *options: str) -> str:
-    """Submit a run as a person would; return its id."""
-    kit = ("--coordinator", federation.address, "--identity", str(federation.owner))
-    command = [sys.executable, "-m", "offsite.client", "run", "submit", str(spec), *kit, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_bytes(federation: Any) -> None:
-    federation.coordinate()
-    federation.join("hospital")
-    federation.join("bank")
-    spec = federation.spec(method=RANKS, min_sites=2)
+def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_bytes(
+    coordinated: Any, tmp_path: Path, offsite: Any
+) -> None:
+    federation = coordinated
+    federation.have(*SITES)
+    spec = federation.spec(method=RANKS, sites=SITES, min_sites=2)
     with federation.connect() as session:
-        whole = session.submit(federation.spec(method=RANKS, min_sites=2, rounds=2))
-        wanted = published(whole.result(federation.folder / "whole"))
+        whole = session.submit(federation.spec(method=RANKS, sites=SITES, min_sites=2, rounds=2))
+        wanted = published(whole.result(tmp_path / "whole"))
         first = session.submit(spec)
-        assert published(first.result(federation.folder / "first")) != wanted
+        assert published(first.result(tmp_path / "first")) != wanted
         second = session.submit(spec, start=first)  # sites of two ranks leave a residual with the owner
-        assert published(second.result(federation.folder / "second")) == wanted
+        assert published(second.result(tmp_path / "second")) == wanted
         assert second.report["continues"] == {"run": first.id, "round": 1, "rounds": 1}
         assert first.report["continues"] is None
 
-        file = federation.folder / "run.toml"
+        file = tmp_path / "run.toml"
         file.write_text(
-            f'model = "{spec.model}"\npublic = "{spec.public}"\nmin_sites = 2\n'
+            f'model = "{spec.model}"\npublic = "{spec.public}"\nsites = ["bank", "hospital"]\nmin_sites = 2\n'
             f"method = {{ name = 'lora', settings = {{ rank = 4, alpha = 8.0, ranks = {{ bank = 2 }} }} }}\n"
             "builders = [{ name = 'crash', settings = { keep = 5 } }]\n"
             "trainable = { name = 'ends', settings = { bottom = 1, top = 1 } }\n"
             "training = { steps = 4, learning_rate = 0.01, max_length = 32, seed = 3 }\n"
         )
-        third = session.run(submitted(federation, file, "--start", f"{whole.id}:1"))
-        assert published(third.result(federation.folder / "third")) == wanted
+        kit = ("--coordinator", federation.address, "--identity", str(federation.owner))
+        submitted = offsite("run", "submit", str(file), *kit, "--start", f"{whole.id}:1")
+        third = session.run(submitted.stdout.strip())
+        assert published(third.result(tmp_path / "third")) == wanted
         fourth = session.submit(spec, start=third)
         fourth.wait()
         assert fourth.report["continues"] == {"run": third.id, "round": 1, "rounds": 2}
@@ -73,9 +68,10 @@ def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_
         ]
         for changes, start, kind, words in refused:
             with pytest.raises(kind, match=words):
-                session.submit(federation.spec(**{"method": RANKS, **changes}), start=start)
+                session.submit(federation.spec(**{"method": RANKS, "sites": SITES, **changes}), start=start)
         queued = session.submit(federation.spec(sites=("nobody",)))
         with pytest.raises(InputError, match=f"run {queued.id} is .*, and none of its rounds is done"):
             session.submit(spec, start=queued)
+        queued.cancel()
     with federation.connect(federation.researcher) as session, pytest.raises(NotFoundError, match=first.id):
         session.submit(spec, start=first.id)

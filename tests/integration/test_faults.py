@@ -52,45 +52,53 @@ def test_a_killed_coordinator_and_a_killed_site_finish_with_the_same_bytes(feder
         assert steps.count("version:0") == 1, "what was done is not done again"
 
 
-def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(federation: Any, wait: Any) -> None:
-    federation.coordinate()
-    federation.join("hospital")
+def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(coordinated: Any, wait: Any) -> None:
+    federation = coordinated
+    federation.have("hospital")
+
+    def asked(**changes: Any) -> RunSpec:
+        return federation.spec(sites=("hospital",), **changes)  # type: ignore[no-any-return]
+
+    def count(event: str) -> int:
+        return len(federation.events("hospital", event))
+
     with federation.connect() as session:
-        run = session.submit(federation.spec(training=TrainingSpec(steps=100_000, max_length=32)))
+        run = session.submit(asked(training=TrainingSpec(steps=100_000, max_length=32)))
         with pytest.raises(RunError, match="does not allow it .max_steps.: ask for fewer"):
             run.wait()
-        run = session.submit(federation.spec(training=TrainingSpec(steps=1000, max_length=32)))
-        wait(lambda: federation.events("hospital", "step"), "a training step")
+        steps, stops = count("step"), count("stopped")
+        run = session.submit(asked(training=TrainingSpec(steps=1000, max_length=32)))
+        wait(lambda: count("step") > steps, "a training step")
         assert run.cancel().state == "cancelled"
         wait(lambda: not trainers(federation), "the end of the trainer")
-        federation.expect("hospital", "stopped")
+        wait(lambda: count("stopped") > stops, "that the site says so")
         with pytest.raises(RunError, match="cancelled by olga"):
             run.wait()
-        assert session.submit(federation.spec()).wait().state == "completed"
+        assert session.submit(asked()).wait().state == "completed"
 
 
-def test_a_site_does_not_touch_a_task_that_its_owner_has_not_signed(federation: Any, tmp_path: Path) -> None:
-    kit = federation.authority.issue("site", "hospital")
+def test_a_site_does_not_touch_a_task_that_its_owner_has_not_signed(coordinated: Any, tmp_path: Path) -> None:
+    federation = coordinated
+    kit = federation.authority.issue("site", "wary")
     Authority.create(tmp_path / "other")
     (kit / "owner.pub").write_bytes((tmp_path / "other" / "owner.pub").read_bytes())
-    federation.coordinate()
-    federation.join("hospital")
+    federation.join("wary", data=federation.material / "hospital.jsonl")
     with federation.connect() as session:
-        run = session.submit(federation.spec())
-        assert "the signature of this task" in federation.expect("hospital", "waiting")["message"]
-        assert federation.events("hospital", "task") == []
+        run = session.submit(federation.spec(sites=("wary",)))
+        assert "the signature of this task" in federation.expect("wary", "waiting")["message"]
+        assert federation.events("wary", "task") == []
         run.cancel()
 
 
-def test_a_site_that_fails_is_left_out_and_named(federation: Any, tmp_path: Path) -> None:
-    federation.coordinate()
-    federation.join("hospital")
-    federation.join("bank", policy='bases = ["sha256:0000"]\n')
+def test_a_site_that_fails_is_left_out_and_named(coordinated: Any) -> None:
+    federation = coordinated
+    federation.have("hospital")
+    federation.join("choosy", data=federation.material / "bank.jsonl", policy='bases = ["sha256:0000"]\n')
     with federation.connect() as session:
-        run = session.submit(federation.spec(min_sites=1, sites=("bank", "hospital"))).wait()
-        assert [left["site"] for left in run.report["left_out"]] == ["bank"]
+        run = session.submit(federation.spec(min_sites=1, sites=("choosy", "hospital"))).wait()
+        assert [left["site"] for left in run.report["left_out"]] == ["choosy"]
         assert "bases" in run.report["left_out"][0]["message"]
-        with pytest.raises(RunError, match="got 1 of at least 2 updates .bank: refused: .*policy"):
-            session.submit(federation.spec(min_sites=2, sites=("bank", "hospital"))).wait()
-        with pytest.raises(RunError, match="site school did not enrol within 1 s .here: bank, hospital"):
+        with pytest.raises(RunError, match="got 1 of at least 2 updates .choosy: refused: .*policy"):
+            session.submit(federation.spec(min_sites=2, sites=("choosy", "hospital"))).wait()
+        with pytest.raises(RunError, match="site school did not enrol within 1 s .here: .*choosy, .*hospital"):
             session.submit(federation.spec(sites=("school",), wait_s=1.0)).wait()

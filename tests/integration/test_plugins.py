@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +28,44 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture
-def environment(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH", "")])))
+@pytest.fixture(scope="module")
+def environment(installed: Path) -> dict[str, str]:
+    """What a process has the package by."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH", "")]))}
 
 
-def test_a_run_names_the_plug_ins_of_another_package(federation: Any, environment: None) -> None:
-    federation.coordinate()
-    federation.join("hospital", policy='bases = ["any"]\nmethods = ["query-value"]\n')
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory, federations: Any, environment: dict[str, str]) -> Iterator[Any]:
+    """A federation whose processes all have the package, and whose sites allow its methods."""
+    with federations(tmp_path_factory.mktemp("extended"), **environment) as federation:
+        federation.coordinate()
+        for site in ("hospital", "bank"):
+            federation.join(site, policy='bases = ["any"]\nmethods = ["query-value", "sparse", "lora"]\n')
+        yield federation
+
+
+def test_a_run_names_the_plug_ins_of_another_package(extended: Any, tmp_path: Path) -> None:
     builder, method, strategy = (Choice(name=name) for name in PLUGINS[:3])
-    with federation.connect() as session:
-        run = session.submit(federation.spec(builders=(builder,), method=method, strategy=strategy, public=""))
-        folder = run.result(federation.folder / "out")
+    named = {"builders": (builder,), "method": method, "strategy": strategy}
+    with extended.connect() as session:
+        folder = session.submit(extended.spec(**named, public="", sites=("hospital",))).result(tmp_path / "out")
     assert "q_proj" in (folder / "adapter" / "adapter_config.json").read_text()
     assert "k_proj" not in (folder / "adapter" / "adapter_config.json").read_text()
 
 
-def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(
-    federation: Any, environment: None
-) -> None:
-    federation.coordinate()
-    for site in ("hospital", "bank"):
-        federation.join(site, policy='bases = ["any"]\nmethods = ["sparse"]\n')
+def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(extended: Any, tmp_path: Path) -> None:
     method = Choice(name="sparse", settings={"entries": 12})
     adapters = []
-    with federation.connect() as session:
+    with extended.connect() as session:
         for strategy in ("mean", "low-rank"):
-            spec = federation.spec(method=method, strategy=Choice(name=strategy), min_sites=2, rounds=2, merge=True)
-            folder = session.submit(spec).result(federation.folder / strategy)
+            spec = extended.spec(method=method, strategy=Choice(name=strategy), min_sites=2, rounds=2, merge=True)
+            folder = session.submit(spec).result(tmp_path / strategy)
             adapters.append(load_file(folder / "adapter" / "sparse.safetensors"))
     adapter, other = adapters
     assert len(adapter) == 2 * 7 * 2, "an index and values for each map of two layers"
     assert all(torch.equal(tensor, other[key]) for key, tensor in adapter.items()), "what is no product is averaged"
     merged = load_file(folder / "merged" / "model.safetensors")
-    base = load_file(federation.material / "model" / "model.safetensors")
+    base = load_file(extended.material / "model" / "model.safetensors")
     for key in (key.removesuffix(".index") for key in adapter if key.endswith(".index")):
         index, values = adapter[f"{key}.index"], adapter[f"{key}.values"]
         assert index.dtype == torch.int32 and len(index.unique()) == 12 and bool(values.any())
@@ -69,33 +74,30 @@ def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(
 
 
 def test_a_stage_of_another_package_that_changes_size_sends_integers_and_feeds_back(
-    federation: Any, environment: None
+    extended: Any, tmp_path: Path
 ) -> None:
-    federation.coordinate()
-    federation.join("hospital")
-    federation.join("bank")
-    exam = {"exam": str(federation.material / "held-out.jsonl")}
-    with federation.connect() as session:
+    exam = {"exam": str(extended.material / "held-out.jsonl")}
+    with extended.connect() as session:
         runs = []
         for upload in ((), (Choice(name="noise"), Choice(name="top", settings={"share": 0.125}))):
-            spec = federation.spec(min_sites=2, rounds=2, evaluation=exam, upload=upload)
+            spec = extended.spec(min_sites=2, rounds=2, evaluation=exam, upload=upload)
             runs.append(session.submit(spec))
-            runs[-1].result(federation.folder / runs[-1].id)
+            runs[-1].result(tmp_path / runs[-1].id)
     whole, top = (run.report for run in runs)
     assert top["bytes"]["up"] < 0.6 * whole["bytes"]["up"], "an eighth of the values, each with its index"
     assert top["overall"]["plug_in"] < top["overall"]["base_zero_shot"]
     assert len(top["rounds"][1]["sites"]) == 2
     for site in ("hospital", "bank"):
-        left = federation.folder / "work" / site / "residuals"
+        left = extended.folder / "work" / site / "residuals"
         assert [folder.name for folder in left.iterdir()] == [runs[1].id]
         kept = list((left / runs[1].id).iterdir())
         names = [f"{file.stem[:2]}/{file.stem[2:]}*" for file in kept]
         assert len(kept) == 2, "what the second round began from, and what it left"
-        assert all(any((federation.folder / "home" / "blobs").rglob(name)) for name in names), "each is of an update"
+        assert all(any((extended.folder / "home" / "blobs").rglob(name)) for name in names), "each is of an update"
         for file in kept:
             stays = load_file(file)
             assert len(stays) == 2 * 7 * 2 and all(bool(tensor.any()) for tensor in stays.values())
-        assert "is gone" not in federation.log(site).read_text()
+        assert "is gone" not in extended.log(site).read_text()
 
 
 def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any) -> None:
@@ -108,13 +110,14 @@ def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any)
     assert ended.returncode == 3 and "there is no method 'query-value'" in ended.stderr
 
 
-def test_the_conformance_suites_hold_it_too(environment: None, tmp_path: Path) -> None:
+def test_the_conformance_suites_hold_it_too(environment: dict[str, str], tmp_path: Path) -> None:
     flags = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'suite'}", "-k", " or ".join(PLUGINS)]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *flags, str(TESTS / "conformance")],
         capture_output=True,
         text=True,
         cwd=TESTS.parent,
+        env=os.environ | environment,
     )
     assert ended.returncode == 0, ended.stdout
     passed = int(ended.stdout.rpartition(" passed")[0].split()[-1])

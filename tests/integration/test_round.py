@@ -52,9 +52,9 @@ def plain_local_training(model_folder: Path, data: Path, spec: Any) -> dict[str,
 
 
 def whole(federation: Any) -> Any:
-    """A run whose emulator is the model itself."""
+    """A run of one site whose emulator is the model itself."""
     ends = Choice(name="ends", settings={"bottom": 1, "top": 1})
-    return federation.spec(builders=(Choice(name="whole"),), trainable=ends, public="")
+    return federation.spec(builders=(Choice(name="whole"),), trainable=ends, public="", sites=("hospital",))
 
 
 def trained(federation: Any, folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -68,22 +68,22 @@ def trained(federation: Any, folder: Path) -> Iterator[tuple[str, torch.Tensor, 
         yield key, given[f"base_model.model.model.layers.{name}.lora_{factor}.weight"], tensor
 
 
-def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(federation: Any) -> None:
+def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(coordinated: Any, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    federation.coordinate()
-    federation.join("hospital")
-    with federation.connect() as session:
-        folder = session.submit(whole(federation)).result(federation.folder / "out")
-    for key, given, wanted in trained(federation, folder):
+    coordinated.have("hospital")
+    with coordinated.connect() as session:
+        folder = session.submit(whole(coordinated)).result(tmp_path / "out")
+    for key, given, wanted in trained(coordinated, folder):
         assert torch.equal(given, wanted), key
 
 
-def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_report(federation: Any) -> None:
-    federation.coordinate()
-    federation.join("hospital")
-    federation.join("bank")
+def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_report(
+    coordinated: Any, tmp_path: Path
+) -> None:
+    federation = coordinated
+    federation.have("hospital", "bank")
     exam = federation.material / "held-out.jsonl"
-    own = federation.folder / "own.jsonl"  # text of the task that the owner has; attacks are not measured on it
+    own = tmp_path / "own.jsonl"  # text of the task that the owner has; attacks are not measured on it
     rows = (federation.material / "hospital.jsonl").read_text().splitlines()
     own.write_text("\n".join(row for row in rows if row not in exam.read_text()))
     spec = federation.spec(
@@ -94,15 +94,17 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
         attack_text=str(own),
         evaluate_every=1,
         merge=True,
+        sites=("hospital", "bank"),
         min_sites=2,
     )
     with federation.connect() as session:
+        earlier = {run.id for run in session.runs()}
         run = session.submit(spec, token="once")
         assert session.submit(spec, token="once").id == run.id, "a repeated submission makes no second run"
         kinds = [event.kind for event in run.watch()]
-        folder = run.result(federation.folder / "out")
-        assert [r.id for r in session.runs()] == [run.id]
-        assert {s.name: s.examples for s in session.sites()} == {"hospital": 30, "bank": 30}
+        folder = run.result(tmp_path / "out")
+        assert {run.id for run in session.runs()} - earlier == {run.id}
+        assert {s.name: s.examples for s in session.sites()}.items() >= {"hospital": 30, "bank": 30}.items()
     assert kinds[-1] == "completed" and kinds.count("update") == 4 and kinds.count("round") == 2
 
     report = run.report

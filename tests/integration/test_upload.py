@@ -1,6 +1,7 @@
 """Updates with noise over real processes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,21 +18,22 @@ def exam(federation: Any) -> dict[str, str]:
     return {"exam": str(federation.material / "held-out.jsonl")}
 
 
-def test_noise_costs_nothing_that_can_be_measured_and_a_site_may_insist_on_it(federation: Any) -> None:
-    federation.coordinate()
-    federation.join("hospital", policy='bases = ["any"]\nmin_noise = 0.01\n')
-    federation.join("bank")
+def test_noise_costs_nothing_that_can_be_measured_and_a_site_may_insist_on_it(coordinated: Any, tmp_path: Path) -> None:
+    federation = coordinated
+    federation.have("bank")
+    policy = 'bases = ["any"]\nmin_noise = 0.01\n'
+    federation.join("careful", data=federation.material / "hospital.jsonl", policy=policy)
     with federation.connect() as session:
         with pytest.raises(RunError, match=r"does not allow it \(min_noise\): ask for more noise among the stages"):
-            session.submit(federation.spec(sites=("hospital",))).result(federation.folder / "refused")
+            session.submit(federation.spec(sites=("careful",))).result(tmp_path / "refused")
         runs, adapters = [], []
         for upload in ((), NOISE):
             spec = federation.spec(sites=("bank",), rounds=2, evaluation=exam(federation), upload=upload)
             runs.append(session.submit(spec))
-            folder = runs[-1].result(federation.folder / runs[-1].id)
+            folder = runs[-1].result(tmp_path / runs[-1].id)
             adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
-        noisy = session.submit(federation.spec(sites=("hospital",), upload=NOISE))
-        noisy.result(federation.folder / "noisy")
+        noisy = session.submit(federation.spec(sites=("careful",), upload=NOISE))
+        noisy.result(tmp_path / "noisy")
     plain, noise = (run.report for run in runs)
     assert (plain["upload"], noise["upload"]) == ([], [{"name": "noise", "settings": {}}])
     drop, other = (math.log(one["overall"]["base_zero_shot"] / one["overall"]["plug_in"]) for one in (plain, noise))
