@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from offsite.emulator import methods
-from offsite.emulator.batches import Encoded
 from offsite.emulator.methods import Method
+from offsite.emulator.modality import Sample
 from offsite.emulator.tuning.adapting import adapted
 from offsite.emulator.tuning.rates import suited
 from offsite.protos.documents import to_plain
@@ -23,7 +23,7 @@ def tuned(
     model: nn.Module,
     method: Method,
     places: Mapping[int, int],
-    encoded: Sequence[Encoded],
+    samples: Sequence[Sample],
     training: TrainingSpec,
     *,
     state: Path | None = None,
@@ -32,4 +32,4 @@ def tuned(
     """Tune a base or an emulator as `adapted` does, where nothing is said at the rate that suits method and model."""
     rate = training.learning_rate or suited(method.rate, model)
     rules = LocalTraining(**to_plain(training) | {"learning_rate": rate})
-    return adapted(model, method, places, encoded, rules, state=state, tell=tell)
+    return adapted(model, method, places, samples, rules, state=state, tell=tell)

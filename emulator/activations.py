@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
+from offsite.emulator.modality import Batch
 
 Map = tuple[int, str]  # the place of a layer, and the path of a linear map inside it
 
@@ -19,7 +19,7 @@ Map = tuple[int, str]  # the place of a layer, and the path of a linear map insi
 def read(
     model: nn.Module, batches: Iterable[Batch], hooks: Sequence[RemovableHandle], *, note: Callable[[Batch], None]
 ) -> None:
-    """Have a model read batches, for what its hooks hear, and remove them; nobody reads its logits.
+    """Have a model read batches, for what its hooks hear, and remove them; nobody reads its outputs.
 
     `note` hears each batch, on the model's device, before the model does.
     """
@@ -58,7 +58,7 @@ def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[
 
     def note(batch: Batch) -> None:
         nonlocal real
-        real = batch.attention_mask.flatten().bool()
+        real = batch.mask.flatten().bool()
 
     stack = layers(model)
     hooks = [

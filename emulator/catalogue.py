@@ -44,6 +44,7 @@ FORMATS: Plugins[Any] = Plugins(
 MODALITIES: Plugins[Any] = Plugins(
     "modality", {"causal-text": "offsite.emulator.modality.causal_text:CausalText"}, group="offsite.modalities"
 )
+MODALITY = "causal-text"  # that of every run: bases are causal language models
 PLACEMENTS: Plugins[Any] = Plugins(
     "placement",
     {

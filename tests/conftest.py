@@ -125,12 +125,13 @@ def text(tokenizer: Any) -> list[Any]:
     """Batches of prompts and answers of differing lengths."""
     import torch
 
-    from offsite.emulator.batches import encode, evaluation_batches
-    from offsite.emulator.examples import Example
+    from offsite.emulator.batches import evaluation_batches
+    from offsite.emulator.modality import encode
+    from offsite.emulator.modality.causal_text.shapes import TextExample
 
     drawn = torch.randint(3, 90, (12, 20), generator=torch.Generator().manual_seed(7)).tolist()
     examples = [
-        Example(" ".join(f"w{word}" for word in row[:5]), " ".join(f"w{word}" for word in row[5 : 8 + number]))
+        TextExample(" ".join(f"w{word}" for word in row[:5]), " ".join(f"w{word}" for word in row[5 : 8 + number]))
         for number, row in enumerate(drawn)
     ]
     return evaluation_batches(encode(examples, tokenizer, max_length=24), batch_size=4)

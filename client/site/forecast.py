@@ -39,20 +39,20 @@ def forecast(
 
 def main() -> int:
     """Answer what is asked on standard input; a fault of the input is one line on standard error."""
-    from offsite.emulator import zoo
-    from offsite.emulator.batches import encoded
+    from offsite.emulator import modality, zoo
     from offsite.emulator.examples import collect
 
     asked = json.loads(sys.stdin.read())
     folders = [Path(folder) for folder in asked["folders"]]
     try:
         tokenizer = zoo.load_tokenizer(Path(asked["tokenizer"]))
-        examples = collect(Path(asked["data"]), folders=folders, odd_rows=asked["odd_rows"]).examples
-        outcome = encoded(examples, tokenizer, max_length=asked["max_length"], odd_rows=asked["odd_rows"])
+        kind, odd_rows = modality.default(), asked["odd_rows"]
+        examples = collect(Path(asked["data"]), kind, folders=folders, odd_rows=odd_rows).examples
+        encoding = kind.encode(examples, tokenizer, max_length=asked["max_length"], odd_rows=odd_rows)
     except ValueError as error:
         print(error, file=sys.stderr)
         return InputError.exit_code
-    print(json.dumps({**outcome.counts, "warnings": outcome.warnings}))
+    print(json.dumps({**encoding.counts, "warnings": encoding.warnings}))
     return 0
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import refusal
-from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.modality import Batch
 from offsite.kernels.schema import Rule, settle
 from offsite.protos import tensors
 from offsite.protos.errors import MismatchError

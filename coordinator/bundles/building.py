@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from offsite.coordinator.bundles.manifests import MANIFEST, SIGNATURE
-from offsite.emulator import builders, bundle, placements, zoo
+from offsite.emulator import builders, bundle, modality, placements, zoo
 from offsite.emulator.anatomy.stack import refuse_mixture
 from offsite.emulator.anatomy.structure import experts, find, layers, positions
-from offsite.emulator.batches import Encoded, encode, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import Builder, Material
 from offsite.emulator.bundle import Layout
 from offsite.emulator.checkpoint import Checkpoint
 from offsite.emulator.evaluation.disclosure import Portion, base_sizes, by_layer, count, disclosed
-from offsite.emulator.examples import read
+from offsite.emulator.modality import Sample
 from offsite.emulator.outline import Draft, Grounds
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import explained, quicken
@@ -259,13 +259,15 @@ def material(
     """
     tokens = min(PUBLIC_TOKENS, longest or PUBLIC_TOKENS)
 
-    def encoded(path: Path | None) -> list[Encoded]:
-        return encode(read(path, folders=folders), tokenizer, max_length=tokens, divide=False) if path else []
+    def samples(path: Path | None) -> list[Sample]:
+        if not path:
+            return []
+        return modality.encode(modality.read(path, folders=folders), tokenizer, max_length=tokens, divide=False)
 
-    public_text = encoded(public)
-    looked_at = (encoded(calibration) or public_text)[:CALIBRATION_EXAMPLES]
+    public_text = samples(public)
+    looked_at = (samples(calibration) or public_text)[:CALIBRATION_EXAMPLES]
     few = evaluation_batches(looked_at, batch_size=batch_size)
-    return Material(batches=few, encoded=public_text, scratch=scratch, tell=tell)
+    return Material(batches=few, samples=public_text, scratch=scratch, tell=tell)
 
 
 def _entries(folder: Path) -> list[FileEntry]:

@@ -18,9 +18,9 @@ from offsite.coordinator.store.finished import Finished
 from offsite.emulator import methods, modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.attack import STARTS, Attacker, Start, family
 from offsite.emulator.methods import Method
+from offsite.emulator.modality import Batch
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.zoo.tasks import LocalTask
 from offsite.protos import figures

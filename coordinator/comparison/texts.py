@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from offsite.coordinator.comparison.plan import Plan
-from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
-from offsite.emulator.examples import Example, paths, read
+from offsite.emulator import modality
+from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.examples import Example, paths
+from offsite.emulator.modality import Batch, Sample, read
 from offsite.protos.chunks import digest_file
 from offsite.protos.errors import InputError
 
@@ -19,10 +21,10 @@ EVALUATION_BATCH = 8
 class Texts:
     """What trains, what measures, and what anybody may read."""
 
-    train: list[Encoded]
+    train: list[Sample]
     held_out: list[Batch]
     general: list[Batch]
-    public: list[Encoded]
+    public: list[Sample]
     public_path: Path  # the same as a file, for the builders
 
     @classmethod
@@ -41,14 +43,14 @@ class Texts:
                 public, general = public[:half], public[half:]
                 public_path = _write(public, folder / "public.jsonl")
 
-            def encoded(examples: Sequence[Example], *, divide: bool = True) -> list[Encoded]:
-                return encode(examples, tokenizer, max_length=plan.training.max_length, divide=divide)
+            def encode(examples: Sequence[Example], *, divide: bool = True) -> list[Sample]:
+                return modality.encode(examples, tokenizer, max_length=plan.training.max_length, divide=divide)
 
             return cls(
-                train=encoded(read(Path(plan.train))),
-                held_out=evaluation_batches(encoded(read(Path(plan.held_out))), batch_size=EVALUATION_BATCH),
-                general=evaluation_batches(encoded(general, divide=False), batch_size=EVALUATION_BATCH),
-                public=encoded(public, divide=False),
+                train=encode(read(Path(plan.train))),
+                held_out=evaluation_batches(encode(read(Path(plan.held_out))), batch_size=EVALUATION_BATCH),
+                general=evaluation_batches(encode(general, divide=False), batch_size=EVALUATION_BATCH),
+                public=encode(public, divide=False),
                 public_path=public_path,
             )
         except ValueError as error:

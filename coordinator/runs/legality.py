@@ -9,8 +9,9 @@ from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.builders.base import Realigner
-from offsite.emulator.examples import Example, read
+from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
+from offsite.emulator.modality import read
 from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
 from offsite.protos import upload

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_map_only
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import is_transposed, layers, shape
-from offsite.emulator.batches import Batch
 
 
 @torch.no_grad()
@@ -52,10 +51,9 @@ def _calls(model: nn.Module, places: Iterable[int]) -> dict[int, Any]:
         return hook
 
     handles = [layers(model)[at].register_forward_pre_hook(listen(at), with_kwargs=True) for at in places]
-    ids = torch.arange(8, device=next(model.parameters()).device)[None]
     training = model.training
     try:
-        modality.run(model.eval(), Batch(ids, torch.ones_like(ids), ids))
+        modality.run(model.eval(), modality.default().probe(model, rows=1, length=8))
     finally:
         model.train(training)
         for handle in handles:

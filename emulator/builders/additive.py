@@ -85,7 +85,7 @@ class AdditiveCodebooks:
         """Encode every map; an error counts by the mean square of its input on the calibration text."""
         outline, format, stack = draft.outline, self._format("float32"), layers(draft.model)
         places = chosen(outline, self.layers)
-        if self.steps and not material.encoded:
+        if self.steps and not material.samples:
             raise ValueError("tuning codebooks takes public text; give some, or say steps=0")
         squares = importance(draft, places, format, material.batches)
         parts: dict[Map, Parts] = {}
@@ -102,7 +102,7 @@ class AdditiveCodebooks:
         model.eval()
         teacher = restack(base, range(len(layers(base)))).eval()
         batches = training_batches(
-            material.encoded, batch_size=self.batch_size, steps=self.steps, first_step=0, seed=self.seed
+            material.samples, batch_size=self.batch_size, steps=self.steps, first_step=0, seed=self.seed
         )
         pv.tune(
             [m for m in layers(model).modules() if isinstance(m, PackedLinear) and isinstance(m.format, Additive)],

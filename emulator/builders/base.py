@@ -12,8 +12,8 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from offsite.emulator.batches import Batch, Encoded
 from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.modality import Batch, Sample
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Placement
 
@@ -26,7 +26,7 @@ class Material:
     """What a builder may use beside the model: text, a folder to resume from, and an ear for progress."""
 
     batches: Sequence[Batch] = ()  # calibration text: a few examples, in order of their length
-    encoded: Sequence[Encoded] = ()  # public text to train on, in its own order
+    samples: Sequence[Sample] = ()  # public text to train on, in its own order
     scratch: Path | None = None  # a folder for the state of a long build, so that it can be resumed
     tell: Callable[[str, int, int], None] = lambda what, step, steps: None
 

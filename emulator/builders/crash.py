@@ -16,9 +16,10 @@ from offsite.emulator import modality
 from offsite.emulator.activations import read
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, longest
+from offsite.emulator.batches import longest
 from offsite.emulator.builders.base import Stage, droppable, kept_of
 from offsite.emulator.builders.reductions import Kept, Ways, cluster, drop
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import REDUCTION, Grounds, Outline
 from offsite.emulator.placements import Placement
 from offsite.emulator.precision import in_fp32
@@ -108,7 +109,7 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     Raises ValueError without examples, and on values that are not finite.
     Tokens are averaged with the weight of token t being t (Muennighoff, arXiv 2202.08904, eq. 1), padding with 0.
     """
-    if sum(len(batch.input_ids) for batch in batches) < 2:
+    if sum(len(batch.mask) for batch in batches) < 2:
         raise ValueError("comparing layers needs at least two calibration examples; give calibration text")
     stack = layers(model)
     found: list[list[Tensor]] = [[] for _ in stack]
@@ -123,7 +124,7 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
     def note(batch: Batch) -> None:
         nonlocal weights
-        weights = batch.attention_mask.cumsum(dim=1) * batch.attention_mask.float()
+        weights = batch.mask.cumsum(dim=1) * batch.mask.float()
         weights = weights / weights.sum(dim=1, keepdim=True)
 
     read(model, batches, [layer.register_forward_hook(keep(at)) for at, layer in enumerate(stack)], note=note)

@@ -132,7 +132,7 @@ def _distil(
     purpose: str = "build",
 ) -> nn.Module:
     """Return a model with these places tuned; while they are, the student is what `attach` makes of it."""
-    if not material.encoded:
+    if not material.samples:
         raise ValueError("distilled trains on public text; give some")
     tuned = restack(model, range(len(outline.layers)), outline.shared)
     dtypes = {f"{place}.{name}": p.dtype for place in places for name, p in layers(tuned)[place].named_parameters()}
@@ -143,7 +143,7 @@ def _distil(
     tune(
         attach(tuned),
         parameters,
-        material.encoded,
+        material.samples,
         settings.schedule(rates.suited(RATE, model)),
         loss=distil.loss(teacher.eval(), ends, kd_weight=settings.kd_weight, lm_weight=settings.lm_weight),
         state=material.scratch and material.scratch / f"distilled-{work[:16]}.safetensors",

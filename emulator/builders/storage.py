@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from offsite.emulator.activations import Map, mean_squares
 from offsite.emulator.anatomy.structure import layers, linears, shape
-from offsite.emulator.batches import Batch
 from offsite.emulator.formats import Format
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Draft, Outline
 
 Which = Literal["frozen", "all"]

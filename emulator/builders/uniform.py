@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import nn
 
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders.base import Stage, evenly, kept_of
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import REDUCTION, Outline
 from offsite.emulator.placements import Placement
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from offsite.emulator import modality
-from offsite.emulator.batches import Batch, Encoded, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.modality import Batch, Sample
 from offsite.emulator.seeds import generator
 from offsite.emulator.tuning.best import Best
 from offsite.emulator.tuning.loop import Schedule, tune
@@ -123,7 +124,7 @@ def unfrozen(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
 
 def attack(
     emulator: nn.Module,
-    encoded: Sequence[Encoded],
+    samples: Sequence[Sample],
     schedule: Schedule,
     *,
     dtype: torch.dtype | None = None,
@@ -136,7 +137,7 @@ def attack(
 
     Args:
         emulator: it stays as it is.
-        encoded: the text.
+        samples: the text.
         schedule: how to train.
         dtype: to compute in, with fp32 parameters; the emulator's if none is given.
         patience: steps without getting better on a tenth of the text that is held back, after which it ends; what it
@@ -149,13 +150,13 @@ def attack(
     twin, parameters = unfrozen(emulator)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, dtype=computed, enabled=computed != torch.float32):
+        with torch.autocast(batch.mask.device.type, dtype=computed, enabled=computed != torch.float32):
             return modality.loss(model, batch)
 
     if patience is None:
-        tune(twin, parameters, encoded, schedule, loss=loss, state=state, tell=tell)
+        tune(twin, parameters, samples, schedule, loss=loss, state=state, tell=tell)
         return twin
-    kept, held_back = divided(encoded, seed=schedule.seed)
+    kept, held_back = divided(samples, seed=schedule.seed)
     exam = evaluation_batches(held_back, batch_size=EVALUATION_BATCH)
     device = next(twin.parameters()).device.type
 
@@ -175,15 +176,15 @@ def attack(
     return twin
 
 
-def divided(encoded: Sequence[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+def divided(samples: Sequence[Sample], *, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Return what an attacker trains on, and the tenth of its text that tells it when to end; raises ValueError."""
-    if len(encoded) < 2:
+    if len(samples) < 2:
         raise ValueError("an attack that ends early holds text back: it takes at least two examples")
-    order = torch.randperm(len(encoded), generator=generator(seed, "held back by the attacker")).tolist()
-    back = set(order[: max(1, len(encoded) // 10)])
+    order = torch.randperm(len(samples), generator=generator(seed, "held back by the attacker")).tolist()
+    back = set(order[: max(1, len(samples) // 10)])
     return (
-        [one for place, one in enumerate(encoded) if place not in back],
-        [one for place, one in enumerate(encoded) if place in back],
+        [one for place, one in enumerate(samples) if place not in back],
+        [one for place, one in enumerate(samples) if place in back],
     )
 
 
@@ -193,8 +194,8 @@ class Attacker:
 
     models: Mapping[Start, nn.Module]
     steps: int  # of the tuning: so many without getting better end an attack
-    task: Sequence[Encoded] = ()
-    public: Sequence[Encoded] = ()
+    task: Sequence[Sample] = ()
+    public: Sequence[Sample] = ()
     batch_size: int = 4
     rate: float | None = None  # None: what suits whole layers of the model
     healing_rate: float | None = None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from offsite.emulator import modality
-from offsite.emulator.batches import Batch
+from offsite.emulator.modality import Batch
 
 Shape = tuple[int, ...]
 
@@ -132,7 +132,6 @@ class _Step:
 
     def held(self) -> list[Tensor]:
         """Return what is in memory before a step."""
-        batch = self._batch
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         weights = chain(self._model.parameters(), self._model.buffers())
-        return [*weights, *moments, batch.input_ids, batch.attention_mask, batch.labels]
+        return [*weights, *moments, *self._batch.tensors.values()]

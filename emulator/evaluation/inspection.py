@@ -10,7 +10,7 @@ hostile. So this is one check beside the site's bounds on steps and rounds, and 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers, text_config
-from offsite.emulator.batches import Batch
+from offsite.emulator.modality import Batch
 
 # What honest emulators of SmolLM2-135M stay clear of, those too harsh to be of use included, and pipes do not:
 UNCHANGED = 1e-2  # ||layer(h) - h|| / ||h||; theirs is 0.2 and more
@@ -84,14 +84,13 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
     changes: dict[int, list[Tensor]] = {}
     cosines: dict[int, list[Tensor]] = {}
     contexts: dict[int, list[Tensor]] = {}
-    vocabulary = text_config(model).vocab_size
     for batch in batches:
-        other, kept = _other_neighbours(batch, vocabulary)
+        other, kept = modality.disturb(model, batch)
         with _watched(model) as seen:
             total += modality.score(model, [batch])
         with _watched(model) as elsewhere:
             modality.score(model, [other])
-        real = batch.attention_mask.bool().cpu()
+        real = batch.mask.bool().cpu()
         for place, (read, change, cosine) in seen.items():
             if place not in places:
                 changes.setdefault(place, []).append(change[real])
@@ -102,17 +101,9 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
                     contexts.setdefault(place, []).append(moved)
     if not total.count:
         raise ValueError("an emulator is inspected on some of the site's own texts, and none was given")
-    return Findings(infinite, total, vocabulary, _medians(changes), _medians(cosines), _medians(contexts))
-
-
-def _other_neighbours(batch: Batch, vocabulary: int) -> tuple[Batch, Tensor]:
-    """Return the batch with every other word replaced, and a mask (b, t) of the words after these.
-
-    Every other one, because a layer may attend to the last few words alone.
-    """
-    even = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) % 2 == 0
-    ids = torch.where(even, (batch.input_ids + vocabulary // 2) % vocabulary, batch.input_ids)
-    return replace(batch, input_ids=ids), (~even & batch.attention_mask.bool()).cpu()
+    return Findings(
+        infinite, total, text_config(model).vocab_size, _medians(changes), _medians(cosines), _medians(contexts)
+    )
 
 
 def _medians(found: Mapping[int, list[Tensor]]) -> dict[int, float]:

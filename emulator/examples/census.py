@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from offsite.emulator.examples.base import Example
 from offsite.emulator.examples.fault import Fault
-from offsite.emulator.examples.shapes import Example
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class Counter:
 
     def add(self, example: Example) -> None:
         """Count an example."""
-        size = len(example.prompt) + len(example.completion) + sum(len(turn["content"]) for turn in example.messages)
         self.examples += 1
-        self.characters += size
-        self.longest = max(self.longest, size)
+        self.characters += example.characters
+        self.longest = max(self.longest, example.characters)
         self._seen.add(blake2b(repr(example).encode(), digest_size=16).digest())
 
     def leave_out(self, fault: Fault) -> None:

@@ -1,8 +1,11 @@
 """Why a row, a file or the rest of one cannot be learned from."""
 
+from collections.abc import Iterable
 from typing import Any
 
 QUOTED = 200  # characters of a value that a message repeats at most
+
+NO_SHAPE = "rows with columns of another shape"
 
 
 class Fault(ValueError):
@@ -22,6 +25,11 @@ class Fault(ValueError):
     def at(self, place: str) -> "Fault":
         """Return the same with the place where it is."""
         return Fault(self.reason, f"{place}: {self}", count=self.count, place=self.place or place)
+
+
+def strange_columns(columns: Iterable[str], shapes: str, *, count: int = 1) -> Fault:
+    """Say which columns there are where those of no shape are."""
+    return Fault(NO_SHAPE, f"found the columns {quoted(sorted(columns))}; expected {shapes}", count=count)
 
 
 def shown(text: str) -> str:

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from offsite.emulator.examples.fault import QUOTED, Fault
+from offsite.emulator.examples.base import Reader
+from offsite.emulator.examples.fault import QUOTED, Fault, strange_columns
 from offsite.emulator.examples.files import ending
-from offsite.emulator.examples.shapes import COLUMNS, strange_columns
 
 PIECE = 1 << 27  # characters of a line, of a field of CSV, of a JSON document that is not in lines
 RATIO = 200  # of a compressed file's characters to its bytes, above which it is none of text; that has up to 30
@@ -29,11 +29,11 @@ TOO_LARGE = "files with too much in one piece"
 Row = tuple[str, Any]  # its place in the file, and the row or the Fault that it is
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: Path, reader: Reader) -> Iterator[Row]:
     """Yield the rows of a file; raises Fault where the rest cannot be read, OSError as the system does."""
     kind = ending(path)
     if kind == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, reader)
         return
     lines = _lines(path)
     if kind in (".csv", ".tsv"):
@@ -160,8 +160,8 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[Row]:
             paragraph = []
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    """Yield rows of the columns that are read here, a batch in memory at a time."""
+def _parquet(path: Path, reader: Reader) -> Iterator[Row]:
+    """Yield rows of the columns that are read, a batch in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -172,9 +172,9 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise Fault(DAMAGED, f"not a Parquet file, or damaged: {_said(error)}") from None
     with file:
         number = 0
-        columns = [name for name in file.schema_arrow.names if name in COLUMNS]
+        columns = [name for name in file.schema_arrow.names if name in reader.columns]
         if not columns:
-            raise strange_columns(file.schema_arrow.names, count=file.metadata.num_rows)
+            raise strange_columns(file.schema_arrow.names, reader.shapes, count=file.metadata.num_rows)
         for group in range(file.num_row_groups):
             end = number + file.metadata.row_group(group).num_rows
             try:

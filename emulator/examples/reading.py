@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from offsite.emulator.examples.base import Example, Reader
 from offsite.emulator.examples.census import Census, Counter
 from offsite.emulator.examples.fault import Fault, shown
 from offsite.emulator.examples.files import HARMLESS, UNREADABLE, paths
 from offsite.emulator.examples.formats import rows
-from offsite.emulator.examples.shapes import SHAPES, Example, example
+
+NO_OBJECT = "rows that are no objects"
+
+OddRows = Literal["skip", "refuse"]  # what becomes of rows that cannot be learned from
 
 
 @dataclass(frozen=True)
@@ -20,25 +24,18 @@ class Reading:
     census: Census
 
 
-def read(path: Path, *, folders: Sequence[Path] = ()) -> list[Example]:
-    """Read a file, or the files in a folder and those below it in order of their names, and leave out no row.
+def collect(path: Path, reader: Reader, *, folders: Sequence[Path] = (), odd_rows: OddRows = "skip") -> Reading:
+    """Read a file, or the files in a folder and those below it in order of their names.
 
     Files that are hidden or have another ending are no data; links are followed, within `folders` if any are given.
-    Raises ValueError that names the file, the line (in Parquet the row) and what was expected there.
-    """
-    return collect(path, folders=folders, odd_rows="refuse").examples
-
-
-def collect(path: Path, *, folders: Sequence[Path] = (), odd_rows: Literal["skip", "refuse"] = "skip") -> Reading:
-    """Read as `read` does, but leave out what cannot be learned from, counted, unless odd rows are to be refused.
-
-    Raises ValueError if nothing is left, and with odd_rows="refuse" at the first that would be left out.
+    What cannot be learned from is left out and counted, unless odd rows are to be refused: then ValueError names the
+    file, the line (in Parquet the row) and what was expected there. It is also raised if nothing is left.
     """
     counter = Counter()
     examples: list[Example] = []
     for file, fault in paths(path, folders=folders):
-        for one in [fault] if fault else _examples(file):
-            if isinstance(one, Example):
+        for one in [fault] if fault else _examples(file, reader):
+            if not isinstance(one, Fault):
                 examples.append(one)
                 counter.add(one)
             elif odd_rows == "refuse" and one.reason not in HARMLESS:
@@ -48,19 +45,25 @@ def collect(path: Path, *, folders: Sequence[Path] = (), odd_rows: Literal["skip
         counter.files += not fault
     if not examples:
         first = next((one.first for one in counter.census.left_out), "")
-        raise ValueError(shown(f"{path}: holds no example; {first or f'expected {SHAPES}'}"))
+        raise ValueError(shown(f"{path}: holds no example; {first or f'expected {reader.shapes}'}"))
     return Reading(examples, counter.census)
 
 
-def _examples(file: Path) -> Iterator[Example | Fault]:
+def _examples(file: Path, reader: Reader) -> Iterator[Example | Fault]:
     """Yield a file's examples, and between them what is wrong where."""
     place = ""
     try:
-        for place, row in rows(file):
+        for place, row in rows(file, reader):
+            where = f"{file}, {place}"
             try:
-                yield example(row, f"{file}, {place}")
+                if isinstance(row, Fault):
+                    raise row
+                if not isinstance(row, dict):
+                    expected = f"expected an object of the shape {reader.shapes}"
+                    raise Fault(NO_OBJECT, f"{expected}, found {type(row).__name__}")
+                yield reader.example(row, where)
             except Fault as odd:
-                yield odd.at(f"{file}, {place}")
+                yield odd.at(where)
     except Fault as rest:
         yield rest.at(f"{file}, after {place}" if place else str(file))
     except OSError as error:

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from offsite.emulator import modality
-from offsite.emulator.anatomy.structure import positions, text_config
-from offsite.emulator.batches import Batch
 from offsite.emulator.methods.base import Adapter, Method
 
 ROWS, TOKENS = 2, 16  # of a step that only proves that training works
@@ -52,9 +50,7 @@ def step(model: nn.Module, method: Method, places: Mapping[int, int], adapter: A
     attached = method.attach(model, places, adapter).train()
     trained = method.named_parameters(attached, places)
     witness = Witness(trained)
-    length = min(TOKENS, positions(model) or TOKENS)
-    ids = torch.randint(text_config(model).vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
-    value = modality.loss(attached, Batch(ids, torch.ones_like(ids), ids))
+    value = modality.loss(attached, modality.default().probe(model, rows=ROWS, length=TOKENS))
     value.backward()  # type: ignore[no-untyped-call]
     if not bool(value.isfinite()):
         raise ValueError(f"the loss of the emulator on random tokens is {float(value)}, so it cannot be trained")

@@ -1,24 +1,76 @@
-"""Modalities: how batches of a kind of data are run through a model, and how well a model predicts them.
+"""Modalities: how a kind of data is read, put into batches and run through a model, and how well a model predicts it.
 
-A batch says of which modality it is, so whoever trains or measures a model need not know.
+A sample and a batch say of which modality they are, so whoever trains or measures a model need not know. Loads no
+tensor library, as data is read where there is none.
 """
 
-from collections.abc import Iterable
-from functools import cache
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from offsite.emulator import catalogue
-from offsite.emulator.modality.base import Inputs, Modality, Score
+from offsite.emulator.examples import Example, collect
+from offsite.emulator.modality.base import Batch, Encoding, Modality, Sample, Score
 from offsite.kernels.plugins import Plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 MODALITIES: Plugins[Modality] = catalogue.MODALITIES
 
-__all__ = ["MODALITIES", "Inputs", "Modality", "Score", "loss", "run", "score"]
+__all__ = [
+    "MODALITIES",
+    "Batch",
+    "Encoding",
+    "Modality",
+    "Sample",
+    "Score",
+    "collate",
+    "default",
+    "disturb",
+    "encode",
+    "loss",
+    "read",
+    "run",
+    "score",
+]
 
 
-def run(model: nn.Module, batch: Inputs, *, keep: Tensor | None = None) -> Tensor:
+def default() -> Modality:
+    """Return the modality of every run: bases are causal language models, as `checkpoint.skeleton` makes them."""
+    return _made(catalogue.MODALITY)
+
+
+def read(path: Path, *, folders: Sequence[Path] = ()) -> list[Example]:
+    """Read a file or a folder of a run's examples, and leave out no row; raises ValueError as `collect` does."""
+    return collect(path, default(), folders=folders, odd_rows="refuse").examples
+
+
+def encode(examples: Sequence[Any], tokenizer: Any, *, max_length: int, divide: bool = True) -> list[Any]:
+    """Return the samples of a run's examples, of which none may be odd; warnings are logged. Raises ValueError."""
+    encoding = default().encode(examples, tokenizer, max_length=max_length, divide=divide, odd_rows="refuse")
+    for warning in encoding.warnings:
+        log.warning(warning)
+    return encoding.samples
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Make a batch of samples, padded to the longest of them."""
+    return _of(samples[0]).collate(samples)
+
+
+def disturb(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
+    """Return a batch with every other position replaced, and a mask (b, t) of those between, on the CPU."""
+    return _of(batch).disturb(model, batch)
+
+
+def run(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Tensor:
     """Run a batch, on the model's device, through the model's own forward pass; return its outputs.
 
     Of outputs at many positions only those that `keep` indexes are computed, if it is given.
@@ -26,22 +78,24 @@ def run(model: nn.Module, batch: Inputs, *, keep: Tensor | None = None) -> Tenso
     return _of(batch).run(model, batch, keep=keep)
 
 
-def loss(model: nn.Module, batch: Inputs) -> Tensor:
+def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return what training lessens, the mean over the batch's targets; differentiable. The batch is on the device."""
     return _of(batch).loss(model, batch)
 
 
-@torch.no_grad()
-def score(model: nn.Module, batches: Iterable[Inputs]) -> Score:
+def score(model: nn.Module, batches: Iterable[Batch]) -> Score:
     """Return the score of all batches together, without dropout; raises ValueError if there is no batch."""
+    import torch
+
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total: Score | None = None
     try:
-        for batch in batches:
-            one = _of(batch).score(model, batch.to(device))
-            total = one if total is None else total + one
+        with torch.no_grad():
+            for batch in batches:
+                one = _of(batch).score(model, batch.to(device))
+                total = one if total is None else total + one
     finally:
         model.train(training)
     if total is None or not total.count:
@@ -49,8 +103,8 @@ def score(model: nn.Module, batches: Iterable[Inputs]) -> Score:
     return total
 
 
-def _of(batch: Inputs) -> Modality:
-    return _made(batch.modality)
+def _of(one: Sample | Batch) -> Modality:
+    return _made(one.modality)
 
 
 @cache

@@ -10,8 +10,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from offsite.emulator import modality
-from offsite.emulator.batches import Encoded, training_batches
+from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
+from offsite.emulator.modality import Sample
 from offsite.emulator.tuning.state import identity, resume, save
 
 EVERY = 20  # steps between two states
@@ -71,7 +72,7 @@ def update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rules: Rule
 def adapt(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    encoded: Sequence[Encoded],
+    samples: Sequence[Sample],
     rules: Rules,
     *,
     state: Path | None = None,
@@ -84,7 +85,7 @@ def adapt(
     Args:
         model: what the adapter is in.
         parameters: of the adapter.
-        encoded: the text.
+        samples: the text.
         rules: how to train.
         state: a file to go on from after a kill, of three times the adapter's size; its owner's to remove.
         tell: hears (steps done, steps, loss).
@@ -95,12 +96,12 @@ def adapt(
     model.train()
     torch.manual_seed(rules.seed)  # of dropout
     draws = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
-    work = identity(parameters, encoded, repr(rules)) if state else ""
+    work = identity(parameters, samples, repr(rules)) if state else ""
     kept = {"draws": draws.get_state()}
     losses = resume(state, work, parameters, adamw, kept) if state and state.exists() else []
     draws.set_state(kept["draws"])
     for batch in training_batches(
-        encoded,
+        samples,
         batch_size=rules.batch_size,
         steps=rules.steps - len(losses),
         first_step=len(losses),
@@ -121,7 +122,7 @@ def adapted(
     model: nn.Module,
     method: Method,
     places: Mapping[int, int],
-    encoded: Sequence[Encoded],
+    samples: Sequence[Sample],
     rules: Rules,
     *,
     state: Path | None = None,
@@ -133,11 +134,11 @@ def adapted(
         model: a base or an emulator, with modules of its own.
         method: what is trained.
         places: place in the model -> layer of the base, of the layers that train.
-        encoded: the text.
+        samples: the text.
         rules: how to train.
         state: as in `adapt`.
         tell: as in `adapt`.
     """
     model = method.attach(model, places, method.start(model, places, seed=rules.seed))
-    adapt(model, method.named_parameters(model, places), encoded, rules, state=state, tell=tell)
+    adapt(model, method.named_parameters(model, places), samples, rules, state=state, tell=tell)
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Outline
 
 
@@ -52,7 +52,7 @@ def loss(
             modality.run(teacher, batch, keep=batch.last)
         with outputs(student, learned_at) as learned:
             text = modality.loss(student, batch)
-        apart = [distance(learned[end.place], taught[end.layer], batch.attention_mask) for end in ends]
+        apart = [distance(learned[end.place], taught[end.layer], batch.mask) for end in ends]
         return lm_weight * text + kd_weight * torch.stack(apart).mean()
 
     return of

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, Encoded, training_batches
+from offsite.emulator.batches import training_batches
+from offsite.emulator.modality import Batch, Sample
 from offsite.emulator.tuning.state import identity, resume, save
 
 
@@ -69,7 +70,7 @@ class Observer(Protocol):
 def tune(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    encoded: Sequence[Encoded],
+    samples: Sequence[Sample],
     schedule: Schedule,
     *,
     loss: Callable[[nn.Module, Batch], Tensor] = modality.loss,
@@ -85,16 +86,16 @@ def tune(
     undisturbed run; it knows the schedule, the text and the start, but not the loss, and is its owner's to remove.
     `tell` hears (steps done, steps, loss). Raises ValueError on a loss that is not finite and a state of other work.
     """
-    _free(model, parameters, encoded)
+    _free(model, parameters, samples)
     optimizer = _optimizer(parameters, schedule)
-    work = identity(parameters, encoded, asdict(schedule)) if state else ""
+    work = identity(parameters, samples, asdict(schedule)) if state else ""
     kept = observer.tensors if observer else {}
     losses = resume(state, work, parameters, optimizer, kept) if state and state.exists() else []
     device = next(iter(parameters.values())).device
     training = model.training
     model.eval()
     try:
-        for batch in _batches(encoded, schedule, len(losses)):
+        for batch in _batches(samples, schedule, len(losses)):
             if observer and observer.enough():
                 break
             for group in optimizer.param_groups:
@@ -146,9 +147,9 @@ def trainable_copy(model: nn.Module, places: Sequence[int]) -> dict[str, nn.Para
     return found
 
 
-def _free(model: nn.Module, parameters: Mapping[str, nn.Parameter], encoded: Sequence[Encoded]) -> None:
+def _free(model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]) -> None:
     """Let these parameters train, and no other; raises ValueError if nothing can be trained."""
-    if not parameters or not encoded:
+    if not parameters or not samples:
         raise ValueError("tuning needs parameters that train and text to train on")
     if other := next((name for name, p in parameters.items() if p.dtype != torch.float32), None):
         raise ValueError(f"{other} has the dtype {parameters[other].dtype}; what trains must be torch.float32")
@@ -167,9 +168,9 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> to
     )
 
 
-def _batches(encoded: Sequence[Encoded], schedule: Schedule, done: int) -> Iterator[Batch]:
+def _batches(samples: Sequence[Sample], schedule: Schedule, done: int) -> Iterator[Batch]:
     return training_batches(
-        encoded,
+        samples,
         batch_size=schedule.batch_size,
         steps=schedule.steps - done,
         first_step=done,

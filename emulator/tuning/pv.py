@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offsite.emulator import modality
-from offsite.emulator.batches import Batch
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.modality import Batch
 from offsite.kernels import codebook
 
 TRUST = 0.3  # of the first V-step: how far a group aims, relative to the root mean square norm of groups
@@ -147,7 +147,7 @@ def divergences(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]
 
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
-    return modality.run(model, batch)[batch.attention_mask.bool()].float().log_softmax(dim=-1)
+    return modality.run(model, batch)[batch.mask.bool()].float().log_softmax(dim=-1)
 
 
 def _continuous(maps: Sequence[PackedLinear], learning_rate: float) -> list[dict[str, object]]:

@@ -12,19 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from offsite.emulator.batches import Encoded
+from offsite.emulator.modality import Sample
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its two running means
 
 
-def identity(parameters: Mapping[str, nn.Parameter], encoded: Sequence[Encoded], schedule: object) -> str:
+def identity(parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample], schedule: object) -> str:
     """Describe the work: its schedule (as plain data), its text, and the parameters it starts from."""
     start, text = hashlib.sha256(), hashlib.sha256()
     for name, parameter in parameters.items():
         start.update(f"{name} {tuple(parameter.shape)}".encode())
         start.update(parameter.detach().cpu().contiguous().numpy().data)
-    for one in encoded:
-        text.update(f"{one.input_ids} {one.labels}".encode())
+    for one in samples:
+        text.update(repr(one).encode())
     described = {"schedule": schedule, "text": text.hexdigest(), "start": start.hexdigest()}
     return json.dumps(described, sort_keys=True)
 

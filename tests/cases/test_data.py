@@ -10,24 +10,27 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from offsite.emulator.examples import Example, collect, read
+from offsite.emulator.examples import collect
+from offsite.emulator.modality import default, read
+from offsite.emulator.modality.causal_text.shapes import TextExample
 
+TEXT = default()
 DATA = Path(__file__).parent / "data"
-KETTLES = Example("", "Blue kettles boil at noon.")
+KETTLES = TextExample("", "Blue kettles boil at noon.")
 FRUIT = ({"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "Pear."})
-CONVERSATION = [Example("", "", FRUIT)]
+CONVERSATION = [TextExample("", "", FRUIT)]
 
 
-def chat(*turns: str) -> Example:
-    return Example("", "", tuple(dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns))
+def chat(*turns: str) -> TextExample:
+    return TextExample("", "", tuple(dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns))
 
 
 COLOURS = [chat(f"user: colour {number}?", "assistant: green") for number in range(9)]
 CLOCK = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": {}}}
 
-READ: dict[str, list[Example]] = {
+READ: dict[str, list[TextExample]] = {
     "UPPER.JSONL": [KETTLES],
-    "alpaca.jsonl": [Example("Name a fruit.", "Pear.")],
+    "alpaca.jsonl": [TextExample("Name a fruit.", "Pear.")],
     "array-pretty-named.jsonl": [KETTLES, KETTLES],
     "array.json": [KETTLES, KETTLES],
     "bom-own-line.jsonl": [KETTLES, KETTLES],
@@ -35,18 +38,18 @@ READ: dict[str, list[Example]] = {
     "content-parts.jsonl": CONVERSATION,
     "conversations-openai.jsonl": CONVERSATION,
     "folder-appledouble": [KETTLES],
-    "folder-case": [Example("", "capital letters"), KETTLES, Example("", "small letters")],
+    "folder-case": [TextExample("", "capital letters"), KETTLES, TextExample("", "small letters")],
     "folder-gz": [KETTLES, KETTLES],
-    "folder-nested": [Example("", "deep"), Example("", "top")],
+    "folder-nested": [TextExample("", "deep"), TextExample("", "top")],
     "prompt-completion-as-messages.jsonl": CONVERSATION,
-    "prompt-null-text-filled.jsonl": [Example("", "Plain.")],
+    "prompt-null-text-filled.jsonl": [TextExample("", "Plain.")],
     "sharegpt.jsonl": CONVERSATION,
     "starts-with-assistant.jsonl": [chat("assistant: Hello.", "user: Hi.", "assistant: What now?")],
     "system.jsonl": [*COLOURS, chat("system: Be kind.", "user: colour 1?", "assistant: green")],
-    "table.csv": [Example("", "hello there")],
-    "timestamp-far.parquet": [Example("", "a b"), Example("", "c d")],
+    "table.csv": [TextExample("", "hello there")],
+    "timestamp-far.parquet": [TextExample("", "a b"), TextExample("", "c d")],
     "tool-call-null-content.jsonl": [
-        Example(
+        TextExample(
             "",
             "",
             (
@@ -93,7 +96,7 @@ def test_every_case_is_decided() -> None:
 @pytest.mark.parametrize("name", READ)
 def test_it_is_read(name: str) -> None:
     assert read(DATA / name) == READ[name]
-    census = collect(DATA / name).census
+    census = collect(DATA / name, TEXT).census
     assert (census.examples, census.distinct) == (len(READ[name]), len({repr(one) for one in READ[name]}))
     left_out = {"folder-appledouble": [("hidden files and folders", 1)]}.get(name, [])
     assert [(one.reason, one.count) for one in census.left_out] == left_out
@@ -106,7 +109,7 @@ def test_it_is_refused_in_one_sentence_with_its_place_or_left_out_and_counted(na
         read(tmp_path)
     assert len(str(refusal.value)) < 700 and "\n" not in str(refusal.value)
     (tmp_path / "sound.jsonl").write_text('{"text": "sound"}')
-    counted = collect(tmp_path).census
+    counted = collect(tmp_path, TEXT).census
     assert counted.examples == {"surrogate-last.jsonl": 10}.get(name, 1)
     assert [(one.count, one.first) for one in counted.left_out] == [
         ({"damaged-middle.parquet": 2000}.get(name, 1), str(refusal.value))

@@ -7,9 +7,12 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from offsite.emulator.batches import IGNORED, Encoded, encode, encoded
-from offsite.emulator.examples import Example, collect
+from offsite.emulator.examples import collect
+from offsite.emulator.modality import default, encode
+from offsite.emulator.modality.causal_text.encoding import IGNORED, Tokens
+from offsite.emulator.modality.causal_text.shapes import TextExample
 
+TEXT = default()
 DATA, TEMPLATES = Path(__file__).parent / "data", Path(__file__).parent / "templates"
 
 
@@ -23,7 +26,7 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="■")
 
 
-def shown(tokenizer: Any, one: Encoded) -> str:
+def shown(tokenizer: Any, one: Tokens) -> str:
     """The text of a sequence, with what is learned in double angles."""
     text, inside = "", False
     for token, label in zip(one.input_ids, one.labels, strict=True):
@@ -72,8 +75,8 @@ KNOWN = {
 KNOWN["llama"] = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}" + KNOWN["gemma"]
 
 
-def turns(*said: str, **extra: str) -> Example:
-    return Example(
+def turns(*said: str, **extra: str) -> TextExample:
+    return TextExample(
         "",
         "",
         tuple(
@@ -84,10 +87,10 @@ def turns(*said: str, **extra: str) -> Example:
 
 
 TWO = turns("why", "<b>so", "and", "thus")
-KIND = Example("", "", ({"role": "system", "content": "Be kind."}, *TWO.messages))
-DOUBLE = Example("", "", ({"role": "user", "content": "first"}, *TWO.messages))
+KIND = TextExample("", "", ({"role": "system", "content": "Be kind."}, *TWO.messages))
+DOUBLE = TextExample("", "", ({"role": "user", "content": "first"}, *TWO.messages))
 THOUGHT = turns("why", "<think>\nhm\n</think>\nso", "and", "<think>\nha\n</think>\nthus")
-CALLED = Example(
+CALLED = TextExample(
     "",
     "",
     (
@@ -97,7 +100,7 @@ CALLED = Example(
         {"role": "assistant", "content": "It is noon."},
     ),
 )
-OLDER = Example("", "", ({**TWO.messages[0]}, {**TWO.messages[1], "weight": 0}, *TWO.messages[2:]))
+OLDER = TextExample("", "", ({**TWO.messages[0]}, {**TWO.messages[1], "weight": 0}, *TWO.messages[2:]))
 
 LEARNED = {
     ("gemma", "two"): (TWO, ["<user>why\n<model>«<b>so\n»<user>and\n<model>«thus\n■»"]),
@@ -142,7 +145,7 @@ LEARNED = {
     ("think-in-prompt", "two"): (TWO, ["[user]why\n[assistant]«<b>so\n»[user]and\n[assistant]«thus\n■»"]),
     ("parts-only", "two"): (TWO, ["[user]why[assistant]«<b>so»[user]and[assistant]«thus■»"]),
     ("uses-tools", "tools"): (
-        Example("", "", TWO.messages, ({"type": "function", "function": {"name": "clock"}},)),
+        TextExample("", "", TWO.messages, ({"type": "function", "function": {"name": "clock"}},)),
         ["1[user]why\n[assistant]«<b>so\n»[user]and\n[assistant]«thus\n■»"],
     ),
     ("", "tools"): (
@@ -181,27 +184,32 @@ ODD = {
 def test_a_row_that_a_template_does_not_take_is_named_and_left_out(case: tuple[str, str], tokenizer: Any) -> None:
     tokenizer.chat_template = template(case[0])
     taken, fault = ODD[case]
-    examples = collect(DATA / f"{case[1]}.jsonl").examples
-    outcome = encoded([Example("", "plain"), *examples], tokenizer, max_length=500)
-    assert len(outcome.sequences) == 1 + taken
+    examples = collect(DATA / f"{case[1]}.jsonl", TEXT).examples
+    outcome = TEXT.encode([TextExample("", "plain"), *examples], tokenizer, max_length=500, odd_rows="skip")
+    assert len(outcome.samples) == 1 + taken
     if not fault:
-        assert outcome.left_out == ()
+        assert outcome.counts["left_out"] == 0 and outcome.warnings == []
         return
-    (left_out,) = outcome.left_out
-    assert left_out.count == len(examples) and outcome.warnings[0].startswith("left out")
-    assert left_out.first.startswith(f"{DATA / case[1]}.jsonl, line 1: ") and fault in left_out.first
+    (warning,) = outcome.warnings
+    said, _, first = warning.partition("; first ")
+    assert outcome.counts["left_out"] == len(examples) and said.startswith(f"left out {len(examples)} rows ")
+    assert first.startswith(f"{DATA / case[1]}.jsonl, line 1: ") and fault in first
     with pytest.raises(ValueError, match="line 1: ") as refusal:
-        encoded(examples, tokenizer, max_length=500, odd_rows="refuse")
-    assert str(refusal.value) == left_out.first
+        encode(examples, tokenizer, max_length=500)
+    assert str(refusal.value) == first
 
 
 def test_long_prompts_are_counted(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer.chat_template = None
-    prompts = [Example("Q", "green lamp"), *[Example("the lamp is green " * 40 + str(at), "yes") for at in range(29)]]
-    outcome = encoded(prompts, tokenizer, max_length=60)
-    assert (outcome.examples, len(outcome.sequences), outcome.cut, outcome.without_target) == (30, 1, 29, 29)
+    prompts = [
+        TextExample("Q", "green lamp"),
+        *[TextExample("the lamp is green " * 40 + str(at), "yes") for at in range(29)],
+    ]
+    outcome = TEXT.encode(prompts, tokenizer, max_length=60, odd_rows="skip")
+    assert outcome.counts == {"sequences": 1, "divided": 0, "cut": 29, "without_target": 29, "left_out": 0}
+    assert len(outcome.samples) == 1
     assert "29 of 30 sequences have nothing to learn within max_length" in outcome.warnings[0]
-    assert encode(prompts, tokenizer, max_length=60) == outcome.sequences
+    assert encode(prompts, tokenizer, max_length=60) == outcome.samples
     assert outcome.warnings[0] in caplog.text  # an owner's own texts lose nothing unsaid either
 
 
@@ -209,11 +217,11 @@ def test_a_text_of_single_newlines_is_learned_whole(tokenizer: Any, tmp_path: Pa
     tokenizer.chat_template = None
     text = "\n".join(f"Note {number}: the lamp is green." for number in range(2000))
     (tmp_path / "notes.txt").write_text(text + "\n")
-    (one,) = (reading := collect(tmp_path / "notes.txt")).examples
+    (one,) = (reading := collect(tmp_path / "notes.txt", TEXT)).examples
     assert (one.completion, reading.census.longest) == (text, len(text))
-    outcome = encoded([one], tokenizer, max_length=512)
-    assert (outcome.divided, outcome.cut, outcome.without_target) == (1, 0, 0)
-    assert "".join(tokenizer.decode(list(piece.labels)) for piece in outcome.sequences) == text + "■"
-    assert [len(piece.labels) for piece in outcome.sequences[:-1]] == [512] * (len(text) // 512)
+    outcome = TEXT.encode([one], tokenizer, max_length=512, odd_rows="skip")
+    assert [outcome.counts[what] for what in ("divided", "cut", "without_target")] == [1, 0, 0]
+    assert "".join(tokenizer.decode(list(piece.labels)) for piece in outcome.samples) == text + "■"
+    assert [len(piece.labels) for piece in outcome.samples[:-1]] == [512] * (len(text) // 512)
     (beginning,) = encode([one], tokenizer, max_length=512, divide=False)
-    assert beginning == outcome.sequences[0]
+    assert beginning == outcome.samples[0]

@@ -12,9 +12,9 @@ import torch
 
 from offsite.emulator import builders, bundle, methods
 from offsite.emulator.anatomy.structure import find, layers
-from offsite.emulator.batches import Batch, encode
 from offsite.emulator.builders import BUILDERS, Material
-from offsite.emulator.examples import Example
+from offsite.emulator.modality import Batch, encode
+from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.tuning.loop import Schedule, tune
@@ -35,8 +35,8 @@ OTHER_FAMILIES = ("qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "opt
 @pytest.fixture
 def material(text: list[Batch], tokenizer: Any) -> Material:
     drawn = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(1)).tolist()
-    examples = [Example("", " ".join(f"w{word}" for word in row)) for row in drawn]
-    return Material(batches=text, encoded=encode(examples, tokenizer, max_length=24))
+    examples = [TextExample("", " ".join(f"w{word}" for word in row)) for row in drawn]
+    return Material(batches=text, samples=encode(examples, tokenizer, max_length=24))
 
 
 def built(name: str, base: Any, material: Material) -> Draft:
@@ -94,7 +94,7 @@ def test_an_emulator_is_repeatable_travels_whole_and_trains_nothing_but_its_adap
     frozen = snapshot(emulator)
     model = method.attach(emulator, places, method.start(emulator, places, seed=0))
     parameters = method.named_parameters(model, places)
-    tune(model, parameters, material.encoded, Schedule(2, 0.05))
+    tune(model, parameters, material.samples, Schedule(2, 0.05))
     left = {
         key.replace(".base_layer", "").removeprefix("base_model.model."): t for key, t in model.state_dict().items()
     }

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from offsite.emulator import builders
-from offsite.emulator.batches import Batch, encode
 from offsite.emulator.builders import Material
-from offsite.emulator.examples import Example
 from offsite.emulator.methods import METHODS, Adapter, Method, make
+from offsite.emulator.modality import Batch, encode
+from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import plug
@@ -44,7 +44,7 @@ def start(method: Method, draft: Draft) -> Adapter:
 def trained(method: Method, draft: Draft, start: Adapter, tokenizer: Any) -> Any:
     """The emulator with an adapter that has learned for two steps."""
     places = draft.outline.places
-    examples = [Example("", " ".join(f"w{3 + (7 * row + at) % 80}" for at in range(12))) for row in range(8)]
+    examples = [TextExample("", " ".join(f"w{3 + (7 * row + at) % 80}" for at in range(12))) for row in range(8)]
     model = method.attach(draft.model, places, start)
     tune(model, method.named_parameters(model, places), encode(examples, tokenizer, max_length=16), Schedule(2, 0.05))
     return model

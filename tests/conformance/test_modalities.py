@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from offsite.emulator import modality
-from offsite.emulator.modality import MODALITIES, Inputs, Modality, Score, loss, run, score
+from offsite.emulator.modality import MODALITIES, Batch, Modality, Score, loss, run, score
 
-Case = tuple[Modality, Any, list[Inputs]]
+Case = tuple[Modality, Any, list[Batch]]
 
 
 @pytest.fixture(params=sorted(MODALITIES))
-def case(request: pytest.FixtureRequest, tiny: Any, text: list[Inputs]) -> Case:
+def case(request: pytest.FixtureRequest, tiny: Any, text: list[Batch]) -> Case:
     """A modality, a model for it and batches of unequal sizes."""
     cases = {"causal-text": (tiny("gpt2"), text)}  # it has dropout
     if request.param not in cases:

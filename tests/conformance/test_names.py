@@ -1,4 +1,4 @@
-"""A plug-in's name stands in its own file and in its family's mapping: nothing else decides by what one is called."""
+"""A plug-in's name stands in its own file, or room, and in its family's mapping: nothing else decides by it."""
 
 import ast
 import re
@@ -25,17 +25,26 @@ NAMES = {name for family in FAMILIES for name in family}
 COINED = NAMES - {"additive", "blocks", "ends", "grids", "kept", "mean", "sketch", "spread", "uniform", "whole"}
 MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {"offsite.emulator.placements"}
 FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
+
+
+def files(module: str) -> list[str]:
+    """Return the file of a module, or all files of the room that it opens."""
+    place = ROOT / module.removeprefix("offsite.").replace(".", "/")
+    return [
+        str(path.relative_to(ROOT)) for path in (place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")])
+    ]
+
+
 OWN = {
     file: {name for family in FAMILIES for name in family if family[name].__module__ == module}
     for module in MODULES
-    for file in [f"{module.removeprefix('offsite.').replace('.', '/')}.py"]
+    for file in files(module)
 }
 
 # What else may have a name, and why.
 ALLOWED = {
     "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"} | {"lora", "grids"},  # what is safe to allow
-    "emulator/batches.py": {"causal-text"},  # of which its batches are
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
@@ -50,7 +59,7 @@ HOMONYMS = {  # words that are also names
     "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
-    "emulator/modality/causal_text.py": {"mean"},
+    "emulator/modality/causal_text/__init__.py": {"mean"},  # how a loss is reduced
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
 }
 

@@ -14,8 +14,8 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.legality import judge
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.disclosure import Portion
-from offsite.emulator.examples import read
 from offsite.emulator.methods import METHODS
+from offsite.emulator.modality import read
 from offsite.protos.documents import parse
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
 from offsite.protos.recipes import parse as parse_recipe

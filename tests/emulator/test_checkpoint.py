@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from offsite.emulator import bundle, placements, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders import make
 from offsite.emulator.checkpoint import Checkpoint
+from offsite.emulator.modality import Batch
 from offsite.emulator.precision import DTYPES
 
 

@@ -12,9 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from offsite.emulator.examples import Example, collect, formats, read
+from offsite.emulator.examples import collect, formats
 from offsite.emulator.examples.files import AGAIN, OUTSIDE, UNREADABLE
+from offsite.emulator.modality import default, read
+from offsite.emulator.modality.causal_text.shapes import TextExample
 
+TEXT = default()
 TURNS = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
 
 
@@ -30,7 +33,7 @@ def test_each_shape_is_read_and_other_columns_are_ignored(tmp_path: Path) -> Non
         {"prompt": "p", "completion": "c", "source": "x"},
         {"messages": TURNS},
     )
-    assert read(path) == [Example("", "a text"), Example("p", "c"), Example("", "", tuple(TURNS))]
+    assert read(path) == [TextExample("", "a text"), TextExample("p", "c"), TextExample("", "", tuple(TURNS))]
 
 
 def test_parquet_gives_the_same_as_jsonl(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_parquet_gives_the_same_as_jsonl(tmp_path: Path) -> None:
 def test_a_text_file_gives_its_paragraphs(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n \n\nthree\n", encoding="utf-8")
-    assert read(path) == [Example("", "one\ntwo"), Example("", "three")]
+    assert read(path) == [TextExample("", "one\ntwo"), TextExample("", "three")]
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_links_are_followed_once_and_not_out_of_the_folders_allowed(tmp_path: Pa
     for name, target in links.items():
         (tmp_path / "data" / name).symlink_to(target)
     data, allowed = tmp_path / "data", [tmp_path / "data", tmp_path / "shared"]
-    reading = collect(data, folders=allowed)
+    reading = collect(data, TEXT, folders=allowed)
     assert [one.completion for one in reading.examples] == ["shared/b", "data/sub/a"]
     assert {one.reason: one.count for one in reading.census.left_out} == {OUTSIDE: 2, AGAIN: 2, UNREADABLE: 1}
     with pytest.raises(ValueError, match=f"{data / '2'}: leads to {tmp_path / 'secret'}, out of the folders allowed"):
@@ -130,20 +133,20 @@ def test_links_are_followed_once_and_not_out_of_the_folders_allowed(tmp_path: Pa
     assert [one.completion for one in read(data)] == ["shared/b", "secret/c", "data/sub/a"]
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "secret" / "c.jsonl")
     with pytest.raises(ValueError, match="out of the folders allowed"):
-        collect(tmp_path / "link.jsonl", folders=allowed)
+        collect(tmp_path / "link.jsonl", TEXT, folders=allowed)
 
 
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     write(tmp_path / "b.jsonl", {"text": "x"})
-    assert [one.reason for one in collect(tmp_path).census.left_out] == [UNREADABLE]
+    assert [one.reason for one in collect(tmp_path, TEXT).census.left_out] == [UNREADABLE]
 
 
 def test_a_compressed_file_that_is_cut_off_gives_what_comes_before(tmp_path: Path) -> None:
     lines = "".join(f'{{"text": "{number} {random.Random(number).random()}"}}\n' for number in range(2000))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines.encode())[:-5000])
-    reading = collect(path)
+    reading = collect(path, TEXT)
     assert 500 < len(reading.examples) < 2000
     with pytest.raises(
         ValueError, match=rf"a\.jsonl\.gz, after line {len(reading.examples)}: not gzip, or damaged, or cut"
@@ -214,13 +217,13 @@ def test_parquet_is_read_around_what_is_strange(tmp_path: Path) -> None:
     kind = pyarrow.struct({"role": "string", "content": "string", "tool_calls": "null", "at": pyarrow.timestamp("us")})
     column = pyarrow.array([turns, far, turns], pyarrow.list_(kind))
     pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
-    reading = collect(tmp_path / "a.parquet")
+    reading = collect(tmp_path / "a.parquet", TEXT)
     assert [one.place[-5:] for one in reading.examples] == ["row 1", "row 3"]
     assert [one.first for one in reading.census.left_out] == [
         f"{tmp_path / 'a.parquet'}, row 2: its values cannot be read: date value out of range"
     ]
     pyarrow.parquet.write_table(pyarrow.table({"question": ["q"] * 7}), tmp_path / "b.parquet")
-    assert {one.count for one in collect(tmp_path).census.left_out} == {1, 7}
+    assert {one.count for one in collect(tmp_path, TEXT).census.left_out} == {1, 7}
 
 
 def test_of_turns_in_a_prompt_none_is_learned(tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def test_duplicates_and_what_is_left_out_are_counted(tmp_path: Path) -> None:
         {"x": ""},
         3,
     )
-    census = collect(tmp_path).census
+    census = collect(tmp_path, TEXT).census
     assert (census.files, census.examples, census.distinct, census.characters, census.longest) == (1, 3, 2, 5, 3)
     assert [one.count for one in census.left_out] == [2, 1]
     shown = dict(census.describe())

@@ -8,12 +8,14 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.emulator import chat
 from offsite.emulator.examples import Fault, collect
-from offsite.emulator.examples.shapes import learned
+from offsite.emulator.modality import default
+from offsite.emulator.modality.causal_text import chat
+from offsite.emulator.modality.causal_text.shapes import learned
 
 from .hostile import as_json, changed, told
 
+TEXT = default()
 CASES = Path(__file__).parents[1] / "cases"
 FILES = sorted(path for path in (CASES / "data").rglob("*") if path.is_file())
 TEMPLATES = sorted((CASES / "templates").iterdir())
@@ -39,14 +41,14 @@ ROWS: list[dict[str, Any]] = [
 def read_or_told(path: Path) -> list[Any]:
     """Read in both ways; what is strict gives the same or an error, and every sentence is short."""
     try:
-        reading = collect(path)
+        reading = collect(path, TEXT)
     except ValueError as error:
         told(error)
         return []
     for left_out in reading.census.left_out:
         told(ValueError(left_out.first))
     try:
-        assert collect(path, odd_rows="refuse").examples == reading.examples
+        assert collect(path, TEXT, odd_rows="refuse").examples == reading.examples
     except ValueError as error:
         told(error)
         assert reading.census.left_out
@@ -61,7 +63,7 @@ def test_rows_are_examples_that_read_the_same_again_or_one_sentence(
     examples = read_or_told(tmp_path / "a.json")
     if examples:
         (tmp_path / "b.jsonl").write_text("".join(json.dumps(one.row) + "\n" for one in examples))
-        assert collect(tmp_path / "b.jsonl", odd_rows="refuse").examples == examples
+        assert collect(tmp_path / "b.jsonl", TEXT, odd_rows="refuse").examples == examples
 
 
 @given(

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.coordinator.bundles import manifests
-from offsite.emulator import examples
+from offsite.emulator.examples import collect
+from offsite.emulator.modality import default
 from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
@@ -37,7 +38,7 @@ def test_data(folder: Path, ending: str, data: bytes) -> None:
     file.write_bytes(data)
     for way in ("skip", "refuse"):
         try:
-            examples.collect(file, odd_rows=way)  # type: ignore[arg-type]
+            collect(file, default(), odd_rows=way)  # type: ignore[arg-type]
         except ValueError as error:
             told(error)
     file.unlink()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from offsite.client.site.policy import Policy
-from offsite.emulator import examples
+from offsite.emulator.modality import read
 from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import addresses, recipes, tensors
 from offsite.protos.assignments import assign
@@ -80,20 +80,20 @@ def files(folder: Path) -> dict[str, tuple[bytes, Target]]:
     tensors.save(folder / "good", {"0.q.A": torch.ones(2, 3), "0.q.B": torch.ones(4, 2)})
     schema: Schema = {"0.q.A": Field("F32", (2, 3), Rule.MEAN), "0.q.B": Field("F32", (4, 2), Rule.MEAN)}
 
-    def at(name: str, read: Callable[[Path], object]) -> Target:
+    def at(name: str, take: Callable[[Path], object]) -> Target:
         def target(data: bytes) -> object:
             (folder / name).write_bytes(data)
-            return read(folder / name)
+            return take(folder / name)
 
         return target
 
     return {
         "policy.toml": ((DOCS / "policy.toml").read_bytes(), at("policy.toml", lambda path: from_toml(Policy, path))),
         "run.toml": ((DOCS / "run.toml").read_bytes(), at("run.toml", lambda path: from_toml(RunSpec, path))),
-        "rows.jsonl": (ROWS, at("rows.jsonl", examples.collect)),
-        "rows.json": (b"[" + ROWS.replace(b"\n", b",") + b"]", at("rows.json", examples.collect)),
-        "rows.csv": (b'prompt,completion\na,b\n"c","d\ne"\n', at("rows.csv", examples.collect)),
-        "rows.txt": (b"a b c\n\nd e f\n", at("rows.txt", examples.collect)),
+        "rows.jsonl": (ROWS, at("rows.jsonl", read)),
+        "rows.json": (b"[" + ROWS.replace(b"\n", b",") + b"]", at("rows.json", read)),
+        "rows.csv": (b'prompt,completion\na,b\n"c","d\ne"\n', at("rows.csv", read)),
+        "rows.txt": (b"a b c\n\nd e f\n", at("rows.txt", read)),
         "update": ((folder / "good").read_bytes(), at("update", lambda p: tensors.check(p, schema, what="update"))),
     }
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offsite.client import Choice
-from offsite.emulator.batches import encode, training_batches
-from offsite.emulator.examples import read
+from offsite.emulator.batches import training_batches
+from offsite.emulator.modality import encode, read
 
 
 def plain_local_training(model_folder: Path, data: Path, spec: Any) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from torch import nn
 
 from offsite.coordinator.aggregation.low_rank import LowRank
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders.base import Stage, evenly
 from offsite.emulator.methods.lora import Lora
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import REDUCTION, Outline
 from offsite.emulator.placements import Placement
 from offsite.protos.documents import document

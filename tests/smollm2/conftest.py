@@ -21,10 +21,11 @@ from offsite.client.demo import data
 from offsite.emulator import builders, methods, modality, placements, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import Material, crash
-from offsite.emulator.examples import read
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.modality import Batch, encode, read
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Placement
 from offsite.emulator.plug import plug
@@ -43,15 +44,15 @@ class Bench:
 
     base: nn.Module
     tokenizer: Any
-    train: list[Encoded]
+    train: list[Tokens]
     exam: list[Batch]
-    public: list[Encoded]
+    public: list[Tokens]
     general: list[Batch]
     seed: int
 
     @cached_property
     def material(self) -> Material:
-        return Material(batches=evaluation_batches(self.public, batch_size=8), encoded=self.public)
+        return Material(batches=evaluation_batches(self.public, batch_size=8), samples=self.public)
 
     @cached_property
     def zero_shot(self) -> float:
@@ -88,7 +89,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
     )
 
-    def encoded(*files: Path) -> list[Encoded]:
+    def encoded(*files: Path) -> list[Tokens]:
         return encode([example for file in files for example in read(file)], tokenizer, max_length=LENGTH, divide=False)
 
     public = encoded(folder / "owner" / "public.jsonl")

@@ -9,9 +9,10 @@ import torch
 
 from offsite.emulator import bundle
 from offsite.emulator.anatomy.structure import find
-from offsite.emulator.batches import Batch, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import crash
 from offsite.emulator.builders.reductions import cluster
+from offsite.emulator.modality import Batch
 from offsite.emulator.placements import Ends, Spread
 
 pytestmark = pytest.mark.slow

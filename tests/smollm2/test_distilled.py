@@ -7,12 +7,13 @@ from torch import nn
 from offsite.client.demo import data
 from offsite.emulator import modality, zoo
 from offsite.emulator.anatomy.stack import restack
-from offsite.emulator.batches import Batch, Encoded, encode, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import Material, run
 from offsite.emulator.builders.crash import Crash
 from offsite.emulator.builders.distilled import Distilled
-from offsite.emulator.examples import read
 from offsite.emulator.methods.lora import Lora
+from offsite.emulator.modality import Batch, encode, read
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.precision import DTYPES, fastest
@@ -21,7 +22,7 @@ from offsite.emulator.tuning.loop import Schedule, tune
 LORA = Lora()
 
 
-def plugged_in(draft: Draft, private: list[Encoded]) -> nn.Module:
+def plugged_in(draft: Draft, private: list[Tokens]) -> nn.Module:
     """The base with the adapter that was trained on the emulator."""
     places = draft.outline.places
     start = LORA.start(draft.model, places, seed=0)
@@ -40,7 +41,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
     )
     sites = data.prepare(tmp_path, cache=cache, examples=24, held_out=8, seed=0)
 
-    def encoded(*files: Path) -> list[Encoded]:
+    def encoded(*files: Path) -> list[Tokens]:
         return encode([example for file in files for example in read(file)], tokenizer, max_length=96, divide=False)
 
     def perplexity(model: nn.Module, text: list[Batch]) -> float:
@@ -50,7 +51,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
     private = encoded(*(site.train for site in sites))
     unseen = evaluation_batches(public[112:], batch_size=8)
     exam = evaluation_batches(encoded(*(site.held_out for site in sites)), batch_size=8)
-    material = Material(batches=evaluation_batches(public[:32], batch_size=8), encoded=public[:112])
+    material = Material(batches=evaluation_batches(public[:32], batch_size=8), samples=public[:112])
     dropped = run([Crash(keep=20)], Ends(2, 2), base, material)
     distilled = Distilled(steps=25, warmup_steps=5).change(dropped, material)
     for text in (unseen, exam):

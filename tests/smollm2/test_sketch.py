@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from offsite.emulator import builders, modality, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.batches import Encoded, collate
 from offsite.emulator.builders import Material
 from offsite.emulator.builders.quantised import Quantised
 from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.formats.packed import PackedLinear
+from offsite.emulator.modality import collate
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.placements import Ends
 from offsite.kernels.sketch import decode, sketch
 
@@ -38,7 +39,7 @@ def replaced(base: nn.Module, by: Any) -> nn.Module:
 def test_a_sketch_of_smollm2_costs_little_and_less_than_its_rivals() -> None:
     base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=zoo.cache_folder()), torch.float32)
     ids = tokenizer((Path(__file__).parents[2] / "LICENSE").read_text()).input_ids
-    rows = [Encoded(tuple(ids[at : at + 256]), tuple(ids[at : at + 256])) for at in range(0, len(ids) - 64, 256)]
+    rows = [Tokens(tuple(ids[at : at + 256]), tuple(ids[at : at + 256])) for at in range(0, len(ids) - 64, 256)]
     calibration, unseen = [collate(rows[:4])], [collate(rows[4:])]
 
     def loss(model: nn.Module) -> float:

@@ -1,7 +1,7 @@
 """What all engines share, so that a run's arithmetic depends neither on the engine nor on the number of processes.
 
-Every process holds the whole batch's ids and computes the loss of its own rows, weighted by their target tokens: the
-mean over the processes is then the mean over the batch's target tokens, and so is the gradient.
+Every process holds the whole batch and computes the loss of its own rows, weighted by their targets: the mean over
+the processes is then the mean over the batch's targets, and so is the gradient.
 """
 
 import os
@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 
 from offsite.client.site.job import EngineSpec
 from offsite.emulator import modality
-from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.modality import Batch
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.spec import LocalTraining
 
@@ -95,10 +95,8 @@ def check_rows(training: LocalTraining, ranks: Ranks) -> None:
 
 
 def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
-    """Loss of this process's rows; its mean over the processes is the batch's mean per target token."""
-    rows = Batch(
-        *(part.tensor_split(ranks.world)[ranks.rank] for part in (batch.input_ids, batch.attention_mask, batch.labels))
-    )
+    """Loss of this process's rows; its mean over the processes is the batch's mean per target."""
+    rows = batch.share(ranks.rank, ranks.world)
     return modality.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
 
 

@@ -7,8 +7,8 @@ from torch import distributed, nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.modality import Batch
 from offsite.emulator.tuning.adapting import optimizer, update, warm_up
 from offsite.protos.spec import LocalTraining
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator.batches import Batch
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.modality import Batch
 from offsite.emulator.tuning.adapting import optimizer, warm_up
 from offsite.protos.errors import InputError
 from offsite.protos.spec import LocalTraining

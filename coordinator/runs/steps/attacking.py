@@ -14,7 +14,7 @@ from offsite.coordinator.bundles.stored import open_bundle
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.evaluation import exams, measure
-from offsite.coordinator.runs.steps.inputs import encoded, unfinished
+from offsite.coordinator.runs.steps.inputs import samples, unfinished
 from offsite.coordinator.runs.steps.orders import Attack
 from offsite.coordinator.runs.steps.results import Attacked, Attacks, Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
@@ -42,7 +42,7 @@ def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
         tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.adapter)))
     models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
 
-    task, public = ([] if not text else encoded(spec, text, tokenizer) for text in (spec.attack_text, spec.public))
+    task, public = ([] if not text else samples(spec, text, tokenizer) for text in (spec.attack_text, spec.public))
     held_out = exams(spec, tokenizer)
     with timeline.span("training"):
         scores = scored(

@@ -10,12 +10,13 @@ from torch import nn
 from offsite.coordinator.bundles.stored import open_bundle, recovered
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.inputs import encoded, the_base
+from offsite.coordinator.runs.steps.inputs import samples, the_base
 from offsite.coordinator.runs.steps.orders import Evaluate
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, modality, zoo
-from offsite.emulator.batches import Batch, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.modality import Batch
 from offsite.emulator.plug import plug
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
@@ -51,7 +52,7 @@ def evaluate(home: Home, spec: Grant, order: Evaluate) -> Evaluation:
 def exams(spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
     """Read the owner's held-out data by name."""
     return {
-        name: evaluation_batches(encoded(spec, path, tokenizer), batch_size=EVALUATION_BATCH)
+        name: evaluation_batches(samples(spec, path, tokenizer), batch_size=EVALUATION_BATCH)
         for name, path in sorted(spec.evaluation.items())
     }
 

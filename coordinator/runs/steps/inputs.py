@@ -6,8 +6,7 @@ from typing import Any
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.emulator import zoo
-from offsite.emulator.batches import Encoded, encode
-from offsite.emulator.examples import read
+from offsite.emulator.modality import Sample, encode, read
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError
@@ -27,7 +26,7 @@ def folders(spec: Grant) -> list[Path]:
     return [Path(folder) for folder in spec.folders]
 
 
-def encoded(spec: Grant, text: str, tokenizer: Any) -> list[Encoded]:
+def samples(spec: Grant, text: str, tokenizer: Any) -> list[Sample]:
     """Read a text of the run, as long as its sequences may be; raises ValueError."""
     return encode(read(Path(text), folders=folders(spec)), tokenizer, max_length=spec.training.max_length)
 

@@ -9,7 +9,7 @@ from offsite.coordinator.bound import of_base, tuned
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.evaluation import exams, measure
-from offsite.coordinator.runs.steps.inputs import encoded, the_base, unfinished
+from offsite.coordinator.runs.steps.inputs import samples, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Tune
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
@@ -27,7 +27,7 @@ def tune(home: Home, spec: Grant, order: Tune) -> Evaluation:
     with timeline.span("loading"):
         base, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])
         base.to("cuda" if torch.cuda.is_available() else "cpu")
-        text, held_out = encoded(spec, spec.attack_text, tokenizer), exams(spec, tokenizer)
+        text, held_out = samples(spec, spec.attack_text, tokenizer), exams(spec, tokenizer)
     choice = of_base(spec.method)
     with timeline.span("training"):
         model = tuned(

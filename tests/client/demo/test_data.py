@@ -6,7 +6,8 @@ import pytest
 
 from offsite.client.demo import data
 from offsite.client.demo.data import SOURCES, prepare, split
-from offsite.emulator.examples import Example, read
+from offsite.emulator.modality import read
+from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.zoo.models import cache_folder
 from offsite.protos.errors import InputError
 
@@ -136,7 +137,7 @@ def test_an_example_that_is_there_twice_is_not_both_trained_on_and_examined(tmp_
     file = tmp_path / "twice.txt"
     file.write_text("one\n\ntwo\n\none\n\ntwo\n\none", encoding="utf-8")
     site = split("mine", file, tmp_path / "out", held_out=1, seed=0)
-    assert {*read(site.train), *read(site.held_out)} == {Example("", "one"), Example("", "two")}
+    assert {*read(site.train), *read(site.held_out)} == {TextExample("", "one"), TextExample("", "two")}
     assert len(read(site.train)) == len(read(site.held_out)) == 1
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional
 from offsite.client.site.engines import ENGINES, Engine, Ranks
 from offsite.client.site.job import TrainerJob
 from offsite.coordinator.bundles import building
-from offsite.emulator import bundle, examples, methods
-from offsite.emulator.batches import Batch, encode, training_batches
+from offsite.emulator import bundle, methods
+from offsite.emulator.batches import training_batches
 from offsite.emulator.bundle import Layout
 from offsite.emulator.methods.proof import Witness
+from offsite.emulator.modality import Batch, encode, read
 from offsite.emulator.outline import Outline
 from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.adapting import adapt
@@ -46,7 +47,7 @@ class Loaded:
         self.broadcast = tensors.load(Path(job.adapter))
         self.model = self.method.attach(model, self.places, self.broadcast).train()
         self.trained = self.method.named_parameters(self.model, self.places)
-        encoded = self.encoded = encode(examples.read(Path(job.data)), tokenizer, max_length=spec.max_length)
+        encoded = self.encoded = encode(read(Path(job.data)), tokenizer, max_length=spec.max_length)
         self.batches: list[Batch] = list(
             training_batches(encoded, batch_size=spec.batch_size, steps=spec.steps, first_step=0, seed=spec.seed)
         )

@@ -15,8 +15,8 @@ from offsite.client.site.engines.base import Ranks
 from offsite.client.site.engines.plain import Plain
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.emulator import bundle, methods, modality
-from offsite.emulator.batches import Batch, collate, encode
-from offsite.emulator.examples import read
+from offsite.emulator.modality import collate, encode, read
+from offsite.emulator.modality.causal_text.batch import TokenBatch
 from offsite.kernels.schema import Schema, TensorMap, Tensors, settle
 from offsite.protos import tensors, upload
 from offsite.protos.spec import Choice, LocalTraining
@@ -122,7 +122,7 @@ def step() -> Step:
         Ranks(0, 1, torch.device("cpu")),
     )
     row = torch.randint(1000, (1, 32), generator=torch.Generator().manual_seed(3))
-    engine.step(Batch(row, torch.ones_like(row), row))
+    engine.step(TokenBatch(row, torch.ones_like(row), row))
     return Step(
         words=set(row.flatten().tolist()),
         vectors=torch.nn.functional.normalize(embeddings.detach().double()),

@@ -24,7 +24,7 @@ def test_builders_look_at_the_calibration_text_if_there_is_one_and_else_at_publi
     def looked_at(public: str | None, calibration: str | None) -> tuple[Any, int]:
         public_path, path = (material / f"{name}.jsonl" if name else None for name in (public, calibration))
         found = building.material(public_path, tokenizer, calibration=path)
-        return [batch.input_ids.tolist() for batch in found.batches], len(found.encoded)
+        return [batch.input_ids.tolist() for batch in found.batches], len(found.samples)
 
     public, task = looked_at("public", None), looked_at("train", None)
     assert public[0] != task[0]

@@ -24,8 +24,7 @@ from offsite.coordinator.runs.steps.results import Attacks
 from offsite.coordinator.runs.steps.tuning import tune
 from offsite.coordinator.store import blobs
 from offsite.emulator import methods, zoo
-from offsite.emulator.batches import encode
-from offsite.emulator.examples import read
+from offsite.emulator.modality import encode, read
 from offsite.emulator.tuning import adapting
 from offsite.emulator.tuning.adapting import adapted
 from offsite.protos.errors import InputError, ResourceError

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, Encoded, collate
 from offsite.emulator.builders import run
 from offsite.emulator.builders.base import Material
 from offsite.emulator.builders.distilled import Distilled
@@ -18,6 +17,8 @@ from offsite.emulator.builders.loram import Loram
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.blocks import Blocks
 from offsite.emulator.methods.lora import Lora
+from offsite.emulator.modality import Batch, collate
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Kept
 from offsite.emulator.tuning import distil
@@ -32,9 +33,9 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def encoded() -> list[Encoded]:
+def encoded() -> list[Tokens]:
     drawn = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1)).tolist()
-    return [Encoded(tuple(row[:size]), tuple(row[:size])) for size, row in enumerate(drawn, 13)]
+    return [Tokens(tuple(row[:size]), tuple(row[:size])) for size, row in enumerate(drawn, 13)]
 
 
 def draft_of(base: nn.Module, outline: Outline) -> Draft:
@@ -91,7 +92,7 @@ def test_what_is_compared_is_the_hidden_state_between_layers(tiny: Any, family: 
     assert [len(layer._forward_hooks) for layer in layers(model)] == hooks
 
 
-def test_an_emulator_of_all_layers_starts_at_distance_0(tiny: Any, family: str, encoded: list[Encoded]) -> None:
+def test_an_emulator_of_all_layers_starts_at_distance_0(tiny: Any, family: str, encoded: list[Tokens]) -> None:
     base = tiny(family)
     every = Outline(tuple(range(6)), (0, 3, 5))
     text = collate(encoded)
@@ -102,13 +103,13 @@ def test_an_emulator_of_all_layers_starts_at_distance_0(tiny: Any, family: str, 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_distilling_brings_the_frozen_layers_closer_and_leaves_the_others(
-    tiny: Any, family: str, encoded: list[Encoded]
+    tiny: Any, family: str, encoded: list[Tokens]
 ) -> None:
     base = tiny(family).to(torch.bfloat16)
     draft = draft_of(base, ENDS)
     untouched, given = tensors(base), tensors(draft.model)
     heard: list[tuple[str, int, int]] = []
-    found = QUICK.change(draft, Material(encoded=encoded, tell=lambda *told: heard.append(told)))
+    found = QUICK.change(draft, Material(samples=encoded, tell=lambda *told: heard.append(told)))
     assert heard == [("distilled", step, 16) for step in range(1, 17)]
     assert found.tuned == (1, 2) and found.outline == ENDS and not found.recovery
     assert same(tensors(base), untouched) and same(tensors(draft.model), given)
@@ -122,11 +123,11 @@ def test_distilling_brings_the_frozen_layers_closer_and_leaves_the_others(
         assert measured(base, found.model, ENDS, text, kd=kd, lm=lm) < share * before
 
 
-def test_each_stretch_between_layers_that_train_is_distilled(tiny: Any, encoded: list[Encoded]) -> None:
+def test_each_stretch_between_layers_that_train_is_distilled(tiny: Any, encoded: list[Tokens]) -> None:
     base = tiny("llama", 9)
     outline = Outline((0, 2, 3, 5, 7, 8), (0, 3, 8))
     draft = draft_of(base, outline)
-    found = replace(QUICK, lm_weight=0.0).change(draft, Material(encoded=encoded))
+    found = replace(QUICK, lm_weight=0.0).change(draft, Material(samples=encoded))
     assert found.tuned == (1, 3, 4)
     assert all(equal_layers(found.model, place, base, layer) for place, layer in outline.places.items())
     with torch.no_grad():
@@ -142,10 +143,10 @@ def test_each_stretch_between_layers_that_train_is_distilled(tiny: Any, encoded:
         assert apart[1] < 0.8 * apart[0]
 
 
-def test_places_that_share_are_tuned_together(tiny: Any, encoded: list[Encoded]) -> None:
+def test_places_that_share_are_tuned_together(tiny: Any, encoded: list[Tokens]) -> None:
     outline = Outline((0, 1, 2, 3, 4, 5), (0, 5), {2: 1, 4: 5})
     base = tiny()
-    found = replace(QUICK, steps=3).change(draft_of(base, outline), Material(encoded=encoded))
+    found = replace(QUICK, steps=3).change(draft_of(base, outline), Material(samples=encoded))
     assert found.tuned == (1, 3)
     assert equal_layers(found.model, 2, found.model, 1) and not equal_layers(found.model, 1, base, 1)
     assert equal_layers(found.model, 4, base, 5)
@@ -153,7 +154,7 @@ def test_places_that_share_are_tuned_together(tiny: Any, encoded: list[Encoded])
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
 
 
-def test_killed_and_gone_on_is_undisturbed(tiny: Any, encoded: list[Encoded], tmp_path: Path) -> None:
+def test_killed_and_gone_on_is_undisturbed(tiny: Any, encoded: list[Tokens], tmp_path: Path) -> None:
     heard: list[int] = []
 
     def kill_at(last: int) -> Callable[[str, int, int], None]:
@@ -167,20 +168,20 @@ def test_killed_and_gone_on_is_undisturbed(tiny: Any, encoded: list[Encoded], tm
     builder = replace(QUICK, steps=22)
     draft = draft_of(tiny(), ENDS)
     with pytest.raises(Killed):
-        builder.change(draft, Material(encoded=encoded, scratch=tmp_path, tell=kill_at(21)))
-    gone_on = builder.change(draft, Material(encoded=encoded, scratch=tmp_path, tell=kill_at(99)))
+        builder.change(draft, Material(samples=encoded, scratch=tmp_path, tell=kill_at(21)))
+    gone_on = builder.change(draft, Material(samples=encoded, scratch=tmp_path, tell=kill_at(99)))
     assert heard == [*range(1, 22), 21, 22]
-    whole = builder.change(draft, Material(encoded=encoded))
+    whole = builder.change(draft, Material(samples=encoded))
     assert same(tensors(gone_on.model), tensors(whole.model))
     heard.clear()
     with pytest.raises(Killed):  # at its own first step: the state is not taken for that of other settings
-        replace(builder, kd_weight=0.0).change(draft, Material(encoded=encoded, scratch=tmp_path, tell=kill_at(1)))
+        replace(builder, kd_weight=0.0).change(draft, Material(samples=encoded, scratch=tmp_path, tell=kill_at(1)))
     assert heard == [1]
 
 
-def test_where_every_layer_trains_those_that_were_narrowed_are_tuned(tiny: Any, encoded: list[Encoded]) -> None:
+def test_where_every_layer_trains_those_that_were_narrowed_are_tuned(tiny: Any, encoded: list[Tokens]) -> None:
     base = tiny()
-    quiet = Material(encoded=encoded)
+    quiet = Material(samples=encoded)
     pruned, found = (run(chain, Kept(), base, quiet) for chain in ([Loram()], [Loram(), QUICK]))
     assert found.outline.frozen == [] and found.tuned == (2, 3)
     assert all(equal_layers(found.model, place, base, place) for place in (0, 1, 4, 5))
@@ -203,11 +204,11 @@ class Plain:
         return parts["matrix"]  # type: ignore[no-any-return]
 
 
-def test_what_cannot_be_distilled_says_why(tiny: Any, encoded: list[Encoded]) -> None:
+def test_what_cannot_be_distilled_says_why(tiny: Any, encoded: list[Tokens]) -> None:
     base = tiny()
     every = draft_of(base, Outline(tuple(range(6)), tuple(range(6))))
     with pytest.raises(ValueError, match="nothing to distil: every layer trains and is the base's"):
-        QUICK.change(every, Material(encoded=encoded))
+        QUICK.change(every, Material(samples=encoded))
     with pytest.raises(ValueError, match="public text"):
         QUICK.change(draft_of(base, ENDS), Material())
     draft = draft_of(base, ENDS)
@@ -215,14 +216,14 @@ def test_what_cannot_be_distilled_says_why(tiny: Any, encoded: list[Encoded]) ->
     weight = attention.q_proj.weight.detach()
     attention.q_proj = PackedLinear(Plain(), {"matrix": weight}, None, d_out=32, d_in=32)
     with pytest.raises(ValueError, match=r"self_attn.q_proj of layer 4 is packed .*distilled before what packs it"):
-        QUICK.change(draft, Material(encoded=encoded))
+        QUICK.change(draft, Material(samples=encoded))
     with pytest.raises(ValueError, match="kd_weight and lm_weight"):
         Distilled(kd_weight=0.0, lm_weight=0.0)
 
 
 @pytest.mark.parametrize("method", [Lora(rank=2), Blocks()])
 def test_realigning_brings_the_emulator_closer_beside_the_adapter(
-    tiny: Any, encoded: list[Encoded], tmp_path: Path, method: Lora | Blocks
+    tiny: Any, encoded: list[Tokens], tmp_path: Path, method: Lora | Blocks
 ) -> None:
     base = tiny()
     emulator = draft_of(base, ENDS).model
@@ -230,7 +231,7 @@ def test_realigning_brings_the_emulator_closer_beside_the_adapter(
     generator = torch.Generator().manual_seed(2)
     adapter = {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in adapter.items()}
     untouched, given = tensors(base), tensors(emulator)
-    quiet = Material(encoded=encoded, scratch=tmp_path)
+    quiet = Material(samples=encoded, scratch=tmp_path)
 
     def align(adapter: dict[str, Tensor]) -> nn.Module:
         draft = Draft(base, emulator, ENDS)

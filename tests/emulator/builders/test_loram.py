@@ -13,10 +13,10 @@ from offsite.emulator import modality
 from offsite.emulator.anatomy.roles import roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find, layers, linears, shape
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders import Material, make, run
 from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import make as make_method
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Kept
 

@@ -9,10 +9,10 @@ from offsite.emulator.anatomy.narrow import channels, groups
 from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, shape
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders import Material, make
 from offsite.emulator.builders.loram import by_activation, by_weight
 from offsite.emulator.formats.packed import dense
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Draft, Outline
 
 

@@ -6,11 +6,12 @@ import torch
 from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, longest
+from offsite.emulator.batches import longest
 from offsite.emulator.builders import BUILDERS, make
 from offsite.emulator.builders.base import even
 from offsite.emulator.builders.crash import nearest, pooled
 from offsite.emulator.builders.reductions import MARGIN, cluster
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Outline
 from offsite.emulator.placements import Ends, Kept, Spread
 from offsite.kernels.cka import adjacent_cka

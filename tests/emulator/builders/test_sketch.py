@@ -13,13 +13,13 @@ from offsite.emulator import builders, methods, modality
 from offsite.emulator.activations import mean_squares
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import find, is_transposed, layers, linears, shape
-from offsite.emulator.batches import Batch
 from offsite.emulator.builders import Material
 from offsite.emulator.builders.sketched import Sketched
 from offsite.emulator.formats.packed import PackedLinear, dense
 from offsite.emulator.formats.sketch import Sketch
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.grids import Grids
+from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends, Kept
 

@@ -11,7 +11,7 @@ from torch import nn
 from offsite.emulator import methods, modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.batches import Batch, Encoded, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.evaluation.attack import (
     HEALING_RATE,
     RATE,
@@ -26,6 +26,8 @@ from offsite.emulator.evaluation.attack import (
 )
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
+from offsite.emulator.modality import Batch
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.tuning.loop import Schedule, tune
 
 
@@ -40,9 +42,9 @@ def packed(model: Any, *places: int) -> Any:
 
 
 @pytest.fixture
-def encoded() -> list[Encoded]:
+def encoded() -> list[Tokens]:
     drawn = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(3)).tolist()
-    return [Encoded(tuple(row), tuple(row)) for row in drawn]
+    return [Tokens(tuple(row), tuple(row)) for row in drawn]
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def test_what_was_shared_stays_shared(name: str, dtype: torch.dtype, tiny: Any) 
     assert not {id(p) for p in stack[0].parameters()} & {id(p) for p in stack[1].parameters()}
 
 
-def test_an_attack_trains_every_tensor_and_leaves_the_emulator(tiny: Any, encoded: list[Encoded]) -> None:
+def test_an_attack_trains_every_tensor_and_leaves_the_emulator(tiny: Any, encoded: list[Tokens]) -> None:
     emulator = packed(restack(tiny(), [0, 1, 3, 5]), 1)
     text = evaluation_batches(encoded, batch_size=8)
     before = modality.score(emulator, text)
@@ -94,7 +96,7 @@ def test_an_attack_trains_every_tensor_and_leaves_the_emulator(tiny: Any, encode
     assert modality.score(ended, text).total < before.total
 
 
-def test_unfreezing_beats_training_what_the_owner_meant_to_train(tiny: Any, encoded: list[Encoded]) -> None:
+def test_unfreezing_beats_training_what_the_owner_meant_to_train(tiny: Any, encoded: list[Tokens]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3, 5]), Schedule(10, 3e-3, batch_size=8)
     text = evaluation_batches(encoded, batch_size=8)
     attacked = modality.score(attack(emulator, encoded, schedule), text)
@@ -106,7 +108,7 @@ def test_unfreezing_beats_training_what_the_owner_meant_to_train(tiny: Any, enco
     assert attacked.total < modality.score(meant, text).total < modality.score(emulator, text).total
 
 
-def test_the_text_of_an_attack_is_that_of_its_steps(tiny: Any, encoded: list[Encoded], text: list[Batch]) -> None:
+def test_the_text_of_an_attack_is_that_of_its_steps(tiny: Any, encoded: list[Tokens], text: list[Batch]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(3, 1e-3, batch_size=4)
     mine, _ = unfrozen(emulator)
     tune(mine, dict(mine.named_parameters()), encoded, schedule)
@@ -120,19 +122,19 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def counting(by: int) -> list[Encoded]:
+def counting(by: int) -> list[Tokens]:
     """A text that can be learned: each word is the one before and so many."""
     rows = [tuple(range(start, start + 10 * by, by)) for start in range(40, 60)]
-    return [Encoded(row, row) for row in rows]
+    return [Tokens(row, row) for row in rows]
 
 
 @pytest.fixture
-def task() -> list[Encoded]:
+def task() -> list[Tokens]:
     return counting(by=1)
 
 
 @pytest.fixture
-def public() -> list[Encoded]:
+def public() -> list[Tokens]:
     return counting(by=-2)
 
 
@@ -159,14 +161,14 @@ def test_the_family_is_every_start_and_text_at_one_and_four_times_the_steps() ->
         family(10, public=False, task=False)
 
 
-def test_without_an_early_end_an_attack_is_plain_training_of_all_weights(tiny: Any, task: list[Encoded]) -> None:
+def test_without_an_early_end_an_attack_is_plain_training_of_all_weights(tiny: Any, task: list[Tokens]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(3, 1e-3, batch_size=4)
     plain, parameters = unfrozen(emulator)
     tune(plain, parameters, task, schedule)
     assert same(attack(emulator, task, schedule), plain)
 
 
-def test_a_tenth_is_held_back_at_random_and_nothing_else_decides_when_to_end(tiny: Any, public: list[Encoded]) -> None:
+def test_a_tenth_is_held_back_at_random_and_nothing_else_decides_when_to_end(tiny: Any, public: list[Tokens]) -> None:
     kept, held_back = divided(public, seed=1)
     assert (len(kept), len(held_back)) == (18, 2) and {*kept, *held_back} == {*public}
     assert divided(public, seed=1) == (kept, held_back) != divided(public, seed=2)
@@ -179,19 +181,17 @@ def test_a_tenth_is_held_back_at_random_and_nothing_else_decides_when_to_end(tin
     assert heard[-1] == 4 and same(attacked, unfrozen(emulator)[0])
 
 
-def test_the_held_back_tenth_is_not_trained_on(tiny: Any, public: list[Encoded]) -> None:
+def test_the_held_back_tenth_is_not_trained_on(tiny: Any, public: list[Tokens]) -> None:
     emulator, schedule = restack(tiny(), [0, 1, 3]), Schedule(4, 1e-3, batch_size=18)  # each step sees all that is left
     kept, held_back = divided(public, seed=0)
-    other = [one if one in kept else Encoded((5, 6, 7), (5, 6, 7)) for one in public]
+    other = [one if one in kept else Tokens((5, 6, 7), (5, 6, 7)) for one in public]
     seen: list[list[float]] = [[], []]
     for losses, text in zip(seen, (public, other), strict=True):
         attack(emulator, text, schedule, patience=99, tell=lambda _, __, loss, losses=losses: losses.append(loss))  # type: ignore[misc]
     assert seen[0] == seen[1] and len(seen[0]) == 4
 
 
-def test_the_shorter_attack_is_the_beginning_of_the_longer(
-    tiny: Any, task: list[Encoded], public: list[Encoded]
-) -> None:
+def test_the_shorter_attack_is_the_beginning_of_the_longer(tiny: Any, task: list[Tokens], public: list[Tokens]) -> None:
     emulator = restack(tiny(), [0, 1, 3])
     attacker = Attacker({"emulator": emulator}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3)
     scored = made(attacker, family(4, starts=["emulator"], public=True, task=True))
@@ -202,7 +202,7 @@ def test_the_shorter_attack_is_the_beginning_of_the_longer(
     assert same(scored[Attack(healing=8, steps=4)], attack(healed, task, Schedule(4, 3e-3), patience=4))
 
 
-def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, task: list[Encoded]) -> None:
+def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, task: list[Tokens]) -> None:
     attacker = Attacker({"emulator": restack(tiny(), [0, 1, 3])}, steps=4, task=task, rate=3e-3)
     scored = made(attacker, (Attack(), *family(4, starts=["emulator"], public=False, task=True)))
     exam = evaluation_batches(divided(task, seed=0)[1], batch_size=8)
@@ -210,7 +210,7 @@ def test_a_longer_attack_is_no_worse_by_the_tenth_that_it_held_back(tiny: Any, t
     assert long < short < start
 
 
-def test_a_tuned_emulator_is_attacked_with_its_adapter(tiny: Any, task: list[Encoded]) -> None:
+def test_a_tuned_emulator_is_attacked_with_its_adapter(tiny: Any, task: list[Tokens]) -> None:
     emulator, method, places = restack(tiny(), [0, 1, 3]), methods.make("lora", {}), {0: 0, 2: 3}
     tuned = method.attach(copy.deepcopy(emulator), places, method.start(emulator, places, seed=0))
     tune(tuned, method.named_parameters(tuned, places), task, Schedule(4, 1e-2))
@@ -226,7 +226,7 @@ def test_a_tuned_emulator_is_attacked_with_its_adapter(tiny: Any, task: list[Enc
 
 @pytest.mark.parametrize("killed_at", [("heal", 5), ("unfreeze 8", 2), ("unfreeze 8", 9), ("unfreeze 0", 16)])
 def test_killed_attacks_go_on_with_what_is_left(
-    tiny: Any, task: list[Encoded], public: list[Encoded], tmp_path: Path, killed_at: tuple[str, int]
+    tiny: Any, task: list[Tokens], public: list[Tokens], tmp_path: Path, killed_at: tuple[str, int]
 ) -> None:
     class Killed(Exception):
         pass
@@ -259,7 +259,7 @@ def test_killed_attacks_go_on_with_what_is_left(
 )
 def test_states_take_the_disk_that_is_said_and_no_more(
     tiny: Any,
-    task: list[Encoded],
+    task: list[Tokens],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     texts: dict[str, bool],
@@ -279,7 +279,7 @@ def test_states_take_the_disk_that_is_said_and_no_more(
     assert 0.9 * said < max(sizes) < 1.1 * said, "names and what is kept in numbers count at this size"
 
 
-def test_rates_suit_whole_layers_unless_they_are_given(tiny: Any, task: list[Encoded]) -> None:
+def test_rates_suit_whole_layers_unless_they_are_given(tiny: Any, task: list[Tokens]) -> None:
     emulator = restack(tiny(), [0, 1, 3])
     by_default = Attacker({"emulator": emulator}, steps=2, task=task, public=task)
     given = replace(by_default, rate=RATE, healing_rate=HEALING_RATE)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
-from offsite.emulator.batches import Batch
 from offsite.emulator.evaluation.cost import Cost, costs, peak_bytes
 from offsite.emulator.formats.blockwise import Blockwise
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import packed
 from offsite.emulator.methods import make
+from offsite.emulator.modality.causal_text.batch import TokenBatch
 
 B, T, V, D = 2, 5, 24, 16
 
@@ -31,17 +31,17 @@ class Stack(nn.Module):
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> TokenBatch:
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(0))
-    return Batch(ids, torch.ones_like(ids), ids)
+    return TokenBatch(ids, torch.ones_like(ids), ids)
 
 
-def cost(model: nn.Module, batch: Batch, *trained: nn.Parameter) -> Cost:
+def cost(model: nn.Module, batch: TokenBatch, *trained: nn.Parameter) -> Cost:
     parameters = {str(number): parameter for number, parameter in enumerate(trained)}
     return costs({"it": (model, parameters)}, batch, repeats=1)["it"]
 
 
-def test_flops_are_those_of_the_formula(batch: Batch) -> None:
+def test_flops_are_those_of_the_formula(batch: TokenBatch) -> None:
     model = Stack(3)
     product, head = 2 * B * T * D * D, 2 * B * T * D * V
     forward = 3 * product + head
@@ -55,7 +55,7 @@ def test_flops_are_those_of_the_formula(batch: Batch) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "opt"])  # with grouped and with plain heads
 def test_attention_counts_as_if_it_were_written_out(name: str, tiny: Any, ids: Tensor) -> None:
-    batch, flops = Batch(ids, torch.ones_like(ids), ids), {}
+    batch, flops = TokenBatch(ids, torch.ones_like(ids), ids), {}
     for kind in ("eager", "sdpa"):
         model = tiny(name, 2)
         model.set_attn_implementation(kind)
@@ -94,7 +94,7 @@ def test_the_peak_counts_what_is_kept_for_backward_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("width", [16, 512])
-def test_the_peak_of_a_step_is_that_of_weights_gradients_and_moments(batch: Batch, width: int) -> None:
+def test_the_peak_of_a_step_is_that_of_weights_gradients_and_moments(batch: TokenBatch, width: int) -> None:
     model = Stack(1, width)
     frozen, trained = V * width + width * width, V * width
     # When AdamW steps: the weight, its gradient, two moments, the second one's root and that root corrected.
@@ -104,7 +104,7 @@ def test_the_peak_of_a_step_is_that_of_weights_gradients_and_moments(batch: Batc
 
 
 @pytest.mark.parametrize("name", ["qwen3", "bloom"])
-def test_a_second_measurement_has_the_same_flops_and_bytes(name: str, tiny: Any, text: list[Batch]) -> None:
+def test_a_second_measurement_has_the_same_flops_and_bytes(name: str, tiny: Any, text: list[TokenBatch]) -> None:
     model, method = tiny(name, 3), make("lora", {"rank": 2})
     attached = method.attach(model, {0: 0}, method.start(model, {0: 0}, seed=0))
     candidate = {"it": (attached, method.named_parameters(attached, {0: 0}))}
@@ -113,7 +113,7 @@ def test_a_second_measurement_has_the_same_flops_and_bytes(name: str, tiny: Any,
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_an_emulator_costs_less_than_lora_on_the_base(name: str, tiny: Any, text: list[Batch]) -> None:
+def test_an_emulator_costs_less_than_lora_on_the_base(name: str, tiny: Any, text: list[TokenBatch]) -> None:
     base, method = tiny(name), make("lora", {"rank": 2})
     emulator = restack(base, [0, 5])
     candidates = {}
@@ -129,7 +129,7 @@ def test_an_emulator_costs_less_than_lora_on_the_base(name: str, tiny: Any, text
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
-def test_candidates_that_share_tensors_are_measured_as_if_alone(tiny: Any, text: list[Batch]) -> None:
+def test_candidates_that_share_tensors_are_measured_as_if_alone(tiny: Any, text: list[TokenBatch]) -> None:
     base = tiny()
     candidates = {
         str(place): (restack(base, range(6)), dict(layers(base)[place].named_parameters())) for place in (0, 5)
@@ -141,7 +141,7 @@ def test_candidates_that_share_tensors_are_measured_as_if_alone(tiny: Any, text:
     assert together["0"].flops > together["5"].flops
 
 
-def test_packed_maps_keep_no_dense_copy_for_backward(batch: Batch) -> None:
+def test_packed_maps_keep_no_dense_copy_for_backward(batch: TokenBatch) -> None:
     maps, width, format = 6, 64, Int4()
     plain, small = Stack(maps, width), Stack(maps, width)
     for model in (plain, small):
@@ -166,7 +166,7 @@ def decoding(format: Blockwise, parts: dict[str, Tensor], width: int) -> int:
     return peak_bytes(lambda: format.decode(parts, width, width), parts.values())
 
 
-def test_a_candidate_without_parameters_or_no_repeat_is_an_error(batch: Batch) -> None:
+def test_a_candidate_without_parameters_or_no_repeat_is_an_error(batch: TokenBatch) -> None:
     model = Stack(1)
     with pytest.raises(ValueError, match="parameters that train"):
         costs({"it": (model, {})}, batch)
@@ -174,7 +174,7 @@ def test_a_candidate_without_parameters_or_no_repeat_is_an_error(batch: Batch) -
         costs({"it": (model, {"head": model.head.weight})}, batch, repeats=0)
 
 
-def test_linear_maps_of_the_layers_make_most_of_a_models_flops(tiny: Any, text: list[Batch]) -> None:
+def test_linear_maps_of_the_layers_make_most_of_a_models_flops(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny("llama", 4)
     tokens, entries = text[0].input_ids.numel(), 0
     for layer in layers(model):

@@ -8,11 +8,14 @@ import torch
 from offsite.emulator import modality, zoo
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import IGNORED, Batch, encode, evaluation_batches
+from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import make as builder
 from offsite.emulator.evaluation.inspection import Findings, inspect
-from offsite.emulator.examples import Example
 from offsite.emulator.methods import make
+from offsite.emulator.modality import encode
+from offsite.emulator.modality.causal_text.batch import TokenBatch
+from offsite.emulator.modality.causal_text.encoding import IGNORED
+from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.placements import Ends
 
 PLACES = {0: 0, 1: 1, 4: 4, 5: 5}
@@ -27,7 +30,7 @@ def pipe(model: Any, *places: int) -> Any:
     return model
 
 
-def test_an_honest_model_raises_no_suspicion(family: str, tiny: Any, text: list[Batch]) -> None:
+def test_an_honest_model_raises_no_suspicion(family: str, tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny(family)
     found = inspect(model, text, PLACES)
     assert found.suspicions() == []
@@ -38,7 +41,9 @@ def test_an_honest_model_raises_no_suspicion(family: str, tiny: Any, text: list[
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "bloom"])
-def test_the_figures_are_those_of_the_hidden_states_of_real_tokens(name: str, tiny: Any, text: list[Batch]) -> None:
+def test_the_figures_are_those_of_the_hidden_states_of_real_tokens(
+    name: str, tiny: Any, text: list[TokenBatch]
+) -> None:
     model = tiny(name)
     found = inspect(model, text, PLACES)
     states = []
@@ -54,7 +59,7 @@ def test_the_figures_are_those_of_the_hidden_states_of_real_tokens(name: str, ti
         assert found.likeness[place] == pytest.approx(float(cosine.abs().median()), rel=1e-3, abs=1e-5)
 
 
-def test_a_pipe_of_frozen_layers_is_named_place_by_place(tiny: Any, text: list[Batch]) -> None:
+def test_a_pipe_of_frozen_layers_is_named_place_by_place(tiny: Any, text: list[TokenBatch]) -> None:
     found = inspect(pipe(tiny(), 2, 3), text, PLACES)
     assert found.change == {2: 0.0, 3: 0.0}
     sentences = found.suspicions()
@@ -63,7 +68,7 @@ def test_a_pipe_of_frozen_layers_is_named_place_by_place(tiny: Any, text: list[B
         assert f"place {place} " in sentence and "relative change 0," in sentence
 
 
-def test_an_adapter_of_a_later_round_makes_a_pipe_of_an_honest_emulator(tiny: Any, text: list[Batch]) -> None:
+def test_an_adapter_of_a_later_round_makes_a_pipe_of_an_honest_emulator(tiny: Any, text: list[TokenBatch]) -> None:
     """So what was found of an emulator in one round says nothing of the next, though its files are the same."""
     lora, draw = make("lora", {"rank": 4}), torch.Generator().manual_seed(0)
     model = tiny()
@@ -75,7 +80,7 @@ def test_an_adapter_of_a_later_round_makes_a_pipe_of_an_honest_emulator(tiny: An
     assert "place 2 hands its input on" in found.suspicions()[0]
 
 
-def test_embeddings_that_reach_a_training_layer_are_named(tiny: Any, text: list[Batch]) -> None:
+def test_embeddings_that_reach_a_training_layer_are_named(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny()
     for layer in layers(model)[:4]:
         layer.forward = lambda hidden, *_, **__: -1.5 * hidden  # changes its input, and keeps all it says
@@ -87,7 +92,7 @@ def test_embeddings_that_reach_a_training_layer_are_named(tiny: Any, text: list[
         assert f"place {place} " in sentence and ("cosine 1.0000" in sentence or "reads each word apart" in sentence)
 
 
-def test_layers_that_turn_each_word_into_something_else_by_itself_are_named(tiny: Any, text: list[Batch]) -> None:
+def test_layers_that_turn_each_word_into_something_else_by_itself_are_named(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny()
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
     for layer in layers(model)[:4]:
@@ -101,20 +106,20 @@ def test_layers_that_turn_each_word_into_something_else_by_itself_are_named(tiny
 
 def test_a_word_alone_has_no_words_before_it(tiny: Any) -> None:
     one = torch.tensor([[5], [7]])
-    two = Batch(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.int64), torch.tensor([[IGNORED, 6]]))
+    two = TokenBatch(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.int64), torch.tensor([[IGNORED, 6]]))
     assert inspect(tiny(), [two], PLACES).suspicions() == []
     with pytest.raises(ValueError, match="no token to predict"):
-        inspect(tiny(), [Batch(one, torch.ones_like(one), one)], PLACES)
+        inspect(tiny(), [TokenBatch(one, torch.ones_like(one), one)], PLACES)
 
 
-def test_training_layers_that_are_a_pipe_themselves_are_found_too(tiny: Any, text: list[Batch]) -> None:
+def test_training_layers_that_are_a_pipe_themselves_are_found_too(tiny: Any, text: list[TokenBatch]) -> None:
     found = inspect(pipe(tiny(), 0), text, PLACES)
     embedded, apart = found.suspicions()
     assert "place 1 still reads the embeddings" in embedded and "place 1 reads each word apart" in apart
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_each_tensor_with_a_value_that_is_not_finite_is_named(tiny: Any, text: list[Batch], value: float) -> None:
+def test_each_tensor_with_a_value_that_is_not_finite_is_named(tiny: Any, text: list[TokenBatch], value: float) -> None:
     model = tiny()
     with torch.no_grad():
         layers(model)[3].mlp.up_proj.weight[1, 2] = value
@@ -130,10 +135,10 @@ def test_a_perplexity_that_is_no_number_is_suspected() -> None:
     assert len(replace(honest, likelihood=modality.Score(float("nan"), 10)).suspicions()) == 1
 
 
-def test_padding_has_no_say(tiny: Any, text: list[Batch]) -> None:
+def test_padding_has_no_say(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny()
     padded = [
-        Batch(
+        TokenBatch(
             *(
                 torch.nn.functional.pad(part, (0, 30), value=value)
                 for part, value in ((batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, IGNORED))
@@ -146,7 +151,7 @@ def test_padding_has_no_say(tiny: Any, text: list[Batch]) -> None:
     assert found.likeness == pytest.approx(other.likeness, rel=1e-4)
 
 
-def test_an_adapter_that_changes_nothing_changes_no_figure(tiny: Any, text: list[Batch]) -> None:
+def test_an_adapter_that_changes_nothing_changes_no_figure(tiny: Any, text: list[TokenBatch]) -> None:
     model, method = tiny(), make("lora", {})
     before = inspect(model, text, PLACES)
     attached = method.attach(model, PLACES, method.start(model, PLACES, seed=0))
@@ -162,7 +167,7 @@ def test_no_text_is_an_error(tiny: Any) -> None:
 def test_honest_emulators_of_a_real_model_raise_no_suspicion() -> None:
     base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=zoo.cache_folder()), torch.float32)
     paragraphs = (Path(__file__).parents[3] / "README.md").read_text().split("\n\n")
-    examples = [Example("", paragraph) for paragraph in paragraphs if len(paragraph) > 100][:8]
+    examples = [TextExample("", paragraph) for paragraph in paragraphs if len(paragraph) > 100][:8]
     batches = evaluation_batches(encode(examples, tokenizer, max_length=64), batch_size=4)
     for name, settings in (("uniform", {}), ("crash", {}), ("crash", {"sharing": "on"}), ("uniform", {"keep": 12})):
         outline: Any = builder(name, {"keep": 24, **settings})

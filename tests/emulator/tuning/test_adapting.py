@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offsite.emulator import methods
-from offsite.emulator.batches import Encoded
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.tuning import adapting
 from offsite.emulator.tuning.adapting import adapted
 from offsite.protos.spec import LocalTraining
@@ -27,7 +27,7 @@ class Killed(Exception):
 def adapter(tiny: Any) -> Callable[..., dict[str, Tensor]]:
     """Adapt a model that has dropout; return the adapter."""
     drawn = torch.randint(3, 90, (5, 12), generator=torch.Generator().manual_seed(1)).tolist()
-    text = [Encoded(tuple(row), tuple(row)) for row in drawn]
+    text = [Tokens(tuple(row), tuple(row)) for row in drawn]
 
     def adapt(rules: LocalTraining = RULES, **options: Any) -> dict[str, Tensor]:
         model, method = tiny(), methods.make("lora", {"rank": 2})

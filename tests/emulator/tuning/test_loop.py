@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from offsite.emulator import modality
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Batch, Encoded, evaluation_batches, training_batches
+from offsite.emulator.batches import evaluation_batches, training_batches
+from offsite.emulator.modality import Batch
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.tuning.best import Best
 from offsite.emulator.tuning.loop import Schedule, trainable_copy, tune
 
@@ -21,9 +23,9 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def encoded() -> list[Encoded]:
+def encoded() -> list[Tokens]:
     drawn = torch.randint(3, 90, (5, 12), generator=torch.Generator().manual_seed(1)).tolist()
-    return [Encoded(tuple(row[:size]), tuple(row[:size])) for size, row in enumerate(drawn, 8)]
+    return [Tokens(tuple(row[:size]), tuple(row[:size])) for size, row in enumerate(drawn, 8)]
 
 
 def copy_of(model: nn.Module, places: list[int]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -39,7 +41,7 @@ def same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
-def test_tuning_is_plain_adamw_on_the_seeded_batches(tiny: Any, encoded: list[Encoded]) -> None:
+def test_tuning_is_plain_adamw_on_the_seeded_batches(tiny: Any, encoded: list[Tokens]) -> None:
     schedule = Schedule(3, 1e-2, batch_size=2, seed=3)
     model, parameters = copy_of(tiny(), [2, 3])
     losses = tune(model, parameters, encoded, schedule)
@@ -57,7 +59,7 @@ def test_tuning_is_plain_adamw_on_the_seeded_batches(tiny: Any, encoded: list[En
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_given_parameters_change(tiny: Any, family: str, dtype: torch.dtype, encoded: list[Encoded]) -> None:
+def test_only_the_given_parameters_change(tiny: Any, family: str, dtype: torch.dtype, encoded: list[Tokens]) -> None:
     base = tiny(family).to(dtype)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model, parameters = copy_of(base, [1, 4])
@@ -73,9 +75,7 @@ def test_only_the_given_parameters_change(tiny: Any, family: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("killed_after", [1, 7, 8])
-def test_killed_and_gone_on_is_undisturbed(
-    tiny: Any, encoded: list[Encoded], tmp_path: Path, killed_after: int
-) -> None:
+def test_killed_and_gone_on_is_undisturbed(tiny: Any, encoded: list[Tokens], tmp_path: Path, killed_after: int) -> None:
     def kill(step: int, steps: int, loss: float) -> None:
         if step == killed_after:
             raise Killed
@@ -104,7 +104,7 @@ def test_killed_and_gone_on_is_undisturbed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "whole"]
 
 
-def test_a_state_of_other_work_is_refused(tiny: Any, encoded: list[Encoded], tmp_path: Path) -> None:
+def test_a_state_of_other_work_is_refused(tiny: Any, encoded: list[Tokens], tmp_path: Path) -> None:
     state = tmp_path / "state"
     model, parameters = copy_of(tiny(), [2])
     tune(model, parameters, encoded, SCHEDULE, state=state)
@@ -124,7 +124,7 @@ def test_a_state_of_other_work_is_refused(tiny: Any, encoded: list[Encoded], tmp
         tune(model, parameters, encoded, SCHEDULE, state=state)
 
 
-def test_a_loss_that_is_not_finite_names_its_step(tiny: Any, encoded: list[Encoded]) -> None:
+def test_a_loss_that_is_not_finite_names_its_step(tiny: Any, encoded: list[Tokens]) -> None:
     seen: list[Batch] = []
 
     def broken(model: nn.Module, batch: Batch) -> Tensor:
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny: Any, encoded: list[Encod
         tune(model, parameters, encoded, SCHEDULE, loss=broken)
 
 
-def test_matrices_decay_and_vectors_do_not(tiny: Any, encoded: list[Encoded]) -> None:
+def test_matrices_decay_and_vectors_do_not(tiny: Any, encoded: list[Tokens]) -> None:
     def flat(model: nn.Module, batch: Batch) -> Tensor:
         return torch.stack([parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum() * 0
 
@@ -164,7 +164,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> Non
         replace(SCHEDULE, **wrong)
 
 
-def test_parameters_that_places_share_stay_shared(tiny: Any, encoded: list[Encoded]) -> None:
+def test_parameters_that_places_share_stay_shared(tiny: Any, encoded: list[Tokens]) -> None:
     base = tiny()
     model = restack(base, range(6), {2: 1, 4: 3})
     parameters = trainable_copy(model, [1, 3])
@@ -178,7 +178,7 @@ def test_parameters_that_places_share_stay_shared(tiny: Any, encoded: list[Encod
         assert all(p is q for p, q in zip(stack[place].parameters(), layers(base)[place].parameters(), strict=True))
 
 
-def test_what_trains_must_be_fp32(tiny: Any, encoded: list[Encoded]) -> None:
+def test_what_trains_must_be_fp32(tiny: Any, encoded: list[Tokens]) -> None:
     model = tiny().to(torch.bfloat16)
     with pytest.raises(ValueError, match="must be torch.float32"):
         tune(model, dict(layers(model)[0].named_parameters()), encoded, SCHEDULE)
@@ -186,7 +186,7 @@ def test_what_trains_must_be_fp32(tiny: Any, encoded: list[Encoded]) -> None:
 
 @pytest.mark.parametrize("killed_after", [4, 7])
 def test_what_an_observer_keeps_is_killed_and_goes_on_with_the_training(
-    tiny: Any, encoded: list[Encoded], tmp_path: Path, killed_after: int
+    tiny: Any, encoded: list[Tokens], tmp_path: Path, killed_after: int
 ) -> None:
     def trained(state: Path, tell: Any = None) -> dict[str, Tensor]:
         model, parameters = copy_of(tiny(), [2, 3])
@@ -206,7 +206,7 @@ def test_what_an_observer_keeps_is_killed_and_goes_on_with_the_training(
     assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_an_observer_that_has_had_enough_ends_the_training(tiny: Any, encoded: list[Encoded]) -> None:
+def test_an_observer_that_has_had_enough_ends_the_training(tiny: Any, encoded: list[Tokens]) -> None:
     model, parameters = copy_of(tiny(), [2])
     losses = tune(model, parameters, encoded, SCHEDULE, observer=Best(parameters, lambda: 1.0, every=1, patience=3))
     model, parameters = copy_of(tiny(), [2])

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
-from offsite.emulator.batches import Encoded, evaluation_batches, training_batches
+from offsite.emulator.batches import evaluation_batches, training_batches
 from offsite.emulator.builders import Material, make, run
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.packed import PackedLinear, packed
+from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.placements import Kept
 from offsite.emulator.tuning import pv
 from offsite.emulator.tuning.loop import Schedule, tune
@@ -148,7 +149,7 @@ def divergences(seed: int) -> tuple[float, float, float]:
     """
     base, text = learned(seed)
     train, held_out = text[:960], evaluation_batches(text[960:], batch_size=32)
-    material = Material(batches=evaluation_batches(train[:64], batch_size=32), encoded=train)
+    material = Material(batches=evaluation_batches(train[:64], batch_size=32), samples=train)
     settings = {"group": 8, "codebooks": 1, "bits": 4, "batch_size": 16, "layers": "all"}
 
     def built(steps: int, fraction: float) -> Any:
@@ -183,7 +184,7 @@ def divergences(seed: int) -> tuple[float, float, float]:
     return divergence(built(100, 0.2)), divergence(built(100, 0.0)), rounded
 
 
-def learned(seed: int) -> tuple[Any, list[Encoded]]:
+def learned(seed: int) -> tuple[Any, list[Tokens]]:
     """A tiny Llama that has learned which two words may follow the last but one, and such texts."""
     torch.manual_seed(seed)
     tokens = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -196,6 +197,6 @@ def learned(seed: int) -> tuple[Any, list[Encoded]]:
         words = torch.randint(3, 96, (2,), generator=generator).tolist()
         for rare in (torch.rand(22, generator=generator) < 0.3).tolist():
             words.append(followers[words[-2]][rare])
-        text.append(Encoded(tuple(words), tuple(words)))
+        text.append(Tokens(tuple(words), tuple(words)))
     tune(model, dict(model.named_parameters()), text[:960], Schedule(600, 1e-2, batch_size=16, decay="cosine"))
     return model.eval(), text

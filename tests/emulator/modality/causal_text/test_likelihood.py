@@ -6,11 +6,12 @@ import torch
 from torch.nn import functional
 
 from offsite.emulator import modality
-from offsite.emulator.batches import IGNORED, Batch
 from offsite.emulator.methods import make
+from offsite.emulator.modality.causal_text.batch import TokenBatch
+from offsite.emulator.modality.causal_text.encoding import IGNORED
 
 
-def reference(model: Any, batch: Batch) -> torch.Tensor:
+def reference(model: Any, batch: TokenBatch) -> torch.Tensor:
     """The sum over all positions of full logits, row by row without padding."""
     total = torch.zeros((), dtype=torch.float64)
     for row, labels, mask in zip(batch.input_ids, batch.labels, batch.attention_mask, strict=True):
@@ -20,14 +21,14 @@ def reference(model: Any, batch: Batch) -> torch.Tensor:
     return total
 
 
-def test_the_likelihood_is_that_of_full_logits(family: str, tiny: Any, text: list[Batch]) -> None:
+def test_the_likelihood_is_that_of_full_logits(family: str, tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny(family)
     found = modality.score(model, text)
     assert found.count == sum(batch.targets for batch in text)
     assert found.total == pytest.approx(sum(float(reference(model, batch).detach()) for batch in text), rel=1e-5)
 
 
-def test_the_loss_is_the_mean_and_has_its_gradients(family: str, tiny: Any, text: list[Batch]) -> None:
+def test_the_loss_is_the_mean_and_has_its_gradients(family: str, tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny(family)
     batch = text[0]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -39,7 +40,7 @@ def test_the_loss_is_the_mean_and_has_its_gradients(family: str, tiny: Any, text
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_logits_are_computed_only_where_labels_are(tiny: Any, text: list[Batch]) -> None:
+def test_logits_are_computed_only_where_labels_are(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny()
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
@@ -49,7 +50,7 @@ def test_logits_are_computed_only_where_labels_are(tiny: Any, text: list[Batch])
     assert seen[0] < text[0].labels.shape[1] - 1
 
 
-def test_an_attached_model_has_the_same_loss(family: str, tiny: Any, text: list[Batch]) -> None:
+def test_an_attached_model_has_the_same_loss(family: str, tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny(family)
     before = modality.loss(model, text[0])
     method = make("lora", {})
@@ -57,7 +58,7 @@ def test_an_attached_model_has_the_same_loss(family: str, tiny: Any, text: list[
     assert torch.equal(modality.loss(attached, text[0]), before)
 
 
-def test_evaluation_leaves_the_mode_and_no_gradient(tiny: Any, text: list[Batch]) -> None:
+def test_evaluation_leaves_the_mode_and_no_gradient(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny("gpt2")  # has dropout
     expected = modality.score(model, text)
     model.train()
@@ -66,7 +67,7 @@ def test_evaluation_leaves_the_mode_and_no_gradient(tiny: Any, text: list[Batch]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_likelihoods_add_up(tiny: Any, text: list[Batch]) -> None:
+def test_likelihoods_add_up(tiny: Any, text: list[TokenBatch]) -> None:
     model = tiny()
     parts = [modality.score(model, [batch]) for batch in text]
     whole = modality.score(model, text)
@@ -80,4 +81,4 @@ def test_nothing_to_predict_is_refused(tiny: Any) -> None:
         modality.score(tiny(), [])
     ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match="no token to predict"):
-        modality.loss(tiny(), Batch(ids, torch.ones_like(ids), torch.full_like(ids, IGNORED)))
+        modality.loss(tiny(), TokenBatch(ids, torch.ones_like(ids), torch.full_like(ids, IGNORED)))

@@ -7,8 +7,8 @@ from datetime import date
 from os.path import commonprefix
 from typing import Any
 
-from offsite.emulator.examples import Example, Fault
-from offsite.emulator.examples.shapes import Turn, learned
+from offsite.emulator.examples import Fault
+from offsite.emulator.modality.causal_text.shapes import TextExample, Turn, learned
 
 DAY = date(2024, 7, 26)  # which the templates of Llama write where they have no clock
 
@@ -19,7 +19,7 @@ MIXED = "rows whose answer cannot be told from the rest"
 Pieces = list[tuple[str, bool]]  # stretches of text, each with whether it is to be learned
 
 
-def pieces(example: Example, tokenizer: Any) -> list[Pieces]:
+def pieces(example: TextExample, tokenizer: Any) -> list[Pieces]:
     """Write a prompt with its completion, or a conversation, as one sequence or, if need be, one an answer.
 
     What is learned of an answer is what the template writes after the prompt that it would give to the model. The

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from offsite.emulator.examples.fault import Fault, quoted
+from offsite.emulator.examples.fault import NO_SHAPE, Fault, quoted, strange_columns
 
 Turn = dict[str, Any]
 
@@ -32,8 +32,6 @@ ROLES = {
 }
 EXTRAS = ("reasoning_content", "thinking", "name", "tool_call_id")  # what templates read of a turn beside its content
 
-NO_OBJECT = "rows that are no objects"
-NO_SHAPE = "rows with columns of another shape"
 NO_TEXT = "rows with something else than text"
 EMPTY = "rows with nothing to learn"
 HALF = "rows with half a character, or bytes that are not UTF-8"
@@ -41,7 +39,7 @@ ROLE = "rows with an unknown role"
 
 
 @dataclass(frozen=True)
-class Example:
+class TextExample:
     """One example: a completion to learn after a prompt, or a conversation. A plain text is a completion alone.
 
     A turn is {"role", "content"}, with "weight": 0 where an answer is not to be learned, and "tool_calls" and the like
@@ -63,17 +61,18 @@ class Example:
             return {"prompt": self.prompt, "completion": self.completion}
         return {"text": self.completion}
 
+    @property
+    def characters(self) -> int:
+        """How long it is."""
+        return len(self.prompt) + len(self.completion) + sum(len(turn["content"]) for turn in self.messages)
 
-def example(row: Any, place: str) -> Example:
+
+def example(row: dict[str, Any], place: str) -> TextExample:
     """Tell the shape of a row by its columns that are not null; raises Fault."""
-    if isinstance(row, Fault):
-        raise row
-    if not isinstance(row, dict):
-        raise Fault(NO_OBJECT, f"expected an object of the shape {SHAPES}, found {type(row).__name__}")
     given = {column: value for column, value in row.items() if value is not None and value == value}  # NaN is not
     for column in ("messages", "conversations"):
         if column in given:
-            return Example("", "", _conversation(_turns(given[column], column), given), _tools(given), place)
+            return TextExample("", "", _conversation(_turns(given[column], column), given), _tools(given), place)
     if "prompt" in given and "completion" in given:
         prompt, completion = given["prompt"], given["completion"]
         if isinstance(prompt, list) or isinstance(completion, list):
@@ -81,20 +80,15 @@ def example(row: Any, place: str) -> Example:
                 turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in _as_turns(prompt, "user")
             ]
             turns += _as_turns(completion, "assistant")
-            return Example("", "", _conversation(turns, given), _tools(given), place)
-        return Example(_text(prompt, "prompt"), _text(completion, "completion", filled=True), place=place)
+            return TextExample("", "", _conversation(turns, given), _tools(given), place)
+        return TextExample(_text(prompt, "prompt"), _text(completion, "completion", filled=True), place=place)
     if "instruction" in given and "output" in given:
         parts = [_text(given.get(column, ""), column) for column in ("instruction", "input")]
         answer = _text(given["output"], "output", filled=True)
-        return Example("\n\n".join(part for part in parts if part.strip()), answer, place=place)
+        return TextExample("\n\n".join(part for part in parts if part.strip()), answer, place=place)
     if "text" in given:
-        return Example("", _text(given["text"], "text", filled=True), place=place)
-    raise strange_columns(list(row))
-
-
-def strange_columns(columns: list[str], *, count: int = 1) -> Fault:
-    """Say which columns there are where those of no shape are."""
-    return Fault(NO_SHAPE, f"found the columns {quoted(sorted(columns))}; expected {SHAPES}", count=count)
+        return TextExample("", _text(given["text"], "text", filled=True), place=place)
+    raise strange_columns(row, SHAPES)
 
 
 def _text(value: Any, column: str, *, filled: bool = False) -> str:

@@ -1,0 +1,88 @@
+"""Text of which each token is predicted from those before it. Tensor libraries are loaded where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from offsite.emulator.examples import OddRows
+from offsite.emulator.modality.base import Encoding, Score
+from offsite.emulator.modality.causal_text import encoding, shapes
+from offsite.emulator.modality.causal_text.encoding import Tokens
+from offsite.emulator.modality.causal_text.shapes import TextExample
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from offsite.emulator.modality.causal_text.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class CausalText:
+    """Its outputs are logits (b, t, v), and its targets the tokens with a label."""
+
+    name: ClassVar[str] = "causal-text"
+    metric: ClassVar[str] = "nll"
+    columns: ClassVar[tuple[str, ...]] = shapes.COLUMNS
+    shapes: ClassVar[str] = shapes.SHAPES
+
+    def example(self, row: dict[str, Any], place: str) -> TextExample:
+        """Make an example of the columns of a row that are not null; raises Fault."""
+        return shapes.example(row, place)
+
+    def encode(
+        self,
+        examples: Sequence[TextExample],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        divide: bool = True,
+        odd_rows: OddRows,
+    ) -> Encoding:
+        """Encode examples as sequences of at most `max_length` tokens; raises ValueError."""
+        return encoding.encode(examples, tokenizer, max_length=max_length, divide=divide, odd_rows=odd_rows)
+
+    def collate(self, samples: Sequence[Tokens]) -> TokenBatch:
+        """Pad sequences on the right to the longest of them."""
+        from offsite.emulator.modality.causal_text import batch
+
+        return batch.collate(samples)
+
+    def probe(self, model: nn.Module, *, rows: int, length: int) -> TokenBatch:
+        """Return random tokens, as many as the model has positions for."""
+        from offsite.emulator.modality.causal_text import batch
+
+        return batch.probe(model, rows=rows, length=length)
+
+    def disturb(self, model: nn.Module, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+        """Return the batch with every other word replaced, and a mask of the words after these."""
+        return batch.disturbed(model)
+
+    def run(self, model: nn.Module, batch: TokenBatch, *, keep: Tensor | None = None) -> Tensor:
+        """Return the logits, of the positions `keep` alone if they are given."""
+        kept = {} if keep is None else {"logits_to_keep": keep}
+        logits: Tensor = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **kept, use_cache=False
+        ).logits
+        return logits
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Return the mean negative log-likelihood of a target token, in nats."""
+        return self._nll(model, batch, reduction="mean")
+
+    def score(self, model: nn.Module, batch: TokenBatch) -> Score:
+        """Return the negative log-likelihood of the target tokens, in nats."""
+        return Score(float(self._nll(model, batch, reduction="sum")), batch.targets, self.metric)
+
+    def _nll(self, model: nn.Module, batch: TokenBatch, *, reduction: str) -> Tensor:
+        """Ask for logits only where some row has a target."""
+        from torch.nn import functional
+
+        targets = batch.labels[:, 1:]
+        columns = (targets != encoding.IGNORED).any(dim=0).nonzero().squeeze(1)
+        if not len(columns):
+            raise ValueError("the batch has no token to predict")
+        rows = self.run(model, batch, keep=columns).flatten(0, 1).float()
+        labels = targets[:, columns].flatten()
+        return functional.cross_entropy(rows, labels, ignore_index=encoding.IGNORED, reduction=reduction)
