@@ -17,6 +17,7 @@ from offsite.protos.chunks import digest_file, is_digest
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader
+from offsite.protos.frames import lean
 from offsite.protos.security.handshake import check_coordinator, coordinator_certificate
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import channel_credentials, explain
@@ -46,10 +47,10 @@ class Lines:
     def __getattr__(self, kind: str) -> Any:
         def method(*path: Any, **codec: Any) -> Any:
             def single(request: Any, **options: Any) -> Any:
-                return one(lambda: self._line(kind, *path, **codec)(request, **options))
+                return one(lambda: self._line(kind, *path, **lean(codec))(request, **options))
 
             def stream(request: Any, *, stall_s: float | None = None) -> Iterator[Any]:
-                return many(lambda: self._line(kind, *path, **codec)(request), stall_s=stall_s)
+                return many(lambda: self._line(kind, *path, **lean(codec))(request), stall_s=stall_s)
 
             return stream if kind.endswith("_stream") else single
 

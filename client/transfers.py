@@ -19,6 +19,7 @@ from offsite.protos.chunks import (
 )
 from offsite.protos.errors import MismatchError, UnreachableError
 from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
+from offsite.protos.frames import Piece
 from offsite.protos.transfer_pb2 import DownloadRequest
 
 MOST_HELD = 1 << 15  # pieces that one request names: a file of 32 GiB
@@ -50,22 +51,25 @@ class Incoming:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
+        if kind is MismatchError:  # then nothing that came can be relied on
+            self._partial.unlink()
 
     def take(self, method: Any) -> None:
         """Take what is missing from one stream."""
         request = DownloadRequest(digest=self._digest, offset=self.at, held=b"".join(self._held))
-        for chunk in method(request, stall_s=STALL_S):
-            data = self._piece(chunk.held) if chunk.HasField("held") else chunk.data
-            if chunk.offset != self.at:
-                raise MismatchError(f"{self._path.name}: chunk at byte {chunk.offset}, expected at {self.at}")
+        for offset, data, held in method(request, stall_s=STALL_S):
+            if held is not None:
+                data = self._piece(held)
+            if offset != self.at:
+                raise MismatchError(f"{self._path.name}: chunk at byte {offset}, expected at {self.at}")
             if self._size is not None and self.at + len(data) > self._size:
                 raise MismatchError(f"{self._path.name}: more than the {self._size} bytes that were announced")
             self._file.write(data)
             self._whole.update(data)
             self.at += len(data)
-            received = 0 if chunk.HasField("held") else len(data)  # each look at chunk.data is a copy
+            received = len(data) if held is None else 0
             self.received += received
             self._progress(received)
 
@@ -81,12 +85,11 @@ class Incoming:
         return data
 
     def finish(self) -> None:
-        """Give the whole file its name, or throw away what is not what was asked for; raises MismatchError."""
-        self._file.close()
+        """Give the whole file its name; raises MismatchError unless it is what was asked for."""
         if (digest := f"{algorithm_of(self._digest)}:{self._whole.hexdigest()}") != self._digest:
-            self._partial.unlink()
             what = f"its digest is {digest}, expected {self._digest}; what came was thrown away"
             raise MismatchError(f"{self._path.name}: {what}")
+        self._file.close()
         os.replace(self._partial, self._path)
 
 
@@ -111,7 +114,7 @@ class Outgoing:
         if not accepted:
             raise UnreachableError(f"{self._path.name}: the upload ended without a receipt; resume")
 
-    def _parts(self, states: "SimpleQueue[int | None]") -> Iterator[UploadPart]:
+    def _parts(self, states: "SimpleQueue[int | None]") -> Iterator[UploadPart | Piece]:
         """Yield the parts; read by a thread of gRPC's, which would read ahead as far as it is let."""
         yield UploadPart(header=self._header)
         kept = states.get()
@@ -120,6 +123,4 @@ class Outgoing:
                 kept = states.get()
             if kept is None:
                 return
-            part = UploadPart()
-            part.chunk.offset, part.chunk.data = at, data  # a Chunk made first would be copied
-            yield part
+            yield Piece(at, data)

@@ -154,12 +154,14 @@ class UploadState(_message.Message):
     def __init__(self, kept: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("offset", "data", "header")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
-    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
     header: UploadHeader
-    chunk: _transfer_pb2.Chunk
-    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[_transfer_pb2.Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., header: _Optional[_Union[UploadHeader, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason")

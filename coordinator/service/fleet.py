@@ -22,6 +22,7 @@ from offsite.protos import fleet_pb2_grpc, transfer_pb2
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, NotFoundError
 from offsite.protos.events import SiteState
+from offsite.protos.frames import Piece
 from offsite.protos.ranges import finite
 from offsite.protos.spec import Manifest, TaskSpec
 
@@ -83,8 +84,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         async with self._gate(context, "site", request=request, transfer=True) as site:
             if request.digest not in await in_thread(self._granted, site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
-            path = await asyncio.to_thread(self._blobs.served, request.digest)
-            await send(path, request, context, partial(self._gate.recheck, site))
+            await send(self._blobs, request, context, partial(self._gate.recheck, site))
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -103,18 +103,18 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         return self._manifests[digest]
 
     async def Upload(
-        self, request_iterator: AsyncIterator[pb.UploadPart], context: Any
+        self, request_iterator: AsyncIterator[Piece | pb.UploadHeader], context: Any
     ) -> AsyncIterator[pb.UploadState]:
         """Take an update; the receipt follows once it is checked and durable."""
         async with self._gate(context, "site", transfer=True) as site:
             stream = parts(request_iterator, partial(self._gate.recheck, site))
             first = await anext(stream, None)
-            if first is None or first.WhichOneof("part") != "header":
+            if not isinstance(first, pb.UploadHeader):
                 raise InputError("upload: the first part must be the header")
-            key = key_of(first.header.key, site.name)
+            key = key_of(first.key, site.name)
             await in_thread(self._journal.task, key)  # raises: no state for what does not exist
             async with self._locks.setdefault(key, asyncio.Lock()):  # a stream that was broken may still end here
-                upload = await in_thread(Upload, self._home, self._journal, self._blobs, site.name, first.header)
+                upload = await in_thread(Upload, self._home, self._journal, self._blobs, site.name, first)
                 if not upload.complete:
                     async for kept in receive(upload, stream):
                         yield pb.UploadState(kept=kept)

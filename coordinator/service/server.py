@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -24,6 +25,7 @@ from offsite.coordinator.service.people import RunsService
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
+from offsite.protos.frames import lean
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.revocation import Revocations
@@ -48,6 +50,17 @@ OPTIONS = (
     ("grpc.max_connection_age_grace_ms", 300_000),
     ("grpc.http2.bdp_probe", 0),  # else the window of a fast stream grows, and with it what lies in memory
 )
+
+
+class _Lean(grpc.aio.ServerInterceptor):
+    """Has transfers read and written without protobuf's copies."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such call
+            return None
+        names = ("request_deserializer", "response_serializer")
+        return handler._replace(**lean({name: getattr(handler, name) for name in names}))
 
 
 class Server:
@@ -100,7 +113,7 @@ class Server:
             return
         _allow_files(2 * CONNECTIONS)
         dispatcher, changes = Dispatcher(journal, executor, places=self._places), Changes(journal)
-        server = grpc.aio.server(options=OPTIONS)
+        server = grpc.aio.server(options=OPTIONS, interceptors=[_Lean()])
         port = self._bind(server, address)
         fleet = FleetService(self._home, journal, blobs, gate, changes)
         add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]

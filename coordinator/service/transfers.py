@@ -1,26 +1,26 @@
-"""Bytes on their way: read and written in threads, a chunk at a time, each file opened once.
+"""Bytes on their way: read and written in threads, a piece at a time, each file opened once.
 
 A transfer that gets no further for STALL_S is ended, to be resumed.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from blake3 import blake3
 
 from offsite.coordinator.service.limits import check_request
 from offsite.coordinator.service.uploads import Upload
-from offsite.protos.chunks import CHUNK_BYTES, STALL_S
+from offsite.coordinator.store.blobs import Blobs
+from offsite.protos.chunks import CHUNK_BYTES, STALL_S, WINDOW_BYTES, algorithm_of, hasher
 from offsite.protos.errors import InputError, UnreachableError
-from offsite.protos.fleet_pb2 import UploadPart
-from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+from offsite.protos.fleet_pb2 import UploadHeader
+from offsite.protos.frames import Piece
+from offsite.protos.transfer_pb2 import DownloadRequest
 
 HASH_BYTES = 32  # of the digest of a piece that a caller holds
-PART_BYTES = CHUNK_BYTES + 64  # of an upload's message with a chunk
+TOLD_BYTES = WINDOW_BYTES // 4  # an upload's sender is told what is kept when it is so much more
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,46 +29,73 @@ _bytes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="transfer")
 _checks = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")  # seconds each, of a large update
 
 
-async def _apart(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Make a call in a thread; one that is cancelled meanwhile waits for it, so that no file is closed under it."""
-    work = asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
+def _apart(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]":
+    """Make a call in a thread, to be awaited within a shield: until it is over, no file may be closed under it."""
+    return asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
+
+
+class Source:
+    """A blob on its way out, from an offset on; one that is sent whole is checked as it is read.
+
+    A piece that the caller holds is named. The last piece of a blob whose bytes have changed is not given.
+    """
+
+    def __init__(self, blobs: Blobs, request: DownloadRequest) -> None:
+        if len(request.held) % HASH_BYTES:
+            raise InputError(f"held: {len(request.held)} bytes are no digests of {HASH_BYTES} bytes each")
+        pieces = (request.held[at : at + HASH_BYTES] for at in range(0, len(request.held), HASH_BYTES))
+        self._held = {piece: number for number, piece in enumerate(pieces)}
+        path, self._judge = (blobs.served(request.digest), None) if request.offset else blobs.passed(request.digest)
+        self._algorithm, self._at, self._size = algorithm_of(request.digest), request.offset, path.stat().st_size
+        self._whole = hasher(self._algorithm)
+        if request.offset > self._size:
+            raise InputError(f"offset {request.offset} is beyond the end of the file; start again")
+        self._file = path.open("rb", buffering=0)
+        self._file.seek(request.offset)
+
+    def next(self) -> Piece | None:
+        """Read the next piece; None at the end. Raises MismatchError."""
+        offset, data = self._at, self._file.read(CHUNK_BYTES)
+        if not data:
+            return None
+        self._at += len(data)
+        if self._judge:
+            self._whole.update(data)
+            if self._at >= self._size:
+                self._judge(f"{self._algorithm}:{self._whole.hexdigest()}")
+        number = self._held.get(blake3(data).digest()) if self._held else None
+        return Piece(offset, data) if number is None else Piece(offset, held=number)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+async def send(blobs: Blobs, request: DownloadRequest, context: Any, recheck: Callable[[], None]) -> None:
+    """Send a blob from an offset on; `recheck` is asked before each piece whether the caller may still have it.
+
+    One piece is read while the last one is sent.
+    """
+    source = await asyncio.to_thread(Source, blobs, request)
+    coming = _apart(_bytes, source.next)
     try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
-
-
-async def send(path: Path, request: DownloadRequest, context: Any, recheck: Callable[[], None]) -> None:
-    """Send a file from an offset on; `recheck` is asked before each chunk whether the caller may still have it."""
-    if request.offset > path.stat().st_size:
-        raise InputError(f"offset {request.offset} is beyond the end of the file; start again")
-    if len(request.held) % HASH_BYTES:
-        raise InputError(f"held: {len(request.held)} bytes are no digests of {HASH_BYTES} bytes each")
-    pieces = (request.held[at : at + HASH_BYTES] for at in range(0, len(request.held), HASH_BYTES))
-    held = {piece: number for number, piece in enumerate(pieces)}
-    with path.open("rb", buffering=0) as file:
-        file.seek(request.offset)
-        while chunk := await _apart(_bytes, _next, file, held):
+        while piece := await asyncio.shield(coming):
+            coming = _apart(_bytes, source.next)
             recheck()
             try:
                 async with asyncio.timeout(STALL_S):
-                    await context.write(chunk)
+                    await context.write(piece)
             except TimeoutError:
-                where = f"resume at byte {chunk.offset}"
+                where = f"resume at byte {piece.offset}"
                 raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; {where}") from None
+    finally:
+        await asyncio.wait([coming])
+        source.close()
 
 
-def _next(file: FileIO, held: Mapping[bytes, int]) -> Chunk | None:
-    """Read the next chunk, or name it if the caller holds it; None at the end."""
-    offset, data = file.tell(), file.read(CHUNK_BYTES)
-    if not data:
-        return None
-    number = held.get(blake3(data).digest()) if held else None
-    return Chunk(offset=offset, data=data) if number is None else Chunk(offset=offset, held=number)
-
-
-async def parts(stream: AsyncIterator[UploadPart], recheck: Callable[[], None]) -> AsyncIterator[UploadPart]:
+async def parts(
+    stream: AsyncIterator[Piece | UploadHeader], recheck: Callable[[], None]
+) -> AsyncIterator[Piece | UploadHeader]:
     """Yield the parts of an upload, each within its bounds, of a caller who may still send them."""
     incoming = aiter(stream)
     while True:
@@ -80,26 +107,29 @@ async def parts(stream: AsyncIterator[UploadPart], recheck: Callable[[], None]) 
         recheck()
         if part is None:
             return
-        if part.HasField("header"):
+        if isinstance(part, UploadHeader):
             check_request(part)
-        elif part.ByteSize() > PART_BYTES:
-            raise InputError(f"chunk: {part.ByteSize()} bytes came, at most {PART_BYTES} are taken")
+        elif len(part.data) > CHUNK_BYTES:
+            raise InputError(f"chunk: {len(part.data)} bytes came, at most {CHUNK_BYTES} are taken")
         yield part
 
 
-async def receive(upload: Upload, stream: AsyncIterator[UploadPart]) -> AsyncIterator[int]:
-    """Write the chunks of an upload and accept it; yields the bytes that are kept, first of all and whenever it grows.
+async def receive(upload: Upload, stream: AsyncIterator[Piece | UploadHeader]) -> AsyncIterator[int]:
+    """Write the pieces of an upload and accept it; yields the bytes that are kept, first of all and as they grow.
 
-    One chunk is written while the next one comes.
+    One piece is written while the next one comes.
     """
-    kept = asyncio.create_task(_apart(_bytes, upload.begin))
+    kept = _apart(_bytes, upload.begin)
     try:
-        yield await kept
+        yield (told := await asyncio.shield(kept))
         async for part in stream:
-            yield await kept
-            kept = asyncio.create_task(_apart(_bytes, upload.write, part.chunk.offset, part.chunk.data))
-        size = await kept
-        accepted = asyncio.create_task(_apart(_checks, upload.finish))
+            if isinstance(part, UploadHeader):
+                raise InputError("upload: a second header came; the header is the first part only")
+            if (size := await asyncio.shield(kept)) - told >= TOLD_BYTES:
+                yield (told := size)
+            kept = _apart(_bytes, upload.write, part.offset, part.data)
+        size = await asyncio.shield(kept)
+        accepted = _apart(_checks, upload.finish)
         while not (await asyncio.wait([accepted], timeout=STALL_S / 4))[0]:
             yield size
         await accepted

@@ -67,7 +67,7 @@ class Upload:
             self._kept = offset + len(data)
         return self._kept
 
-    def write(self, offset: int, data: bytes) -> int:
+    def write(self, offset: int, data: bytes | memoryview) -> int:
         """Append a chunk and return what is kept; raises UnreachableError, to resume, unless the chunk goes on there.
 
         Its hash is taken on the way: a complete update is not read again for it.

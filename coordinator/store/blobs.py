@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,31 +38,50 @@ class Blobs:
 
     def path(self, digest: str) -> Path:
         """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
+        path = self._file(digest)
+        self._judge(path, digest, digest_file(path, like=digest))
+        return path
+
+    def served(self, digest: str) -> Path:
+        """The same for a file that is read again and again: checked when it was not within the last minutes."""
+        path, judge = self.passed(digest)
+        if judge:
+            judge(digest_file(path, like=digest))
+        return path
+
+    def passed(self, digest: str) -> tuple[Path, Callable[[str], None] | None]:
+        """Where a blob is that is about to be read whole, and what to tell the digest that it is read with.
+
+        That raises MismatchError when its bytes have changed; it is None if they were checked within the last minutes.
+        """
+        path = self._file(digest)
+        state = _state(path)
+        checked = self._checked.get(digest)
+        if checked is not None and checked[0] == state and time.monotonic() - checked[1] < FRESH_S:
+            return path, None
+
+        def judge(actual: str) -> None:
+            self._judge(path, digest, actual)
+            now = time.monotonic()
+            fresh = {one: mark for one, mark in self._checked.items() if now - mark[1] < FRESH_S}
+            self._checked = {**fresh, digest: (state, now)}  # a dict that nobody changes: several threads look
+
+        return path, judge
+
+    def _file(self, digest: str) -> Path:
         path = self._place(digest)
         if not path.is_file():
             raise NotFoundError(f"{self.root}: no blob {digest}; put it back from a backup, or submit the run again")
-        if (actual := digest_file(path, like=digest)) != digest:
+        return path
+
+    def _judge(self, path: Path, digest: str, actual: str) -> None:
+        if actual != digest:
             error = MismatchError(
                 f"{path}: the file has changed since it was stored (its digest is {actual[:19]}...); look at the disk, "
                 "then put the file back from a backup, or submit the run again"
             )
             log.error("%s", error)
             raise error
-        return path
-
-    def served(self, digest: str) -> Path:
-        """The same for a file that is sent again and again: checked when it was not within the last minutes."""
-        place = self._place(digest)
-        about = place.stat() if place.is_file() else None
-        state = (about.st_size, about.st_mtime_ns) if about else (0, 0)
-        checked = self._checked.get(digest)
-        if checked is not None and checked[0] == state and time.monotonic() - checked[1] < FRESH_S:
-            return place
-        self._checked.pop(digest, None)
-        path = self.path(digest)
-        self._checked = {one: at for one, at in self._checked.items() if time.monotonic() - at[1] < FRESH_S}
-        self._checked[digest] = (state, time.monotonic())
-        return path
 
     def _place(self, digest: str) -> Path:
         if not is_digest(digest):
@@ -132,6 +151,12 @@ def room(folder: Path, size: int, *, what: str = "") -> None:
             f"{folder}: the disk has {free >> 20} MiB free, {need} MiB are needed{f' for {what}' if what else ''}; "
             "free some and try again"
         )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What tells that a file may have changed."""
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _sync_folder(folder: Path) -> None:

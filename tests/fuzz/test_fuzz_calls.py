@@ -29,6 +29,7 @@ from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json
 from offsite.protos.events import Completed
+from offsite.protos.frames import Piece, read_part, write
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.revocation import Revocations
 from offsite.protos.spec import RunSpec, TaskSpec
@@ -128,8 +129,8 @@ words |= st.text(max_size=20) | st.just(digest_bytes(ADAPTER)) | st.just(1_000_0
 keys = st.just(fleet_pb2.TaskKey(run="live")) | st.builds(fleet_pb2.TaskKey, run=words, round=small, attempt=small)
 metrics = st.builds(lambda value: as_json(value).decode(), values) | words
 headers = st.builds(fleet_pb2.UploadHeader, key=keys, digest=words, size=large, metrics=metrics)
-chunks = st.builds(transfer_pb2.Chunk, offset=large, data=st.binary(max_size=50))
-parts = st.builds(fleet_pb2.UploadPart, header=headers) | st.builds(fleet_pb2.UploadPart, chunk=chunks)
+pieces = st.builds(Piece, offset=large, data=st.binary(max_size=50)).map(write)
+parts = st.builds(fleet_pb2.UploadPart, header=headers, offset=large).map(write) | pieces
 held = st.binary(max_size=99) | st.just(bytes(64))
 downloads = st.builds(transfer_pb2.DownloadRequest, digest=words, offset=large, held=held)
 specs = changed(RUN).map(as_json) | st.binary(max_size=50) | st.sampled_from([b"[" * 99_999, b"9" * 5000])
@@ -156,9 +157,9 @@ PEOPLE = {
 }
 
 
-async def stream(requests: list[Any]) -> AsyncIterator[Any]:
-    for request in requests:
-        yield request
+async def stream(messages: list[bytes]) -> AsyncIterator[Any]:
+    for message in messages:
+        yield read_part(message)
 
 
 @given(data=st.data())

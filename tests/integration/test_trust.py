@@ -31,7 +31,7 @@ from offsite.protos.errors import (
 )
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
-from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+from offsite.protos.transfer_pb2 import DownloadRequest
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_broken_upload_resumes_where_it_ended_and_a_wrong_digest_is_refused(fe
 
         def begin() -> Iterator[pb.UploadPart]:
             yield pb.UploadPart(header=header)
-            yield pb.UploadPart(chunk=Chunk(offset=0, data=data[:half]))
+            yield pb.UploadPart(offset=0, data=data[:half])
 
         with pytest.raises(InputError, match=f"{half} of {len(data)} bytes came; resume"):
             list(rogue.channel.stream(rogue.fleet.Upload, begin()))
@@ -118,7 +118,7 @@ def test_a_broken_upload_resumes_where_it_ended_and_a_wrong_digest_is_refused(fe
 
         def jump() -> Iterator[pb.UploadPart]:
             yield pb.UploadPart(header=header)
-            yield pb.UploadPart(chunk=Chunk(offset=half + 1, data=data[half + 1 :]))
+            yield pb.UploadPart(offset=half + 1, data=data[half + 1 :])
 
         with pytest.raises(UnreachableError, match=f"chunk at byte {half + 1}, expected at {half}; resume"):
             list(rogue.channel.stream(rogue.fleet.Upload, jump()))
@@ -177,10 +177,10 @@ def test_a_revoked_site_loses_what_it_has_open(federation: Any, rogue: Any) -> N
 
         def slowly() -> Iterator[pb.UploadPart]:
             yield pb.UploadPart(header=rogue.header(task, path))
-            yield pb.UploadPart(chunk=Chunk(offset=0, data=data[:100]))
+            yield pb.UploadPart(offset=0, data=data[:100])
             sent.set()
             go_on.wait(60)
-            yield pb.UploadPart(chunk=Chunk(offset=100, data=data[100:]))
+            yield pb.UploadPart(offset=100, data=data[100:])
 
         upload = pool.submit(lambda: list(rogue.channel.stream(rogue.fleet.Upload, slowly())))
         poll = pool.submit(waiting.pull)

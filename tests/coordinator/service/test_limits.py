@@ -11,7 +11,6 @@ from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.errors import InputError, ResourceError
-from offsite.protos.transfer_pb2 import Chunk
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
 
@@ -83,7 +82,7 @@ def test_calls_and_transfers_in_progress_are_bounded_for_each_and_in_all() -> No
         (pb.ReportRequest(loss=float("nan")), "loss: nan"),
         (pb.ReportRequest(bytes_down=2**63), "bytes_down: 9223372036854775808"),
         (pb.PullTaskRequest(wait_s=float("inf")), "wait_s: inf"),
-        (pb.UploadPart(chunk=Chunk(data=b"x" * ((1 << 20) + 1))), "data: 1048577"),
+        (pb.UploadPart(data=b"x" * ((1 << 20) + 1)), "data: 1048577"),
     ],
 )
 def test_a_request_beyond_its_bounds_is_refused(request_: object, words: str) -> None:

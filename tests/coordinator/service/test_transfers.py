@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,15 @@ import pytest
 from blake3 import blake3
 
 from offsite.coordinator.service import transfers
-from offsite.protos.chunks import CHUNK_BYTES
-from offsite.protos.errors import IdentityError, InputError, UnreachableError
-from offsite.protos.fleet_pb2 import UploadHeader, UploadPart
-from offsite.protos.transfer_pb2 import Chunk, DownloadRequest
+from offsite.coordinator.store import blobs as store
+from offsite.coordinator.store.blobs import Blobs
+from offsite.protos.chunks import CHUNK_BYTES, WINDOW_BYTES
+from offsite.protos.errors import IdentityError, InputError, MismatchError, UnreachableError
+from offsite.protos.fleet_pb2 import UploadHeader
+from offsite.protos.frames import Piece
+from offsite.protos.transfer_pb2 import DownloadRequest
 
+Part = Piece | UploadHeader
 PIECES = [bytes([number]) * CHUNK_BYTES for number in range(3)] + [b"end"]
 
 
@@ -21,80 +27,158 @@ class Reader:
     """The other end of a download; one that is `stuck` takes nothing."""
 
     def __init__(self, *, stuck: bool = False) -> None:
-        self.chunks, self.stuck = list[Chunk](), stuck
+        self.pieces, self.stuck = list[Piece](), stuck
 
-    async def write(self, chunk: Chunk) -> None:
+    async def write(self, piece: Piece) -> None:
         if self.stuck:
             await asyncio.Event().wait()
-        self.chunks.append(chunk)
+        self.pieces.append(piece)
 
 
-def sent(path: Path, request: DownloadRequest, reader: Reader | None = None) -> list[Chunk]:
-    reader = reader or Reader()
-    asyncio.run(transfers.send(path, request, reader, lambda: None))
-    return reader.chunks
+@dataclass
+class Blob:
+    """A blob of three and a half pieces in a store, and what asks for it."""
+
+    blobs: Blobs
+    digest: str
+
+    def sent(self, reader: Reader | None = None, **asked: Any) -> list[Piece]:
+        reader = reader or Reader()
+        request = DownloadRequest(digest=self.digest, **asked)
+        asyncio.run(transfers.send(self.blobs, request, reader, lambda: None))
+        return reader.pieces
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def blob(tmp_path: Path) -> Blob:
     (tmp_path / "file").write_bytes(b"".join(PIECES))
-    return tmp_path / "file"
+    blobs = Blobs(tmp_path / "blobs")
+    return Blob(blobs, blobs.take(tmp_path / "file")[0])
 
 
-def test_pieces_that_the_caller_holds_are_named_and_the_others_sent(file: Path) -> None:
-    whole = sent(file, DownloadRequest())
-    assert [chunk.data for chunk in whole] == PIECES and [chunk.offset for chunk in whole][-1] == 3 * CHUNK_BYTES
+def test_pieces_that_the_caller_holds_are_named_and_the_others_sent(blob: Blob) -> None:
+    assert blob.sent() == [Piece(number * CHUNK_BYTES, data) for number, data in enumerate(PIECES)]
     held = b"".join(blake3(piece).digest() for piece in (b"other", PIECES[3], PIECES[1]))
-    chunks = sent(file, DownloadRequest(offset=CHUNK_BYTES, held=held))
-    assert [(chunk.held if chunk.HasField("held") else None, chunk.data) for chunk in chunks] == [
-        *((2, b""), (None, PIECES[2]), (1, b"")),
-    ]
+    one, two, three = (number * CHUNK_BYTES for number in (1, 2, 3))
+    assert blob.sent(offset=one, held=held) == [Piece(one, held=2), Piece(two, PIECES[2]), Piece(three, held=1)]
 
 
-def test_a_file_beyond_four_gigabytes_is_sent_from_near_its_end(tmp_path: Path) -> None:
-    with (tmp_path / "sparse").open("wb") as handle:
+def test_a_blob_is_checked_as_it_is_first_sent_and_not_again(blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, **_: Any) -> str:
+        raise AssertionError(f"{path} is read for its digest alone")
+
+    monkeypatch.setattr(store, "digest_file", read)
+    with pytest.raises(AssertionError):
+        blob.sent(offset=1)  # which tells nothing of what is before it
+    blob.sent()
+    assert len(blob.sent(offset=1)) == 4 and blob.blobs.served(blob.digest)
+
+
+def test_of_a_blob_that_has_changed_the_last_piece_is_not_sent(blob: Blob) -> None:
+    blob.blobs.served(blob.digest).write_bytes(b"".join(PIECES[:3]) + b"eve")
+    for _ in range(2):
+        reader = Reader()
+        with pytest.raises(MismatchError, match="the file has changed since it was stored"):
+            blob.sent(reader)
+        assert [piece.data for piece in reader.pieces] == PIECES[:3]
+
+
+def test_a_file_beyond_four_gigabytes_is_sent_from_near_its_end(blob: Blob) -> None:
+    path, _ = blob.blobs.passed(blob.digest)
+    blob.blobs.served(blob.digest)
+    with path.open("wb") as handle:
         handle.truncate(5 << 30)
         handle.seek((5 << 30) - 3)
         handle.write(b"end")
-    (chunk,) = sent(tmp_path / "sparse", DownloadRequest(offset=(5 << 30) - 10))
-    assert chunk.offset == (5 << 30) - 10 and chunk.data == bytes(7) + b"end"
+    blob.blobs.served = lambda digest: path  # type: ignore[method-assign]  # it takes seconds to read it
+    (piece,) = blob.sent(offset=(5 << 30) - 10)
+    assert piece == Piece((5 << 30) - 10, bytes(7) + b"end")
 
 
-def test_what_no_file_and_no_digest_has_is_refused(file: Path) -> None:
+def test_what_no_file_and_no_digest_has_is_refused(blob: Blob) -> None:
     with pytest.raises(InputError, match="offset 3145732 is beyond the end"):
-        sent(file, DownloadRequest(offset=3 * CHUNK_BYTES + 4))
+        blob.sent(offset=3 * CHUNK_BYTES + 4)
     with pytest.raises(InputError, match="held: 33 bytes are no digests"):
-        sent(file, DownloadRequest(held=bytes(33)))
+        blob.sent(held=bytes(33))
 
 
-def test_a_transfer_that_gets_no_further_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfer_that_gets_no_further_is_given_up(blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "STALL_S", 0.01)
     with pytest.raises(UnreachableError, match="nothing was read for 0 s; resume at byte 1048576"):
-        sent(file, DownloadRequest(offset=CHUNK_BYTES), Reader(stuck=True))
+        blob.sent(Reader(stuck=True), offset=CHUNK_BYTES)
 
-    async def silence() -> AsyncIterator[UploadPart]:
-        yield UploadPart(header=UploadHeader(digest="x"))
+    async def silence() -> AsyncIterator[Part]:
+        yield UploadHeader(digest="x")
         await asyncio.Event().wait()
 
     with pytest.raises(UnreachableError, match="nothing came for 0 s; resume"):
         asyncio.run(taken(silence()))
 
 
-async def taken(stream: AsyncIterator[UploadPart], recheck: Any = lambda: None) -> list[UploadPart]:
+async def taken(stream: AsyncIterator[Part], recheck: Any = lambda: None) -> list[Part]:
     return [part async for part in transfers.parts(stream, recheck)]
 
 
 def test_a_part_is_within_its_bounds_and_of_a_caller_who_may_still_send_it() -> None:
-    async def one(part: UploadPart) -> AsyncIterator[UploadPart]:
+    async def one(part: Part) -> AsyncIterator[Part]:
         yield part
 
-    most = UploadPart(chunk=Chunk(offset=2**64 - 1, data=PIECES[0]))
+    most = Piece(2**64 - 1, PIECES[0])
     assert asyncio.run(taken(one(most))) == [most]
-    with pytest.raises(InputError, match="chunk: 1048669 bytes came"):
-        asyncio.run(taken(one(UploadPart(chunk=Chunk(offset=1, data=PIECES[0] + bytes(83))))))
+    with pytest.raises(InputError, match="chunk: 1048577 bytes came"):
+        asyncio.run(taken(one(Piece(1, PIECES[0] + b"x"))))
+    with pytest.raises(InputError, match="digest: 129 characters came"):
+        asyncio.run(taken(one(UploadHeader(digest="x" * 129))))
 
     def revoked() -> None:
         raise IdentityError("revoked")
 
     with pytest.raises(IdentityError):
         asyncio.run(taken(one(most), revoked))
+
+
+class Taken:
+    """An upload of as many bytes as are written."""
+
+    def __init__(self) -> None:
+        self.kept = self.finished = 0
+
+    def begin(self) -> int:
+        return self.kept
+
+    def write(self, offset: int, data: bytes) -> int:
+        assert offset == self.kept
+        self.kept += len(data)
+        return self.kept
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_sender_is_told_what_is_kept_before_its_window_is_full() -> None:
+    upload: Any = Taken()
+
+    async def pieces() -> AsyncIterator[Part]:
+        for number in range(17):
+            yield Piece(number * CHUNK_BYTES, PIECES[0])
+
+    async def said() -> list[int]:
+        return [kept async for kept in transfers.receive(upload, pieces())]
+
+    states = asyncio.run(said())
+    assert states[0] == 0 and max(b - a for a, b in pairwise(states)) < WINDOW_BYTES / 2
+    assert upload.kept == 17 * CHUNK_BYTES and upload.finished == 1
+
+    async def twice() -> AsyncIterator[Part]:
+        yield UploadHeader(digest="x")
+
+    with pytest.raises(InputError, match="a second header"):
+        asyncio.run(anext_but_one(transfers.receive(upload, twice())))
+
+
+async def anext_but_one(states: AsyncIterator[int]) -> None:
+    await anext(states)
+    await anext(states)
