@@ -13,7 +13,7 @@ import grpc
 from offsite.client.apart import many, one
 from offsite.client.transfers import Incoming, Outgoing
 from offsite.protos.addresses import parse
-from offsite.protos.chunks import digest_file, is_digest
+from offsite.protos.chunks import STALL_S, digest_file, is_digest
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
 from offsite.protos.fleet_pb2 import UploadHeader
@@ -25,7 +25,6 @@ from offsite.protos.security.tls import channel_credentials, explain
 T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.2  # before a call is made again; the next ones are longer
-CALL_S = 60.0  # deadline of a unary call that does not wait on purpose
 OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a long run's report
     ("grpc.keepalive_time_ms", 30_000),
@@ -114,7 +113,7 @@ class Channel:
         for connection in self._connections:
             one(connection.close)
 
-    def call(self, method: Any, request: Any, *, timeout_s: float = CALL_S, patience_s: float | None = None) -> Any:
+    def call(self, method: Any, request: Any, *, timeout_s: float = STALL_S, patience_s: float | None = None) -> Any:
         """Make a unary call, retrying while the coordinator is away; raises the error the coordinator raised."""
         return self.patiently(lambda: method(request, timeout=timeout_s), patience_s=patience_s)
 

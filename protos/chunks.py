@@ -10,7 +10,9 @@ from blake3 import blake3
 
 CHUNK_BYTES = 1 << 20  # 1 MiB: the size at which a plain gRPC stream was fastest, and under its 4 MiB default limit
 WINDOW_BYTES = 8 * CHUNK_BYTES  # of an upload on its way: what its sender may be ahead of what is kept
-STALL_S = 60.0  # a transfer that gets no further for so long is given up by either end, to be resumed
+# The one rule of what hangs: a call that gets no further for so long is given up by either end, to be made again or
+# resumed. Who waits longer, or not as long, waits for something else: a person's restart, or a heartbeat's next turn.
+STALL_S = 60.0
 ALGORITHMS: dict[str, Any] = {"blake3": blake3, "sha256": hashlib.sha256}  # the first is used, all are read
 DIGEST = re.compile(r"(blake3|sha256):([0-9a-f]{64})")
 

@@ -54,6 +54,7 @@ def join(
     from offsite.emulator import modality
     from offsite.emulator.examples import collect
     from offsite.protos import addresses
+    from offsite.protos.chunks import STALL_S
     from offsite.protos.documents import parse, to_plain
     from offsite.protos.errors import InputError
     from offsite.protos.security.identity import Identity
@@ -86,7 +87,7 @@ def join(
         say("warning", {"message": what + "add examples, or lower min_rows"})
     wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
     spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
-    channel = Channel(coordinator, kit, patience_s=60.0)
+    channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
     config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
     try:

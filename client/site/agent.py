@@ -20,7 +20,7 @@ from offsite.client.site.reasons import because, reason
 from offsite.client.site.reporter import Reporter
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc
-from offsite.protos.chunks import digest_bytes, digest_file
+from offsite.protos.chunks import STALL_S, digest_bytes, digest_file
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import (
     IdentityError,
@@ -38,7 +38,7 @@ from offsite.protos.security.identity import Identity
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import Manifest, Span, TaskSpec, UpdateMetrics
 
-PATIENCE_S = 600.0  # with a coordinator that was right before
+PATIENCE_S = 600.0  # with a coordinator that was right before: a person may be replacing its files
 WAIT_S = 20.0  # one long poll
 RETRY_S = 10.0  # before asking again a coordinator that has no room
 IDLE_S = 600.0  # without a task, after which the libraries of trainers are given their memory back
@@ -118,7 +118,7 @@ class Agent:
         self._say("enrolled", {"site": reply.site, "coordinator": self._channel.target})
 
     def _once(self) -> None:
-        reply = self._channel.call(self._fleet.PullTask, pb.PullTaskRequest(wait_s=WAIT_S), timeout_s=WAIT_S + 30)
+        reply = self._channel.call(self._fleet.PullTask, pb.PullTaskRequest(wait_s=WAIT_S), timeout_s=WAIT_S + STALL_S)
         if not reply.task:
             self._work.clear_tasks()
             if time.monotonic() - self._tasked_at > IDLE_S:

@@ -8,6 +8,7 @@ import pytest
 
 from offsite.client.apart import many, one
 from offsite.client.cli import Interrupted
+from offsite.protos.errors import UnreachableError
 
 
 class Stream:
@@ -49,6 +50,15 @@ def test_a_stream_that_is_no_longer_read_is_cancelled() -> None:
     answers = many(lambda: stream)
     assert next(answers) == 1 and not stream.cancelled.is_set()
     answers.close()  # type: ignore[attr-defined]
+    assert stream.cancelled.is_set()
+
+
+def test_a_stream_that_says_nothing_for_too_long_is_given_up_and_one_that_goes_on_is_not() -> None:
+    stream = Stream(3)
+    answers = many(lambda: stream, stall_s=0.1)
+    assert [next(answers) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UnreachableError, match="the coordinator has sent nothing for 0 s"):
+        next(answers)
     assert stream.cancelled.is_set()
 
 
