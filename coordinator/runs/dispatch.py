@@ -42,6 +42,8 @@ class Dispatcher:
         while True:
             self._awake.clear()
             try:
+                if self._hindrance:
+                    self._supervised = float("-inf")  # supervisors have ended of the same
                 await asyncio.to_thread(self.look)
                 self._hindrance = ""
             except Unwritable as error:

@@ -1,7 +1,7 @@
 """When the journal changes, whoever waits for that is woken: a signal within this process, a look for all others.
 
 Supervisors write from processes of their own. One look for the whole server, some microseconds twenty times a second,
-finds what they wrote; nobody else polls.
+finds what they wrote; nobody else polls. Where the database is a server, it has told us by then.
 """
 
 import asyncio

@@ -22,6 +22,7 @@ from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.limits import CALLS
 from offsite.coordinator.service.people import RunsService
+from offsite.coordinator.store.database import Hold, Unwritable
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
@@ -34,6 +35,7 @@ from offsite.protos.security.tls import server_credentials
 log = logging.getLogger(__name__)
 
 COLLECT_EVERY_S = 6 * 3600.0
+RENEW_EVERY_S = 5.0
 CONNECTIONS = 4096  # of sites and people; each takes a file of this process
 
 OPTIONS = (
@@ -103,6 +105,7 @@ class Server:
         """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
+        hold = journal.hold()
         gate = Gate(Revocations(self._home.identity / "crl.pem", seen=self._home.root / "crl-number"))
         _probe(address)
         stop = asyncio.Event()
@@ -110,7 +113,7 @@ class Server:
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         executor = self._make_executor(self._home)
         if not await self._start(executor, stop):
-            return
+            return hold.close()
         _allow_files(2 * CONNECTIONS)
         dispatcher, changes = Dispatcher(journal, executor, places=self._places), Changes(journal)
         server = grpc.aio.server(options=OPTIONS, interceptors=[_Lean()])
@@ -122,16 +125,17 @@ class Server:
         await server.start()
         try:
             ready(port)
-            jobs = (dispatcher.work(), changes.follow(), fleet.waiting.work(), self._collect())
+            jobs = (dispatcher.work(), changes.follow(), fleet.waiting.work(), self._collect(), _renew(hold))
             work = [asyncio.create_task(job) for job in jobs]
             await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
             for task in work:
                 if task.done():
-                    task.result()  # raises: the journal is damaged
+                    task.result()  # raises: the journal is damaged, or another coordinator's
         finally:
             fleet.waiting.close()
             await server.stop(grace=1.0)
             executor.close()
+            hold.close()
             journal.close()
 
     async def _collect(self) -> None:
@@ -160,6 +164,14 @@ class Server:
             return server.add_secure_port(str(address), server_credentials(self._identity))
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {address}: {error}") from None
+
+
+async def _renew(hold: Hold) -> None:
+    """Make sure, every few seconds, that the journal is this coordinator's; raises ResourceError when it is not."""
+    while True:
+        await asyncio.sleep(RENEW_EVERY_S)
+        with contextlib.suppress(Unwritable):  # the dispatcher says so
+            await asyncio.to_thread(hold.renew)
 
 
 def _allow_files(count: int) -> None:

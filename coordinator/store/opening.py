@@ -6,10 +6,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
-from offsite.protos.errors import InputError
+from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.ranges import readable
 
-JOURNALS = {"sqlite": "sqlite:////srv/offsite/journal.db"}  # an example of each scheme
+JOURNALS = {  # an example of each scheme
+    "sqlite": "sqlite:////srv/offsite/journal.db",
+    "postgresql": "postgresql://role:password@host:5432/database",
+}
 BLOBS = {"file": "file:///srv/offsite/blobs"}
 LONGEST = 4096
 
@@ -17,7 +20,17 @@ LONGEST = 4096
 def open_journal(url: str) -> Journal:
     """Open a journal, made if missing; raises InputError for a URL of none, and what else OffsiteError there is."""
     check(url, JOURNALS, "journal")
-    return Journal(_path(url))
+    if url.startswith("sqlite:"):
+        from offsite.coordinator.store.sqlite import Sqlite
+
+        return Journal(Sqlite(_path(url)))
+    try:
+        from offsite.coordinator.store.postgresql import Postgresql
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"--journal: {error.name} is not installed; PostgreSQL needs: pip install 'offsite[postgresql]'"
+        ) from None
+    return Journal(Postgresql(where=shown(url), url=url))
 
 
 def open_blobs(url: str) -> Blobs:

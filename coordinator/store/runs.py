@@ -3,14 +3,12 @@
 import json
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
 from offsite.coordinator.store.blobs import Stored
-from offsite.coordinator.store.database import Database
+from offsite.coordinator.store.database import Database, Dialect
 from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps
 from offsite.protos.errors import ConflictError, NotFoundError
 from offsite.protos.events import End, Event, Selected, Waiting
@@ -20,8 +18,8 @@ from offsite.protos.ranges import COUNT
 class Runs(Database):
     """The tables of runs, steps and artifacts."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
         for row in self._all(sa.select(runs.c.id, runs.c.spec).where(runs.c.rounds.is_(None))):  # of an older version
             with self._write() as connection:
                 connection.execute(sa.update(runs).where(runs.c.id == row.id).values(**_title(row.spec)))
@@ -33,13 +31,13 @@ class Runs(Database):
         """
         with self._write() as connection:
             added = connection.execute(
-                insert(runs)
+                self._insert(runs)
                 .values(id=run, token=token, owner=owner, spec=spec, **_title(spec))
                 .values(state="queued", submitted_at=time.time())
                 .on_conflict_do_nothing()
             )
             if added.rowcount and granted is not None:
-                connection.execute(insert(steps).values(run=run, name="granted", value=granted))
+                connection.execute(self._insert(steps).values(run=run, name="granted", value=granted))
             row = connection.execute(sa.select(runs).where(runs.c.token == token)).one()
         if row.spec != spec:
             raise ConflictError(f"the token was used before, for run {row.id} with another spec; use a new token")
@@ -108,7 +106,7 @@ class Runs(Database):
             if not ended.rowcount:
                 return
             for name, file in (published or {}).items():
-                row = insert(artifacts).values(run=run, name=name, digest=file.digest, size=file.size)
+                row = self._insert(artifacts).values(run=run, name=name, digest=file.digest, size=file.size)
                 connection.execute(row.on_conflict_do_nothing())
             connection.execute(event_row(run, end))
 
@@ -130,7 +128,7 @@ class Runs(Database):
             query = sa.update(runs).where(runs.c.id == run, runs.c.state.in_(LIVE))
             if not connection.execute(query.values(**values)).rowcount:
                 return False
-            value = insert(steps).values(run=run, name="sites", value={"names": names})
+            value = self._insert(steps).values(run=run, name="sites", value={"names": names})
             if connection.execute(value.on_conflict_do_nothing()).rowcount:
                 connection.execute(event_row(run, Selected(sites=tuple(names))))
             return True
@@ -140,7 +138,7 @@ class Runs(Database):
     def add_step(self, run: str, name: str, value: dict[str, Any], *news: Event) -> dict[str, Any]:
         """Record what a step gave, with the events that tell it, and return the record: the first stands."""
         with self._write() as connection:
-            query = insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
+            query = self._insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing()
             if connection.execute(query).rowcount:
                 for event in news:
                     connection.execute(event_row(run, event))

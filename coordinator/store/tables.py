@@ -13,83 +13,87 @@ Row = sa.Row[Any]
 LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
 OPEN = ("offered", "taken", "downloading", "loading", "training", "uploading")  # of a task not over, in their order
 
+# Sorted by their bytes wherever they are kept: sites are folded in the order of their names.
+Text = sa.String().with_variant(sa.String(collation="C"), "postgresql")
+Whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # an integer up to `ranges.AMOUNT`, such as of bytes
+
 metadata = sa.MetaData()
 runs = sa.Table(
     "runs",
     metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("token", sa.String, unique=True),
-    sa.Column("owner", sa.String),
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("token", Text, unique=True),
+    sa.Column("owner", Text),
     sa.Column("spec", sa.LargeBinary),
-    sa.Column("state", sa.String, index=True),
-    sa.Column("error", sa.String, default=""),
-    sa.Column("note", sa.String, server_default=""),  # what a live run waits for
-    sa.Column("waiting_at", sa.Float, server_default="0"),  # since when it has waited for its sites; 0: it does not
-    sa.Column("report", sa.String, default=""),
-    sa.Column("submitted_at", sa.Float),
-    sa.Column("finished_at", sa.Float, default=0.0),
-    sa.Column("name", sa.String),  # this and the next are the spec's, for lists: a spec can be long
-    sa.Column("rounds", sa.Integer),
+    sa.Column("state", Text, index=True),
+    sa.Column("error", Text, default=""),
+    sa.Column("note", Text, server_default=""),  # what a live run waits for
+    sa.Column("waiting_at", sa.Double, server_default="0"),  # since when it has waited for its sites; 0: it does not
+    sa.Column("report", Text, default=""),
+    sa.Column("submitted_at", sa.Double),
+    sa.Column("finished_at", sa.Double, default=0.0),
+    sa.Column("name", Text),  # this and the next are the spec's, for lists: a spec can be long
+    sa.Column("rounds", Whole),
     sa.Index("runs_newest", "submitted_at", "id"),
     sa.Index("runs_of_owner", "owner", "submitted_at", "id"),
 )
 tasks = sa.Table(
     "tasks",
     metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("site", sa.String, primary_key=True),
-    sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("state", sa.String),
+    sa.Column("run", Text, primary_key=True),
+    sa.Column("round", Whole, primary_key=True),
+    sa.Column("site", Text, primary_key=True),
+    sa.Column("attempt", Whole, primary_key=True),
+    sa.Column("state", Text),
     sa.Column("spec", sa.LargeBinary),
     sa.Column("signature", sa.LargeBinary),
-    sa.Column("moved_at", sa.Float),  # when it last got further
-    sa.Column("step", sa.Integer, default=0),
-    sa.Column("steps", sa.Integer, default=0),
-    sa.Column("loss", sa.Float, default=0.0),
-    sa.Column("message", sa.String, default=""),
-    sa.Column("bytes_down", sa.Integer, default=0),
-    sa.Column("bytes_up", sa.Integer, default=0),
-    sa.Column("update", sa.String, default=""),
-    sa.Column("metrics", sa.String, default=""),
+    sa.Column("moved_at", sa.Double),  # when it last got further
+    sa.Column("step", Whole, default=0),
+    sa.Column("steps", Whole, default=0),
+    sa.Column("loss", sa.Double, default=0.0),
+    sa.Column("message", Text, default=""),
+    sa.Column("bytes_down", Whole, default=0),
+    sa.Column("bytes_up", Whole, default=0),
+    sa.Column("update", Text, default=""),
+    sa.Column("metrics", Text, default=""),
     sa.Index("tasks_by_state", "state", "site"),
     sa.Index("tasks_of_round", "run", "round", "state"),  # a count of open tasks reads no task
 )
 steps = sa.Table(  # work that was done and what it gave, so that it is never done again
     "steps",
     metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("run", Text, primary_key=True),
+    sa.Column("name", Text, primary_key=True),
     sa.Column("value", sa.JSON),
 )
 events = sa.Table(
     "events",
     metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("run", sa.String, index=True),
-    sa.Column("at", sa.Float),
-    sa.Column("kind", sa.String),
-    sa.Column("round", sa.Integer, default=0),
-    sa.Column("site", sa.String, default=""),
+    sa.Column("seq", Whole, primary_key=True, autoincrement=True),
+    sa.Column("run", Text, index=True),
+    sa.Column("at", sa.Double),
+    sa.Column("kind", Text),
+    sa.Column("round", Whole, default=0),
+    sa.Column("site", Text, default=""),
     sa.Column("data", sa.JSON),
     sa.Index("events_of_site", "run", "round", "site", "at"),
 )
 sites = sa.Table(
     "sites",
     metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("seen_at", sa.Float),
-    sa.Column("examples", sa.Integer, default=0),
-    sa.Column("version", sa.String, default=""),
-    sa.Column("policy", sa.String, default=""),
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("seen_at", sa.Double),
+    sa.Column("examples", Whole, default=0),
+    sa.Column("version", Text, default=""),
+    sa.Column("policy", Text, default=""),
 )
 artifacts = sa.Table(
     "artifacts",
     metadata,
-    sa.Column("run", sa.String, primary_key=True),
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("digest", sa.String, index=True),
-    sa.Column("size", sa.Integer),
+    sa.Column("run", Text, primary_key=True),
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("digest", Text, index=True),
+    sa.Column("size", Whole),
 )
 
 

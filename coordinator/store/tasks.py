@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, event_values, events, runs, sites, tasks
@@ -48,7 +47,7 @@ class Tasks(Database):
         rows = [{**key._asdict(), "spec": spec, "signature": signature, **now} for key, spec, signature in offers]
         if rows:
             with self._write() as connection:
-                connection.execute(insert(tasks).on_conflict_do_nothing(), rows)
+                connection.execute(self._insert(tasks).on_conflict_do_nothing(), rows)
 
     def tasks(self, run: str, round: int | None = None) -> list[Row]:
         """Return the tasks of a run or of one of its rounds, by round, site and attempt."""
@@ -127,7 +126,7 @@ class Tasks(Database):
         """Record a site and what it said of itself."""
         values["seen_at"] = time.time()
         with self._write() as connection:
-            query = insert(sites).values(name=site, **values)
+            query = self._insert(sites).values(name=site, **values)
             connection.execute(query.on_conflict_do_update(index_elements=["name"], set_=values))
 
     def see(self, *names: str) -> None:

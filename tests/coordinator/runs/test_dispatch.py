@@ -8,6 +8,7 @@ import pytest
 
 from offsite.coordinator.runs.dispatch import Dispatcher
 from offsite.coordinator.store.journal import Journal
+from offsite.coordinator.store.opening import open_journal
 from offsite.protos.documents import to_json
 from offsite.protos.events import Completed
 from offsite.protos.spec import RunSpec
@@ -30,7 +31,7 @@ class Recorder:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "journal.db")
+    return open_journal(f"sqlite://{tmp_path}/journal.db")
 
 
 def submit(journal: Journal, name: str, **fields: Any) -> None:

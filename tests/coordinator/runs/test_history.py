@@ -8,6 +8,7 @@ import pytest
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.steps.results import Evaluation, evaluate, fold
 from offsite.coordinator.store.journal import Journal
+from offsite.coordinator.store.opening import open_journal
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import InputError
 from offsite.protos.events import Measured
@@ -30,7 +31,7 @@ FOLDED = {  # with what is no number as it was computed
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    journal = Journal(tmp_path / "journal.db")
+    journal = open_journal(f"sqlite://{tmp_path}/journal.db")
     journal.add_run("r", token="t", owner="alice", spec=b"{}")
     return journal
 

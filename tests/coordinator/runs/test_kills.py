@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.runs.dispatch import Dispatcher
-from offsite.coordinator.store import database
+from offsite.coordinator.store import sqlite
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.journal import LIVE
 from offsite.protos.spec import Choice
@@ -105,7 +105,7 @@ def test_a_kill_before_or_after_any_write_changes_nothing_that_is_left(
         with whole(journal) as connection:
             yield connection
 
-    monkeypatch.setattr(database, "PRAGMAS", ("journal_mode=WAL", "synchronous=OFF"))  # no power is cut here
+    monkeypatch.setattr(sqlite, "PRAGMAS", ("journal_mode=WAL", "synchronous=OFF"))  # no power is cut here
     with monkeypatch.context() as watched:
         watched.setattr(Database, "_write", write)
         undisturbed = run(stand)

@@ -9,6 +9,7 @@ from offsite.coordinator.service import limits, progress
 from offsite.coordinator.service.limits import Limits, check_request
 from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.coordinator.store.opening import open_journal
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.errors import InputError, ResourceError
 
@@ -24,7 +25,7 @@ class Clock:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    made = Journal(tmp_path / "journal.db")
+    made = open_journal(f"sqlite://{tmp_path}/journal.db")
     made.add_run("r", token="t", owner="alice", spec=b"spec")
     made.add_task(KEY, spec=b"task", signature=b"s")
     return made

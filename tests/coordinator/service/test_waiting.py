@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.threads import Batch
 from offsite.coordinator.service.waiting import WaitingRoom
 from offsite.coordinator.store.journal import Journal, Key, Row
+from offsite.coordinator.store.opening import open_journal
 from offsite.protos.errors import IdentityError
 from offsite.protos.events import StepBegun
 from offsite.protos.security.certificates import Peer
@@ -26,9 +26,9 @@ NEVER_S = 3600.0
 
 WRITER = """
 import sys
-from pathlib import Path
-from offsite.coordinator.store.journal import Journal, Key
-journal = Journal(Path(sys.argv[1]))
+from offsite.coordinator.store.journal import Key
+from offsite.coordinator.store.opening import open_journal
+journal = open_journal(sys.argv[1])
 journal.add_task(Key(run="r", round=0, site="ward", attempt=0), spec=b"task", signature=b"s")
 """
 
@@ -80,13 +80,8 @@ def offer(journal: Journal, *names: str) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "journal.db"
-
-
-@pytest.fixture
-def journal(path: Path) -> Iterator[Journal]:
-    made = Journal(path)
+def journal(url: str) -> Iterator[Journal]:
+    made = open_journal(url)
     made.add_run("r", token="t", owner="alice", spec=b"spec")
     yield made
     made.close()
@@ -107,19 +102,19 @@ def test_a_write_of_this_process_wakes_the_site_it_is_for_without_a_look_and_no_
     coordinator.run(main())
 
 
-def test_a_write_of_another_process_wakes_a_site(journal: Journal, path: Path) -> None:
+def test_a_write_of_another_process_wakes_a_site(journal: Journal, url: str) -> None:
     coordinator = Coordinator(journal)
 
     async def main() -> None:
         [ward] = await coordinator.waits("ward")
-        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", WRITER, str(path)], check=True)
+        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", WRITER, url], check=True)
         task = await ward
         assert task is not None and task.spec == b"task"
 
     coordinator.run(main())
 
 
-def test_a_task_written_between_a_sites_look_and_its_wait_is_not_missed(path: Path, journal: Journal) -> None:
+def test_a_task_written_between_a_sites_look_and_its_wait_is_not_missed(journal: Journal) -> None:
     handed_out = threading.Event()
 
     class Late(Journal):
@@ -136,7 +131,8 @@ def test_a_task_written_between_a_sites_look_and_its_wait_is_not_missed(path: Pa
                 assert handed_out.wait(DEADLINE_S / 2), "nobody was known to wait when the task was written"
             return tasks
 
-    coordinator = Coordinator(Late(path))
+    late = Late(journal._dialect)
+    coordinator = Coordinator(late)
     tell = coordinator.room._tell
 
     def telling(task: Row) -> None:
@@ -146,6 +142,7 @@ def test_a_task_written_between_a_sites_look_and_its_wait_is_not_missed(path: Pa
     coordinator.room._tell = telling  # type: ignore[method-assign]
     task = coordinator.run(coordinator.room.task(peer("ward"), NEVER_S))
     assert task is not None and task.spec == b"ward"
+    late.close()
 
 
 def test_a_change_between_a_look_and_the_wait_for_it_is_not_missed(journal: Journal) -> None:

@@ -1,11 +1,10 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
-import contextlib
 import hashlib
 import shutil
-import sqlite3
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from offsite.coordinator.store import blobs as blobs_module
 from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Key, Move
+from offsite.coordinator.store.opening import open_journal
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
 from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
@@ -24,10 +24,11 @@ KEY = Key(run="r", round=0, site="a", attempt=0)
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    made = Journal(tmp_path / "journal.db")
+def journal(url: str) -> Iterator[Journal]:
+    made = open_journal(url)
     made.add_run("r", token="t", owner="alice", spec=b"spec")
-    return made
+    yield made
+    made.close()
 
 
 def test_a_submission_is_counted_once(journal: Journal) -> None:
@@ -68,9 +69,9 @@ def test_tasks_of_an_ended_run_are_not_handed_out(journal: Journal) -> None:
     assert journal.open_tasks("a") == []
 
 
-def test_what_one_process_wrote_another_reads(journal: Journal, tmp_path: Path) -> None:
+def test_what_one_process_wrote_another_reads(journal: Journal, url: str) -> None:
     journal.add_event("r", RoundDone(round=1, sites=3, figures={}))
-    other = Journal(tmp_path / "journal.db")
+    other = open_journal(url)
     assert [(event.round, event.data) for event in other.events("r")] == [(1, {"sites": 3, "figures": {}})]
     assert other.events("r", after=other.events("r")[0].seq) == []
     with pytest.raises(NotFoundError, match="no run 'x'"):
@@ -153,7 +154,7 @@ def test_a_bit_that_rots_is_noticed_by_whoever_reads_and_mended_by_whoever_bring
 @pytest.mark.parametrize("damage", ["text", "truncated", "garbled"])
 def test_a_damaged_journal_is_one_sentence_that_names_it(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "journal.db"
-    journal = Journal(file)
+    journal = open_journal(f"sqlite://{file}")
     for number in range(9):
         journal.add_run(f"r{number}", token=f"t{number}", owner="alice", spec=b"spec" * 3000)
     journal.close()
@@ -162,10 +163,12 @@ def test_a_damaged_journal_is_one_sentence_that_names_it(tmp_path: Path, damage:
     garbled = content[:4096] + b"\xff" * (len(content) - 4096)
     file.write_bytes({"text": b"not a journal" * 999, "truncated": content[:half], "garbled": garbled}[damage])
     with pytest.raises(MismatchError, match=f"{file}: the journal is damaged .*put a backup in its place"):
-        Journal(file).check()
+        open_journal(f"sqlite://{file}").check()
 
 
-def test_what_hinders_the_journal_is_a_sentence(journal: Journal, tmp_path: Path) -> None:
+def test_what_hinders_the_journal_is_a_sentence(tmp_path: Path) -> None:
+    journal = open_journal(f"sqlite://{tmp_path}/journal.db")
+
     def full(connection: Any, *_: Any) -> None:
         connection.execute("PRAGMA max_page_count=1")
 
@@ -174,33 +177,33 @@ def test_what_hinders_the_journal_is_a_sentence(journal: Journal, tmp_path: Path
     with pytest.raises(Unwritable, match="journal.db: the disk is full; free some space"):
         journal.add_run("big", token="big", owner="alice", spec=b"x" * 1_000_000)
     with pytest.raises(Unwritable, match="missing/journal.db: it cannot be opened"):
-        Journal(tmp_path / "missing" / "journal.db")
+        open_journal(f"sqlite://{tmp_path}/missing/journal.db")
 
 
-def test_an_older_journal_gets_the_columns_that_it_lacks(tmp_path: Path) -> None:
-    Journal(tmp_path / "journal.db").close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
+def test_an_older_journal_gets_the_columns_that_it_lacks(url: str) -> None:
+    journal = open_journal(url)
+    with journal._write() as connection:
         for column in ("note", "name", "rounds"):
-            connection.execute(f"ALTER TABLE runs DROP COLUMN {column}")
+            connection.execute(sqlalchemy.text(f"ALTER TABLE runs DROP COLUMN {column}"))
         for index in ("runs_newest", "tasks_by_state"):
-            connection.execute(f"DROP INDEX {index}")
-        spec = b'{"name": "old one", "rounds": 3}'
-        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('old', 'queued', ?)", (spec,))
-        connection.execute("INSERT INTO runs (id, state, spec) VALUES ('odd', 'queued', ?)", (b"\xff[]",))
-        connection.commit()
-    journal = Journal(tmp_path / "journal.db")
+            connection.execute(sqlalchemy.text(f"DROP INDEX IF EXISTS {index}"))
+        add = sqlalchemy.text("INSERT INTO runs (id, state, spec) VALUES (:id, 'queued', :spec)")
+        specs = {"old": b'{"name": "old one", "rounds": 3}', "odd": b"\xff[]"}
+        connection.execute(add, [{"id": name, "spec": spec} for name, spec in specs.items()])
+    journal.close()
+    journal = open_journal(url)
     assert [(run.note, run.name, run.rounds) for run in map(journal.run, ("old", "odd"))] == [
         ("", "old one", 3),
         ("", "", 1),
     ]
-    journal.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
-        indices = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    inspector = sqlalchemy.inspect(journal._engine)
+    indices = {index["name"] for table in ("runs", "tasks") for index in inspector.get_indexes(table)}
     assert {"runs_newest", "tasks_by_state"} <= indices
+    journal.close()
 
 
 def test_what_the_fleet_asks_for_is_looked_up_and_not_searched_for(tmp_path: Path) -> None:
-    journal, plans = Journal(tmp_path / "journal.db"), []
+    journal, plans = open_journal(f"sqlite://{tmp_path}/journal.db"), []
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         if statement.startswith(("SELECT", "UPDATE")):

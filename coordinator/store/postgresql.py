@@ -1,0 +1,258 @@
+"""The journal in a database of PostgreSQL, or in one of its schemas."""
+
+import json
+import re
+import secrets
+import threading
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.json import set_json_dumps
+from psycopg.types.string import StrDumper
+from sqlalchemy.dialects.postgresql import Insert, insert
+
+from offsite.coordinator.store.database import Unwritable
+from offsite.protos.documents import plain
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError
+
+BEAT_S = 0.5  # after which a watch that is closed ends
+AGAIN_S = 0.5  # between two tries to reach a server that is away
+
+# Whatever the URL does not say: a server that does not answer is noticed within a minute.
+PARAMETERS = {"connect_timeout": "10", "application_name": "offsite"}
+PARAMETERS |= {
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+}
+# The server notices in the same time that a coordinator is gone, and lets go of what it held.
+SETTINGS = """
+SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3;
+SET idle_in_transaction_session_timeout = '60s'; SET lock_timeout = '30s';
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
+# SQLite lets one process write at a time, and so does this: numbers of events are in the order of commits, so that who
+# reads on from a number misses none; no transaction sees half of another; and there are no deadlocks. The locks are of
+# a schema, so that several coordinators can share a database. What is notified is delivered at the commit.
+BEGIN = sa.text("""
+SELECT pg_advisory_xact_lock(hashtextextended('offsite writes ' || current_schema(), 0)),
+       pg_notify('offsite_' || md5(current_schema()), '')
+""")
+LISTEN = """DO $$ BEGIN EXECUTE format('LISTEN %I', 'offsite_' || md5(current_schema())); END $$"""
+HOLD = (
+    # A session of this process that the server has not yet found dead.
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
+    "SET lock_timeout = '2s'",  # one of a process that was killed just now ends by itself
+    "SELECT pg_advisory_lock(hashtextextended('offsite coordinator ' || current_schema(), 0))",
+)
+ABOUT = "SELECT current_setting('server_encoding'), current_schema() IS NOT NULL"
+
+DAMAGED = ("XX001", "XX002", "42P01", "42703")  # a page or an index; a table or a column that is gone
+HINDERED = {  # by the beginning of the SQLSTATE
+    "53100": "the server's disk is full; free some space there",
+    "53": "the server has no room for more (connections or memory); give it more, or end what else uses it",
+    "55P03": "another process holds it; end that",
+    "42501": "the role may not do this there; give it the rights to create and change tables in the schema",
+    "25006": "it may only be read; name the primary server and not a standby",
+    "25P03": "a transaction stood still for a minute; look whether this machine did",
+    "57014": "the server broke off a query; see its statement_timeout",
+    "57P": "the server stops or starts; it is waited for",
+    "58": "the server's disk fails; look at it",
+    "08": "the connection broke; look whether the server is up",
+}
+REFUSED = {  # where a connection is not made there is no SQLSTATE, and these are what English servers say
+    "password authentication failed": "the server refuses the password or the role of the URL",
+    "no password supplied": "the server asks for a password; write it into the URL, or into ~/.pgpass",
+    "pg_hba.conf": "the server lets nobody in from here with this role; see its pg_hba.conf, and sslmode",
+    'database "': "the server has no such database; make it with `createdb`, or name another",
+    'role "': "the server does not know the role of the URL",
+    "too many": "the server has no connection left; raise its max_connections, or end what else uses it",
+    "certificate": "the server's certificate is not the one that is expected; see sslmode and sslrootcert",
+    "SSL": "the server and this end do not agree on TLS; see sslmode",
+}
+
+
+@dataclass(frozen=True)
+class Postgresql:
+    """A database, by a URL that libpq reads; `where` is what may be shown of it."""
+
+    where: str
+    url: str = field(repr=False)
+
+    def connect(self, *queries: str, **more: str) -> psycopg.Connection[Any]:
+        """Return a new connection after some queries; raises InputError for no URL, and psycopg's errors."""
+        try:
+            parameters = conninfo_to_dict(self.url)
+        except psycopg.ProgrammingError:
+            parameters = {"host": "@"}
+        if any("@" in str(parameters.get(name)) for name in ("host", "port", "dbname")):  # of a password, most likely
+            raise InputError(
+                f"{self.where}: not a URL of PostgreSQL, as in postgresql://role:password@host:5432/database; "
+                "in a password, write @ as %40, / as %2F, : as %3A, ? as %3F and % as %25"
+            )
+        given: dict[str, Any] = PARAMETERS | parameters | {"client_encoding": "utf8"} | more
+        made = psycopg.connect(**given, autocommit=True)
+        try:
+            for query in (SETTINGS, *queries):
+                made.execute(query)
+            made.adapters.register_dumper(str, _Text)
+            set_json_dumps(_json, made)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def engine(self) -> sa.Engine:
+        """Return what connects to the database, which must be there, and hold texts of any language."""
+        with closing(self.connect()) as connection:
+            encoding, has_schema = connection.execute(ABOUT).fetchone() or ("", False)
+        if encoding != "UTF8":
+            raise InputError(
+                f"{self.where}: the database is encoded in {encoding}; make one with `createdb --encoding UTF8`"
+            )
+        if not has_schema:
+            raise InputError(f"{self.where}: the search path names no schema that is there; make it (CREATE SCHEMA)")
+        return sa.create_engine(
+            "postgresql+psycopg://",
+            creator=self._connection,
+            pool_pre_ping=True,  # after a restart of the server no connection of before is used
+            isolation_level="READ COMMITTED",  # so that each statement sees what was committed before the lock
+            execution_options={"preserve_rowcount": True},
+        )
+
+    def _connection(self) -> psycopg.Connection[Any]:
+        made = self.connect()
+        made.autocommit = False
+        return made
+
+    def insert(self, table: sa.Table) -> Insert:
+        """Return an insert into a table."""
+        return insert(table)
+
+    def begin(self, connection: sa.Connection) -> None:
+        """Wait for the transaction that writes now, and tell watchers at the commit."""
+        connection.execute(BEGIN)
+
+    def check(self, connection: sa.Connection) -> None:
+        """Nothing is read: the server looks after its files."""
+
+    def words(self, error: object) -> OffsiteError | None:
+        """Turn what the server says into a sentence that names the database and what to do."""
+        if not isinstance(error, psycopg.Error):
+            return None
+        state, said = error.sqlstate or "", str(error)
+        if state in DAMAGED:
+            return MismatchError(
+                f"{self.where}: the journal is damaged ({plain(said, most=100)}); restore a backup of the database, "
+                "or begin anew with an empty one and another --home"
+            )
+        what = next((what for start, what in HINDERED.items() if state.startswith(start)), None)
+        if what is None and not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            what = next((what for part, what in REFUSED.items() if part in said), None)
+            what = what or f"the server cannot be reached ({plain(said, most=300)}); look whether it is up"
+        return Unwritable(f"{self.where}: {what}") if what else None
+
+    def watch(self) -> "Watch":
+        """Listen to what is notified at each commit."""
+        return Watch(self)
+
+    def hold(self) -> "Hold":
+        """Lock the journal for a session."""
+        return Hold(self)
+
+
+class Watch:
+    """Listens on a connection of its own, in a thread of its own: a server that is away makes nobody wait.
+
+    When the connection breaks, and when it is there again, the database may have changed.
+    """
+
+    def __init__(self, dialect: Postgresql) -> None:
+        self._dialect = dialect
+        self._news, self._closed = threading.Event(), threading.Event()
+        threading.Thread(
+            target=self._follow, args=(dialect.connect(LISTEN),), daemon=True, name="journal watch"
+        ).start()
+
+    def changed(self) -> bool:
+        """Tell whether anything was committed since the last look, or may have been."""
+        news = self._news.is_set()
+        self._news.clear()
+        return news
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._closed.set()
+
+    def _follow(self, connection: psycopg.Connection[Any]) -> None:
+        while not self._closed.is_set():
+            try:
+                with closing(connection):
+                    while not self._closed.is_set():
+                        for _ in connection.notifies(timeout=BEAT_S):
+                            self._news.set()
+            except psycopg.Error:  # whoever reads the journal hears why
+                connection = self._again() or connection
+
+    def _again(self) -> psycopg.Connection[Any] | None:
+        """Listen again, once the server is there again; None when closed meanwhile."""
+        self._news.set()
+        while not self._closed.wait(AGAIN_S):
+            with suppress(psycopg.Error):
+                connection = self._dialect.connect(LISTEN)
+                self._news.set()
+                return connection
+        return None
+
+
+class Hold:
+    """A lock that the server lets go of once it has noticed that this session is over."""
+
+    def __init__(self, dialect: Postgresql) -> None:
+        self._dialect = dialect
+        self._name = f"offsite coordinator {secrets.token_hex(8)}"
+        self._connection = self._take()
+
+    def renew(self) -> None:
+        """Make sure that the session is not over; if it is, take the lock again."""
+        try:
+            self._connection.execute("SELECT 1")
+        except psycopg.Error:
+            self.close()
+            try:
+                self._connection = self._take()
+            except psycopg.Error as error:
+                raise self._dialect.words(error) or error from None
+
+    def _take(self) -> psycopg.Connection[Any]:
+        try:
+            return self._dialect.connect(*HOLD, application_name=self._name)
+        except psycopg.errors.LockNotAvailable:
+            raise ResourceError(
+                f"{self._dialect.where}: another coordinator is using this journal; stop it, or name a database or a "
+                "schema of this one's own"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        with suppress(psycopg.Error):
+            self._connection.close()
+
+
+class _Text(StrDumper):
+    """Texts without NUL, which PostgreSQL cannot hold: no site or person can make a write fail by it."""
+
+    def dump(self, obj: str) -> Any:
+        """Return a text's bytes."""
+        return super().dump(obj.replace("\0", " "))
+
+
+def _json(value: Any) -> str:
+    r"""Write JSON without \u0000, which PostgreSQL keeps but cannot look into."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", r"\1 ", json.dumps(value))
