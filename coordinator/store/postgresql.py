@@ -70,8 +70,8 @@ REFUSED = {  # where a connection is not made there is no SQLSTATE, and these ar
     "password authentication failed": "the server refuses the password or the role of the URL",
     "no password supplied": "the server asks for a password; write it into the URL, or into ~/.pgpass",
     "pg_hba.conf": "the server lets nobody in from here with this role; see its pg_hba.conf, and sslmode",
-    'database "': "the server has no such database; make it with `createdb`, or name another",
-    'role "': "the server does not know the role of the URL",
+    'database ".*" does not exist': "the server has no such database; make it with `createdb`, or name another",
+    'role ".*" does not exist': "the server does not know the role of the URL",
     "too many": "the server has no connection left; raise its max_connections, or end what else uses it",
     "certificate": "the server's certificate is not the one that is expected; see sslmode and sslrootcert",
     "SSL": "the server and this end do not agree on TLS; see sslmode",
@@ -154,7 +154,7 @@ class Postgresql:
             )
         what = next((what for start, what in HINDERED.items() if state.startswith(start)), None)
         if what is None and not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            what = next((what for part, what in REFUSED.items() if part in said), None)
+            what = next((what for part, what in REFUSED.items() if re.search(part, said)), None)
             what = what or f"the server cannot be reached ({plain(said, most=300)}); look whether it is up"
         return Unwritable(f"{self.where}: {what}") if what else None
 
@@ -190,15 +190,13 @@ class Watch:
         """Listen no more."""
         self._closed.set()
 
-    def _follow(self, connection: psycopg.Connection[Any]) -> None:
-        while not self._closed.is_set():
-            try:
-                with closing(connection):
-                    while not self._closed.is_set():
-                        for _ in connection.notifies(timeout=BEAT_S):
-                            self._news.set()
-            except psycopg.Error:  # whoever reads the journal hears why
-                connection = self._again() or connection
+    def _follow(self, connection: psycopg.Connection[Any] | None) -> None:
+        while connection:
+            with closing(connection), suppress(psycopg.Error):  # whoever reads the journal hears what is wrong
+                while not self._closed.is_set():
+                    for _ in connection.notifies(timeout=BEAT_S):
+                        self._news.set()
+            connection = self._again()
 
     def _again(self) -> psycopg.Connection[Any] | None:
         """Listen again, once the server is there again; None when closed meanwhile."""

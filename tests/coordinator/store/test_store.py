@@ -76,6 +76,7 @@ def test_what_one_process_wrote_another_reads(journal: Journal, url: str) -> Non
     assert other.events("r", after=other.events("r")[0].seq) == []
     with pytest.raises(NotFoundError, match="no run 'x'"):
         other.run("x")
+    other.close()
 
 
 def test_a_blob_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
