@@ -1,5 +1,6 @@
 """Tensor files: whole or absent, and nothing but what was agreed gets in."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def test_tensors_of_every_type_come_back_as_they_were_written(tmp_path: Path) ->
     with tensors.reading(tmp_path / "all") as file:
         assert file.keys() == types.keys() == tensors.load(tmp_path / "all").keys()
         assert all(torch.equal(file[name], types[name]) and file[name].dtype == types[name].dtype for name in types)
+    data = (tmp_path / "all").read_bytes()
+    head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begins = {name: head[name]["data_offsets"][0] for name in types}
+    assert len(data) % 8 == sum(tensor.nbytes for tensor in types.values()) % 8
+    assert not any(begin % types[name].itemsize for name, begin in begins.items()), "they are aligned"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,8 @@ def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -
     flat = torch.cat([(update[name] - start[name]).double().flatten() for name in start])
     assert tensors.distance(tmp_path / "update", tmp_path / "start") == pytest.approx(float(flat.norm()), rel=1e-12)
     assert tensors.distance(tmp_path / "start", tmp_path / "start") == 0
+    with tensors.reading(tmp_path / "update") as file:
+        assert all(torch.equal(file[name], update[name]) for name in update)
 
 
 def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:

@@ -158,10 +158,13 @@ def test_no_more_than_two_groups_are_in_memory_at_either_end() -> None:
     adapter, residual = Counted(PAIRS), Counted(upload.residual_of([Rounded()], PAIRS))
     for part in upload.pack([Rounded()], adapter, Counted(PAIRS), PAIRS, key=KEY, residual=residual):
         assert len(part.update) == len(part.residual) == 2
-    packed = Counted(PAIRS)
-    unpacked = upload.unpack([Plain()], packed, Counted(PAIRS), PAIRS)  # type: ignore[list-item]
-    assert list(unpacked) == sorted(PAIRS) and all(bool((unpacked[name] == 2).all()) for name in unpacked)
-    assert 2 <= adapter.most <= 4 and residual.most <= 4 and packed.most <= 4
+    packed, start = Counted(PAIRS), Counted(PAIRS)
+    for unpacked, value in (
+        (upload.unpack([Plain()], packed, start, PAIRS), 2.0),  # type: ignore[list-item]
+        (upload.unpack([Plain()], packed, None, PAIRS), 1.0),  # type: ignore[list-item]
+    ):
+        assert list(unpacked) == sorted(PAIRS) and all(float(unpacked[name].mean()) == value for name in unpacked)
+    assert all(0 < counted.most <= 4 for counted in (adapter, residual, packed, start))
 
 
 def test_a_stage_that_must_see_all_groups_does(top: Any) -> None:
