@@ -96,7 +96,7 @@ def pack(
         left: Tensors = {}
         for number, (stage, fields) in enumerate(zip(stages, schemas, strict=False)):
             names = {name: _residual(number, name) for name in _lasting(fields)} if stage.feedback else {}
-            given |= {name: given[name] + residual[kept] for name, kept in names.items() if kept in residual}
+            given = given | {name: given[name] + residual[kept] for name, kept in names.items() if kept in residual}
             packed = stage.pack(given, At(fields, derive(key, number, stage.name)))
             if names:
                 back = stage.unpack(packed, At(fields))
