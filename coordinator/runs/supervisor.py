@@ -109,7 +109,6 @@ class Supervisor:
             return
         origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
         self._do(BUILD, Build(run=self._run, sites=self._history[SELECT].names, continued=origin), _built)
-        self._baselines()
         for number in range(self._spec.rounds):
             self._round(number)
         self._outcome()
@@ -139,11 +138,6 @@ class Supervisor:
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled
 
-    def _baselines(self) -> None:
-        if self._spec.evaluation:
-            self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
-            self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
-
     def _evaluate(self, figure: str, *, manifest: str | None, adapter: str | None) -> None:
         built = self._history[BUILD]
         order = Evaluate(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
@@ -165,7 +159,7 @@ class Supervisor:
         if self._history.get(step) is None:
             current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
             current.open()
-            self._measure_last(number)  # while the sites train
+            self._measure(number)  # while the sites train
             updates, last = self._updates(current), self._history.version(number)
             order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates)
             self._do(step, order, partial(_folded, number + 1))
@@ -174,10 +168,15 @@ class Supervisor:
             realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
             self._do(results.realign(number + 1), realign)
 
-    def _measure_last(self, number: int) -> None:
-        """Measure what the round before gave, where the run asks for that."""
+    def _measure(self, number: int) -> None:
+        """Measure what a round starts from: the base and the emulator, later versions where the run asks for that."""
         every = self._spec.evaluate_every
-        if self._spec.evaluation and every and number and number % every == 0:
+        if not self._spec.evaluation:
+            return
+        if not number:
+            self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
+            self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
+        elif every and number % every == 0:
             adapter = self._history[results.fold(number)].version.adapter
             self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=adapter)
 

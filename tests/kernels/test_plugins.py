@@ -56,6 +56,17 @@ def test_another_package_joins_by_name_and_is_loaded_only_when_asked_for(install
         family.make("rond", {})
 
 
+def test_ours_can_be_loaded_before_they_are_asked_for_and_others_are_not(install: Install) -> None:
+    install("shape_eager", "raise SystemExit('loaded')", eager="Eager")
+    family = shapes()
+    family.preload()
+    assert [*family._loaded] == ["ours"]
+    install("shape_rival", "raise SystemExit('loaded')", ours="Rival")
+    family = shapes()
+    family.preload()
+    assert not family._loaded, "a name that two claim stands for neither"
+
+
 def test_a_package_that_claims_a_name_of_ours_is_refused_with_it(install: Install) -> None:
     install("shape_thief", "raise SystemExit('loaded')", ours="Thief")
     with pytest.raises(ValueError, match="'ours' is claimed by Offsite itself and by the package shape_thief 1.2; un"):
