@@ -4,21 +4,27 @@ import json
 import os
 import socket
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.supervisor import Lost
+from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.errors import from_status
 from offsite.protos.processes.forks import ForkServer, fork
 
 
 def fork_server(home: Home) -> ForkServer:
-    """Return what the steps of a home are forked from on this machine, for whoever asks at its address."""
+    """Return what the steps of a home are forked from on this machine, for whoever knows the home."""
     log = home.root / f"steps-{socket.gethostname()}.log"
-    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, listens=True)
+    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, address=address(home.root))
 
 
-def perform(address: Path, threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+def address(root: Path) -> Path:
+    """Where that is asked: a short path, as that of a socket must be, on a disk of this machine."""
+    return Path(gettempdir()) / f"offsite-{os.getuid()}" / hex_of(digest_bytes(str(root).encode()), most=16)
+
+
+def perform(threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
     """Do a step in a process forked for it, which ends with this one at the latest; return its result.
 
     Raises the step's own error, or Lost if its process could not begin or was killed.
@@ -32,7 +38,7 @@ def perform(address: Path, threads: int, step: str, root: str, identity: str, sp
         path.write_text(json.dumps(job))
         with socket.socket(socket.AF_UNIX) as server:
             try:
-                server.connect(str(address))
+                server.connect(str(address(Path(root))))
             except OSError as error:
                 raise Lost(f"step {step}: what it is forked from has ended") from error
             process = fork(server, path, {}, stdin=reading, stdout=1, stderr=2)

@@ -160,17 +160,16 @@ class _Supervisor:
 class _Steps:
     def __init__(self, root: str, identity: str) -> None:
         self._server = forking.fork_server(Home(Path(root), Path(identity)))
-        self._server.start()
+        self.start()
 
-    def address(self) -> str:
-        self._server.start()  # again, should it have ended
-        return str(self._server.address)
+    def start(self) -> None:
+        self._server.start()  # unless it runs
 
 
 @ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
 def _perform(threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
-    address = Path(ray.get(_steps(root, identity).address.remote()))
-    return forking.perform(address, threads, step, root, identity, spec, order)
+    ray.get(_steps(root, identity).start.remote())
+    return forking.perform(threads, step, root, identity, spec, order)
 
 
 if __name__ == "__main__":

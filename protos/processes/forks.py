@@ -4,11 +4,9 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +23,7 @@ VARIABLES = {
 class ForkServer:
     """Makes processes that do one work. The server is started when it is first needed, and again should it have ended.
 
-    One that `listens` does so for other processes of this account, too, which `fork` by its `address`.
+    One that has an `address` does so for other processes of this account, too, which connect to it and `fork`.
     """
 
     def __init__(
@@ -35,12 +33,14 @@ class ForkServer:
         *,
         environment: Mapping[str, str],
         log: Path,
-        listens: bool = False,
+        address: Path | None = None,
     ) -> None:
-        """Name the module of the work, what it preloads, and the file that the server's own output goes to."""
-        self.log = log
-        self.address: Path | None = None
-        self._work, self._environment, self._listens = [work, *arguments], environment, listens
+        """Name the module of the work, what it preloads, and the file that the server's own output goes to.
+
+        The folder of an address is made this account's alone.
+        """
+        self.log, self.address = log, address
+        self._work, self._environment = [work, *arguments], environment
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -52,11 +52,8 @@ class ForkServer:
         self._socket, other = socket.socketpair()
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(other)]
-            if self._listens:
-                self.address = Path(tempfile.mkdtemp(prefix="offsite-")) / "fork"  # a folder that is this account's
-                sockets.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
-                sockets[-1].bind(str(self.address))
-                sockets[-1].listen()
+            if self.address is not None:
+                sockets.append(stack.enter_context(_listener(self.address)))
             numbers = [one.fileno() for one in sockets]
             self._process = subprocess.Popen(
                 # -P: a file in the folder where this runs must not stand in for a library
@@ -84,7 +81,18 @@ class ForkServer:
             self._process.wait()
             self._process = self._socket = None
         if self.address is not None:
-            shutil.rmtree(self.address.parent, ignore_errors=True)
+            self.address.unlink(missing_ok=True)
+
+
+def _listener(address: Path) -> socket.socket:
+    """Listen in place of whoever did so before: a server that was killed leaves its address behind."""
+    address.parent.mkdir(exist_ok=True)
+    address.parent.chmod(0o700)  # fails if it is another account's
+    address.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen()
+    return listener
 
 
 def fork(

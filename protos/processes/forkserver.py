@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -127,8 +126,5 @@ def _end_with_input() -> None:
 
 if __name__ == "__main__":
     numbers, module, *rest = sys.argv[1:]
-    control, *listeners = [socket.socket(fileno=int(number)) for number in numbers.split(",")]
     work: Any = importlib.import_module(module)
-    main([control, *listeners], work, rest)
-    for listener in listeners:
-        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+    main([socket.socket(fileno=int(number)) for number in numbers.split(",")], work, rest)

@@ -41,13 +41,12 @@ def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
     """Steps done by processes that only look like them, and are forked at once."""
     (tmp_path / "looks.py").write_text(WORK)
     paths = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    server = ForkServer("looks", environment=paths, log=tmp_path / "log", listens=True)
+    server = ForkServer("looks", environment=paths, log=tmp_path / "log", address=forking.address(stand.home.root))
     server.start()
 
     def perform(step: str) -> bytes:
-        assert server.address is not None
         where = str(stand.home.root), str(stand.home.identity)
-        return forking.perform(server.address, 3, step, *where, b"{}", b"order")
+        return forking.perform(3, step, *where, b"{}", b"order")
 
     yield perform
     server.close()
@@ -64,7 +63,7 @@ def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform:
     with pytest.raises(Lost, match="step killed: its process ended with exit code -9"):
         perform("killed")
     with pytest.raises(Lost, match="step build: what it is forked from has ended"):
-        forking.perform(tmp_path / "nowhere", 1, "build", str(tmp_path / "home"), str(tmp_path), b"{}", b"{}")
+        forking.perform(1, "build", str(tmp_path / "another"), str(tmp_path), b"{}", b"{}")
 
 
 def test_a_fault_of_ours_comes_back_in_words(stand: Any, tmp_path: Path) -> None:
