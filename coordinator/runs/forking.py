@@ -32,19 +32,24 @@ def perform(threads: int, step: str, root: str, identity: str, spec: bytes, orde
     scratch = Home(Path(root), Path(identity)).prepare().scratch
     job = {"threads": threads, "step": step, "root": root, "identity": identity}
     job |= {"spec": spec.decode(), "order": order.decode()}
-    reading, writing = os.pipe()
-    with os.fdopen(reading), os.fdopen(writing, "wb"), TemporaryDirectory(dir=scratch) as folder:
+    (stdin, leash), (output, stdout) = os.pipe(), os.pipe()
+    with os.fdopen(leash, "wb"), os.fdopen(output, "rb") as pipe, TemporaryDirectory(dir=scratch) as folder:
         path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job))
-        with socket.socket(socket.AF_UNIX) as server:
-            try:
-                server.connect(str(address(Path(root))))
-            except OSError as error:
-                raise Lost(f"step {step}: what it is forked from has ended") from error
-            process = fork(server, path, {}, stdin=reading, stdout=1, stderr=2)
+        try:
+            path.write_text(json.dumps(job))
+            with socket.socket(socket.AF_UNIX) as server:
+                try:
+                    server.connect(str(address(Path(root))))
+                except OSError as gone:
+                    raise Lost(f"step {step}: what it is forked from has ended") from gone
+                process = fork(server, path, {}, stdin=stdin, stdout=stdout, stderr=2)
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        document = pipe.read()
         if code := process.wait():
             raise Lost(f"step {step}: its process ended with exit code {code}")
-        if (fault := path.with_name("error")).exists():
-            told = json.loads(fault.read_bytes())
-            raise from_status(told["status"], told["message"], reason=told["reason"])
-        return path.with_name("result").read_bytes()
+    outcome = json.loads(document)
+    if error := outcome.get("error"):
+        raise from_status(error["status"], error["message"], reason=error["reason"])
+    return str(outcome["result"]).encode()

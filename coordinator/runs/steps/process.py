@@ -1,13 +1,14 @@
 """What the process of a step does, once it has been forked (`offsite.protos.processes`).
 
-Its job is a JSON object {"threads", "step", "root", "identity", "spec", "order"}. It leaves a file beside it: `result`,
-or `error` with {"status", "reason", "message"}.
+Its job is a JSON object {"threads", "step", "root", "identity", "spec", "order"}. On standard output it tells "result"
+or "error", with {"status", "reason", "message"}: a full disk must not keep it from that.
 """
 
 import json
 import os
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,16 +28,20 @@ def preload() -> None:
 
 def main(path: Path) -> int:
     """Do a step and return the exit code."""
-    job = json.loads(path.read_bytes())
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)  # what anything else prints
+        json.dump(outcome(json.loads(path.read_bytes())), output)
+    return 0
+
+
+def outcome(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a step and return what is told of it."""
     torch.set_num_threads(job["threads"] or os.cpu_count() or 1)
-    spec = job["spec"].encode()
+    spec, order = job["spec"].encode(), job["order"].encode()
     try:
-        result = perform(job["step"], job["root"], job["identity"], spec, job["order"].encode())
-        path.with_name("result").write_bytes(result)
+        return {"result": perform(job["step"], job["root"], job["identity"], spec, order).decode()}
     except Exception as fault:  # the process's border
         traceback.print_exc()
         grant = from_json(Grant, spec, where="run spec")
         error = fault if isinstance(fault, OffsiteError) else OffsiteError(grant.fault(fault))
-        told = {"status": error.status, "reason": error.reason, "message": str(error)}
-        path.with_name("error").write_text(json.dumps(told))
-    return 0
+        return {"error": {"status": error.status, "reason": error.reason, "message": str(error)}}

@@ -1,6 +1,5 @@
 """Steps in processes of their own: what comes back, and what does not."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,9 @@ def main(path):
         os.kill(os.getpid(), 9)
     elif job["step"] == "full":
         fault = {"status": "RESOURCE_EXHAUSTED", "reason": "FAULT_DISK", "message": "the disk is full"}
-        path.with_name("error").write_text(json.dumps(fault))
+        print(json.dumps({"error": fault}), flush=True)
     else:
-        path.with_name("result").write_text(f"{job['step']} {job['order']} {job['threads']}")
+        print(json.dumps({"result": f"{job['step']} {job['order']} {job['threads']}"}), flush=True)
     return 0
 """
 
@@ -66,15 +65,9 @@ def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform:
         forking.perform(1, "build", str(tmp_path / "another"), str(tmp_path), b"{}", b"{}")
 
 
-def test_a_fault_of_ours_comes_back_in_words(stand: Any, tmp_path: Path) -> None:
-    job = {
-        "threads": torch.get_num_threads(),
-        "step": "none",
-        "order": "{}",
-        "spec": to_json(RunSpec(model="m")).decode(),
-    }
+def test_a_fault_of_ours_comes_back_in_words(stand: Any) -> None:
+    spec = to_json(RunSpec(model="m")).decode()
+    job = {"threads": torch.get_num_threads(), "step": "none", "order": "{}", "spec": spec}
     where = {"root": str(stand.home.root), "identity": str(stand.home.identity)}
-    (tmp_path / "job.json").write_text(json.dumps(job | where))
-    assert process.main(tmp_path / "job.json") == 0
-    fault = json.loads((tmp_path / "error").read_bytes())
-    assert fault == {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
+    fault = {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
+    assert process.outcome(job | where) == {"error": fault}
