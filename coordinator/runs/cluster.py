@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import forking
 from offsite.protos.addresses import parse
 from offsite.protos.errors import OffsiteError, ResourceError, UnreachableError
 
@@ -62,6 +63,8 @@ class OnRay:
         self._closing.set()
         self._words.put(ENDED)
         self._end()
+        if not self._address:
+            forking.address(self._home.root).unlink(missing_ok=True)  # Ray kills who listened there
 
     def _keep(self) -> None:
         """Listen to the child; join again when it has ended or is silent."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offsite.client import Choice
+from offsite.coordinator.runs.forking import address
 from offsite.emulator.batches import training_batches
 from offsite.emulator.modality import encode, read
 
@@ -148,6 +149,7 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
     assert ["coordinator up" in heavy[0], "coordinator.runs.steps.process" in heavy[-1], len(heavy)] == [True, True, 2]
     federation.stop()
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(federation.folder) in writes(process)]
+    assert not address(federation.folder / "home").exists()
     for key, given, wanted in trained(federation, folder):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
     assert (federation.folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
