@@ -93,8 +93,8 @@ class Home:
                     f"address, write it into {self._stores} first"
                 )
         kept = self._kept()
-        open_journal(journal or self._journal).close()
-        open_blobs(blobs or self._blobs)
+        open_blobs(blobs or self._blobs, cache=self._cache).check()
+        open_journal(journal or self._journal).close()  # last: a home with a journal has begun
         _write(self._stores, Stores(journal=journal or kept.journal, blobs=blobs or kept.blobs))
 
     def journal(self) -> Journal:
@@ -103,7 +103,7 @@ class Home:
 
     def blobs(self) -> Blobs:
         """Open the blobs."""
-        return open_blobs(self._blobs)
+        return open_blobs(self._blobs, cache=self._cache)
 
     @property
     def _journal(self) -> str:
@@ -112,6 +112,10 @@ class Home:
     @property
     def _blobs(self) -> str:
         return self._kept().blobs or url_of("file", self.root / "blobs")
+
+    @property
+    def _cache(self) -> Path:
+        return self.root / "cache"
 
     def _kept(self) -> Stores:
         if not self._stores.exists():

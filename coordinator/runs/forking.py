@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory, gettempdir
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.supervisor import Lost
+from offsite.coordinator.store import Unusable
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.errors import from_status
 from offsite.protos.processes.forks import ForkServer, fork
@@ -51,5 +52,7 @@ def perform(threads: int, step: str, root: str, identity: str, spec: bytes, orde
             raise Lost(f"step {step}: its process ended with exit code {code}")
     outcome = json.loads(document)
     if error := outcome.get("error"):
+        if error["unusable"]:
+            raise Unusable(error["message"])
         raise from_status(error["status"], error["message"], reason=error["reason"])
     return str(outcome["result"]).encode()

@@ -30,7 +30,8 @@ from offsite.coordinator.runs.steps.orders import (
     Update,
 )
 from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step
-from offsite.coordinator.store.database import Unwritable, Watch
+from offsite.coordinator.store import Unusable
+from offsite.coordinator.store.database import Watch
 from offsite.coordinator.store.journal import LIVE
 from offsite.protos import figures
 from offsite.protos.documents import from_json, plain, to_json
@@ -53,6 +54,7 @@ Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity
 
 POLL_S = 0.05  # of one number, whether the journal has changed
 POLLS = 20  # until a round is looked at though it has not
+AGAIN_S = 5.0  # before a step that could not use a store is done again
 TRIES = 6  # a step that ends its process so often, or is killed so often, ends the run
 
 log = logging.getLogger(__name__)
@@ -83,11 +85,11 @@ class Supervisor:
     def run(self) -> None:
         """Bring the run to its end, from wherever the journal says it is.
 
-        Raises Lost or Unwritable, and leaves the run open.
+        Raises Lost or Unusable, and leaves the run open.
         """
         try:
             self._rounds()
-        except (Lost, Unwritable):
+        except (Lost, Unusable):
             raise
         except Cancelled:
             log.info("run %s: cancelled", self._run)
@@ -128,11 +130,24 @@ class Supervisor:
                 "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
             )
         self._journal.add_event(self._run, StepBegun(step=step.name))
-        where = str(self._home.root), str(self._home.identity)
-        document = self._perform(order.step, *where, self._document, to_json(order))
-        result = from_json(step.gives, document, where=f"step {step.name}")
+        result = from_json(step.gives, self._work(order), where=f"step {step.name}")
         self._heed()
         return self._history.record(step, result, *tell(result))
+
+    def _work(self, order: Order) -> bytes:
+        """Have a step done and return what it gives; where a store cannot be used, it is done again until it can."""
+        where, warned = (str(self._home.root), str(self._home.identity)), False
+        while True:
+            try:
+                return self._perform(order.step, *where, self._document, to_json(order))
+            except Unusable as error:
+                if not warned:  # whoever watches need not know where the owner's files lie
+                    log.error("run %s: %s; the run goes on once that is done", self._run, error)
+                    waits = f"step {order.step} waits until the coordinator can use its stored files; its log says more"
+                    self._journal.add_event(self._run, Warned(message=waits))
+                warned = True
+            self._rest(AGAIN_S)
+            self._heed()
 
     def _heed(self) -> None:
         if self._journal.run(self._run).state not in LIVE:

@@ -1,4 +1,4 @@
-"""Files by digest in one folder; a file is there whole, or not there."""
+"""Files by digest; a file is there whole, or not there. This store is a folder, `bucket.py` one on S3."""
 
 import fcntl
 import logging
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from offsite.protos.chunks import ALGORITHMS, algorithm_of, digest_file, hex_of, is_digest
 from offsite.protos.documents import document
@@ -28,13 +29,53 @@ class Stored:
     size: Amount
 
 
-class Blobs:
+class Blobs(Protocol):
+    """Files by digest, wherever they are kept; what is read of them are files of this machine.
+
+    Where they cannot be reached, each method raises Unusable.
+    """
+
+    def check(self) -> None:
+        """Raise Unusable if they cannot be reached now."""
+
+    def path(self, digest: str) -> Path:
+        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
+
+    def served(self, digest: str) -> Path:
+        """The same for a file that is sent again and again: checked when it was not within the last minutes."""
+
+    def passed(self, digest: str) -> tuple[Path, Callable[[str], None] | None]:
+        """Where a blob is that is about to be read whole, and what to tell the digest that it is read with.
+
+        That raises MismatchError when its bytes have changed; it is None if they were checked within the last minutes.
+        """
+
+    def __contains__(self, digest: str) -> bool: ...
+
+    def take(self, file: Path, *, digest: str | None = None) -> tuple[str, int]:
+        """Move a file in and return (digest, size); durable on return. Raises MismatchError if it is not `digest`."""
+        found = digest_file(file, like=digest or "blake3:")
+        if digest is not None and found != digest:
+            raise MismatchError(f"{file.name}: its digest is {found}, announced was {digest}")
+        return found, self.keep(file, found)
+
+    def keep(self, file: Path, digest: str) -> int:
+        """Move in a file whose digest the caller has seen and return its size; durable on return."""
+
+    def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
+        """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""
+
+
+class Folder(Blobs):
     """A content-addressed folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folder("blake3").mkdir(parents=True, exist_ok=True)
         self._checked: dict[str, tuple[tuple[int, int], float]] = {}  # digest -> its file's state, and when
+
+    def check(self) -> None:
+        """Nothing: it was made if it was missing."""
 
     def path(self, digest: str) -> Path:
         """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
@@ -96,13 +137,6 @@ class Blobs:
     def __contains__(self, digest: str) -> bool:
         return self._place(digest).is_file()
 
-    def take(self, file: Path, *, digest: str | None = None) -> tuple[str, int]:
-        """Move a file in and return (digest, size); durable on return. Raises MismatchError if it is not `digest`."""
-        found = digest_file(file, like=digest or "blake3:")
-        if digest is not None and found != digest:
-            raise MismatchError(f"{file.name}: its digest is {found}, announced was {digest}")
-        return found, self.keep(file, found)
-
     def keep(self, file: Path, digest: str) -> int:
         """Move in a file whose digest the caller has seen and return its size; durable on return."""
         size = file.stat().st_size
@@ -123,8 +157,8 @@ class Blobs:
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
         """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""
         files = size = 0
-        for algorithm, path in ((one, path) for one in ALGORITHMS for path in self._folder(one).glob("??/*")):
-            if f"{algorithm}:{path.parent.name}{path.name}" in keep:
+        for digest, path in self._files():
+            if digest in keep:
                 continue
             with self._locked(fcntl.LOCK_EX):  # nobody finds it there meanwhile
                 about = path.stat()
@@ -134,6 +168,12 @@ class Blobs:
                     path.unlink()
             files, size = files + 1, size + about.st_size
         return files, size
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """Yield each blob's digest and place."""
+        for algorithm in ALGORITHMS:
+            for path in self._folder(algorithm).glob("??/*"):
+                yield f"{algorithm}:{path.parent.name}{path.name}", path
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.tables import Row, metadata
-from offsite.protos.errors import OffsiteError, ResourceError
+from offsite.protos.errors import OffsiteError
 
 
-class Unwritable(ResourceError):
-    """The journal cannot be read or written now: nothing is wrong with the runs, which go on once it can."""
+class Unwritable(Unusable):
+    """The journal cannot be read or written now."""
 
 
 class Watch(Protocol):

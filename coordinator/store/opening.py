@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.blobs import Blobs, Folder
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.ranges import readable
@@ -13,7 +13,7 @@ JOURNALS = {  # an example of each scheme
     "sqlite": "sqlite:////srv/offsite/journal.db",
     "postgresql": "postgresql://role:password@host:5432/database",
 }
-BLOBS = {"file": "file:///srv/offsite/blobs"}
+BLOBS = {"file": "file:///srv/offsite/blobs", "s3": "s3://bucket/prefix"}
 LONGEST = 4096
 
 
@@ -33,10 +33,21 @@ def open_journal(url: str) -> Journal:
     return Journal(Postgresql(where=shown(url), url=url))
 
 
-def open_blobs(url: str) -> Blobs:
-    """Open the blobs, made if missing; raises InputError for a URL of none."""
+def open_blobs(url: str, *, cache: Path) -> Blobs:
+    """Open the blobs; raises InputError for a URL of none.
+
+    Those that lie beyond this machine have a cache here, which all processes that open them share.
+    """
     check(url, BLOBS, "blobs")
-    return Blobs(_path(url))
+    if url.startswith("file:"):
+        return Folder(_path(url))
+    try:
+        from offsite.coordinator.store.bucket import Bucket
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"--blobs: {error.name} is not installed; a bucket needs: pip install 'offsite[s3]'"
+        ) from None
+    return Bucket(url, cache)
 
 
 def check(url: str, known: dict[str, str], what: str) -> None:
@@ -63,8 +74,12 @@ def shown(url: str) -> str:
 
 
 def place(url: str) -> str:
-    """Return a URL without a name and a password: who comes with another password still means the same store."""
-    return re.sub("//[^/?]*@", "//", url)
+    """Return a URL without a name and a password: who comes with another password still means the same store.
+
+    The settings of a bucket say how it is reached.
+    """
+    url = re.sub("//[^/?]*@", "//", url)
+    return url.partition("?")[0] if url.startswith("s3:") else url
 
 
 def _path(url: str) -> Path:

@@ -1,10 +1,12 @@
 """A home remembers its stores for every process that opens it, takes no others, and tells nobody a password."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.opening import open_blobs, open_journal, place, shown
 from offsite.protos.errors import ConflictError, InputError
 
@@ -56,6 +58,23 @@ def test_a_home_does_not_begin_with_a_store_that_cannot_be_opened(home: Home, tm
     assert not home.begun
 
 
+def test_a_home_begins_with_a_bucket_that_is_there_and_may_name_its_settings_anew(
+    home: Home, s3: Any, tmp_path: Path
+) -> None:
+    for url in (s3.url().replace("bucket", "other"), "s3://bucket?endpoint=http://127.0.0.1:1"):
+        with pytest.raises(Unusable, match="no such bucket|127.0.0.1:1 does not answer"):
+            home.use(blobs=url)
+        assert not home.begun
+    url = s3.url()
+    home.use(blobs=url)
+    (tmp_path / "file").write_bytes(b"one")
+    digest, _ = home.blobs().take(tmp_path / "file")
+    home.use(blobs=f"{url}&cache=1M")
+    assert Home(home.root, home.identity).blobs().path(digest).read_bytes() == s3.object(url, digest).read_bytes()
+    with pytest.raises(ConflictError, match=r"began with its blobs at s3://bucket/\d+, not at s3://bucket/\d+, where"):
+        home.use(blobs=s3.url())
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -66,12 +85,12 @@ def test_a_home_does_not_begin_with_a_store_that_cannot_be_opened(home: Home, tm
         ("mysql://me:sec/r?et@secret@host/name", r"mysql://host/name has a scheme"),
     ],
 )
-def test_a_url_of_no_store_is_refused_in_a_sentence_without_its_password(url: str, words: str) -> None:
+def test_a_url_of_no_store_is_refused_in_a_sentence_without_its_password(url: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words) as refused:
         open_journal(url)
     assert "sec" not in str(refused.value)
     with pytest.raises(InputError, match="--blobs"):
-        open_blobs(url)
+        open_blobs(url, cache=tmp_path)
 
 
 def test_a_store_is_the_same_under_a_new_password() -> None:

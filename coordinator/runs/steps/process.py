@@ -1,7 +1,7 @@
 """What the process of a step does, once it has been forked (`offsite.protos.processes`).
 
 Its job is a JSON object {"threads", "step", "root", "identity", "spec", "order"}. On standard output it tells "result"
-or "error", with {"status", "reason", "message"}: a full disk must not keep it from that.
+or "error", with {"status", "reason", "message", "unusable"}: a full disk must not keep it from that.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 from offsite.coordinator.aggregation import STRATEGIES
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.performing import perform
+from offsite.coordinator.store import Unusable
 from offsite.emulator.catalogue import BUILDERS, FORMATS, METHODS, MODALITIES
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError
@@ -44,4 +45,5 @@ def outcome(job: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         grant = from_json(Grant, spec, where="run spec")
         error = fault if isinstance(fault, OffsiteError) else OffsiteError(grant.fault(fault))
-        return {"error": {"status": error.status, "reason": error.reason, "message": str(error)}}
+        told = {"status": error.status, "reason": error.reason, "message": str(error)}
+        return {"error": told | {"unusable": isinstance(error, Unusable)}}

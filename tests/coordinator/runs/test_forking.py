@@ -11,6 +11,7 @@ import torch
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.steps import process
 from offsite.coordinator.runs.supervisor import Lost
+from offsite.coordinator.store import Unusable
 from offsite.protos.documents import to_json
 from offsite.protos.errors import ResourceError
 from offsite.protos.processes.forks import ForkServer
@@ -26,9 +27,9 @@ def main(path):
     job = json.loads(path.read_bytes())
     if job["step"] == "killed":
         os.kill(os.getpid(), 9)
-    elif job["step"] == "full":
+    elif job["step"] in ("full", "away"):
         fault = {"status": "RESOURCE_EXHAUSTED", "reason": "FAULT_DISK", "message": "the disk is full"}
-        print(json.dumps({"error": fault}), flush=True)
+        print(json.dumps({"error": fault | {"unusable": job["step"] == "away"}}), flush=True)
     else:
         print(json.dumps({"result": f"{job['step']} {job['order']} {job['threads']}"}), flush=True)
     return 0
@@ -53,8 +54,11 @@ def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_a_step_gives_its_result_or_raises_its_own_error_and_leaves_nothing(perform: Any, stand: Any) -> None:
     assert perform("build") == b"build order 3"
+    with pytest.raises(Unusable):
+        perform("away")
     with pytest.raises(ResourceError, match="^the disk is full$") as error:
         perform("full")
+    assert not isinstance(error.value, Unusable)
     assert error.value.reason == "FAULT_DISK" and not list(stand.home.scratch.iterdir())
 
 
@@ -70,4 +74,4 @@ def test_a_fault_of_ours_comes_back_in_words(stand: Any) -> None:
     job = {"threads": torch.get_num_threads(), "step": "none", "order": "{}", "spec": spec}
     where = {"root": str(stand.home.root), "identity": str(stand.home.identity)}
     fault = {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
-    assert process.outcome(job | where) == {"error": fault}
+    assert process.outcome(job | where) == {"error": fault | {"unusable": False}}

@@ -8,7 +8,8 @@ import pytest
 
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune, Update
 from offsite.coordinator.runs.supervisor import TRIES, Lost
-from offsite.coordinator.store.database import Unwritable
+from offsite.coordinator.store import Unusable
+from offsite.coordinator.store.blobs import Folder
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json
 from offsite.protos.errors import ResourceError
@@ -173,18 +174,54 @@ def test_a_fault_of_ours_ends_the_run_with_a_word(stand: Any) -> None:
     assert (run.state, run.error) == ("failed", "internal error: KeyError: 'missing'")
 
 
-@pytest.mark.parametrize("error", [Lost, Unwritable])
-def test_where_nothing_is_wrong_with_the_run_it_is_left_open(stand: Any, error: type[Exception]) -> None:
+def test_where_nothing_is_wrong_with_the_run_it_is_left_open(stand: Any) -> None:
     def away(_: bytes) -> None:
-        raise error
+        raise Lost
 
     whole, stand._aggregate = stand._aggregate, away
     stand.submit("ward")
-    with pytest.raises(error):
+    with pytest.raises(Lost):
         stand.run()
     assert stand.journal.run("r").state == "running"
     stand._aggregate = whole
     assert stand.run().state == "completed" and len(asked(stand, Build)) == 1, "what was done is not done again"
+
+
+@pytest.mark.parametrize("step", ["build", "aggregate", "publish"])
+def test_a_step_that_cannot_use_a_store_is_done_again_until_it_can(stand: Any, step: str) -> None:
+    waits = iter(range(2 * TRIES))  # more often than a step may end its process
+
+    def away(order: bytes) -> Any:
+        if next(waits, None) is not None:
+            raise Unusable("s3://bucket: its server does not answer")
+        return whole(order)
+
+    whole = getattr(stand, f"_{step}")
+    setattr(stand, f"_{step}", away)
+    stand.submit("ward")
+    assert stand.run().state == "completed"
+    warnings = [event.data["message"] for event in told(stand, "warning")]
+    assert warnings == [f"step {step} waits until the coordinator can use its stored files; its log says more"]
+
+
+def test_a_run_that_waits_for_a_store_can_be_cancelled(stand: Any) -> None:
+    def away(_: bytes) -> None:
+        raise Unusable("s3://bucket: its server does not answer")
+
+    stand.submit("ward")
+    stand._build, stand.rest = away, lambda _: stand.journal.end_run("r", Cancelled(error="cancelled by alice"))
+    assert stand.run().state == "cancelled"
+
+
+def test_updates_that_cannot_be_looked_at_are_not_lost(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Any, digest: str) -> None:
+        raise Unusable("s3://bucket: its server does not answer")
+
+    stand.submit("ward")
+    with monkeypatch.context() as gone, pytest.raises(Unusable):
+        gone.setattr(Folder, "path", away)
+        stand.run()
+    assert stand.run().state == "completed" and len(stand.journal.tasks("r")) == 1
 
 
 def test_a_step_that_ends_its_process_again_and_again_ends_the_run(stand: Any) -> None:

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from offsite.coordinator.service import transfers
 from offsite.coordinator.store import blobs as store
-from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.blobs import Folder
 from offsite.protos.chunks import CHUNK_BYTES, WINDOW_BYTES
 from offsite.protos.errors import IdentityError, InputError, MismatchError, UnreachableError
 from offsite.protos.fleet_pb2 import UploadHeader
@@ -39,7 +39,7 @@ class Reader:
 class Blob:
     """A blob of three and a half pieces in a store, and what asks for it."""
 
-    blobs: Blobs
+    blobs: Folder
     digest: str
 
     def sent(self, reader: Reader | None = None, **asked: Any) -> list[Piece]:
@@ -52,7 +52,7 @@ class Blob:
 @pytest.fixture
 def blob(tmp_path: Path) -> Blob:
     (tmp_path / "file").write_bytes(b"".join(PIECES))
-    blobs = Blobs(tmp_path / "blobs")
+    blobs = Folder(tmp_path / "blobs")
     return Blob(blobs, blobs.take(tmp_path / "file")[0])
 
 

@@ -1,9 +1,5 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
-import hashlib
-import shutil
-import time
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +7,12 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from offsite.coordinator.store import blobs as blobs_module
-from offsite.coordinator.store.blobs import Blobs, Stored, room
+from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Key, Move
 from offsite.coordinator.store.opening import open_journal
 from offsite.protos.chunks import digest_bytes
-from offsite.protos.errors import ConflictError, InputError, MismatchError, NotFoundError, ResourceError
+from offsite.protos.errors import ConflictError, MismatchError, NotFoundError
 from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
@@ -79,52 +74,6 @@ def test_what_one_process_wrote_another_reads(journal: Journal, url: str) -> Non
     other.close()
 
 
-def test_a_blob_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path / "blobs")
-    for content in (b"one", b"one", b"two"):
-        (tmp_path / "file").write_bytes(content)
-        assert blobs.take(tmp_path / "file") == (digest_bytes(content), 3)
-        assert not (tmp_path / "file").exists() and blobs.path(digest_bytes(content)).read_bytes() == content
-    (tmp_path / "file").write_bytes(b"three")
-    with pytest.raises(MismatchError, match="announced was"):
-        blobs.take(tmp_path / "file", digest=digest_bytes(b"one"))
-    assert digest_bytes(b"three") not in blobs and (tmp_path / "file").exists()
-
-
-def test_blobs_of_an_older_journal_are_read_and_collected_like_new_ones(tmp_path: Path) -> None:
-    blobs, old = Blobs(tmp_path / "blobs"), "sha256:" + hashlib.sha256(b"old").hexdigest()
-    place = tmp_path / "blobs" / old[7:9] / old[9:]  # where SHA-256 alone put it
-    place.parent.mkdir()
-    place.write_bytes(b"old")
-    (tmp_path / "file").write_bytes(b"new")
-    new, _ = blobs.take(tmp_path / "file")
-    assert new.startswith("blake3:") and blobs.path(old) == place and blobs.path(new).read_bytes() == b"new"
-    (tmp_path / "file").write_bytes(b"old")
-    assert blobs.take(tmp_path / "file", digest=old) == (old, 3) and blobs.path(old) == place
-    assert blobs.sweep({old}, before=time.time() + 1) == (1, 3) and old in blobs and new not in blobs
-    assert blobs.sweep(set(), before=time.time() + 1) == (1, 3) and old not in blobs
-
-
-def test_only_a_digest_names_a_blob(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path / "blobs")
-    with pytest.raises(InputError, match="is not a digest"):
-        blobs.path("../journal.db")
-    with pytest.raises(NotFoundError):
-        blobs.path(digest_bytes(b"never seen"))
-
-
-def test_a_full_disk_is_said_to_be_full_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100 << 20, 35 << 20, 65 << 20))
-    assert blobs_module.shutil is shutil
-    room(tmp_path, 1 << 19)
-    with pytest.raises(ResourceError, match="65 MiB free, 74 MiB are needed") as caught:
-        room(tmp_path, 10 << 20)
-    assert caught.value.exit_code == 8
-
-
 def test_runs_come_in_pages_the_newest_first(journal: Journal) -> None:
     for number in range(7):
         journal.add_run(f"r{number}", token=f"t{number}", owner="ann" if number % 2 else "bob", spec=b"{}")
@@ -137,19 +86,6 @@ def test_runs_come_in_pages_the_newest_first(journal: Journal) -> None:
     assert journal.rounds_done(["r0", "r1"]) == {"r1": 1}
     with pytest.raises(NotFoundError):
         journal.page(limit=1, before="nothing")
-
-
-def test_a_bit_that_rots_is_noticed_by_whoever_reads_and_mended_by_whoever_brings_it_again(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path / "blobs")
-    (tmp_path / "file").write_bytes(b"one")
-    digest, _ = blobs.take(tmp_path / "file")
-    place = blobs.served(digest)
-    place.write_bytes(b"onf")
-    for read in (blobs.path, blobs.served):
-        with pytest.raises(MismatchError, match=f"{place}: the file has changed since it was stored"):
-            read(digest)
-    (tmp_path / "file").write_bytes(b"one")
-    assert blobs.take(tmp_path / "file") == (digest, 3) and blobs.path(digest).read_bytes() == b"one"
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "garbled"])

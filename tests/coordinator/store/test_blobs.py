@@ -1,0 +1,311 @@
+"""Blobs in a folder and in S3: whole or not there, checked by digest, collected by age; and a server that goes away."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from offsite.coordinator.store import Unusable, bucket
+from offsite.coordinator.store import blobs as blobs_module
+from offsite.coordinator.store.blobs import Blobs, Folder, room
+from offsite.coordinator.store.bucket import Bucket
+from offsite.coordinator.store.opening import open_blobs
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.errors import InputError, MismatchError, NotFoundError, ResourceError
+
+DAY_S = 24 * 3600.0
+
+
+class Kept:
+    """Blobs, and where the bytes of each lie for good."""
+
+    def __init__(self, blobs: Blobs, folder: Path, file: Callable[[str], Path], s3: Any = None) -> None:
+        self.blobs, self.folder, self.file, self._s3 = blobs, folder, file, s3
+
+    def take(self, content: bytes, **options: Any) -> str:
+        (self.folder / "file").write_bytes(content)
+        digest, size = self.blobs.take(self.folder / "file", **options)
+        assert size == len(content)
+        return digest
+
+    def age(self, *digests: str, days: float = 2) -> None:
+        for digest in digests:
+            os.utime(self.file(digest), (time.time() - days * DAY_S,) * 2)
+        if self._s3:
+            self._s3.look()
+
+    def forget(self) -> None:
+        """Lose what is only here to be near."""
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        (self.folder / "cache" / "blake3").mkdir(parents=True)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+    if request.param == "s3":
+        return in_bucket(request.getfixturevalue("s3"), tmp_path)
+    made = open_blobs(f"file://{tmp_path}/blobs", cache=tmp_path / "cache")
+    assert isinstance(made, Folder)
+    return Kept(made, tmp_path, made._place)
+
+
+def in_bucket(s3: Any, folder: Path, **settings: str) -> Kept:
+    url = s3.url(**settings)
+    return Kept(open_blobs(url, cache=folder / "cache"), folder, lambda digest: s3.object(url, digest), s3)
+
+
+@pytest.fixture
+def stored(s3: Any, tmp_path: Path) -> Kept:
+    """Blobs in a bucket."""
+    return in_bucket(s3, tmp_path)
+
+
+def test_a_blob_is_there_whole_or_not_at_all(kept: Kept) -> None:
+    kept.blobs.check()
+    for content in (b"one", b"one", b"two"):
+        digest = kept.take(content)
+        assert digest == digest_bytes(content) and not (kept.folder / "file").exists()
+        assert kept.blobs.path(digest).read_bytes() == kept.blobs.served(digest).read_bytes() == content
+        assert kept.file(digest).read_bytes() == content
+    with pytest.raises(MismatchError, match="announced was"):
+        kept.take(b"three", digest=digest_bytes(b"one"))
+    assert digest_bytes(b"three") not in kept.blobs and (kept.folder / "file").exists()
+
+
+def test_digests_of_an_older_journal_are_read_and_collected_like_new_ones(kept: Kept) -> None:
+    old = "sha256:" + hashlib.sha256(b"old").hexdigest()
+    new = kept.take(b"new")
+    assert new.startswith("blake3:") and kept.take(b"old", digest=old) == old
+    assert kept.blobs.path(old).read_bytes() == b"old" and kept.blobs.path(new).read_bytes() == b"new"
+    assert kept.blobs.sweep({old}, before=time.time() + DAY_S) == (1, 3)
+    assert old in kept.blobs and new not in kept.blobs
+
+
+def test_a_folder_of_an_older_journal_is_read_where_it_lies(tmp_path: Path) -> None:
+    place = tmp_path / "blobs" / hashlib.sha256(b"old").hexdigest()[:2] / hashlib.sha256(b"old").hexdigest()[2:]
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"old")
+    assert Folder(tmp_path / "blobs").path("sha256:" + hashlib.sha256(b"old").hexdigest()) == place
+
+
+def test_only_a_digest_names_a_blob(kept: Kept) -> None:
+    for name in ("../journal.db", "blake3:" + "A" * 64, ""):
+        with pytest.raises(InputError, match="is not a digest"):
+            kept.blobs.path(name)
+    with pytest.raises(NotFoundError, match="put it back from a backup, or submit the run again"):
+        kept.blobs.path(digest_bytes(b"never seen"))
+
+
+def test_a_bit_that_rots_is_noticed_by_whoever_reads_and_mended_by_whoever_brings_it_again(kept: Kept) -> None:
+    digest = kept.take(b"one")
+    kept.blobs.served(digest)
+    kept.forget()
+    kept.file(digest).write_bytes(b"onf")
+    for read in (kept.blobs.path, kept.blobs.served):
+        with pytest.raises(MismatchError, match=f"{digest[9:]}.* has changed since it was stored"):
+            read(digest)
+    assert kept.take(b"one") == digest and kept.blobs.path(digest).read_bytes() == b"one"
+
+
+def test_what_is_not_kept_and_old_is_collected(kept: Kept) -> None:
+    old, kept_old, again, young = (kept.take(content) for content in (b"old", b"kept", b"again", b"young"))
+    kept.age(old, kept_old, again)
+    kept.take(b"again")  # a step has just stored it once more
+    before = time.time() - DAY_S
+    assert kept.blobs.sweep({kept_old}, before=before, dry_run=True) == (1, 3) and old in kept.blobs
+    assert kept.blobs.sweep({kept_old}, before=before) == (1, 3)
+    assert old not in kept.blobs and all(digest in kept.blobs for digest in (kept_old, again, young))
+    assert kept.blobs.sweep({kept_old}, before=before) == (0, 0)
+
+
+def test_what_is_stored_again_while_it_is_collected_stays(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, hold = kept.take(b"one"), "_alone" if isinstance(kept.blobs, Bucket) else "_locked"
+    kept.age(digest)
+    whole = getattr(type(kept.blobs), hold)
+
+    def late(*arguments: Any) -> Any:  # the list was read, and the object was old
+        monkeypatch.undo()
+        kept.take(b"one")
+        return whole(*arguments)
+
+    monkeypatch.setattr(type(kept.blobs), hold, late)
+    assert kept.blobs.sweep(set(), before=time.time() - DAY_S) == (0, 0)
+    kept.forget()
+    assert kept.blobs.path(digest).read_bytes() == b"one"
+
+
+def test_a_collection_waits_for_what_is_being_put(stored: Kept) -> None:
+    assert isinstance(stored.blobs, Bucket)
+    digest = stored.take(b"one")
+    stored.age(digest)
+    sweep = threading.Thread(target=stored.blobs.sweep, args=(set(),), kwargs={"before": time.time() - DAY_S})
+    with stored.blobs._alone(digest):  # as a put does
+        sweep.start()
+        sweep.join(0.3)
+        assert sweep.is_alive() and digest in stored.blobs
+        stored.age(digest, days=0)
+    sweep.join()
+    assert digest in stored.blobs
+
+
+def test_what_is_read_is_here_and_is_fetched_when_it_is_not_or_has_rotted(
+    stored: Kept, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = stored.take(b"one")
+    monkeypatch.setattr(bucket, "client", None)  # neither needs the bucket
+    assert stored.blobs.path(digest) == stored.blobs.served(digest)
+    monkeypatch.undo()
+    for lose in (lambda: stored.blobs.path(digest).write_bytes(b"onf"), stored.forget):
+        for read in (stored.blobs.path, stored.blobs.served):
+            lose()
+            assert read(digest).read_bytes() == b"one"
+
+
+def test_what_is_here_stays_within_its_bound_and_what_was_used_just_now_stays(s3: Any, tmp_path: Path) -> None:
+    stored = in_bucket(s3, tmp_path, cache="2M")
+    digests = [stored.take(bytes([number]) * 690_000) for number in range(3)]
+    here = {digest: stored.blobs.path(digest) for digest in digests}
+    assert all(path.exists() for path in here.values()), "all were used within the hour"
+    for digest, hours in zip(digests, (2, 3, 0.5), strict=True):
+        os.utime(here[digest], (time.time() - hours * 3600, here[digest].stat().st_mtime))
+    new = stored.take(b"\x09" * 690_000)
+    assert [path.exists() for path in here.values()] == [True, False, True], "the longest unused one went"
+    stored.blobs.served(digests[0])
+    os.utime(here[digests[2]], (time.time() - 7200, here[digests[2]].stat().st_mtime))
+    assert stored.blobs.path(digests[1]).read_bytes() == b"\x01" * 690_000
+    assert [path.exists() for path in here.values()] == [True, True, False] and stored.blobs.path(new).exists()
+
+
+@pytest.mark.parametrize("what", ["keep", "fetch"])
+def test_a_server_that_is_killed_in_the_middle_leaves_nothing_half_and_goes_on(
+    stored: Kept, s3: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(1 << 20) * 16
+    digest, file = digest_bytes(content), stored.folder / "file"
+    monkeypatch.setattr(bucket, "PATIENT_S", 1.0)
+    if what == "fetch":
+        stored.take(content)
+        stored.forget()
+    else:
+        file.write_bytes(content)
+
+    def work() -> None:
+        with suppress(Unusable):
+            stored.blobs.keep(file, digest) if what == "keep" else stored.blobs.path(digest)
+
+    def moved() -> int:
+        counters = psutil.Process(s3.process.pid).io_counters()
+        return int(counters.read_chars if what == "keep" else counters.write_chars)
+
+    thread, start = threading.Thread(target=work), moved()
+    thread.start()
+    while moved() - start < 4 << 20:
+        time.sleep(0.002)
+    psutil.Process(s3.process.pid).suspend()
+    assert thread.is_alive(), "it is in the middle"
+    s3.kill()
+    try:
+        assert what == "fetch" or not stored.file(digest).exists()
+        assert not stored.blobs._cache._place(digest).exists()  # type: ignore[attr-defined]
+    finally:
+        s3.start()
+    thread.join()
+    if what == "keep" and file.exists():
+        stored.blobs.keep(file, digest)
+    assert stored.file(digest).read_bytes() == stored.blobs.path(digest).read_bytes() == content
+
+
+def test_what_hinders_a_bucket_is_a_sentence_without_its_key(s3: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bucket, "PATIENT_S", 0.1)
+    monkeypatch.setattr(bucket, "HURRIED_S", 0.1)
+
+    def hindrance(url: str) -> str:
+        blobs = open_blobs(url, cache=tmp_path / "cache")
+        (tmp_path / "file").write_bytes(b"one")
+        said = set()
+        for call in (blobs.check, lambda: blobs.take(tmp_path / "file"), lambda: blobs.sweep(set(), before=0)):
+            with pytest.raises(Unusable) as caught:
+                call()
+            said.add(str(caught.value))
+        assert len(said) == 1 and (tmp_path / "file").exists()
+        return said.pop()
+
+    sentence = hindrance(f"s3://other/runs?endpoint={s3.endpoint}")
+    assert sentence == "s3://other/runs: there is no such bucket; make it, or name another"
+    away = hindrance("s3://bucket?endpoint=http://127.0.0.1:1")
+    assert away.startswith("s3://bucket: http://127.0.0.1:1 does not answer as it should")
+    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
+    assert "plain http is for this machine" in hindrance("s3://bucket?endpoint=http://192.0.2.1:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistaken")
+    assert "does not accept the key; look at AWS_ACCESS_KEY_ID" in hindrance(s3.url())
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "there is no key for it; set AWS_ACCESS_KEY_ID" in hindrance(s3.url())
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "there is no key for it; set AWS_ACCESS_KEY_ID" in hindrance(s3.url())
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://me:secret@bucket/runs", "s3://bucket/runs: a key does not belong there; set AWS_ACCESS_KEY_ID"),
+        ("s3://Bucket", "that is not the name of a bucket"),
+        ("s3:///runs", "that is not the name of a bucket"),
+        ("s3://bucket/../other", "a prefix has letters, digits"),
+        ("s3://bucket/a//b", "a prefix has letters, digits"),
+        ("s3://bucket?password=secret", "there is no setting .'password'.; there are endpoint, region and cache"),
+        ("s3://bucket?cache=50", "cache=50 is not a size such as 50G"),
+        ("s3://bucket?region=eu west", "region=eu west is not the name of one"),
+        ("s3://bucket?endpoint=nonsense", "the endpoint is not one such as https"),
+        ("s3://bucket?endpoint=https://me:secret@host", "the endpoint is not one such as https"),
+    ],
+)
+def test_a_url_of_no_bucket_is_refused_in_a_sentence(url: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        open_blobs(url, cache=tmp_path)
+    assert "secret" not in str(refused.value)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from offsite.coordinator.store.opening import open_blobs
+
+url, folder = sys.argv[1], Path(sys.argv[2])
+blobs = open_blobs(url, cache=folder / "cache")
+for size in (1 << 20, 96 << 20):
+    with (folder / "file").open("wb") as file:
+        file.truncate(size)
+    digest, _ = blobs.take(folder / "file")
+    (folder / "cache" / "blake3" / digest[7:9] / digest[9:]).unlink()
+    blobs.path(digest)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_a_large_blob_is_put_and_fetched_in_pieces(s3: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEMORY, s3.url(), str(tmp_path)]
+    small, large = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert large - small < 64, "MiB of 96"
+
+
+def test_a_full_disk_is_said_to_be_full_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100 << 20, 35 << 20, 65 << 20))
+    assert blobs_module.shutil is shutil
+    room(tmp_path, 1 << 19)
+    with pytest.raises(ResourceError, match="65 MiB free, 74 MiB are needed") as caught:
+        room(tmp_path, 10 << 20)
+    assert caught.value.exit_code == 8
