@@ -92,7 +92,7 @@ class Round:
     def _previous(self) -> dict[str, str]:
         """Return by site its newest update that the run has, where a stage feeds back what it left out of it."""
         feeds_back = any(stage.feedback for stage in upload.make(self._spec.upload))
-        return self._journal.newest_updates(self._run, before=self._number) if feeds_back else {}
+        return self._journal.newest_updates(self._run) if feeds_back else {}
 
     def _task(self, site: str, attempt: int, previous: str | None) -> TaskSpec:
         built, bundle = self._history[BUILD], self._history.bundle(self._number)

@@ -55,11 +55,10 @@ class Tasks(Database):
         query = query if round is None else query.where(tasks.c.round == round)
         return self._all(query.order_by(tasks.c.round, tasks.c.site, tasks.c.attempt))
 
-    def newest_updates(self, run: str, *, before: int) -> dict[str, str]:
-        """Return by site the digest of its newest accepted update in the rounds of a run before one."""
+    def newest_updates(self, run: str) -> dict[str, str]:
+        """Return by site the digest of its newest accepted update in a run."""
         query = sa.select(tasks.c.site, tasks.c.update).where(tasks.c.run == run, tasks.c.state == "uploaded")
-        rows = self._all(query.where(tasks.c.round < before).order_by(tasks.c.round, tasks.c.attempt))
-        return {row.site: row.update for row in rows}
+        return {row.site: row.update for row in self._all(query.order_by(tasks.c.round, tasks.c.attempt))}
 
     def task(self, key: Key) -> Row:
         """Return one task; raises NotFoundError."""
