@@ -117,9 +117,12 @@ def about(path: Path) -> dict[str, str]:
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """Read what a file says it holds, without its tensors; raises MismatchError when it is not a safetensors file."""
+    """Read what a file says it holds, in its order, without its tensors.
+
+    Raises MismatchError when it is not a safetensors file.
+    """
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
         return {name: Entry(dtype=piece.get_dtype(), shape=tuple(piece.get_shape())) for name, piece in slices.items()}
 
 

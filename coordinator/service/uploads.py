@@ -1,6 +1,8 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
+import os
 from io import BufferedWriter
+from typing import TYPE_CHECKING
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.history import History
@@ -8,13 +10,17 @@ from offsite.coordinator.runs.steps.results import BUILD
 from offsite.coordinator.runs.versions import read_schema
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
-from offsite.protos.chunks import algorithm_of, hasher, hex_of, is_digest, read_chunks
+from offsite.protos.chunks import WINDOW_BYTES, algorithm_of, hasher, hex_of, is_digest, read_chunks
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
 from offsite.protos.events import UpdateAccepted
 from offsite.protos.fleet_pb2 import TaskKey, UploadHeader
 from offsite.protos.spec import RunSpec, TaskSpec, UpdateMetrics
 
+if TYPE_CHECKING:
+    from offsite.protos.upload.change import Change
+
+BEHIND_BYTES = WINDOW_BYTES  # an update is told to the disk whenever it is so much longer
 HEADER_BYTES = 1 << 20  # more than any safetensors header of an update takes
 
 
@@ -32,6 +38,7 @@ class Upload:
         self._file = home.spool / (self._stem + hex_of(header.digest))
         self._run = journal.run(header.key.run)
         self._output: BufferedWriter | None = None
+        self._change: Change | None = None
         self._whole, self._kept = hasher(algorithm_of(header.digest)), 0
 
     @property
@@ -61,16 +68,19 @@ class Upload:
         if not 0 < self._header.size <= limit:
             raise MismatchError(f"{self._what()}: {self._header.size} bytes announced, at most {limit} can be right")
         room(self._file.parent, self._header.size)
+        if not self._spec.upload:  # what stages have packed is judged when it has come
+            from offsite.protos.upload.change import Change  # torch: a server that only waits needs none
+
+            self._change = Change(self._blobs.served(self._spec.adapter))
         self._output = self._file.open("ab")
-        for offset, data in read_chunks(self._file):
-            self._whole.update(data)
-            self._kept = offset + len(data)
+        for _, data in read_chunks(self._file):
+            self._see(data)
         return self._kept
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
         """Append a chunk and return what is kept; raises UnreachableError, to resume, unless the chunk goes on there.
 
-        Its hash is taken on the way: a complete update is not read again for it.
+        Its hash is taken on the way, and how far it is from its broadcast: a complete update is not read again.
         """
         if offset != self._kept:
             # Of a stream that lost the race with its own successor: the site asks again where to go on.
@@ -80,12 +90,23 @@ class Upload:
         assert self._output is not None, "begin() opens it"
         self._output.write(data)
         self._output.flush()
-        self._whole.update(data)
-        self._kept += len(data)
+        self._see(data)
+        if self._change and self._kept % BEHIND_BYTES < len(data):
+            # Begin to write what has come, and keep nothing in memory of what is written: it is read when the round is
+            # folded, which can be hours away, and what sites download again and again should not make room for it.
+            os.posix_fadvise(self._output.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return self._kept
 
+    def _see(self, data: bytes | memoryview) -> None:
+        self._whole.update(data)
+        if self._change:
+            self._change.add(data)
+        self._kept += len(data)
+
     def close(self) -> None:
-        """Close the file; what is kept stays, to be resumed."""
+        """Close the files; what is kept stays, to be resumed."""
+        if self._change is not None:
+            self._change.close()
         if self._output is not None:
             self._output.close()
 
@@ -101,7 +122,8 @@ class Upload:
             admit_metrics(metrics, self._spec)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
             schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
-            admit(self._file, self._spec, schema, broadcast=self._blobs.served(self._spec.adapter), max_norm=most)
+            broadcast = self._blobs.served(self._spec.adapter)
+            admit(self._file, self._spec, schema, broadcast=broadcast, change=self._change, max_norm=most)
             size = self._blobs.keep(self._file, self.digest)
         except (InputError, MismatchError) as error:
             self._file.unlink(missing_ok=True)

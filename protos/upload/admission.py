@@ -10,6 +10,7 @@ from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload.base import Stage
+from offsite.protos.upload.change import Change
 from offsite.protos.upload.files import distance
 
 
@@ -18,7 +19,9 @@ def described(task: TaskSpec) -> str:
     return f"update of {task.site}, round {task.round + 1}"
 
 
-def admit(file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_norm: float) -> None:
+def admit(
+    file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_norm: float, change: Change | None = None
+) -> None:
     """Raise MismatchError unless a file is an update that a task asked for.
 
     Args:
@@ -27,20 +30,26 @@ def admit(file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_no
         schema: what the adapters of the run are made of, before the task's stages pack one.
         broadcast: the adapter that the task starts from.
         max_norm: L2 norm of the largest change since the broadcast that is let in.
+        change: what was seen of it as it came, where no stage packed it.
     """
     what = described(task)
     _check_origin(tensors.about(file), task)
     settled = settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
     stages = upload.make(task.upload)
-    norm = _unpacked_norm(file, stages, settled, broadcast, what) if stages else _norm(file, settled, broadcast, what)
+    if stages:
+        norm = _unpacked_norm(file, stages, settled, broadcast, what)
+    else:
+        norm = _norm(file, settled, broadcast, change, what)
     if not norm <= max_norm:
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
 
 
-def _norm(file: Path, schema: Schema, broadcast: Path, what: str) -> float:
+def _norm(file: Path, schema: Schema, broadcast: Path, change: Change | None, what: str) -> float:
     """Return how far an adapter that left as it is has changed; raises MismatchError if it is none of the schema."""
     tensors.check_header(file, schema, what=what)
-    norm = tensors.distance(file, broadcast)
+    norm = change.norm(file) if change else None
+    if norm is None:
+        norm = tensors.distance(file, broadcast)
     fixed = [name for name, field in schema.items() if field.rule is Rule.FIXED]
     if fixed or not math.isfinite(norm):
         tensors.check(file, schema, fixed=tensors.load(broadcast, fixed), what=what)  # says where

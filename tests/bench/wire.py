@@ -7,6 +7,11 @@ loopback: the site downloads an adapter and uploads an update, which is hashed, 
 receipt comes. The yardstick is as many bytes down and up through a bare Python gRPC stream (an asyncio server, a
 client of threads, mutual TLS, pieces of 1 MiB from memory), hashed where they arrive with the same hash and dropped.
 
+What the product does beyond the stream: it hashes the blob that it sends and the update before it is sent, reads and
+writes files, sums up how far the update is from its broadcast, and waits for the disk. On a machine that has to ask for
+each page of memory anew (a virtual one that gives free pages back), files that are kept in memory as they are written
+cost more than the network; the update is not kept, the download is, for the trainer.
+
 Both are measured in turns, and the medians printed as a JSON line: seconds; their ratio, and that of the seconds of CPU
 of both ends together, which a busy machine disturbs less; and the most memory that each end had resident beyond what
 it had when it waited for its first call (`clear_refs` of Linux's /proc resets the peak). A first update of 1 MB goes

@@ -14,6 +14,7 @@ from offsite.protos.documents import canonical
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import Choice, LocalTraining, TaskSpec, UpdateMetrics
 from offsite.protos.upload.admission import admit, admit_metrics
+from offsite.protos.upload.change import Change
 
 DIGEST = "sha256:" + "0" * 64
 SCHEMA: Schema = {
@@ -64,6 +65,32 @@ def test_what_was_asked_for_is_let_in(admitted: Admit) -> None:
     admitted(TRAINED)
     admitted(TRAINED, max_norm=8**0.5)
     admitted(START, max_norm=1e-9)
+
+
+def test_an_update_that_was_seen_as_it_came_is_judged_and_not_read_for_its_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distance(*files: Path) -> float:
+        raise AssertionError(f"{files} are read")
+
+    monkeypatch.setattr(tensors, "distance", distance)
+    schema = {name: field for name, field in SCHEMA.items() if name != "0.index"}
+    start = {name: START[name] for name in schema}
+    update, broadcast = tmp_path / "update", tmp_path / "broadcast"
+    tensors.save(broadcast, start)
+
+    def judge(factor: torch.Tensor) -> None:
+        tensors.save(update, start | {"0.q.B": factor}, metadata={"offsite": canonical(ORIGIN).decode()})
+        change = Change(broadcast)
+        change.add(update.read_bytes())
+        change.close()
+        admit(update, TASK, schema, broadcast=broadcast, max_norm=10.0, change=change)
+
+    judge(torch.ones(4, 2))
+    with pytest.raises(MismatchError, match="changed by a norm of 283, the run allows 10"):
+        judge(torch.full((4, 2), 100.0))
+    with pytest.raises(MismatchError, match="tensor 0.q.B holds 8 values that are not finite"):
+        judge(torch.full((4, 2), float("nan")))
 
 
 @pytest.mark.parametrize(

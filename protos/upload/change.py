@@ -1,0 +1,63 @@
+"""How far an update is from its broadcast, summed up as its bytes come, so that it need not be read again for it."""
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from offsite.kernels.schema import FLOATS
+from offsite.protos import tensors
+
+
+class Change:
+    """The L2 norm of the change since a broadcast, over all tensors of an update together.
+
+    Of an update of floats that is laid out as the broadcast is and comes in pieces that split no value. It takes the
+    memory of two pieces. Nothing that the update says of itself is believed before `norm` is asked.
+    """
+
+    def __init__(self, broadcast: Path) -> None:
+        self._start, self._entries = broadcast.open("rb", buffering=0), tensors.header(broadcast)
+        sizes = [math.prod(entry.shape) * FLOATS.get(entry.dtype, 0) for entry in self._entries.values()]
+        self._ends = list(itertools.accumulate(sizes))
+        self._left = list(zip(self._ends, self._entries.values(), strict=True))[::-1]  # the next one is the last
+        self._at: int | None = None  # how many bytes of tensors have come; None before the header
+        self._squares, self._odd = 0.0, 0 in sizes
+
+    def norm(self, update: Path) -> float | None:
+        """Return the norm for the file that has come, not finite where a tensor is not; None if it is to be read."""
+        alike = list(tensors.header(update).items()) == list(self._entries.items())
+        return math.sqrt(self._squares) if alike and not self._odd and not self._left else None
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the update's file; its header is whole in the first."""
+        rest = memoryview(data)
+        if self._at is None:
+            self._at, rest = 0, rest[8 + int.from_bytes(rest[:8], "little") :]
+        while rest and not self._odd:
+            rest = rest[self._add(rest) :]
+
+    def _add(self, data: memoryview) -> int:
+        """Add what there is of the tensor that comes next; return how many bytes of the data that is."""
+        assert self._at is not None, "the header has come"
+        end, entry = self._left[-1] if self._left else (self._at, None)
+        part = bytearray(data[: end - self._at])
+        beside = bytearray(len(part))
+        begin = os.fstat(self._start.fileno()).st_size - self._ends[-1]
+        if entry is None or len(part) % FLOATS[entry.dtype]:
+            self._odd = True
+            return len(data)
+        os.preadv(self._start.fileno(), [beside], begin + self._at)
+        here, there = (torch.frombuffer(one, dtype=tensors.DTYPES[entry.dtype]) for one in (part, beside))
+        for piece, start in zip(torch.split(here, tensors.ALONE), torch.split(there, tensors.ALONE), strict=True):
+            self._squares += tensors.norm(piece - start) ** 2
+        self._at += len(part)
+        if self._at == end:
+            self._left.pop()
+        return len(part)
+
+    def close(self) -> None:
+        """Close the broadcast."""
+        self._start.close()
