@@ -153,8 +153,9 @@ def test_batches_are_scored_in_its_metric(case: Case) -> None:
 
 
 def test_scores_of_parts_are_that_of_the_whole(case: Case) -> None:
-    assert len(case.batches) > 1
-    assert reduce(add, (score(case.model, [batch]) for batch in case.batches)) == score(case.model, case.batches)
+    parts, whole = [score(case.model, [batch]) for batch in case.batches], score(case.model, case.batches)
+    assert len(parts) > 1 and reduce(add, parts) == whole
+    assert (whole.total, whole.count) == (sum(one.total for one in parts), sum(one.count for one in parts))
 
 
 def test_the_loss_is_the_mean_score_and_differentiable(case: Case) -> None:
