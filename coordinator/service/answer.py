@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import Message
 
 from offsite.coordinator.service.limits import Limits, check_request
+from offsite.coordinator.store import Unusable
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
 from offsite.protos.security.certificates import Peer, Role, either
@@ -24,6 +25,7 @@ class Gate:
     def __init__(self, revocations: Revocations) -> None:
         self._revocations = revocations
         self._limits = Limits()
+        self._hindrance = ""  # why a store could not be used, as it was logged last
 
     def recheck(self, caller: Peer) -> None:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
@@ -52,6 +54,12 @@ class Gate:
                 if request is not None:
                     check_request(request)
                 yield caller
+            except Unusable as error:  # where the owner's files lie is for the log
+                if str(error) != self._hindrance:
+                    log.error("%s", error)
+                self._hindrance = str(error)
+                said = "the coordinator cannot use its stored files just now; ask again"
+                await context.abort(grpc.StatusCode[error.status], said)
             except OffsiteError as error:
                 await context.abort(grpc.StatusCode[error.status], plain(str(error)))
             except (grpc.aio.AbortError, grpc.aio.InternalError):  # the second: the caller is gone

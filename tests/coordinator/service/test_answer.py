@@ -1,0 +1,44 @@
+"""What callers are told of the coordinator's own troubles."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import grpc
+import pytest
+
+from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.store import Unusable
+from offsite.protos.security.pki import Authority
+from offsite.protos.security.revocation import Revocations
+
+
+class Context:
+    def __init__(self, certificate: bytes) -> None:
+        self._certificate, self.answers = certificate, list[tuple[grpc.StatusCode, str]]()
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_pem_cert": [self._certificate]}
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        self.answers.append((code, details))
+
+
+def test_a_store_that_is_away_is_asked_for_again_and_only_the_log_says_where_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority.create(tmp_path / "pki")
+    kit = authority.issue("coordinator", "coordinator")
+    context = Context((authority.issue("site", "ward") / "tls.crt").read_bytes())
+    gate = Gate(Revocations(kit / "crl.pem", seen=tmp_path / "crl-number"))
+
+    async def call() -> None:
+        async with gate(context, "site"):
+            raise Unusable("s3://bucket: http://s3.example.org does not answer")
+
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            asyncio.run(call())
+    said = "the coordinator cannot use its stored files just now; ask again"
+    assert context.answers == [(grpc.StatusCode.RESOURCE_EXHAUSTED, said)] * 3
+    assert caplog.messages == ["s3://bucket: http://s3.example.org does not answer"]
