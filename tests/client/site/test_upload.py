@@ -80,3 +80,10 @@ def test_what_was_left_out_of_an_update_of_another_kind_is_refused(top: Any, job
     with pytest.raises(MismatchError, match="what was left out of the site's last update: tensor .* is missing"):
         trained(replace(job(upload=TOP), residual=str(tmp_path / "kept")), tmp_path)
     assert not (tmp_path / "out" / "update.safetensors").exists()
+
+
+def test_no_update_is_there_to_be_sent_before_what_it_leaves_out_is_kept(top: Any, job: Any, tmp_path: Path) -> None:
+    (tmp_path / "out" / "residual.safetensors" / "in the way").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        trained(job(upload=TOP, training={"steps": 1}), tmp_path)
+    assert not (tmp_path / "out" / "update.safetensors").exists()
