@@ -88,7 +88,7 @@ class Federation:
 
         return dict(wait_until(said, f"{name}: {event}"))
 
-    def coordinate(self, *, executor: str = "threads", policy: str = "") -> str:
+    def coordinate(self, *, executor: str = "threads", policy: str = "", home: str = "home") -> str:
         """Start the coordinator, on the port it had before if it was started before; `policy` is TOML."""
         ready = len(self.events("coordinator", "ready"))
         kit = str(self.folder / "pki" / "coordinator")
@@ -96,7 +96,7 @@ class Federation:
         file.write_text(policy)
         self.start(
             "coordinator",
-            *("coordinator", "up", "--home", str(self.folder / "home"), "--identity", kit, "--executor", executor),
+            *("coordinator", "up", "--home", str(self.folder / home), "--identity", kit, "--executor", executor),
             *("--policy", str(file)),
             *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1"),
         )
