@@ -20,7 +20,8 @@ from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import Trainer, fork_server, launch
 from offsite.client.site.trainer import explain
 from offsite.emulator.batches import training_batches
-from offsite.emulator.modality import encode, read
+from offsite.emulator.examples import collect
+from offsite.emulator.modality import default, encode
 from offsite.protos import tensors
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import InputError, MismatchError, ResourceError, RunError
@@ -59,7 +60,7 @@ def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (training.warmup_steps + 1))
     )
-    encoded = encode(read(Path(job.data)), tokenizer, max_length=training.max_length)
+    encoded = encode(collect(Path(job.data), default()).examples, tokenizer, max_length=training.max_length)
     losses = []
     for batch in training_batches(
         encoded, batch_size=training.batch_size, steps=training.steps, first_step=0, seed=training.seed
