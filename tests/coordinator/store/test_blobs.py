@@ -170,6 +170,12 @@ def test_what_is_read_is_here_and_is_fetched_when_it_is_not_or_has_rotted(
         for read in (stored.blobs.path, stored.blobs.served):
             lose()
             assert read(digest).read_bytes() == b"one"
+    stored.blobs.path(digest).write_bytes(b"onf")
+    path, judge = stored.blobs.passed(digest)
+    assert judge is not None
+    with pytest.raises(MismatchError, match="had changed since it was stored; it is fetched again"):
+        judge(digest_bytes(path.read_bytes()))
+    assert stored.blobs.passed(digest)[0].read_bytes() == b"one"
 
 
 def test_what_is_here_stays_within_its_bound_and_what_was_used_just_now_stays(s3: Any, tmp_path: Path) -> None:
