@@ -1,6 +1,7 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
 import os
+import sys
 from io import BufferedWriter
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,8 @@ class Upload:
         if self._change and self._kept % BEHIND_BYTES < len(data):
             # Begin to write what has come, and keep nothing in memory of what is written: it is read when the round is
             # folded, which can be hours away, and what sites download again and again should not make room for it.
-            os.posix_fadvise(self._output.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if sys.platform == "linux":  # macOS has no such call
+                os.posix_fadvise(self._output.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return self._kept
 
     def _see(self, data: bytes | memoryview) -> None:
