@@ -1,5 +1,6 @@
 """Files by digest; a file is there whole, or not there. This store is a folder, `bucket.py` one on S3."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Protocol
 
 from offsite.protos.chunks import ALGORITHMS, algorithm_of, digest_file, hex_of, is_digest
@@ -16,6 +18,7 @@ from offsite.protos.errors import InputError, MismatchError, NotFoundError, Reso
 from offsite.protos.ranges import Amount, Digest
 
 FRESH_S = 600.0
+COPY_BYTES = 1 << 20
 MARGIN_BYTES = 64 << 20  # left free on the disk, so that the journal can always be written
 
 log = logging.getLogger(__name__)
@@ -147,9 +150,7 @@ class Folder(Blobs):
                 os.utime(place)
                 file.unlink()
                 return size
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            file.replace(place)
+            _move(file, place)
             for folder in (place.parent, place.parent.parent):  # which may be as new as the file
                 _sync_folder(folder)
         return size
@@ -197,6 +198,27 @@ def _state(path: Path) -> tuple[int, int]:
     """What tells that a file may have changed."""
     about = path.stat()
     return about.st_size, about.st_mtime_ns
+
+
+def _move(file: Path, place: Path) -> None:
+    """Move a file, durable before it has its new name; one of another disk is copied beside that first.
+
+    A copy that a kill leaves behind is no blob's, and is swept with what no run needs.
+    """
+    try:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        file.replace(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        room(place.parent, file.stat().st_size)
+        with file.open("rb") as source, NamedTemporaryFile(dir=place.parent, delete=False) as copy:
+            shutil.copyfileobj(source, copy, COPY_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(copy.name, place)
+        file.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -97,6 +98,18 @@ def test_a_folder_of_an_older_journal_is_read_where_it_lies(tmp_path: Path) -> N
     place.parent.mkdir(parents=True)
     place.write_bytes(b"old")
     assert Folder(tmp_path / "blobs").path("sha256:" + hashlib.sha256(b"old").hexdigest()) == place
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="another disk is at hand on Linux")
+def test_a_file_of_another_disk_is_moved_in_as_well(tmp_path: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as disk:
+        file = Path(disk) / "file"
+        file.write_bytes(b"from afar")
+        assert file.stat().st_dev != tmp_path.stat().st_dev
+        blobs = Folder(tmp_path / "blobs")
+        digest, _ = blobs.take(file)
+        assert blobs.path(digest).read_bytes() == b"from afar" and not file.exists()
+        assert list(blobs.path(digest).parent.iterdir()) == [blobs.path(digest)]
 
 
 def test_only_a_digest_names_a_blob(kept: Kept) -> None:
