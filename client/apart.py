@@ -6,7 +6,8 @@ the process, or leave a channel whose end never comes; while one waits for a thr
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from queue import Empty, Full, Queue
@@ -21,18 +22,36 @@ _END = object()
 
 def one(call: Callable[[], Any]) -> Any:
     """Return what a call gives, or raise what it raises."""
-    outcome: Future[Any] = Future()
+    outcome = _begin(call)
+    _wait([outcome])
+    return outcome.result()
+
+
+def all_of(calls: Iterable[Callable[[], None]], *, most: int) -> None:
+    """Make calls, at most so many at a time; raises what one of them raises, and begins none after that."""
+    left = deque(calls)
+
+    def take() -> Callable[[], None] | None:
+        try:
+            return left.popleft()
+        except IndexError:
+            return None
 
     def work() -> None:
         try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
+            for call in iter(take, None):
+                call()
+        except BaseException:
+            left.clear()
+            raise
 
-    threading.Thread(target=work, daemon=True).start()
-    while not wait([outcome], timeout=LOOK_S).done:  # a signal that another thread gets wakes no wait without an end
-        continue
-    return outcome.result()
+    outcomes = [_begin(work) for _ in range(min(most, len(left)))]
+    try:
+        _wait(outcomes)
+    finally:
+        left.clear()  # of an interrupt: what is under way ends with its channel
+    for outcome in outcomes:
+        outcome.result()
 
 
 def many(call: Callable[[], Any], *, stall_s: float | None = None) -> Iterator[Any]:
@@ -60,6 +79,24 @@ def many(call: Callable[[], Any], *, stall_s: float | None = None) -> Iterator[A
     finally:
         over.set()
         one(stream.cancel)
+
+
+def _begin(call: Callable[[], Any]) -> Future[Any]:
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return outcome
+
+
+def _wait(outcomes: Sequence[Future[Any]]) -> None:
+    while wait(outcomes, timeout=LOOK_S).not_done:  # a signal that another thread gets wakes no wait without an end
+        continue
 
 
 class _Raised:

@@ -7,10 +7,12 @@ was downloaded or trained already, and goes on.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from offsite.client.apart import all_of
 from offsite.client.channel import Channel
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import EngineSpec, TrainerJob
@@ -41,6 +43,7 @@ from offsite.protos.spec import Manifest, Span, TaskSpec, UpdateMetrics
 PATIENCE_S = 600.0  # with a coordinator that was right before: a person may be replacing its files
 WAIT_S = 20.0  # one long poll
 RETRY_S = 10.0  # before asking again a coordinator that has no room
+FILES = 2  # downloaded at once: one comes while the other is opened or closed
 IDLE_S = 600.0  # without a task, after which the libraries of trainers are given their memory back
 
 Say = Callable[[str, dict[str, Any]], None]
@@ -252,10 +255,11 @@ class Agent:
         self._get(task.manifest, document, task.manifest_size, reporter)
         manifest = from_json(Manifest, document.read_bytes(), where="manifest")
         self._config.policy.check_bundle(task, manifest)
-        for entry in manifest.files:
-            self._get(entry.digest, bundle / entry.path, entry.size, reporter)
-        self._get(task.adapter, self._work.adapter(task), task.adapter_size, reporter)
-        return manifest, bundle, self._work.adapter(task)
+        adapter = self._work.adapter(task)
+        files = [(entry.digest, bundle / entry.path, entry.size) for entry in manifest.files]
+        files.append((task.adapter, adapter, task.adapter_size))
+        all_of((partial(self._get, *file, reporter) for file in files), most=FILES)
+        return manifest, bundle, adapter
 
     def _get(self, digest: str, path: Path, size: int, reporter: Reporter) -> None:
         with because("FAULT_TRANSFER", MismatchError, NotFoundError):

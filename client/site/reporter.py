@@ -29,8 +29,9 @@ class Reporter:
         self._thread.start()
 
     def count(self, size: int) -> None:
-        """Add to the bytes received."""
-        self.bytes_down += size
+        """Add to the bytes received, from any thread."""
+        with self._lock:
+            self.bytes_down += size
 
     def on_stop(self, stop: Callable[[], None]) -> None:
         """Say what to call when the coordinator wants the task stopped."""

@@ -17,7 +17,7 @@ from offsite.protos.ranges import AMOUNT
 RATE, BURST = 50.0, 200.0  # calls a second of one certificate in the long run, and at once after a rest
 REST_S = BURST / RATE  # after which a caller may do at once what a new one may
 CALLS = 32  # of one certificate in progress: a poll, a heartbeat and a transfer, or as many watched runs
-TRANSFERS = 4  # of one certificate in progress: one, and what the network has not yet told to be broken
+TRANSFERS = 4  # of one certificate in progress: two, and what the network has not yet told to be broken
 ALL_TRANSFERS = 64  # each holds up to three chunks of a mebibyte for a reader that stalls
 
 # Characters or bytes of a request's fields; one that is not named here has at most NAME.

@@ -3,10 +3,12 @@
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
+from queue import Queue
 
 import pytest
 
-from offsite.client.apart import many, one
+from offsite.client.apart import all_of, many, one
 from offsite.client.cli import Interrupted
 from offsite.protos.errors import UnreachableError
 
@@ -37,6 +39,34 @@ def test_a_call_gives_and_raises_what_it_does_elsewhere() -> None:
     with pytest.raises(ZeroDivisionError):
         one(lambda: 1 // 0)
     assert list(many(lambda: iter_of([1, 2]))) == [1, 2]
+
+
+def test_so_many_calls_are_under_way_at_once() -> None:
+    both, made = threading.Barrier(2, timeout=10), []
+
+    def call(number: int) -> None:
+        both.wait()
+        made.append(number)
+
+    all_of((partial(call, number) for number in range(6)), most=2)
+    assert sorted(made) == list(range(6))
+    all_of([], most=2)
+
+
+def test_after_a_call_that_fails_none_begins() -> None:
+    made: list[int] = []
+    failing: Queue[threading.Thread] = Queue()
+
+    def call(number: int) -> None:
+        made.append(number)
+        if number == 1:
+            failing.put(threading.current_thread())
+            raise IndexError("the second")
+        failing.get(timeout=10).join()
+
+    with pytest.raises(IndexError, match="the second"):
+        all_of([partial(call, number) for number in range(4)], most=2)
+    assert sorted(made) == [0, 1]
 
 
 def iter_of(numbers: list[int]) -> Stream:
