@@ -55,8 +55,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(flag: bool) -> None:
+    if flag:
         typer.echo(f"offsite {version('offsite')}")
         raise typer.Exit
 

@@ -16,12 +16,12 @@ MOST = 40  # lines of one kind; the report has them all
 
 def table(report: dict[str, Any]) -> RenderableType:
     """Draw a report: what could not be measured is blank, what is no number is said to be none."""
-    said = [lineage(report)] if report.get("continues") else []
-    said += [f"warning: {warning}" for warning in report["warnings"]]
-    said += missing(report)
+    notes = [lineage(report)] if report.get("continues") else []
+    notes += [f"warning: {warning}" for warning in report["warnings"]]
+    notes += missing(report)
     if not report["overall"]:
         return Group(
-            *_lines([*said, "no figures: the run names no held-out examples (evaluation)"]), Text(moved(report))
+            *_lines([*notes, "no figures: the run names no held-out examples (evaluation)"]), Text(moved(report))
         )
     caption = "perplexity on held-out data (lower is better)"
     grid = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
@@ -35,18 +35,18 @@ def table(report: dict[str, Any]) -> RenderableType:
     grid.add_section()
     tokens = str(sum(report["tokens"].values()))
     grid.add_row("all", *_cells(report, "overall", report["overall"]), tokens, style="bold")
-    said += [
+    notes += [
         f"! {place.removeprefix('sites.')}, {title(figure)}: {why}"
         for place, one in report.get("marks", {}).items()
         if place != "overall"  # that is among the warnings
         for figure, why in one.items()
     ][:MOST]
-    said += [
+    notes += [
         f"attack: {one['name']}: perplexity {short(one['overall']) or 'not finite'}"
         for one in report.get("attacks", ())
     ]
-    said.append(f"{report['protection']['label']}: {report['protection']['reason']}")
-    return Group(grid, *_lines(said), Text(moved(report)))
+    notes.append(f"{report['protection']['label']}: {report['protection']['reason']}")
+    return Group(grid, *_lines(notes), Text(moved(report)))
 
 
 def lineage(report: dict[str, Any]) -> str:
@@ -57,23 +57,23 @@ def lineage(report: dict[str, Any]) -> str:
 
 def missing(report: dict[str, Any]) -> list[str]:
     """Say who is missing from which round, and why."""
-    gone = [
-        f"round {left['round']} without {left['site']}: {left['state']}: {left['message']}"
-        for left in report.get("left_out", ())
+    lines = [
+        f"round {absence['round']} without {absence['site']}: {absence['state']}: {absence['message']}"
+        for absence in report.get("left_out", ())
     ]
-    return [*gone[:MOST], *([f"and {len(gone) - MOST} more that were left out"] if len(gone) > MOST else [])]
+    return [*lines[:MOST], *([f"and {len(lines) - MOST} more that were left out"] if len(lines) > MOST else [])]
 
 
 def moved(report: dict[str, Any]) -> str:
     """Say in a line what was moved and where the time went."""
-    sent, time = report["bytes"], report["seconds"]
+    traffic, time = report["bytes"], report["seconds"]
     parts = [
         f"{kind} {time[kind]:.0f}" for kind in ("training", "evaluation", "loading", "download") if time[kind] >= 0.5
     ]
     share = f" = {time['overhead'] / time['total']:.0%}" if time["total"] > 0 else ""
     parts.append(f"overhead {time['overhead']:.0f}{share}")
     return (
-        f"{sent['down'] / 1e6:.1f} MB down to the sites, {sent['up'] / 1e6:.2f} MB up; "
+        f"{traffic['down'] / 1e6:.1f} MB down to the sites, {traffic['up'] / 1e6:.2f} MB up; "
         f"{time['total']:.0f} s in all ({', '.join(parts)})"
     )
 
@@ -89,10 +89,10 @@ def short(value: Any, digits: int = 2) -> str:
 
 def _cells(report: dict[str, Any], place: str, row: dict[str, Any]) -> list[str]:
     """Write the figures of a row, those that cannot be right with a mark."""
-    gone, marked = report.get("not_finite", ()), report.get("marks", {}).get(place, {})
-    told = {figure: "not finite" if f"{place}.{figure}" in gone else short(row.get(figure)) for figure in FIGURES}
-    return [f"{text}!" if text and figure in marked else text for figure, text in told.items()]
+    infinite, marked = report.get("not_finite", ()), report.get("marks", {}).get(place, {})
+    texts = {figure: "not finite" if f"{place}.{figure}" in infinite else short(row.get(figure)) for figure in FIGURES}
+    return [f"{text}!" if text and figure in marked else text for figure, text in texts.items()]
 
 
-def _lines(said: list[str]) -> list[Text]:
-    return [Text(plain(line)) for line in said]
+def _lines(sentences: list[str]) -> list[Text]:
+    return [Text(plain(line)) for line in sentences]

@@ -88,8 +88,8 @@ class RunView:
 
     def _on_bundle(self, event: EmulatorBuilt) -> str:
         size, share = event.bytes / 1e6, event.disclosed
-        built = f"emulator: {len(event.layers)} layers, {size:.0f} MB, {share:.0%} of the base's parameters"
-        return f"{built}; computed in {event.computed}; learning rate {event.learning_rate:g}"
+        emulator = f"emulator: {len(event.layers)} layers, {size:.0f} MB, {share:.0%} of the base's parameters"
+        return f"{emulator}; computed in {event.computed}; learning rate {event.learning_rate:g}"
 
     def _on_figure(self, event: Measured) -> str:
         value = perplexity(event.sets.values())
@@ -122,8 +122,8 @@ class RunView:
     def _on_update(self, event: UpdateAccepted) -> str:
         site = self.sites.setdefault(event.site, SiteView())
         site.state, site.bytes_up, site.loss = "done", site.bytes_up + event.bytes, event.loss
-        done = f"uploaded {event.bytes / 1e6:.2f} MB after {event.examples} examples, mean loss {event.loss:.3f}"
-        return f"round {event.round}: {event.site} {done}"
+        upload = f"uploaded {event.bytes / 1e6:.2f} MB after {event.examples} examples, mean loss {event.loss:.3f}"
+        return f"round {event.round}: {event.site} {upload}"
 
     def _on_round(self, event: RoundDone) -> str:
         error = event.figures.get("factor_mean_error")
@@ -189,13 +189,13 @@ def follow(events: Iterable[Event], spec: RunSpec, *, console: Console, format: 
             view.take(event)
             print(json.dumps(without_infinities(vars(event))[0]), flush=True)
         return view
-    told = 0.0
+    last_at = 0.0
     with screen(console, view):
         for event in events:
             line = view.take(event)
-            if not line and not console.is_terminal and event.at - told > LINE_EVERY_S and view.steps_done:
+            if not line and not console.is_terminal and event.at - last_at > LINE_EVERY_S and view.steps_done:
                 line = view.steps_line()
             if line:
-                told = event.at
+                last_at = event.at
                 console.print(Text.assemble((clock(event.at)[11:], "dim"), "  ", line))
     return view

@@ -60,14 +60,14 @@ def _bars(figure: Figure, report: dict[str, Any]) -> None:
     """Perplexities per site and over all, on a log scale."""
     axes = figure.subplots()
     groups = {**report["sites"], "all": report["overall"]}
-    shown = [name for name in FIGURES if any(_drawn(row.get(name)) > 0 for row in groups.values())]
-    width = 0.8 / max(1, len(shown))
-    for index, name in enumerate(shown):
+    names = [name for name in FIGURES if any(_drawn(row.get(name)) > 0 for row in groups.values())]
+    width = 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
         places = [group + index * width for group in range(len(groups))]
         values = [_drawn(row.get(name)) for row in groups.values()]
         bars = axes.bar(places, values, width * 0.92, label=FIGURES[name].title, color=FIGURES[name].colour)
         axes.bar_label(bars, [short(v, digits=1) if v == v else "" for v in values], fontsize=7, padding=1)
-    if shown:
+    if names:
         axes.set_yscale("log")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
@@ -91,8 +91,8 @@ def _losses(figure: Figure, report: dict[str, Any]) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
     for round_ in report["rounds"]:
         begin = round_["round"] - 1
-        for site, told in round_["sites"].items():
-            losses = [_drawn(loss) for loss in told["losses"] or [told["loss"]]]
+        for site, metrics in round_["sites"].items():
+            losses = [_drawn(loss) for loss in metrics["losses"] or [metrics["loss"]]]
             width = 1 / len(losses)
             curves.setdefault(site, []).extend((begin + (at + 0.5) * width, loss) for at, loss in enumerate(losses))
         axes.axvline(round_["round"], color="#d5dbe2", linewidth=1)

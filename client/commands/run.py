@@ -42,9 +42,9 @@ def submit(
     from offsite.protos.documents import parse, read_toml
     from offsite.protos.spec import RunSpec
 
-    wanted = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
+    document = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
     with connect(coordinator, identity=identity) as session:
-        run = session.submit(wanted, token=token, start=start)
+        run = session.submit(document, token=token, start=start)
         print(_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
         if watch:
             _follow(run, format)

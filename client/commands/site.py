@@ -85,8 +85,8 @@ def join(
             "sequences in every round (min_rows): unless long ones are divided into as many, every task is refused; "
         )
         say("warning", {"message": what + "add examples, or lower min_rows"})
-    wanted = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
-    spec = parse(EngineSpec, {**wanted, "device": device, "threads": threads}, where="engine")
+    options = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
+    spec = parse(EngineSpec, {**options, "device": device, "threads": threads}, where="engine")
     channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
     config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
@@ -128,7 +128,7 @@ def _log_json(kind: str, data: dict[str, Any]) -> None:
 
 
 def _log_text(kind: str, data: dict[str, Any]) -> None:
-    told = " ".join(
+    pairs = " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in data.items()
     )
-    print(f"{time.strftime('%H:%M:%S')} {kind:9} {told}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {kind:9} {pairs}", flush=True)

@@ -107,7 +107,7 @@ class Demo:
         layout = {"held_out": settings.held_out, "seed": settings.seed}
         with self._span("download"):
             try:
-                located = zoo.locate(settings.model, cache=cache)
+                source = zoo.locate(settings.model, cache=cache)
             except ValueError as error:
                 raise InputError(str(error)) from None
             needs_ours = not settings.sites or settings.public is None
@@ -119,7 +119,7 @@ class Demo:
             _copy(settings.public, public)
         for site in sites:
             self._say(f"site {site.name}: {site.source}")
-        return str(located), sites, public
+        return str(source), sites, public
 
     def _start(self, processes: Processes, model: str, sites: list[SiteData]) -> str:
         """Issue certificates, start the coordinator and the sites, wait until all are there."""
@@ -129,17 +129,17 @@ class Demo:
         kits = {site.name: authority.issue("site", site.name) for site in sites}
         authority.issue("researcher", "researcher")
         owner = authority.issue("coordinator", "coordinator")
-        allowed = policy.write_owners(self._work / "owner.toml", model=model, texts=self._texts, asked=self._settings)
-        home = ["--home", str(self._work / "home"), "--identity", str(owner), "--policy", str(allowed)]
+        rules = policy.write_owners(self._work / "owner.toml", model=model, texts=self._texts, settings=self._settings)
+        home = ["--home", str(self._work / "home"), "--identity", str(owner), "--policy", str(rules)]
         listen = ["--listen", "127.0.0.1:0", "--format", "json"]
         processes.start("coordinator", "coordinator", "up", *home, *listen, environment=PASSIVE)
         address = str(processes.wait_for("coordinator", "ready")["address"])
         for site in sites:
             path = self._work / "sites" / site.name / "policy.toml"
-            allowed = policy.write(path, site=site.name, data=site.train.parent, asked=self._settings)
+            rules = policy.write(path, site=site.name, data=site.train.parent, settings=self._settings)
             processes.start(
                 site.name,
-                *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(allowed)),
+                *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(rules)),
                 *("--data", str(site.train), "--work", str(self._work / "sites" / site.name / "work")),
                 *("--engine", self._settings.engine, "--zero-stage", str(self._settings.zero_stage)),
                 *("--format", "json"),
@@ -185,9 +185,9 @@ class Demo:
         from offsite.emulator.precision import fastest, race
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = fastest(device)
-        self._say(f"computing in {chosen}" + (f": {race()}" if device.type == "cpu" else ""))
-        return chosen
+        precision = fastest(device)
+        self._say(f"computing in {precision}" + (f": {race()}" if device.type == "cpu" else ""))
+        return precision
 
     def _pooled(self, processes: Processes, run: Run, model: str, sites: list[SiteData], what: What) -> None:
         """Measure what takes all data in one place, in a process of its own, and keep what it gave."""
@@ -215,12 +215,12 @@ class Demo:
                     begun = time.time()
                 step, steps = line["step"], line["steps"]
                 left = (time.time() - begun) / max(1, step - 1) * (steps - step)
-                told = f"the {what}: step {step} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
-                status.update(Text(told))
+                message = f"the {what}: step {step} of {steps}, loss {line['loss']:.3f}, about {left:.0f} s left"
+                status.update(Text(message))
                 if self._format == "json":
                     print(json.dumps({**line, "event": what}), flush=True)
                 elif not self._console.is_terminal and step % 16 == 0:
-                    self._say(told)
+                    self._say(message)
 
     def _report(self, run: Run, started: float) -> dict[str, Any]:
         """Join the coordinator's report, the bound and the demo's own times; write it as JSON and HTML."""

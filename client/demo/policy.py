@@ -12,33 +12,33 @@ if TYPE_CHECKING:
 MODEL = "base"  # what the owner's policy calls it
 
 
-def write_owners(path: Path, *, model: str, texts: Path, asked: "Settings") -> Path:
+def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -> Path:
     """Write the owner's policy: one model, the owner's own texts, and no merged model unless it was asked for."""
     bounds = {  # the safe value where no more is asked for
-        "max_rounds": max(asked.rounds, 20),
-        "max_steps": max(asked.steps, 1000),
-        "max_batch_size": max(asked.batch_size, 64),
-        "max_length": max(asked.max_length, 4096),
-        "max_rank": max(asked.rank, 256),
-        "max_disclosed": 0.9 if asked.keep is None else 1.0,
-        "max_disclosed_lossy": 0.9 if asked.keep is None else 1.0,
+        "max_rounds": max(settings.rounds, 20),
+        "max_steps": max(settings.steps, 1000),
+        "max_batch_size": max(settings.batch_size, 64),
+        "max_length": max(settings.max_length, 4096),
+        "max_rank": max(settings.rank, 256),
+        "max_disclosed": 0.9 if settings.keep is None else 1.0,
+        "max_disclosed_lossy": 0.9 if settings.keep is None else 1.0,
         "max_adapter_mib": 1024.0,  # whatever model it is shown with
         "max_bundle_mib": 65536.0,
     }
     path.write_text(
         "# What the owner allows researchers; what is left out has its safe value.\n"
         f"data = [{json.dumps(str(texts))}]\n"
-        f"merged = {json.dumps(['researcher'] if asked.merge else [])}\n"
+        f"merged = {json.dumps(['researcher'] if settings.merge else [])}\n"
         + "".join(f"{name} = {value}\n" for name, value in bounds.items())
         + f"[models]\n{MODEL} = {json.dumps(model)}\n"
     )
     return path
 
 
-def write(path: Path, *, site: str, data: Path, asked: "Settings") -> Path:
+def write(path: Path, *, site: str, data: Path, settings: "Settings") -> Path:
     """Write a site's own policy: only the folder of its data, only LoRA, small updates."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    bounds = "".join(f"{name} = {value}\n" for name, value in _bounds(asked).items())
+    bounds = "".join(f"{name} = {value}\n" for name, value in _bounds(settings).items())
     path.write_text(
         f"# What site {site} allows on its machines; what is left out has its safe value.\n"
         f'bases = ["any"]\ndata = [{json.dumps(str(data))}]\n{bounds}'
@@ -46,21 +46,21 @@ def write(path: Path, *, site: str, data: Path, asked: "Settings") -> Path:
     return path
 
 
-def _bounds(asked: "Settings") -> dict[str, float]:
+def _bounds(settings: "Settings") -> dict[str, float]:
     safe = Policy(bases=("any",), data=())
-    sequences, rows = asked.steps * asked.batch_size, 1 if asked.sites else asked.examples
-    wanted = {
-        "min_steps": min(asked.steps, safe.min_steps),
-        "max_steps": max(asked.steps, safe.max_steps),
-        "min_batch_size": min(asked.batch_size, safe.min_batch_size),
-        "max_batch_size": max(asked.batch_size, safe.max_batch_size),
-        "min_length": min(asked.max_length, safe.min_length),
-        "max_length": max(asked.max_length, safe.max_length),
-        "max_rounds": max(asked.rounds, safe.max_rounds),
-        "max_learning_rate": max(asked.learning_rate or 0.0, safe.max_learning_rate),
-        "max_upload_mib": safe.max_upload_mib * max(1, asked.rank // 8),
+    sequences, rows = settings.steps * settings.batch_size, 1 if settings.sites else settings.examples
+    bounds = {
+        "min_steps": min(settings.steps, safe.min_steps),
+        "max_steps": max(settings.steps, safe.max_steps),
+        "min_batch_size": min(settings.batch_size, safe.min_batch_size),
+        "max_batch_size": max(settings.batch_size, safe.max_batch_size),
+        "min_length": min(settings.max_length, safe.min_length),
+        "max_length": max(settings.max_length, safe.max_length),
+        "max_rounds": max(settings.rounds, safe.max_rounds),
+        "max_learning_rate": max(settings.learning_rate or 0.0, safe.max_learning_rate),
+        "max_upload_mib": safe.max_upload_mib * max(1, settings.rank // 8),
         "max_bundle_mib": 65536.0,  # whatever model it is shown with
         "min_rows": min(sequences, rows, safe.min_rows),
-        "max_passes": max(2.0 * asked.rounds * sequences / rows, safe.max_passes),
+        "max_passes": max(2.0 * settings.rounds * sequences / rows, safe.max_passes),
     }
-    return {name: value for name, value in wanted.items() if value != getattr(safe, name)}
+    return {name: value for name, value in bounds.items() if value != getattr(safe, name)}

@@ -122,8 +122,8 @@ class Pool:
         with self._span("evaluation"):
             for name, path in sorted(self._job.spec.evaluation.items()):
                 batches = evaluation_batches(self._samples([path], tokenizer), batch_size=EVALUATION_BATCH)
-                found = modality.score(model, batches)
-                scores[name] = Score(nll=finite(found.total), tokens=found.count)
+                score = modality.score(model, batches)
+                scores[name] = Score(nll=finite(score.total), tokens=score.count)
         return scores
 
     def _samples(self, paths: Any, tokenizer: Any) -> Any:

@@ -152,12 +152,12 @@ class Agent:
 
     def _end(self, task: TaskSpec, reporter: Reporter, error: OffsiteError) -> None:
         """Say why a task gives no update: here what happened, to the coordinator a reason of a list."""
-        told = reason(error)
+        code = reason(error)
         kind = "refused" if isinstance(error, RefusedError) else "failed"
-        self._say(kind, {"run": task.run, "round": task.round + 1, "told": told, "message": str(error)})
+        self._say(kind, {"run": task.run, "round": task.round + 1, "told": code, "message": str(error)})
         for log in sorted(self._work.task(task).glob("rank-*.log")):
             self._work.write("trainer", {"log": log.name, "text": last(log)})
-        reporter.last(told)
+        reporter.last(code)
         self._work.clear(task)
 
     def _do(self, task: TaskSpec, reporter: Reporter) -> None:
@@ -188,7 +188,7 @@ class Agent:
         self._trainers.start()  # it imports while the bundle comes
         start = time.time()
         manifest, bundle, adapter = self._fetch(task, reporter)
-        fetched = Span(kind="transfer", start=start, end=max(start, time.time()))
+        transfer = Span(kind="transfer", start=start, end=max(start, time.time()))
         reporter.now(pb.LOADING)
         job = TrainerJob(
             bundle=str(bundle),
@@ -223,7 +223,7 @@ class Agent:
         if reporter.stopped:
             raise Stopped
         metrics = from_json(UpdateMetrics, (folder / "metrics.json").read_text(), where="metrics")
-        spans = (fetched, *metrics.spans) if reporter.bytes_down else metrics.spans
+        spans = (transfer, *metrics.spans) if reporter.bytes_down else metrics.spans
         partial = folder / "metrics.partial"
         partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
         partial.replace(folder / "metrics.json")
@@ -242,8 +242,8 @@ class Agent:
 
     def _say_judged(self, task: TaskSpec, event: dict[str, Any]) -> None:
         """Say what the trainer found of the data or of the emulator before it trains."""
-        found = {key: value for key, value in event.items() if key not in ("event", "warnings")}
-        self._say(event["event"], {"round": task.round + 1, **found})
+        findings = {key: value for key, value in event.items() if key not in ("event", "warnings")}
+        self._say(event["event"], {"round": task.round + 1, **findings})
         for warning in event["warnings"]:
             self._say("warning", {"message": warning})
 

@@ -119,10 +119,10 @@ class WorkFolder:
 
     def keep_residual(self, task: TaskSpec, update: str) -> None:
         """Keep what stages left out of a task's update, should the coordinator take it; what was there before stays."""
-        made, kept = self.task(task) / "residual.safetensors", self.residual(task, update)
-        if made.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            made.replace(kept)
+        source, target = self.task(task) / "residual.safetensors", self.residual(task, update)
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
 
     # what goes
 

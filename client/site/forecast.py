@@ -23,7 +23,7 @@ def forecast(
     """
     if not tokenizer.is_dir():
         raise InputError(f"{tokenizer}: not a folder; expected one with tokenizer.json, such as a model's own")
-    asked = {
+    request = {
         "data": str(data),
         "tokenizer": str(tokenizer),
         "folders": list(map(str, folders)),
@@ -31,10 +31,10 @@ def forecast(
         "max_length": max_length,
     }
     command = [sys.executable, "-P", "-m", "offsite.client.site.forecast"]
-    ended = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
-    if ended.returncode:
-        raise InputError(next(iter(ended.stderr.splitlines()[-1:]), f"{tokenizer}: its tokenizer cannot be tried"))
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
+    result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(next(iter(result.stderr.splitlines()[-1:]), f"{tokenizer}: its tokenizer cannot be tried"))
+    return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 def main() -> int:
@@ -42,13 +42,13 @@ def main() -> int:
     from offsite.emulator import modality, zoo
     from offsite.emulator.examples import collect
 
-    asked = json.loads(sys.stdin.read())
-    folders = [Path(folder) for folder in asked["folders"]]
+    request = json.loads(sys.stdin.read())
+    folders = [Path(folder) for folder in request["folders"]]
     try:
-        tokenizer = zoo.load_tokenizer(Path(asked["tokenizer"]))
-        kind, odd_rows = modality.default(), asked["odd_rows"]
-        examples = collect(Path(asked["data"]), kind, folders=folders, odd_rows=odd_rows).examples
-        encoding = kind.encode(examples, tokenizer, max_length=asked["max_length"], odd_rows=odd_rows)
+        tokenizer = zoo.load_tokenizer(Path(request["tokenizer"]))
+        kind, odd_rows = modality.default(), request["odd_rows"]
+        examples = collect(Path(request["data"]), kind, folders=folders, odd_rows=odd_rows).examples
+        encoding = kind.encode(examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows)
     except ValueError as error:
         print(error, file=sys.stderr)
         return InputError.exit_code

@@ -39,7 +39,7 @@ def receive(path: Path, method: Method, start: Adapter) -> Adapter:
     return tensors.load(path)
 
 
-def strange_start(sent: Adapter, start: Adapter, dtype: torch.dtype) -> list[str]:
+def strange_start(broadcast: Adapter, start: Adapter, dtype: torch.dtype) -> list[str]:
     """Return a sentence if a run's first adapter is not the start that the site derives itself, bit for bit.
 
     `dtype` is that of the site's copy of the emulator, to which a start that was read off the emulator is rounded.
@@ -47,7 +47,7 @@ def strange_start(sent: Adapter, start: Adapter, dtype: torch.dtype) -> list[str
     strange = [
         key
         for key, own in start.items()
-        if not torch.equal(sent[key], own) and not torch.equal(sent[key].to(dtype).to(own.dtype), own)
+        if not torch.equal(broadcast[key], own) and not torch.equal(broadcast[key].to(dtype).to(own.dtype), own)
     ]
     if not strange:
         return []
@@ -66,23 +66,23 @@ def judge(
     `signs` are what was found suspicious before. Cost: two forward passes a batch. Raises MismatchError for a tensor
     that is not finite, whatever the policy says, and RefusedError.
     """
-    found = inspect(model, batches[:BATCHES], places)
-    if found.infinite:
-        raise MismatchError(f"the emulator: tensor {found.infinite[0]} holds values that are not finite")
-    if signs := [*signs, *found.suspicions()]:
+    findings = inspect(model, batches[:BATCHES], places)
+    if findings.infinite:
+        raise MismatchError(f"the emulator: tensor {findings.infinite[0]} holds values that are not finite")
+    if signs := [*signs, *findings.suspicions()]:
         if job.policy.suspicious == "refuse":
             raise refusal("suspicious", _first(signs))
         signs = [f"the emulator is suspicious: {_first(signs)}"]
     most = job.policy.max_emulator_perplexity
-    measured = f"its perplexity on this site's own text is {found.perplexity:.4g}"
-    if most is not None and not found.perplexity <= most:
+    measured = f"its perplexity on this site's own text is {findings.perplexity:.4g}"
+    if most is not None and not findings.perplexity <= most:
         raise refusal("max_emulator_perplexity", f"{measured}, more than {most:g}")
-    if found.perplexity > found.vocabulary:
+    if findings.perplexity > findings.vocabulary:
         signs.append(
-            f"the emulator predicts worse than guessing: {measured}, that of guessing {found.vocabulary}; it may have "
-            "too few layers to teach anything"
+            f"the emulator predicts worse than guessing: {measured}, that of guessing {findings.vocabulary}; it may "
+            "have too few layers to teach anything"
         )
-    return Verdict(found.perplexity, tuple(signs))
+    return Verdict(findings.perplexity, tuple(signs))
 
 
 def _first(sentences: Sequence[str]) -> str:

@@ -97,11 +97,11 @@ class Trainer:
 
         Raises the trainer's own error, ResourceError if a process was killed, RunError if it ended without a word.
         """
-        told: OffsiteError | None = None
+        fault: OffsiteError | None = None
         try:
             for event in self._listen():
                 if event["event"] == "error":
-                    told = from_status(event["status"], event["message"], reason=event.get("reason", ""))
+                    fault = from_status(event["status"], event["message"], reason=event.get("reason", ""))
                     break
                 yield event
             self._wait(GRACE_S)
@@ -112,7 +112,7 @@ class Trainer:
         if stopped:
             raise RunError("the trainer was stopped")
         # A process that was killed could not tell; what the others tell is only that it is gone.
-        if error := _killed(codes) or told:
+        if error := _killed(codes) or fault:
             raise error
         if any(codes):
             raise RunError(f"the trainer ended with exit codes {codes}\n{self._last_words()}")

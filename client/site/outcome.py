@@ -22,15 +22,15 @@ from offsite.protos.spec import TaskSpec, UpdateMetrics
 def check(adapter: Adapter, broadcast: Adapter) -> None:
     """Raise MismatchError unless an adapter has the broadcast's tensors, all finite."""
     for key, start in broadcast.items():
-        found = tuple(adapter[key].shape) if key in adapter else None
-        if found != tuple(start.shape):
-            raise MismatchError(f"after training, tensor {key} has shape {found}, expected {tuple(start.shape)}")
+        shape = tuple(adapter[key].shape) if key in adapter else None
+        if shape != tuple(start.shape):
+            raise MismatchError(f"after training, tensor {key} has shape {shape}, expected {tuple(start.shape)}")
         if not bool(torch.isfinite(adapter[key]).all()):
             what = f"after training, tensor {key} holds values that are not finite"
             raise MismatchError(what, reason="FAULT_DIVERGED")
 
 
-def write(adapter: Adapter, metrics: UpdateMetrics, handed: Handout, job: TrainerJob) -> None:
+def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: TrainerJob) -> None:
     """Write the metrics, what stages leave out of the update, and the update: each whole or not at all, it the last.
 
     Packed a group at a time, the same job gives the same bytes. Raises InputError, ValueError where a stage cannot pack
@@ -42,7 +42,7 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handed: Handout, job: Traine
     partial.write_bytes(to_json(metrics))
     partial.replace(out / "metrics.json")
     stages = upload.make(task.upload)
-    schema = settle(handed.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
+    schema = settle(handout.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
     key = derive(Path(job.secret).read_bytes(), "upload", task.run, task.round, task.site)
     leaves, stays = upload.schema_of(stages, schema), upload.residual_of(stages, schema)
     with ExitStack() as files:
@@ -54,7 +54,7 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handed: Handout, job: Traine
         if job.residual:
             tensors.check(Path(job.residual), stays, what="what was left out of the site's last update")
             residual = files.enter_context(tensors.reading(Path(job.residual)))
-        for packed in upload.pack(stages, adapter, handed.broadcast, schema, key=key, residual=residual):
+        for packed in upload.pack(stages, adapter, handout.broadcast, schema, key=key, residual=residual):
             send(packed.update)
             if keep:
                 keep(packed.residual)

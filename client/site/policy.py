@@ -102,7 +102,7 @@ class Policy:
             raise refusal("continued", f"the run goes on from round {task.continues.round} of {task.continues.run}")
         if task.round >= task.rounds:
             raise refusal("max_rounds", f"round {task.round + 1} of a run of {task.rounds}")
-        for bound, asked, what in (
+        for bound, value, what in (
             ("steps", training.steps, "steps a round"),
             ("batch_size", training.batch_size, "sequences a step"),
             ("learning_rate", training.learning_rate, "learning rate"),
@@ -110,11 +110,11 @@ class Policy:
             ("length", training.max_length, "tokens a sequence"),
             ("rounds", task.rounds_before + task.rounds, "rounds of a run and of those it goes on from"),
         ):
-            least, most = getattr(self, f"min_{bound}", asked), getattr(self, f"max_{bound}", asked)
-            if asked < least:
-                raise refusal(f"min_{bound}", f"{what}: {asked:g} asked for, at least {least:g} allowed")
-            if asked > most:
-                raise refusal(f"max_{bound}", f"{what}: {asked:g} asked for, at most {most:g} allowed")
+            least, most = getattr(self, f"min_{bound}", value), getattr(self, f"max_{bound}", value)
+            if value < least:
+                raise refusal(f"min_{bound}", f"{what}: {value:g} asked for, at least {least:g} allowed")
+            if value > most:
+                raise refusal(f"max_{bound}", f"{what}: {value:g} asked for, at most {most:g} allowed")
         stages = upload.make(task.upload)
         noise = max((stage.noise for stage in stages), default=0.0)
         if noise < self.min_noise:
@@ -156,10 +156,10 @@ class Policy:
 
     def describe(self) -> list[tuple[str, str, str]]:
         """Return a (field, value, sentence) row of every field, for people."""
-        told: Any = type(self)
+        cls: Any = type(self)
         return [
-            (field.name, _shown(getattr(self, field.name)), told.__pydantic_fields__[field.name].description)
-            for field in fields(told)
+            (field.name, _shown(getattr(self, field.name)), cls.__pydantic_fields__[field.name].description)
+            for field in fields(cls)
         ]
 
 

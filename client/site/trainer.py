@@ -40,8 +40,8 @@ class Speaker:
 
     def error(self, error: OffsiteError) -> None:
         """Tell why this rank ends."""
-        told = {"status": error.status, "reason": error.reason, "message": str(error)[:MESSAGE_LENGTH]}
-        self._write({"event": "error", **told})
+        fields = {"status": error.status, "reason": error.reason, "message": str(error)[:MESSAGE_LENGTH]}
+        self._write({"event": "error", **fields})
 
     def _write(self, event: dict[str, Any]) -> None:
         os.write(self._pipe, json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from offsite.client.site import handout, outcome, rows
+from offsite.client.site import outcome, rows
 from offsite.client.site.engines import ENGINES, Engine, Ranks, join
-from offsite.client.site.handout import Handout
+from offsite.client.site.handout import Handout, load
 from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
@@ -34,22 +34,22 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     with faults("FAULT_DATA"):
         data = rows.read(job)  # before the model: it is quick, and the likeliest to be at fault
     with faults("FAULT_EMULATOR"):
-        handed = handout.load(job)
+        handout = load(job)
     with faults("FAULT_DATA"):
-        scheduled = rows.schedule_rows(job, data, handed.tokenizer)
-    say("data", **scheduled.counts, warnings=[told[:SENTENCE] for told in scheduled.warnings[:4]])
-    job.policy.check_rows(job.task, seen=scheduled.seen, distinct=scheduled.distinct)
+        schedule = rows.schedule_rows(job, data, handout.tokenizer)
+    say("data", **schedule.counts, warnings=[warning[:SENTENCE] for warning in schedule.warnings[:4]])
+    job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
     if job.engine.whole:
-        handed.model.to(ranks.device)
-    _inspect(job, handed, scheduled, say=say)
-    engine, witness = _prepare(job, handed, ranks)
+        handout.model.to(ranks.device)
+    _inspect(job, handout, schedule, say=say)
+    engine, witness = _prepare(job, handout, ranks)
     loaded = time.time()
-    steps = _run(job, engine, witness, scheduled, say=say)
-    adapter = engine.gather(handed.method, handed.places)
+    steps = _run(job, engine, witness, schedule, say=say)
+    adapter = engine.gather(handout.method, handout.places)
     if ranks.rank == 0:
-        outcome.check(adapter, handed.broadcast)
+        outcome.check(adapter, handout.broadcast)
         metrics = UpdateMetrics(
-            examples=scheduled.seen,
+            examples=schedule.seen,
             tokens=sum(steps.targets),
             loss=steps.mean_loss,
             losses=tuple(steps.losses) if job.policy.per_step_metrics else (),
@@ -61,7 +61,7 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
             peak_memory_bytes=outcome.peak_memory_bytes(),
         )
         with faults("FAULT_TASK"):
-            outcome.write(adapter, metrics, handed, job)
+            outcome.write(adapter, metrics, handout, job)
 
 
 def _make_repeatable() -> None:
@@ -70,22 +70,22 @@ def _make_repeatable() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a property
 
 
-def _inspect(job: TrainerJob, handed: Handout, scheduled: Rows, *, say: Say) -> None:
+def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> None:
     """Look at the emulator, on what it would train on first, before any gradient is taken; raises OffsiteError."""
-    looked_at = list(islice(scheduled.batches(), BATCHES))
-    verdict = judge(job, handed.model, looked_at, handed.places, signs=handed.signs)
+    batches = list(islice(schedule.batches(), BATCHES))
+    verdict = judge(job, handout.model, batches, handout.places, signs=handout.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
 
 
-def _prepare(job: TrainerJob, handed: Handout, ranks: Ranks) -> tuple[Engine, Witness]:
+def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, Witness]:
     """Return the engine of a job, and who sees that what is said to train does."""
     spec, task = job.task.training, job.task
-    trained = handed.method.named_parameters(handed.model, handed.places)
+    trained = handout.method.named_parameters(handout.model, handout.places)
     witness = Witness(trained)
     with because("FAULT_ENGINE"):
-        engine = ENGINES[job.engine.name](handed.model, trained, spec, job.engine, ranks)
-    handed.model.train()
+        engine = ENGINES[job.engine.name](handout.model, trained, spec, job.engine, ranks)
+    handout.model.train()
     draws = task.rounds_before + task.round  # of dropout; different in each process
     torch.manual_seed(spec.seed + draws * ranks.world + ranks.rank)
     return engine, witness
@@ -101,14 +101,14 @@ class Steps:
     @property
     def mean_loss(self) -> float:
         """Mean over all target tokens."""
-        told = sum(loss * count for loss, count in zip(self.losses, self.targets, strict=True))
-        return told / sum(self.targets)
+        total = sum(loss * count for loss, count in zip(self.losses, self.targets, strict=True))
+        return total / sum(self.targets)
 
 
-def _run(job: TrainerJob, engine: Engine, witness: Witness, scheduled: Rows, *, say: Say) -> Steps:
+def _run(job: TrainerJob, engine: Engine, witness: Witness, schedule: Rows, *, say: Say) -> Steps:
     """Take the steps of a round; raises RunError at a loss that is not finite, MismatchError if a tensor is idle."""
     steps, count = Steps(), job.task.training.steps
-    for step, batch in enumerate(scheduled.batches(), start=1):
+    for step, batch in enumerate(schedule.batches(), start=1):
         loss = engine.step(batch)
         if step == 1:
             with faults("FAULT_EMULATOR", MismatchError):  # a tensor that does not train is not what was agreed
