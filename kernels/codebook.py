@@ -16,8 +16,8 @@ _LLOYD = 10  # steps of k-means, after which the books are refined together
 
 def decode(codes: Tensor, books: Tensor) -> Tensor:
     """Return the groups (n, g) that codes (n, M) stand for; differentiable in the books."""
-    named = [functional.embedding(codes[:, at].int(), book) for at, book in enumerate(books)]
-    return torch.stack(named).sum(dim=0)
+    vectors = [functional.embedding(codes[:, at].int(), book) for at, book in enumerate(books)]
+    return torch.stack(vectors).sum(dim=0)
 
 
 def errors(groups: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -38,11 +38,11 @@ def encode(
 
     Exact for one book, and for any number if the beam holds all sums.
     """
-    found = [
+    parts = [
         _search(groups[rows], books, None if weights is None else weights[rows], beam)
         for rows in (slice(start, start + _ROWS) for start in range(0, len(groups), _ROWS))
     ]
-    codes = torch.cat(found) if found else torch.empty(0, len(books), dtype=torch.uint8, device=groups.device)
+    codes = torch.cat(parts) if parts else torch.empty(0, len(books), dtype=torch.uint8, device=groups.device)
     if held is None:
         return codes
     better = errors(groups, codes, books, weights) < errors(groups, held, books, weights)
@@ -117,5 +117,5 @@ def _kmeans(groups: Tensor, weights: Tensor, count: int, generator: torch.Genera
 def _means(groups: Tensor, weights: Tensor, codes: Tensor, book: Tensor) -> Tensor:
     """Return the weighted mean of the groups of each code; a vector that has none stays."""
     total = torch.zeros_like(book).index_add_(0, codes.int(), weights)
-    moved = torch.zeros_like(book).index_add_(0, codes.int(), weights * groups)
-    return torch.where(total > 0, moved / total, book)
+    sums = torch.zeros_like(book).index_add_(0, codes.int(), weights * groups)
+    return torch.where(total > 0, sums / total, book)

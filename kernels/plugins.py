@@ -30,16 +30,16 @@ class Plugins(Mapping[str, type[T]]):
         self._loaded: dict[str, type[T]] = {}
 
     @cached_property
-    def _found(self) -> dict[str, list[EntryPoint]]:
-        found = {name: [EntryPoint(name, value, self.group)] for name, value in self._ours.items()}
+    def _points(self) -> dict[str, list[EntryPoint]]:
+        points = {name: [EntryPoint(name, value, self.group)] for name, value in self._ours.items()}
         for point in sorted(entry_points(group=self.group), key=lambda point: (point.name, _package(point))):
-            found.setdefault(point.name, []).append(point)
-        return found
+            points.setdefault(point.name, []).append(point)
+        return points
 
     def __getitem__(self, name: str) -> type[T]:
         """Load a plug-in's class; raises KeyError on an unknown name, ValueError if another package's is unfit."""
         if name not in self._loaded:
-            first, *more = self._found[name]
+            first, *more = self._points[name]
             if more:
                 raise ValueError(
                     f"{self.kind} {name!r} is claimed by {' and by '.join(map(_package, (first, *more)))}; "
@@ -50,20 +50,20 @@ class Plugins(Mapping[str, type[T]]):
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there is such a plug-in, without loading it."""
-        return name in self._found
+        return name in self._points
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names, ours first, without loading anything."""
-        return iter(self._found)
+        return iter(self._points)
 
     def __len__(self) -> int:
         """Count the names."""
-        return len(self._found)
+        return len(self._points)
 
     def preload(self) -> None:
         """Load all of ours; not others', of which nobody knows what they do when they are imported."""
         for name in self._ours:
-            if len(self._found[name]) == 1:
+            if len(self._points[name]) == 1:
                 self[name]
 
     def make(self, name: str, settings: Mapping[str, Any]) -> T:
@@ -106,13 +106,13 @@ def make(kind: str, known: Mapping[str, type[T]], name: str, settings: Mapping[s
     except ValueError:
         raise ValueError(f"{kind} {name!r}: infinity and NaN are no settings; give finite numbers") from None
     try:
-        made: T = TypeAdapter(cls).validate_json(document, strict=True)
+        plugin: T = TypeAdapter(cls).validate_json(document, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])[:100]
         message = first["msg"].removeprefix("Value error, ").replace("valid array", "list")[:300]
         raise ValueError(f"{kind} {name!r}: {place + ': ' if place else ''}{message}") from None
-    return made
+    return plugin
 
 
 def _package(point: EntryPoint) -> str:

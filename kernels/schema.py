@@ -119,10 +119,10 @@ def settle(schema: Schema, shapes: Mapping[str, Iterable[int]]) -> Schema:
     return {key: replace(field, shape=_settled(key, field.shape, tuple(shapes[key]))) for key, field in schema.items()}
 
 
-def _settled(key: str, shape: tuple[int | None, ...], given: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != len(given) or any(size not in (None, own) for size, own in zip(shape, given, strict=True)):
-        raise ValueError(f"tensor {key} of shape {list(given)} does not fit the schema's {list(shape)}")
-    return given
+def _settled(key: str, shape: tuple[int | None, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != len(sizes) or any(size not in (None, own) for size, own in zip(shape, sizes, strict=True)):
+        raise ValueError(f"tensor {key} of shape {list(sizes)} does not fit the schema's {list(shape)}")
+    return sizes
 
 
 def size_bytes(schema: Schema) -> int:

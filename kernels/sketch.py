@@ -87,9 +87,9 @@ def _candidates(ordered: Tensor, weights: Tensor) -> Tensor:
         return torch.arange(n + 1, device=ordered.device).expand(rows, -1)
     gaps = functional.pad(ordered.diff(dim=-1), (1, 1))
     steps = (weights * (gaps[:, 1:] + gaps[:, :-1]).double().square()).pow(1 / 3)
-    reached = functional.pad(steps.cumsum(-1), (1, 0))
-    shares = torch.linspace(0, 1, _PIECES + 1, dtype=reached.dtype, device=reached.device)
-    positions = torch.searchsorted(reached, reached[:, -1:] * shares)
+    integral = functional.pad(steps.cumsum(-1), (1, 0))
+    shares = torch.linspace(0, 1, _PIECES + 1, dtype=integral.dtype, device=integral.device)
+    positions = torch.searchsorted(integral, integral[:, -1:] * shares)
     positions[:, 0], positions[:, -1] = 0, n
     return positions
 
@@ -111,12 +111,12 @@ def _partition(mass: Tensor, moment: Tensor, candidates: Tensor) -> Tensor:
         before.append(best)
         best = torch.add(best[:, :, None], gain, out=buffer).amax(dim=1)
     stop = torch.full_like(candidates[:, :1], candidates.shape[1] - 1)
-    chosen = [stop]
+    cuts = [stop]
     for best in reversed(before):
         last = gain.gather(2, stop[:, :, None].expand(-1, gain.shape[1], -1)).squeeze(2)
         stop = (best + last).argmax(dim=1, keepdim=True)
-        chosen.insert(0, stop)
-    return candidates.gather(1, torch.cat([torch.zeros_like(stop), *chosen], dim=1))
+        cuts.insert(0, stop)
+    return candidates.gather(1, torch.cat([torch.zeros_like(stop), *cuts], dim=1))
 
 
 class _Decode(torch.autograd.Function):

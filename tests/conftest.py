@@ -90,7 +90,7 @@ def top(monkeypatch: pytest.MonkeyPatch) -> Any:
     from offsite.protos.upload import STAGES
 
     monkeypatch.syspath_prepend(Path(__file__).parent / "plugin")
-    monkeypatch.setitem(STAGES._found, "top", [EntryPoint("top", "offsite_top:Top", STAGES.group)])
+    monkeypatch.setitem(STAGES._points, "top", [EntryPoint("top", "offsite_top:Top", STAGES.group)])
     return STAGES["top"]
 
 

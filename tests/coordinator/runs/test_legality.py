@@ -82,7 +82,7 @@ def test_a_stage_that_cannot_pack_what_sites_send_is_refused_before_anything_is_
     words: str,
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "plugin")
-    monkeypatch.setitem(METHODS._found, "sparse", [EntryPoint("sparse", "offsite_sparse:Sparse", METHODS.group)])
+    monkeypatch.setitem(METHODS._points, "sparse", [EntryPoint("sparse", "offsite_sparse:Sparse", METHODS.group)])
     monkeypatch.setattr(legality.upload, "make", lambda chain: [Picky() for _ in chain])
     spec = RunSpec(
         model=str(material / "model"),
