@@ -43,9 +43,9 @@ def document(cls: type[T]) -> type[T]:
 
     Its fields have bounds, as `ranges` has them; a document that is read is also held to its types strictly.
     """
-    made: Any = _dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
-    checked: type[T] = made
-    return checked
+    untyped: Any = _dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    result: type[T] = untyped
+    return result
 
 
 class Written:
@@ -69,8 +69,8 @@ def parse(cls: type[T], value: Any, *, where: str) -> T:
     try:
         value = to_jsonable_python(value)
         check_plain(value)
-        made: T = _adapter(cls).validate_json(canonical(value), strict=True)
-        return made
+        result: T = _adapter(cls).validate_json(canonical(value), strict=True)
+        return result
     except ValidationError as error:
         raise InputError(f"{where}: {_fault(cls, error, value)}") from None
     except (ValueError, RecursionError) as error:
@@ -165,8 +165,8 @@ def _fault(cls: Any, error: ValidationError, value: Any) -> str:
     if first["type"] == "missing":
         return f"{place}{first['msg']}"
     message = first["msg"].removeprefix("Value error, ")
-    got = f" (got {quoted(first['input'])})" if place else ""  # a fault of the whole names what is wrong itself
-    return f"{place}{_MEANT.get(message, plain(message, most=300))}{got}"
+    suffix = f" (got {quoted(first['input'])})" if place else ""  # a fault of the whole names what is wrong itself
+    return f"{place}{_MEANT.get(message, plain(message, most=300))}{suffix}"
 
 
 def bare(kind: Any) -> Any:

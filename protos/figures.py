@@ -76,32 +76,32 @@ WORSE = {  # than: what training must not do, and what it means for the figure
 def doubts(row: Mapping[str, float | None], *, vocabulary: int | None = None) -> dict[str, str]:
     """Say of each perplexity of one tuning that cannot be right why not; `vocabulary` is the number of tokens."""
     known = {name: value for name, value in row.items() if value is not None}
-    found = {name: "it is no finite number" for name, value in known.items() if not math.isfinite(value)}
+    reasons = {name: "it is no finite number" for name, value in known.items() if not math.isfinite(value)}
     if vocabulary:
-        found |= {
+        reasons |= {
             name: f"guessing among {vocabulary:,} tokens does better"
             for name, value in known.items()
-            if name not in found and value > vocabulary
+            if name not in reasons and value > vocabulary
         }
     for (name, than), why in WORSE.items():
-        if name in known and name not in found and known[name] > known.get(than, math.inf):
-            found[name] = f"{why}; a lower learning rate may help"
+        if name in known and name not in reasons and known[name] > known.get(than, math.inf):
+            reasons[name] = f"{why}; a lower learning rate may help"
     base, plug_in = known.get(BASE_ZERO_SHOT, math.inf), known.get(PLUG_IN, 0.0)
-    if PLUG_IN not in found and plug_in > FAR * base:
-        found[PLUG_IN] = f"it is {plug_in / base:.0f} times the untuned base's; a lower learning rate may help"
-    return found
+    if PLUG_IN not in reasons and plug_in > FAR * base:
+        reasons[PLUG_IN] = f"it is {plug_in / base:.0f} times the untuned base's; a lower learning rate may help"
+    return reasons
 
 
 def marks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Say of each figure of a report that cannot be right why not, by place: "overall" or "sites.<name>"."""
     places = {"overall": report["overall"], **{f"sites.{name}": row for name, row in report["sites"].items()}}
-    found = {place: doubts(row, vocabulary=report.get("vocabulary")) for place, row in places.items()}
-    return {place: one for place, one in found.items() if one}
+    reasons = {place: doubts(row, vocabulary=report.get("vocabulary")) for place, row in places.items()}
+    return {place: one for place, one in reasons.items() if one}
 
 
-def sentences(found: Mapping[str, str]) -> list[str]:
+def sentences(reasons: Mapping[str, str]) -> list[str]:
     """Turn what is doubted of figures into warnings."""
-    return [f"the figure '{title(name)}' cannot be right: {why}" for name, why in found.items()]
+    return [f"the figure '{title(name)}' cannot be right: {why}" for name, why in reasons.items()]
 
 
 def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:
@@ -112,7 +112,7 @@ def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:
         return value, []
     items = value.items() if isinstance(value, dict) else enumerate(value)
     parts = {key: without_infinities(one, f"{place}.{key}".lstrip(".")) for key, one in items}
-    places = [found for _, inner in parts.values() for found in inner]
+    places = [one for _, inner in parts.values() for one in inner]
     whole = {key: one for key, (one, _) in parts.items()}
     return (whole if isinstance(value, dict) else list(whole.values())), places
 
@@ -139,22 +139,22 @@ def protection(
     else:
         lost = plug_in - bound
         beside = f"the plug-in is {_behind(lost)} the base itself tuned on {tuned_on}"
-    told = {"label": "not protected", "margin": None, "lost": lost}
+    verdict = {"label": "not protected", "margin": None, "lost": lost}
     if not attacks:
-        return told | {"reason": f"no attack on the emulator was asked for, so none was measured; {beside}"}
+        return verdict | {"reason": f"no attack on the emulator was asked for, so none was measured; {beside}"}
     if plug_in is None or ATTACK not in reached:
-        return told | {"reason": f"the attack's figure or the plug-in's is no finite number; {beside}"}
+        return verdict | {"reason": f"the attack's figure or the plug-in's is no finite number; {beside}"}
     margin = min(reached.values()) - plug_in
     which = f"the strongest of {len(attacks)} attacks" if len(attacks) > 1 else "the one attack that was made"
-    said = [
+    clauses = [
         f"no threshold was stated; {which} ({attacks[0]}) brings the emulator to perplexity {overall['attack']:.2f}, "
         f"{_behind(reached['attack'] - plug_in)} the plug-in"
     ]
     if margin < reached[ATTACK] - plug_in:
-        said.append(f"the emulator tuned as asked is stronger than that, {_behind(margin)} the plug-in")
+        clauses.append(f"the emulator tuned as asked is stronger than that, {_behind(margin)} the plug-in")
     if not task:
-        said.append("there was public text alone, and a site, which has the task's, may come further")
-    return told | {"margin": margin, "reason": "; ".join([*said, beside])}
+        clauses.append("there was public text alone, and a site, which has the task's, may come further")
+    return verdict | {"margin": margin, "reason": "; ".join([*clauses, beside])}
 
 
 def _nats(overall: Mapping[str, float], figure: str) -> float | None:

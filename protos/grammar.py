@@ -115,8 +115,8 @@ class _Reader:
     def _expected(self, node: ast.expr | ast.keyword, what: str) -> NoReturn:
         """Raise the error of a node; Python counts its column in bytes of UTF-8."""
         before = self._source.encode()[: node.col_offset].decode(errors="ignore")
-        found = ast.get_source_segment(self._source, node) or "nothing"
-        self._fail(len(before), f"expected {what}, found {quoted(found[:20])}")
+        text = ast.get_source_segment(self._source, node) or "nothing"
+        self._fail(len(before), f"expected {what}, found {quoted(text[:20])}")
 
     def _fail(self, at: int, what: str) -> NoReturn:
         raise InputError(

@@ -57,9 +57,9 @@ def render(chain: Sequence[Choice]) -> str:
 
 
 def _listed(path: Path) -> list[str]:
-    found = read_toml(path)
-    recipes = found.get("recipes")
-    if set(found) != {"recipes"} or not isinstance(recipes, list) or not all(isinstance(one, str) for one in recipes):
+    table = read_toml(path)
+    recipes = table.get("recipes")
+    if set(table) != {"recipes"} or not isinstance(recipes, list) or not all(isinstance(one, str) for one in recipes):
         raise InputError(f'{path}: expected one list of texts, recipes = ["{EXAMPLE}"]')
     return recipes
 
@@ -78,8 +78,8 @@ def _product(chain: Grid) -> list[Chain]:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    written = ",".join(f"{name}={_value(value)}" for name, value in settings.items())
-    return f"({written})" if written else ""
+    pairs = ",".join(f"{name}={_value(value)}" for name, value in settings.items())
+    return f"({pairs})" if pairs else ""
 
 
 def _value(value: Any) -> str:

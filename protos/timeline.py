@@ -8,9 +8,9 @@ USEFUL = ("training", "evaluation", "loading", "download")  # everything else a 
 
 def covered(spans: Iterable[dict[str, Any]], kinds: Iterable[str]) -> float:
     """Seconds during which at least one span of the given kinds was under way, in any process."""
-    wanted = set(kinds)
+    kinds = set(kinds)
     total, reached = 0.0, float("-inf")
-    for start, end in sorted((span["start"], span["end"]) for span in spans if span["kind"] in wanted):
+    for start, end in sorted((span["start"], span["end"]) for span in spans if span["kind"] in kinds):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total

@@ -110,27 +110,27 @@ def fork(
     The descriptors remain the caller's to close.
     """
     request = json.dumps({"job": str(job), "environment": dict(environment)}).encode()
-    told, telling = os.pipe()
+    reader, writer = os.pipe()
     try:
         # A server that has just ended cannot take the request; the pipe, whose last end is closed then, says so.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(server, [request], [stdin, stdout, stderr, telling])
+            socket.send_fds(server, [request], [stdin, stdout, stderr, writer])
     finally:
-        os.close(telling)
-    return Forked(told, ended)
+        os.close(writer)
+    return Forked(reader, ended)
 
 
 class Forked:
     """A process that is the server's child and ours to follow, as one would a `subprocess.Popen`."""
 
-    def __init__(self, told: int, ended: Callable[[], int]) -> None:
+    def __init__(self, reader: int, ended: Callable[[], int]) -> None:
         """Take the pipe on which the server tells of the process, and what waits for the server's end."""
-        self._told, self._ended = told, ended
+        self._reader, self._ended = reader, ended
         self._words = b""
         self._code: int | None = None
         self.lost = False  # whether the server ended before this process, and how it does is not known
         self._lock = threading.Lock()
-        os.set_blocking(told, False)
+        os.set_blocking(reader, False)
 
     @property
     def pid(self) -> int | None:
@@ -143,14 +143,14 @@ class Forked:
         """Return the exit code, or None while it runs; that of the server if it ended and can no longer tell."""
         with self._lock, contextlib.suppress(BlockingIOError):
             while self._code is None:
-                words = os.read(self._told, 64)
+                words = os.read(self._reader, 64)
                 self._words += words
                 if self._words.count(b"\n") == 2:
                     self._code = int(self._words.split()[1])
                 elif not words:
                     self.lost, self._code = True, self._ended() or 1
                 if self._code is not None:
-                    os.close(self._told)
+                    os.close(self._reader)
         return self._code
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -159,7 +159,7 @@ class Forked:
         while (code := self.poll()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             with contextlib.suppress(ValueError, OSError):  # closed meanwhile, as another thread has heard of the end
-                if not select.select([self._told], [], [], left)[0]:
+                if not select.select([self._reader], [], [], left)[0]:
                     return None
         return code
 

@@ -57,9 +57,9 @@ def main(sockets: Sequence[socket.socket], work: Work, arguments: Sequence[str])
         if wakeup in ready:
             os.read(wakeup, LENGTH)
             _bury(children)
-        for asked in (one for one in sockets if one in ready):
-            message, files = _request(asked)
-            if not message and asked is sockets[0]:
+        for source in (one for one in sockets if one in ready):
+            message, files = _request(source)
+            if not message and source is sockets[0]:
                 return
             if len(files) < 4:
                 continue  # one who connected, and ended
@@ -74,11 +74,11 @@ def main(sockets: Sequence[socket.socket], work: Work, arguments: Sequence[str])
             _tell(telling, pid)
 
 
-def _request(asked: socket.socket) -> tuple[bytes, list[int]]:
+def _request(source: socket.socket) -> tuple[bytes, list[int]]:
     """Read what is asked on a socket, or by one who connects to it; nothing if that has ended."""
-    if not asked.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return socket.recv_fds(asked, LENGTH, 4)[:2]
-    with asked.accept()[0] as connection:
+    if not source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return socket.recv_fds(source, LENGTH, 4)[:2]
+    with source.accept()[0] as connection:
         return socket.recv_fds(connection, LENGTH, 4)[:2]
 
 

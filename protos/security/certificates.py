@@ -70,11 +70,11 @@ def subject(certificate: x509.Certificate) -> tuple[Role, str]:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         names = x509.SubjectAlternativeName([])
-    found = [_URI.fullmatch(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
-    if len(found) != 1 or found[0] is None:
+    matches = [_URI.fullmatch(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
+    if len(matches) != 1 or matches[0] is None:
         raise IdentityError("the certificate names no role: it was not issued by `offsite pki issue`")
-    role = next(role for role in ROLES if role == found[0][1])
-    return role, found[0][2]
+    role = next(role for role in ROLES if role == matches[0][1])
+    return role, matches[0][2]
 
 
 def either(roles: Sequence[Role]) -> str:

@@ -50,10 +50,10 @@ def check_coordinator(certificate: bytes, identity: Identity) -> None:
     """Hold a coordinator's certificate (PEM) against the list in the kit as it is now; raises IdentityError."""
     path = identity.folder / "crl.pem"
     try:
-        listed = RevocationList.parse(path.read_bytes(), identity.authority, where=path)
+        revocations = RevocationList.parse(path.read_bytes(), identity.authority, where=path)
     except OSError as error:
         raise IdentityError(f"{path}: cannot be read: {error.strerror}") from None
-    listed.check_coordinator(x509.load_pem_x509_certificate(certificate), where=path)
+    revocations.check_coordinator(x509.load_pem_x509_certificate(certificate), where=path)
 
 
 def _context(identity: Identity) -> ssl.SSLContext:

@@ -40,11 +40,11 @@ class Identity:
         except IdentityError as error:
             raise IdentityError(f"{folder / 'tls.crt'}: {error}") from None
         _check_dates(folder / "tls.crt", certificate, f"{role} {name!r}")
-        expected = (expect,) if isinstance(expect, str) else expect
-        if role not in expected:
+        roles = (expect,) if isinstance(expect, str) else expect
+        if role not in roles:
             raise IdentityError(
                 f"{folder}: this is the kit of {role} {name!r}, but one of role "
-                f"{either(expected)} is needed here; use another kit"
+                f"{either(roles)} is needed here; use another kit"
             )
         for file in ("owner.key", "crl.pem") if role == "coordinator" else ("crl.pem",):
             _read(folder / file)

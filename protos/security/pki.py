@@ -93,9 +93,9 @@ class Authority:
         _write(folder / "owner.pub", owner.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
         _write(folder / "index.json", to_json(Index()))
         _write(folder / "ca.crt", issuer.certificate.public_bytes(Encoding.PEM))
-        made = cls(folder, issuer)
-        made.refresh()
-        return made
+        authority = cls(folder, issuer)
+        authority.refresh()
+        return authority
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -166,10 +166,10 @@ class Authority:
                 replace(entry, revoked_at=now) if entry.name == name and entry.status == "valid" else entry
                 for entry in entries
             )
-            written = self._publish(after)
+            lists = self._publish(after)
             # The index last: a revocation that was cut short can then be asked for again.
             _write(self.folder / "index.json", to_json(Index(certificates=after)))
-            return written
+            return lists
 
     def refresh(self, *, days: int = LIST_DAYS) -> tuple[Path, ...]:
         """Write the list of certificates again, to hold for so many days, and return where."""
@@ -189,10 +189,10 @@ class Authority:
             until=now + timedelta(days=days),
         ).public_bytes(Encoding.PEM)
         kits = sorted({self.folder / entry.name for entry in entries if (self.folder / entry.name).is_dir()})
-        written = tuple(folder / "crl.pem" for folder in (self.folder, *kits))
-        for path in written:
+        lists = tuple(folder / "crl.pem" for folder in (self.folder, *kits))
+        for path in lists:
             _write(path, data)
-        return written
+        return lists
 
     def _number(self) -> int:
         path = self.folder / "crl.pem"

@@ -70,8 +70,8 @@ class RevocationList:
         """Read a list (PEM) of an authority (PEM certificate); raises IdentityError."""
         try:
             key = x509.load_pem_x509_certificate(authority).public_key()
-            listed = x509.load_pem_x509_crl(data)
-            signed = isinstance(key, ec.EllipticCurvePublicKey) and listed.is_signature_valid(key)
+            crl = x509.load_pem_x509_crl(data)
+            signed = isinstance(key, ec.EllipticCurvePublicKey) and crl.is_signature_valid(key)
         except ValueError:
             signed = False
         if not signed:
@@ -80,15 +80,15 @@ class RevocationList:
                 "authority's folder"
             )
         try:
-            number = listed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-            serials = listed.extensions.get_extension_for_oid(_ISSUED).value
+            number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+            serials = crl.extensions.get_extension_for_oid(_ISSUED).value
         except x509.ExtensionNotFound:
             raise IdentityError(f"{where}: the list does not name the certificates issued; {_RENEW}") from None
         assert isinstance(serials, x509.UnrecognizedExtension)
         numbers = [serials.value[at : at + _SERIAL_BYTES] for at in range(0, len(serials.value), _SERIAL_BYTES)]
-        until = listed.next_update_utc or datetime.min.replace(tzinfo=UTC)
+        until = crl.next_update_utc or datetime.min.replace(tzinfo=UTC)
         issued = frozenset(int.from_bytes(one) for one in numbers)
-        return cls(number, listed.last_update_utc, until, issued, frozenset(entry.serial_number for entry in listed))
+        return cls(number, crl.last_update_utc, until, issued, frozenset(entry.serial_number for entry in crl))
 
     def check(self, peer: Peer, *, where: Path) -> None:
         """Refuse a certificate that is revoked, or that the authority has no record of; raises IdentityError."""
@@ -168,16 +168,16 @@ class Revocations:
             data, authority = self._path.read_bytes(), self._path.with_name("ca.crt").read_bytes()
         except OSError as error:
             raise IdentityError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        listed = RevocationList.parse(data, authority, where=self._path)
-        if listed.number < self._highest:
+        revocations = RevocationList.parse(data, authority, where=self._path)
+        if revocations.number < self._highest:
             raise IdentityError(
-                f"{self._path}: an older list than one that was used before (number {listed.number} after "
+                f"{self._path}: an older list than one that was used before (number {revocations.number} after "
                 f"{self._highest}); copy the newest crl.pem from the authority's folder"
             )
-        if listed.number > self._highest and self._seen:
-            _write_number(self._seen, listed.number)
-        self._highest = listed.number
-        return listed
+        if revocations.number > self._highest and self._seen:
+            _write_number(self._seen, revocations.number)
+        self._highest = revocations.number
+        return revocations
 
 
 def _number(path: Path) -> int:

@@ -36,8 +36,8 @@ def _parts(stages: Sequence[Stage], schema: Schema) -> Iterator[list[Schema]]:
     """Yield for what is packed together, a group or all, its schema before each stage and after the last."""
     whole = any(stage.whole for stage in stages)
     for keys in [list(schema)] if whole else groups(schema).values():
-        given = {key: schema[key] for key in keys}
-        yield list(accumulate(stages, lambda schema, stage: stage.schema(schema), initial=given))
+        part = {key: schema[key] for key in keys}
+        yield list(accumulate(stages, lambda schema, stage: stage.schema(schema), initial=part))
 
 
 def schema_of(stages: Sequence[Stage], schema: Schema) -> Schema:
@@ -90,19 +90,19 @@ def pack(
     and the task; `residual` is what stayed of the last update.
     """
     for schemas in _parts(stages, schema):
-        given = {name: adapter[name] for name in schemas[0]}
+        part = {name: adapter[name] for name in schemas[0]}
         if stages:
-            given |= {name: given[name] - broadcast[name] for name in _moving(schemas[0])}
-        left: Tensors = {}
+            part |= {name: part[name] - broadcast[name] for name in _moving(schemas[0])}
+        rest: Tensors = {}
         for number, (stage, fields) in enumerate(zip(stages, schemas, strict=False)):
             names = {name: _residual(number, name) for name in _lasting(fields)} if stage.feedback else {}
-            given = given | {name: given[name] + residual[kept] for name, kept in names.items() if kept in residual}
-            packed = stage.pack(given, At(fields, derive(key, number, stage.name)))
+            part = part | {name: part[name] + residual[kept] for name, kept in names.items() if kept in residual}
+            packed = stage.pack(part, At(fields, derive(key, number, stage.name)))
             if names:
                 back = stage.unpack(packed, At(fields))
-                left |= {kept: given[name] - back[name] for name, kept in names.items()}
-            given = packed
-        yield Packed(given, left)
+                rest |= {kept: part[name] - back[name] for name, kept in names.items()}
+            part = packed
+        yield Packed(part, rest)
 
 
 def unpack(stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap | None, schema: Schema) -> TensorMap:
@@ -129,8 +129,8 @@ class _Unpacked(Mapping[str, "Tensor"]):
 
     def _unpack(self, schemas: list[Schema]) -> Tensors:
         part = {name: self._packed[name] for name in schemas[-1]}
-        for stage, given in zip(reversed(self._stages), reversed(schemas[:-1]), strict=True):
-            part = stage.unpack(part, At(given))
+        for stage, fields in zip(reversed(self._stages), reversed(schemas[:-1]), strict=True):
+            part = stage.unpack(part, At(fields))
         if self._broadcast is None:
             return part
         return part | {name: self._broadcast[name] + part[name] for name in _moving(schemas[0])}

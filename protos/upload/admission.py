@@ -69,10 +69,10 @@ def _unpacked_norm(file: Path, stages: Sequence[Stage], schema: Schema, broadcas
 
 def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:
     """Raise MismatchError if a site says that it saw more than it was asked to; its weight depends on it."""
-    asked = task.training.steps * task.training.batch_size
-    if metrics.examples > asked:
+    most = task.training.steps * task.training.batch_size
+    if metrics.examples > most:
         raise MismatchError(
-            f"{described(task)}: says it saw {metrics.examples} examples, {asked} at most were asked for"
+            f"{described(task)}: says it saw {metrics.examples} examples, {most} at most were asked for"
         )
     if metrics.losses and len(metrics.losses) != task.training.steps:
         raise MismatchError(f"{described(task)}: tells {len(metrics.losses)} losses of {task.training.steps} steps")
@@ -86,6 +86,6 @@ def _check_origin(about: dict[str, str], task: TaskSpec) -> None:
         origin = None
     if not isinstance(origin, dict):
         origin = {}
-    for name, wanted in (("broadcast", task.adapter), ("method_hash", task.method_hash)):
-        if origin.get(name) != wanted:
-            raise MismatchError(f"{described(task)}: its {name} is {origin.get(name)}, expected {wanted}")
+    for name, digest in (("broadcast", task.adapter), ("method_hash", task.method_hash)):
+        if origin.get(name) != digest:
+            raise MismatchError(f"{described(task)}: its {name} is {origin.get(name)}, expected {digest}")
