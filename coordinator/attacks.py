@@ -47,7 +47,7 @@ def scored(
         scores[one] = finished(cls, key(one), lambda: score(model))
 
     known = {one: finished.known(cls, key(one)) for one in attacks}
-    scores = {one: found for one, found in known.items() if found is not None}
+    scores = {one: value for one, value in known.items() if value is not None}
     left = [one for one in attacks if one not in scores]
     if attacker.state and left:
         attacker.state.mkdir(parents=True, exist_ok=True)

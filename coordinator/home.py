@@ -129,8 +129,8 @@ class Home:
 
 def _write(path: Path, value: object) -> None:
     """Write a document for this account alone, whole or not at all."""
-    made = path.with_name(f"{path.name}.new")
-    made.unlink(missing_ok=True)
-    made.touch(mode=0o600)
-    made.write_bytes(to_json(value))
-    made.replace(path)
+    partial = path.with_name(f"{path.name}.new")
+    partial.unlink(missing_ok=True)
+    partial.touch(mode=0o600)
+    partial.write_bytes(to_json(value))
+    partial.replace(path)

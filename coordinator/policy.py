@@ -116,7 +116,7 @@ class OwnerPolicy:
         training = spec.training
         tuning = [_largest(builder, "steps", "iterations") for builder in spec.builders]
         batches = [_largest(builder, "batch_size") for builder in spec.builders]
-        for bound, asked in {
+        for bound, value in {
             "max_rounds": spec.rounds + (continues.rounds if continues else 0),
             "max_steps": training.steps,
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
@@ -126,8 +126,8 @@ class OwnerPolicy:
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():
-            if asked > getattr(self, bound):
-                raise _refused(bound, f"{asked} is more than {getattr(self, bound)}")
+            if value > getattr(self, bound):
+                raise _refused(bound, f"{value} is more than {getattr(self, bound)}")
 
     def _file(self, name: str, *, bound: bool) -> str:
         """Return the path that a name of a text stands for, its links followed."""

@@ -44,8 +44,8 @@ def read(folder: Path, *, owner_public: Path | None = None) -> Manifest:
     for entry in manifest.files:
         if not (folder / entry.path).is_file():
             raise MismatchError(f"{folder}: {entry.path} is missing, the manifest names it")
-        if (found := digest_file(folder / entry.path, like=entry.digest)) != entry.digest:
-            raise MismatchError(f"{folder / entry.path}: its digest is {found}, the manifest says {entry.digest}")
+        if (actual := digest_file(folder / entry.path, like=entry.digest)) != entry.digest:
+            raise MismatchError(f"{folder / entry.path}: its digest is {actual}, the manifest says {entry.digest}")
     return manifest
 
 

@@ -117,13 +117,13 @@ def compare(
     )
     out.mkdir(parents=True, exist_ok=True)
     with _telling() as tell:
-        found = measure(plan, out, tell=tell)
-    (out / "comparison.json").write_bytes(to_json(found))
-    page.write(found, out / "comparison.html")
+        comparison = measure(plan, out, tell=tell)
+    (out / "comparison.json").write_bytes(to_json(comparison))
+    page.write(comparison, out / "comparison.html")
     if format == "json":
-        print(to_json(found).decode())
+        print(to_json(comparison).decode())
     else:
-        Console().print(table(found), f"The report is in {out / 'comparison.html'} and {out / 'comparison.json'}.")
+        Console().print(table(comparison), f"The report is in {out / 'comparison.html'} and {out / 'comparison.json'}.")
 
 
 @contextmanager
@@ -133,14 +133,14 @@ def _telling() -> Iterator[Callable[[str, int, int], None]]:
     from rich.markup import escape
 
     console = Console(stderr=True, highlight=False)
-    said: list[str] = []
+    lines: list[str] = []
     with console.status("reading the texts") as status:
 
         def tell(what: str, step: int, steps: int) -> None:
             if console.is_terminal:
                 status.update(f"{escape(what)}{f' {step}/{steps}' if steps > 1 else ''}")
-            elif what not in said[-1:]:
+            elif what not in lines[-1:]:
                 console.print(escape(what), soft_wrap=True)
-            said[:] = [what]
+            lines[:] = [what]
 
         yield tell

@@ -72,8 +72,8 @@ def up(
     address = parse(listen, listening=True)
     rules = OwnerPolicy.load(policy) if policy else OwnerPolicy()
     if format == "json":
-        told = {"event": "policy", **to_plain(rules), "file": str(policy or "")}
-        print(json.dumps(told), flush=True)
+        event = {"event": "policy", **to_plain(rules), "file": str(policy or "")}
+        print(json.dumps(event), flush=True)
     else:
         _show_policy(rules.describe(), policy)
 

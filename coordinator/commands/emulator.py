@@ -110,8 +110,8 @@ def list_builders() -> None:
             unfit.append(str(error))
     for name, kind in sorted(kinds.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
         plug_in: Any = kind
-        made = plug_in()
-        settings = ", ".join(f"{field.name}={getattr(made, field.name)}" for field in fields(plug_in))
+        builder = plug_in()
+        settings = ", ".join(f"{field.name}={getattr(builder, field.name)}" for field in fields(plug_in))
         first = (plug_in.__doc__ or "").split("\n\n")[0]
         table.add_row(kind.stage, name, settings, " ".join(first.split()))
     Console().print(table)

@@ -74,8 +74,8 @@ class Bench:
             from offsite.emulator.evaluation.accuracy import accuracy
 
             self.tell("asking the tasks' questions", 0, 1)
-            found = accuracy(model, self.tokenizer, self.tasks, limit=self.plan.limit)
-            answers = {name: Answered(**asdict(one)) for name, one in found.items()}
+            results = accuracy(model, self.tokenizer, self.tasks, limit=self.plan.limit)
+            answers = {name: Answered(**asdict(one)) for name, one in results.items()}
         return Score(
             held_out=_predicted(model, self.texts.held_out),
             general=_predicted(model, self.texts.general),
@@ -122,10 +122,10 @@ class Bench:
 
 
 def _predicted(model: nn.Module, batches: list[Batch]) -> Predicted:
-    found = modality.score(model, batches)
-    if not math.isfinite(found.total):
+    likelihood = modality.score(model, batches)
+    if not math.isfinite(likelihood.total):
         raise ValueError(
-            f"the model predicts held-out text with a loss of {found.total}; a lower learning rate may help"
+            f"the model predicts held-out text with a loss of {likelihood.total}; a lower learning rate may help"
         )
-    score = figures.Score(nll=found.total, tokens=found.count)
-    return Predicted(nll=found.total, tokens=found.count, perplexity=figures.perplexity([score]))
+    score = figures.Score(nll=likelihood.total, tokens=likelihood.count)
+    return Predicted(nll=likelihood.total, tokens=likelihood.count, perplexity=figures.perplexity([score]))

@@ -10,7 +10,7 @@ from offsite.coordinator.comparison.table import next_step, share, short, verdic
 from offsite.protos.figures import title
 
 
-def write(found: Comparison, path: Path) -> None:
+def write(comparison: Comparison, path: Path) -> None:
     """Write a comparison as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offsite.coordinator.comparison", "."),
@@ -20,10 +20,10 @@ def write(found: Comparison, path: Path) -> None:
     )
     environment.filters |= {"short": short, "share": share, "answered": _answered}
     page = environment.get_template("page.html.j2").render(
-        found=found,
-        plots=draw(found),
-        verdict=verdict(found),
-        next_step=next_step(found),
+        comparison=comparison,
+        plots=draw(comparison),
+        verdict=verdict(comparison),
+        next_step=next_step(comparison),
         heads={name: title(name) for name in FIVE},
         attacks=ATTACKS,
     )

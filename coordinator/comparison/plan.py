@@ -82,12 +82,12 @@ def fits(chain: Sequence[Choice], method: Choice) -> bool:
 
 
 def _ones(texts: Sequence[str]) -> list[Choice]:
-    found: list[Choice] = []
+    choices: list[Choice] = []
     for chain in gather(texts):
         if len(chain) != 1:
             raise InputError(f"{render(chain)}: expected one choice, found {len(chain)}; give several one by one")
-        found += chain
-    return found
+        choices += chain
+    return choices
 
 
 def _check_chain(chain: Sequence[Choice]) -> None:

@@ -35,27 +35,27 @@ COSTS: tuple[Cost, ...] = (
 )
 
 
-def draw(found: Comparison) -> dict[str, str]:
+def draw(comparison: Comparison) -> dict[str, str]:
     """Draw the plots of a comparison by name; none if nothing was measured."""
-    rows = [row for row in found.rows if row.measured]
+    rows = [row for row in comparison.rows if row.measured]
     if not rows:
         return {}
     with matplotlib.rc_context(STYLE):
-        return {"frontier": _frontier(found, rows), "figures": _figures(rows)}
+        return {"frontier": _frontier(comparison, rows), "figures": _figures(rows)}
 
 
-def _frontier(found: Comparison, rows: Sequence[Row]) -> str:
+def _frontier(comparison: Comparison, rows: Sequence[Row]) -> str:
     """Plug-in quality against protection and each cost, a small plot for each."""
     figure = Figure(figsize=(9.6, 5.8), layout="constrained")
     (margin, *rest) = figure.subplots(2, 3, sharey=True).flat
-    _points(margin, found, rows, {row.number: row.protection.margin for row in rows if row.protection})
+    _points(margin, comparison, rows, {row.number: row.protection.margin for row in rows if row.protection})
     margin.set_xlabel("margin over the attacks (nats)")
     margin.axvline(0.0, color=QUIET, linewidth=0.8)
-    if (threshold := found.settings["protected_from"]) is not None:
+    if (threshold := comparison.settings["protected_from"]) is not None:
         margin.axvline(threshold, color=GOOD, linewidth=1, linestyle=":")
         margin.annotate("threshold", (threshold, 1), xycoords=("data", "axes fraction"), fontsize=7, color=GOOD)
     for axes, (head, of, of_base) in zip(rest, COSTS, strict=True):
-        _points(axes, found, rows, {row.number: of(row.measured) for row in rows if row.measured})
+        _points(axes, comparison, rows, {row.number: of(row.measured) for row in rows if row.measured})
         axes.set_xlabel(head)
         if of_base and rows[0].measured:
             whole = of_base(rows[0].measured)
@@ -67,7 +67,7 @@ def _frontier(found: Comparison, rows: Sequence[Row]) -> str:
     return _svg(figure)
 
 
-def _points(axes: Axes, found: Comparison, rows: Sequence[Row], x: dict[int, float]) -> None:
+def _points(axes: Axes, comparison: Comparison, rows: Sequence[Row], x: dict[int, float]) -> None:
     """One numbered point per candidate, between the lines of the base and of the best bound."""
     measured = [row.measured for row in rows if row.measured]
     base = measured[0].figures[BASE_ZERO_SHOT].held_out.perplexity
@@ -80,7 +80,7 @@ def _points(axes: Axes, found: Comparison, rows: Sequence[Row], x: dict[int, flo
         at = (x[row.number], row.measured.plug_in)
         colour = GOOD if row.frontier else QUIET
         axes.plot(*at, marker="o", markersize=7, color=colour, markerfacecolor="white" if row.warnings else colour)
-        if row.number == found.recommended:
+        if row.number == comparison.recommended:
             axes.plot(*at, marker="o", markersize=13, color=GOOD, fillstyle="none")
         axes.annotate(str(row.number), at, xytext=(7, 5), textcoords="offset points", fontsize=8)
     axes.margins(0.15, 0.15)
@@ -96,12 +96,12 @@ def _figures(rows: Sequence[Row]) -> str:
     axes.axvline(base, color=FIGURES[BASE_ZERO_SHOT].colour, linewidth=1, linestyle="--", label=title(BASE_ZERO_SHOT))
     most = base
     for place, one in enumerate(measured):
-        found = {name: one.figures[name].held_out.perplexity for name in FIVE if name != BASE_ZERO_SHOT}
+        dots = {name: one.figures[name].held_out.perplexity for name in FIVE if name != BASE_ZERO_SHOT}
         hit = {name: one.strongest[name].score.held_out.perplexity for name in CROSSES}
-        every = [min(value, edge) for value in (*found.values(), *hit.values())]
+        every = [min(value, edge) for value in (*dots.values(), *hit.values())]
         most = max(most, *every)
         axes.plot([min(every), max(every)], [place, place], color="#d5dbe2", linewidth=1, zorder=0)
-        for name, value in found.items():
+        for name, value in dots.items():
             marker, size = ("o", 9 if name == PLUG_IN else 7) if value < edge else (">", 8)
             label = title(name) if not place else None
             axes.plot(min(value, edge), place, marker, color=FIGURES[name].colour, markersize=size, label=label)

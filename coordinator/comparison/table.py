@@ -11,65 +11,71 @@ from offsite.protos.figures import FIGURES, PLUG_IN
 from offsite.protos.recipes import render
 
 
-def table(found: Comparison) -> RenderableType:
+def table(comparison: Comparison) -> RenderableType:
     """Draw a comparison: what each is worth, gives away and costs, what is wrong with it, and the recommendation."""
     faults = [
         Text(f"{row.number}: {text}", style="yellow")
-        for row in found.rows
+        for row in comparison.rows
         for text in ([f"not measured: {row.fault}"] if row.fault else row.warnings)
     ]
-    tasks = [_answers(found)] if found.tasks else []
+    tasks = [_answers(comparison)] if comparison.tasks else []
     return Group(
-        _figures(found), _given_away(found), _costs(found), *tasks, *faults, Text(verdict(found), "bold"), *_next(found)
+        _figures(comparison),
+        _given_away(comparison),
+        _costs(comparison),
+        *tasks,
+        *faults,
+        Text(verdict(comparison), "bold"),
+        *_next(comparison),
     )
 
 
-def verdict(found: Comparison) -> str:
+def verdict(comparison: Comparison) -> str:
     """Say the recommendation and its reason."""
-    row = _recommended(found)
-    return f"Recommended: number {row.number}, {row.candidate.name}. {found.reason}" if row else found.reason
+    row = _recommended(comparison)
+    return f"Recommended: number {row.number}, {row.candidate.name}. {comparison.reason}" if row else comparison.reason
 
 
-def next_step(found: Comparison) -> str:
+def next_step(comparison: Comparison) -> str:
     """Return the command that builds the recommended emulator, or nothing."""
-    row = _recommended(found)
+    row = _recommended(comparison)
     if row is None:
         return ""
-    words = ["offsite", "emulator", "build", found.model, "--builder", render(row.candidate.builders)]
-    words += ["--trainable", render([row.candidate.trainable]), "--public", found.public]
-    if found.settings["calibration"]:
-        words += ["--calibration", found.settings["calibration"]]
+    words = ["offsite", "emulator", "build", comparison.model, "--builder", render(row.candidate.builders)]
+    words += ["--trainable", render([row.candidate.trainable]), "--public", comparison.public]
+    if comparison.settings["calibration"]:
+        words += ["--calibration", comparison.settings["calibration"]]
     return shlex.join([*words, "--out", "bundle"])
 
 
-def _next(found: Comparison) -> list[Text]:
-    step = next_step(found)
+def _next(comparison: Comparison) -> list[Text]:
+    step = next_step(comparison)
     return [Text(f"Next: {step}")] if step else []
 
 
-def _recommended(found: Comparison) -> Row | None:
-    return next((row for row in found.rows if row.number == found.recommended), None)
+def _recommended(comparison: Comparison) -> Row | None:
+    return next((row for row in comparison.rows if row.number == comparison.recommended), None)
 
 
-def _figures(found: Comparison) -> Table:
+def _figures(comparison: Comparison) -> Table:
     grid = _grid("perplexity on held-out text (lower is better); * on the frontier, > recommended")
     grid.add_column("candidate", overflow="fold")
     for name in FIVE:
         grid.add_column(FIGURES[name].head, justify="right", style="bold green" if name == PLUG_IN else "")
-    for row in found.rows:
+    for row in comparison.rows:
         cells = [short(row.measured.figures[name].held_out.perplexity) for name in FIVE if row.measured]
-        grid.add_row(_number(found, row), Text(row.label), *cells or ["failed"])
+        grid.add_row(_number(comparison, row), Text(row.label), *cells or ["failed"])
     return grid
 
 
-def _given_away(found: Comparison) -> Table:
+def _given_away(comparison: Comparison) -> Table:
     grid = _grid("the strongest attacks (perplexity, and on general text), what the plug-in loses, what a site is told")
     for name in ATTACKS:
         grid.add_column(f"attack:\n{name}", justify="right", style="red")
         grid.add_column("on\ngeneral", justify="right", style="dim")
     for head in ("margin\n(nats)", "behind\nbound", "pro-\ntected", "ver-\nbatim", "lossy"):
         grid.add_column(head, justify="right")
-    for row in found.rows:
+    for row in comparison.rows:
         if row.measured and row.protection:
             one = row.measured.emulated
             scores = [row.measured.strongest[name].score for name in ATTACKS]
@@ -80,19 +86,19 @@ def _given_away(found: Comparison) -> Table:
                 share(one.verbatim, one.parameters),
                 share(one.lossy, one.parameters),
             ]
-            grid.add_row(_number(found, row), *cells)
+            grid.add_row(_number(comparison, row), *cells)
     return grid
 
 
-def _costs(found: Comparison) -> Table:
+def _costs(comparison: Comparison) -> Table:
     grid = _grid("the bundle, and a client step against LoRA on the whole base")
     for head in ("MB to\ndownload", "GFLOPs", "of full", "peak MB", "of full", "CPU s", "of full"):
         grid.add_column(head, justify="right", style="dim" if head == "of full" else "")
-    for row in found.rows:
+    for row in comparison.rows:
         if row.measured:
             client, full = row.measured.client, row.measured.full
             grid.add_row(
-                _number(found, row),
+                _number(comparison, row),
                 f"{row.measured.emulated.bytes / 1e6:,.1f}",
                 f"{client.flops / 1e9:,.1f}",
                 share(client.flops, full.flops),
@@ -104,16 +110,16 @@ def _costs(found: Comparison) -> Table:
     return grid
 
 
-def _answers(found: Comparison) -> Table:
+def _answers(comparison: Comparison) -> Table:
     grid = _grid("accuracy at tasks")
     grid.add_column("task")
     for name in FIVE:
         grid.add_column(FIGURES[name].head, justify="right", style="bold green" if name == PLUG_IN else "")
-    for row in found.rows:
+    for row in comparison.rows:
         if row.measured:
-            for task in found.tasks:
+            for task in comparison.tasks:
                 answers = [row.measured.figures[name].accuracy[task] for name in FIVE]
-                grid.add_row(_number(found, row), task, *(f"{one.accuracy:.1%}" for one in answers))
+                grid.add_row(_number(comparison, row), task, *(f"{one.accuracy:.1%}" for one in answers))
     return grid
 
 
@@ -123,8 +129,8 @@ def _grid(title: str) -> Table:
     return grid
 
 
-def _number(found: Comparison, row: Row) -> str:
-    mark = ">" if row.number == found.recommended else "*" if row.frontier else ""
+def _number(comparison: Comparison, row: Row) -> str:
+    mark = ">" if row.number == comparison.recommended else "*" if row.frontier else ""
     return f"{mark}{row.number}"
 
 

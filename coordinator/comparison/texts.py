@@ -61,11 +61,11 @@ def digests(plan: Plan) -> dict[str, str]:
     """Digest each file of text, so that a text that changed is not taken for the same; raises system errors."""
     files = {"train": plan.train, "held_out": plan.held_out, "public": plan.public}
     files |= {"calibration": plan.calibration, "general": plan.general}
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for name, text in files.items():
         for file in (file for file, fault in paths(Path(text)) if not fault) if text else ():
-            found[f"{name} {file.relative_to(Path(text).parent)}"] = digest_file(file)
-    return found
+            entries[f"{name} {file.relative_to(Path(text).parent)}"] = digest_file(file)
+    return entries
 
 
 def _write(examples: Sequence[Example], path: Path) -> Path:

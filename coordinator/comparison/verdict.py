@@ -13,12 +13,12 @@ TOLERANCE = 1.02  # plug-ins within this factor of the best one's perplexity cou
 
 # Of each, less is better.
 OBJECTIVES: Mapping[str, Callable[[Measured, Protection], float]] = {
-    "plug-in perplexity": lambda found, _: found.plug_in,
-    "share disclosed verbatim": lambda found, _: found.disclosed,
+    "plug-in perplexity": lambda candidate, _: candidate.plug_in,
+    "share disclosed verbatim": lambda candidate, _: candidate.disclosed,
     "margin over the attacks": lambda _, safe: -safe.margin,
-    "bytes to download": lambda found, _: found.emulated.bytes,
-    "FLOPs of a client step": lambda found, _: found.client.flops,
-    "peak memory of a client step": lambda found, _: found.client.peak_bytes,
+    "bytes to download": lambda candidate, _: candidate.emulated.bytes,
+    "FLOPs of a client step": lambda candidate, _: candidate.client.flops,
+    "peak memory of a client step": lambda candidate, _: candidate.client.peak_bytes,
 }
 
 
@@ -30,7 +30,7 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     # Training can make an emulator worse; nobody who attacks is bound to keep what it gave.
     without = {"leave it as it is": figures[EMULATOR_ZERO_SHOT], "tune it as asked": figures[EMULATOR_TUNED]}
     attacks = {one.name: one.score for one in row.measured.every_attack} | without
-    found = protection(
+    judgement = protection(
         {name: Reach(_likelihood(score.held_out), _likelihood(score.general)) for name, score in attacks.items()},
         plug_in=_likelihood(figures[PLUG_IN].held_out),
         base=_likelihood(figures[BASE_ZERO_SHOT].general),
@@ -38,7 +38,7 @@ def judged(row: Row, *, protected_from: float | None) -> Row:
     )
     return replace(
         row,
-        protection=Protection(margin=found.margin, label=found.label, reason=found.reason),
+        protection=Protection(margin=judgement.margin, label=judgement.label, reason=judgement.reason),
         warnings=tuple(warnings({name: figures[name].held_out.perplexity for name in FIVE})),
     )
 
@@ -118,7 +118,7 @@ def _reason(row: Row, *, best: float, close: int, allowed: int, protected_from: 
 
 def _unprotected(useful: Sequence[Row], protected_from: float) -> str:
     nearest, margin = max(
-        ((row.number, row.protection.margin) for row in useful if row.protection), key=lambda found: found[1]
+        ((row.number, row.protection.margin) for row in useful if row.protection), key=lambda pair: pair[1]
     )
     return (
         f"No candidate is protected: the threshold is {protected_from:g} nats, and the largest margin over the attacks "
@@ -128,5 +128,5 @@ def _unprotected(useful: Sequence[Row], protected_from: float) -> str:
     )
 
 
-def _likelihood(found: Predicted) -> modality.Score:
-    return modality.Score(found.nll, found.tokens)
+def _likelihood(prediction: Predicted) -> modality.Score:
+    return modality.Score(prediction.nll, prediction.tokens)

@@ -26,10 +26,10 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
     model = zoo.survey(folder)
     if (folder / "tokenizer_config.json").is_file():
         zoo.refuse_strange_words(folder, zoo.load_tokenizer(folder), model)
-    most, asked = positions(model), spec.training.max_length
-    if most is not None and asked > most:
+    most, length = positions(model), spec.training.max_length
+    if most is not None and length > most:
         raise ValueError(
-            f"training.max_length is {asked}, but {folder.name} has positions for {most} tokens; ask for at most that"
+            f"training.max_length is {length}, but {folder.name} has positions for {most} tokens; ask for at most that"
         )
     outline = _outline(spec, model)
     own = [outline.layers[place] for place in outline.own]

@@ -24,7 +24,7 @@ class Grant(RunSpec):
     whole: Flag = True  # whether its emulator may be the base with nothing removed
     base_name: Place = ""  # what sites and reports call the base; empty: as its folder is called
 
-    def told(self, error: BaseException, sentence: str = "") -> str:
+    def wording(self, error: BaseException, sentence: str = "") -> str:
         """Return an error's sentence, or the one given for it.
 
         For a researcher it is without paths of this machine and words of the owner's texts.
@@ -36,7 +36,7 @@ class Grant(RunSpec):
 
     def fault(self, error: Exception) -> str:
         """Say what a fault of ours was."""
-        return f"internal error: {type(error).__name__}: {plain(self.told(error), most=300)}"
+        return f"internal error: {type(error).__name__}: {plain(self.wording(error), most=300)}"
 
     def discreet(self, sentence: str) -> str:
         """Call places by the names the run has for them, and all others by their last part."""

@@ -63,12 +63,12 @@ def _judge_attacks(spec: RunSpec, texts: Mapping[str, Sequence[Example]]) -> Non
         return
     if not spec.evaluation:
         raise ValueError("attacks are measured on held-out examples: give some as evaluation, or set attack_steps to 0")
-    given = {name: place for name in ("public", "attack_text") if (place := getattr(spec, name))}
-    if not given:
+    places = {name: place for name in ("public", "attack_text") if (place := getattr(spec, name))}
+    if not places:
         raise ValueError(
             "attacks train on public text or the task's: give some as public or attack_text, or set attack_steps to 0"
         )
-    for name, place in given.items():
+    for name, place in places.items():
         if len(texts[place]) < 2:
             raise ValueError(
                 f"{name}: an attack holds a tenth of its text back, and {place} has one example; give more"

@@ -48,7 +48,7 @@ def assemble(journal: Journal, run: str) -> str:
         for span in metrics.spans
     ]
     measured = {name: done.sets for name in MEASURED if (done := history.get(evaluate(name)))}
-    attacks = made.attacks if (made := history.get(results.ATTACK)) else ()
+    attacks = result.attacks if (result := history.get(results.ATTACK)) else ()
     if attacks:
         measured[ATTACK] = attacks[0].sets
     overall, sites = perplexities(measured)
@@ -90,8 +90,8 @@ def assemble(journal: Journal, run: str) -> str:
         ),
     }
     report["marks"] = marks(report)
-    told, gone = without_infinities(report)
-    return json.dumps(told | {"not_finite": gone}, allow_nan=False)
+    document, gone = without_infinities(report)
+    return json.dumps(document | {"not_finite": gone}, allow_nan=False)
 
 
 def training(spec: RunSpec, learning_rate: float) -> LocalTraining:
@@ -114,22 +114,22 @@ def perplexities(
 
 def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> list[str]:
     """Say what a careful reader would object to, and which figures cannot be right."""
-    found, wrong = [], doubts(overall, vocabulary=vocabulary)
+    objections, wrong = [], doubts(overall, vocabulary=vocabulary)
     base, emulator = overall.get(BASE_ZERO_SHOT), overall.get(EMULATOR_ZERO_SHOT)
     if base and emulator and emulator > UNUSABLE * base:
-        found.append(
+        objections.append(
             f"the emulator is too small to be useful: its zero-shot perplexity {emulator:.0f} is "
             f"{emulator / base:.0f} times the base's {base:.1f} (limit {UNUSABLE:.0f}); keep more layers"
         )
     if odd := [name for name, value in overall.items() if not math.isfinite(value)]:
-        found.append(
+        objections.append(
             f"{', '.join(title(name) for name in odd)}: not a finite perplexity; look for NaN or infinite "
             "values in the model's weights, and at the learning rate"
         )
     plug_in = overall.get(PLUG_IN)
     if base and plug_in and plug_in >= base:
-        found.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
-    return found + sentences({name: why for name, why in wrong.items() if name not in odd})
+        objections.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
+    return objections + sentences({name: why for name, why in wrong.items() if name not in odd})
 
 
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Supervisor:
                 tune = Tune(base=built.base.digest, trainable=built.bundle.trainable)
                 self._do(results.evaluate(BASE_TUNED), tune, partial(self._measured, BASE_TUNED))
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._do(results.ATTACK, order, lambda made: [Measured(name=figures.ATTACK, sets=made.attacks[0].sets)])
+            self._do(results.ATTACK, order, lambda result: [Measured(name=figures.ATTACK, sets=result.attacks[0].sets)])
         published = self._do(PUBLISH, Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery))
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)

@@ -37,16 +37,16 @@ AGAIN_S = 2.0  # before a supervisor that could not go on is started again
 def main() -> None:
     """Join Ray and serve until stdin is closed or Ray is gone."""
     root, identity, address, threads, pipe = sys.argv[1:]
-    with os.fdopen(int(pipe), "w", buffering=1) as said:
+    with os.fdopen(int(pipe), "w", buffering=1) as channel:
         try:
-            print("imported", file=said)
+            print("imported", file=channel)
             _join(address, root)
             _steps(root, identity)
-            threading.Thread(target=_obey, args=(said, root, identity, int(threads)), daemon=True).start()
-            print("ready", file=said)
-            _beat(said)
+            threading.Thread(target=_obey, args=(channel, root, identity, int(threads)), daemon=True).start()
+            print("ready", file=channel)
+            _beat(channel)
         except Exception as error:  # whatever it is, it must be said: nobody reads this process's output
-            print(f"error: {_sentence(error)}", file=said)
+            print(f"error: {_sentence(error)}", file=channel)
     os._exit(1)  # now: what Ray has in other threads may hang
 
 
@@ -74,7 +74,7 @@ def _node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _beat(said: TextIO) -> None:
+def _beat(channel: TextIO) -> None:
     """Say every few seconds that Ray is well; raises when it is not."""
     context = ray.get_runtime_context()
     while True:
@@ -84,7 +84,7 @@ def _beat(said: TextIO) -> None:
         if here is None or not here["Alive"]:
             raise RuntimeError("this machine is no longer one of its nodes")
         _connect("its raylet on this machine", f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}")
-        print("well", file=said)
+        print("well", file=channel)
         time.sleep(BEAT_S)
 
 
@@ -96,7 +96,7 @@ def _connect(what: str, address: str) -> None:
         raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error})") from None
 
 
-def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
+def _obey(channel: TextIO, root: str, identity: str, threads: int) -> None:
     """Start the supervisors that are asked for, until nobody can ask any more."""
     try:
         for line in sys.stdin:
@@ -105,7 +105,7 @@ def _obey(said: TextIO, root: str, identity: str, threads: int) -> None:
         ray.shutdown()
         os._exit(0)
     except Exception as error:
-        print(f"error: {_sentence(error)}", file=said)
+        print(f"error: {_sentence(error)}", file=channel)
         os._exit(1)
 
 

@@ -58,8 +58,8 @@ class Gate:
                 if str(error) != self._hindrance:
                     log.error("%s", error)
                 self._hindrance = str(error)
-                said = "the coordinator cannot use its stored files just now; ask again"
-                await context.abort(grpc.StatusCode[error.status], said)
+                message = "the coordinator cannot use its stored files just now; ask again"
+                await context.abort(grpc.StatusCode[error.status], message)
             except OffsiteError as error:
                 await context.abort(grpc.StatusCode[error.status], plain(str(error)))
             except (grpc.aio.AbortError, grpc.aio.InternalError):  # the second: the caller is gone
@@ -71,5 +71,5 @@ class Gate:
                 await context.abort(grpc.StatusCode[known.status], f"at the coordinator: {known}")
             except Exception as error:
                 log.exception("while answering")
-                said = f"internal error at the coordinator: {type(error).__name__}; its log says more"
-                await context.abort(grpc.StatusCode.INTERNAL, said)
+                message = f"internal error at the coordinator: {type(error).__name__}; its log says more"
+                await context.abort(grpc.StatusCode.INTERNAL, message)

@@ -53,8 +53,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:
         """Record the site under the name in its certificate."""
         async with self._gate(context, "site", request=request) as site:
-            said = {"examples": request.examples, "version": plain(request.version), "policy": plain(request.policy)}
-            await in_thread(self._journal.enrol, site.name, **said)
+            about = {"examples": request.examples, "version": plain(request.version), "policy": plain(request.policy)}
+            await in_thread(self._journal.enrol, site.name, **about)
             return pb.EnrolReply(site=site.name, report_every_s=REPORT_EVERY_S)
 
     async def PullTask(self, request: pb.PullTaskRequest, context: Any) -> pb.PullTaskReply:
@@ -136,15 +136,15 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if not request.step <= request.steps <= most:
                 raise InputError(f"report: step {request.step} of {request.steps}, the task has {most}")
             received = max(request.bytes_down, task.bytes_down)
-            told: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps}
-            told |= {"loss": finite(request.loss)} if request.HasField("loss") else {}
-            told |= {"message": "" if state in OPEN else sentence(request.reason), "bytes_down": received}
+            progress: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps}
+            progress |= {"loss": finite(request.loss)} if request.HasField("loss") else {}
+            progress |= {"message": "" if state in OPEN else sentence(request.reason), "bytes_down": received}
             if state not in OPEN:
                 self._pace.forget(key)
-                await self._move(key, Move(key, told, SiteState(round=key.round + 1, site=site.name, **told)))
+                await self._move(key, Move(key, progress, SiteState(round=key.round + 1, site=site.name, **progress)))
                 return pb.ReportReply()
             if ahead(task, state=state, step=request.step, received=received):
-                return pb.ReportReply(stop=not await self._move(key, self._pace.move(key, task, **told)))
+                return pb.ReportReply(stop=not await self._move(key, self._pace.move(key, task, **progress)))
             return pb.ReportReply()
 
     def _standing(self, key: Key) -> tuple[Row, bool]:

@@ -38,7 +38,7 @@ def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
         judge(grant, folders=grant.folders, whole=grant.whole)
         continuing.judge(journal, blobs, grant, tiers=tiers(grant))
     except OffsiteError as error:
-        raise type(error)(grant.told(error)) from None
+        raise type(error)(grant.wording(error)) from None
 
 
 class RunsService(runs_pb2_grpc.RunsServicer):

@@ -35,13 +35,13 @@ class Pace:
         """Return how progress of an open task is to be recorded; None if it is not time to."""
         now, rises = time.time(), progress["state"] != task.state
         self._sweep(now)
-        first, written, told = self._tasks.get(key, (now, 0.0, 0.0))
+        first, written, event_at = self._tasks.get(key, (now, 0.0, 0.0))
         if not rises and now - written < WRITE_EVERY_S:
             return None
         event = None
-        if rises or now - told >= max(WRITE_EVERY_S, (OLDER - 1) * (now - first)):
-            told, event = now, SiteState(round=key.round + 1, site=key.site, **progress)
-        self._tasks[key] = first, now, told
+        if rises or now - event_at >= max(WRITE_EVERY_S, (OLDER - 1) * (now - first)):
+            event_at, event = now, SiteState(round=key.round + 1, site=key.site, **progress)
+        self._tasks[key] = first, now, event_at
         return Move(key, {"moved_at": now, **progress}, event)
 
     def _sweep(self, now: float) -> None:

@@ -121,12 +121,12 @@ async def receive(upload: Upload, stream: AsyncIterator[Piece | UploadHeader]) -
     """
     kept = _apart(_bytes, upload.begin)
     try:
-        yield (told := await asyncio.shield(kept))
+        yield (last := await asyncio.shield(kept))
         async for part in stream:
             if isinstance(part, UploadHeader):
                 raise InputError("upload: a second header came; the header is the first part only")
-            if (size := await asyncio.shield(kept)) - told >= TOLD_BYTES:
-                yield (told := size)
+            if (size := await asyncio.shield(kept)) - last >= TOLD_BYTES:
+                yield (last := size)
             kept = _apart(_bytes, upload.write, part.offset, part.data)
         size = await asyncio.shield(kept)
         accepted = _apart(_checks, upload.finish)

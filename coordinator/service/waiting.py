@@ -40,24 +40,24 @@ class WaitingRoom:
         Raises IdentityError when its certificate ceases to hold meanwhile.
         """
         self.hear(site.name)
-        told: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
+        call: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
         calls = self._calls.setdefault(site.name, {})
-        calls[told] = site  # before the look: a task that is written after it is handed out by `work`
+        calls[call] = site  # before the look: a task that is written after it is handed out by `work`
         try:
-            return await self._next_task(site.name) or await asyncio.wait_for(told, wait_s)
+            return await self._next_task(site.name) or await asyncio.wait_for(call, wait_s)
         except TimeoutError:
             return None
         finally:
-            del calls[told]
+            del calls[call]
             if not calls:
                 del self._calls[site.name]
 
     def close(self) -> None:
         """Let nobody wait any longer: the coordinator ends."""
         for calls in self._calls.values():
-            for told in calls:
-                if not told.done():
-                    told.set_result(None)
+            for call in calls:
+                if not call.done():
+                    call.set_result(None)
 
     async def work(self) -> None:
         """Hand out tasks as they are written, and keep the journal up to date on who is here."""
@@ -78,16 +78,16 @@ class WaitingRoom:
                 number = -1  # what was not read is still to be told
 
     def _tell(self, task: Row) -> None:
-        for told in self._calls.get(task.site, ()):
-            if not told.done():
-                told.set_result(task)
+        for call in self._calls.get(task.site, ()):
+            if not call.done():
+                call.set_result(task)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
             for calls in self._calls.values():
-                for told, site in calls.items():
-                    self._recheck(told, site)
+                for call, site in calls.items():
+                    self._recheck(call, site)
             present, self._heard = self._calls.keys() | self._heard, set()
             try:
                 if present:
@@ -95,9 +95,9 @@ class WaitingRoom:
             except Unwritable as error:
                 log.error("%s", error)
 
-    def _recheck(self, told: "asyncio.Future[Row | None]", site: Peer) -> None:
+    def _recheck(self, call: "asyncio.Future[Row | None]", site: Peer) -> None:
         try:
             self._gate.recheck(site)
         except OffsiteError as error:
-            if not told.done():
-                told.set_exception(error)
+            if not call.done():
+                call.set_exception(error)

@@ -57,10 +57,10 @@ class Blobs(Protocol):
 
     def take(self, file: Path, *, digest: str | None = None) -> tuple[str, int]:
         """Move a file in and return (digest, size); durable on return. Raises MismatchError if it is not `digest`."""
-        found = digest_file(file, like=digest or "blake3:")
-        if digest is not None and found != digest:
-            raise MismatchError(f"{file.name}: its digest is {found}, announced was {digest}")
-        return found, self.keep(file, found)
+        actual = digest_file(file, like=digest or "blake3:")
+        if digest is not None and actual != digest:
+            raise MismatchError(f"{file.name}: its digest is {actual}, announced was {digest}")
+        return actual, self.keep(file, actual)
 
     def keep(self, file: Path, digest: str) -> int:
         """Move in a file whose digest the caller has seen and return its size; durable on return."""

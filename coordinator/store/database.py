@@ -140,8 +140,8 @@ def _complete(connection: sa.Connection) -> None:
     for table in metadata.sorted_tables:
         for column in table.columns:
             if (table.name, column.name) not in columns:
-                made = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
-                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {made}"))
+                definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
         for index in table.indexes:
             if index.name not in indices:
                 index.create(connection)

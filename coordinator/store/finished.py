@@ -23,12 +23,12 @@ class Finished:
         known = self.known(cls, depends)
         if known is not None:
             return known
-        found, path = compute(), self._path(depends)
+        document, path = compute(), self._path(depends)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_bytes(to_json(found))
+        partial.write_bytes(to_json(document))
         partial.replace(path)
-        return found
+        return document
 
     def known(self, cls: type[T], depends: dict[str, Any]) -> T | None:
         """Return the document that was kept for this, if there is one that can be read."""

@@ -96,17 +96,17 @@ class Postgresql:
                 f"{self.where}: not a URL of PostgreSQL, as in postgresql://role:password@host:5432/database; "
                 "in a password, write @ as %40, / as %2F, : as %3A, ? as %3F and % as %25"
             )
-        given: dict[str, Any] = PARAMETERS | parameters | {"client_encoding": "utf8"} | more
-        made = psycopg.connect(**given, autocommit=True)
+        options: dict[str, Any] = PARAMETERS | parameters | {"client_encoding": "utf8"} | more
+        connection = psycopg.connect(**options, autocommit=True)
         try:
             for query in (SETTINGS, *queries):
-                made.execute(query)
-            made.adapters.register_dumper(str, _Text)
-            set_json_dumps(_json, made)
+                connection.execute(query)
+            connection.adapters.register_dumper(str, _Text)
+            set_json_dumps(_json, connection)
         except BaseException:
-            made.close()
+            connection.close()
             raise
-        return made
+        return connection
 
     def engine(self) -> sa.Engine:
         """Return what connects to the database, which must be there, and hold texts of any language."""
@@ -127,9 +127,9 @@ class Postgresql:
         )
 
     def _connection(self) -> psycopg.Connection[Any]:
-        made = self.connect()
-        made.autocommit = False
-        return made
+        connection = self.connect()
+        connection.autocommit = False
+        return connection
 
     def insert(self, table: sa.Table) -> Insert:
         """Return an insert into a table."""
@@ -146,16 +146,16 @@ class Postgresql:
         """Turn what the server says into a sentence that names the database and what to do."""
         if not isinstance(error, psycopg.Error):
             return None
-        state, said = error.sqlstate or "", str(error)
+        state, message = error.sqlstate or "", str(error)
         if state in DAMAGED:
             return MismatchError(
-                f"{self.where}: the journal is damaged ({plain(said, most=100)}); restore a backup of the database, "
+                f"{self.where}: the journal is damaged ({plain(message, most=100)}); restore a backup of the database, "
                 "or begin anew with an empty one and another --home"
             )
         what = next((what for start, what in HINDERED.items() if state.startswith(start)), None)
         if what is None and not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            what = next((what for part, what in REFUSED.items() if re.search(part, said)), None)
-            what = what or f"the server cannot be reached ({plain(said, most=300)}); look whether it is up"
+            what = next((what for part, what in REFUSED.items() if re.search(part, message)), None)
+            what = what or f"the server cannot be reached ({plain(message, most=300)}); look whether it is up"
         return Unwritable(f"{self.where}: {what}") if what else None
 
     def watch(self) -> "Watch":

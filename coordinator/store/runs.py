@@ -45,10 +45,10 @@ class Runs(Database):
 
     def run(self, run: str) -> Row:
         """Return one run; raises NotFoundError."""
-        found = self._all(sa.select(runs).where(runs.c.id == run))
-        if not found:
+        rows = self._all(sa.select(runs).where(runs.c.id == run))
+        if not rows:
             raise no_run(run)
-        return found[0]
+        return rows[0]
 
     def is_live(self, run: str) -> bool:
         """Tell whether a run is not over."""

@@ -101,12 +101,12 @@ def in_words(place: Place, blob: str = "") -> Iterator[None]:
     try:
         yield
     except (BaseError, FileNotFoundError) as error:
-        said = str(error).partition("\n\nDebug source")[0]
-        if re.search("NoSuchKey|performing HEAD .* 404 ", said):
+        message = str(error).partition("\n\nDebug source")[0]
+        if re.search("NoSuchKey|performing HEAD .* 404 ", message):
             raise NotFoundError(
                 f"{place}: no blob {blob}; put it back from a backup, or submit the run again"
             ) from None
-        raise Unusable(f"{place}: {_why(place, said)}") from None
+        raise Unusable(f"{place}: {_why(place, message)}") from None
 
 
 KEY = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it is one for a while, AWS_SESSION_TOKEN"
@@ -127,10 +127,10 @@ REASONS = {
 }
 
 
-def _why(place: Place, said: str) -> str:
+def _why(place: Place, message: str) -> str:
     for pattern, reason in REASONS.items():
-        if re.search(pattern, said):
+        if re.search(pattern, message):
             return reason
-    last = plain(re.sub(r"<[^>]*>", " ", said.rpartition(" - ")[2] or said), most=200)
+    last = plain(re.sub(r"<[^>]*>", " ", message.rpartition(" - ")[2] or message), most=200)
     server = place.endpoint or "its server"
     return f"{server} does not answer as it should ({last}); look at it, and at the network between"

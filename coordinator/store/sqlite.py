@@ -49,8 +49,8 @@ class Sqlite:
 
     def check(self, connection: sa.Connection) -> None:
         """Read all of the file; raises MismatchError when it is damaged."""
-        if (said := str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())) != "ok":
-            raise self._damaged(said)
+        if (answer := str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())) != "ok":
+            raise self._damaged(answer)
 
     def words(self, error: object) -> OffsiteError | None:
         """Turn what SQLite says into a sentence that names the file and what to do."""

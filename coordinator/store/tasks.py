@@ -62,12 +62,12 @@ class Tasks(Database):
 
     def task(self, key: Key) -> Row:
         """Return one task; raises NotFoundError."""
-        found = self._all(sa.select(tasks).where(*_is(key)))
-        if not found:
+        rows = self._all(sa.select(tasks).where(*_is(key)))
+        if not rows:
             raise NotFoundError(
                 f"site {key.site} has no task of run {key.run}, round {key.round}, attempt {key.attempt}"
             )
-        return found[0]
+        return rows[0]
 
     def open_tasks(self, *names: str) -> list[Row]:
         """Return the open tasks of some sites in live runs, those of the oldest run first."""

@@ -199,11 +199,11 @@ def test_a_damaged_text_is_told_to_a_researcher_without_a_word_of_it(policy: Own
         granted = grant(policy, role=role, public="bad.jsonl")
         with pytest.raises(ValueError, match="diagnosis") as raised:
             read(Path(granted.public))
-        told[role] = granted.told(raised.value)
+        told[role] = granted.wording(raised.value)
     assert "diagnosis" in told["owner"] and "diagnosis" not in told["researcher"]
     assert told["researcher"].startswith("bad.jsonl, line 2: among ")
 
 
 def test_a_grant_is_the_run_itself_where_nothing_was_granted() -> None:
     plain = parse(Grant, {"model": "/models/base"}, where="run")
-    assert plain.role == "owner" and plain.told(ValueError("/models/base is bad")) == "/models/base is bad"
+    assert plain.role == "owner" and plain.wording(ValueError("/models/base is bad")) == "/models/base is bad"

@@ -67,7 +67,7 @@ def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
     return Attacks(attacks=tuple(attacks), spans=tuple(timeline))
 
 
-def _reached(made: Attacked) -> tuple[bool, float]:
+def _reached(one: Attacked) -> tuple[bool, float]:
     """Order attacks by perplexity, those that have none last."""
-    value = perplexity(made.sets.values())
+    value = perplexity(one.sets.values())
     return math.isnan(value), value

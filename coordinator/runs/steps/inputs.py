@@ -16,8 +16,8 @@ from offsite.protos.spec import RunSpec
 def the_base(spec: RunSpec, digest: str) -> Path:
     """Find the base again; raises MismatchError if it is no longer what the run began with."""
     source = zoo.locate(spec.model, cache=zoo.cache_folder())
-    if (found := zoo.digest(source)) != digest:
-        raise MismatchError(f"model {spec.model} has changed since the run began: {found}, it was {digest}")
+    if (actual := zoo.digest(source)) != digest:
+        raise MismatchError(f"model {spec.model} has changed since the run began: {actual}, it was {digest}")
     return source
 
 

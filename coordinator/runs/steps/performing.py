@@ -41,7 +41,7 @@ def perform(step: str, root: str, identity: str, spec: bytes, order: bytes) -> b
         known = _in_words(error, step)
         if known is None:
             raise
-        raise type(known)(grant.told(error, str(known)), reason=known.reason) from None
+        raise type(known)(grant.wording(error, str(known)), reason=known.reason) from None
 
 
 def _in_words(error: Exception, step: str) -> OffsiteError | None:

@@ -45,5 +45,5 @@ def outcome(job: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         grant = from_json(Grant, spec, where="run spec")
         error = fault if isinstance(fault, OffsiteError) else OffsiteError(grant.fault(fault))
-        told = {"status": error.status, "reason": error.reason, "message": str(error)}
-        return {"error": told | {"unusable": isinstance(error, Unusable)}}
+        fields = {"status": error.status, "reason": error.reason, "message": str(error)}
+        return {"error": fields | {"unusable": isinstance(error, Unusable)}}
