@@ -36,10 +36,10 @@ def read(
             hook.remove()
 
 
-def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[Batch]) -> dict[Map, Tensor]:
+def mean_squares(model: nn.Module, inputs: Mapping[Map, int], batches: Sequence[Batch]) -> dict[Map, Tensor]:
     """Return the mean square of each input of linear maps over all tokens, (d_in,) fp64 on the CPU.
 
-    `wanted` says for each map under which place it counts: that whose parameters it uses. Raises ValueError without
+    `inputs` says for each map under which place it counts: that whose parameters it uses. Raises ValueError without
     batches.
     """
     if not batches:
@@ -63,7 +63,7 @@ def mean_squares(model: nn.Module, wanted: Mapping[Map, int], batches: Sequence[
     stack = layers(model)
     hooks = [
         stack[place].get_submodule(path).register_forward_pre_hook(listen((source, path)))
-        for (place, path), source in wanted.items()
+        for (place, path), source in inputs.items()
     ]
     read(model, batches, hooks, note=note)
     return {of: total / tokens[of] for of, total in sums.items()}

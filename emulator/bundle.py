@@ -222,8 +222,8 @@ def _write(
     one(0, rest)
     for number in range(depth):
         one(number + 1, {f"{path}.{number}.{name}": tensor for name, tensor in layer(number).items()})
-    told = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
-    (directory / INDEX).write_text(json.dumps(told, indent=1))
+    document = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+    (directory / INDEX).write_text(json.dumps(document, indent=1))
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -284,10 +284,10 @@ def _refuse_code(directory: Path) -> None:
 
     for name in ("config.json", "tokenizer_config.json"):
 
-        def check(found: dict[str, Any], name: str = name) -> dict[str, Any]:
-            if code := sorted(CODE.intersection(found)):
+        def check(document: dict[str, Any], name: str = name) -> dict[str, Any]:
+            if code := sorted(CODE.intersection(document)):
                 raise ValueError(f"{directory / name}: {code[0]!r} names code to load; a bundle carries none")
-            return found
+            return document
 
         if (directory / name).exists():
             json.loads((directory / name).read_text(encoding="utf-8"), object_hook=check)

@@ -44,11 +44,11 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by name; files are opened anew each time, so that what was read before can be let go."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
             with safe_open(self.files[name], framework="pt") as file:
-                found[name] = file.get_tensor(name)
-        return found
+                tensors[name] = file.get_tensor(name)
+        return tensors
 
     def layer(self, model: nn.Module, number: int) -> dict[str, Tensor]:
         """Read one layer's tensors by their names inside it; raises ValueError if there is one missing."""

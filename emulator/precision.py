@@ -61,11 +61,11 @@ def race() -> Race:
             with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
                 kept = json.loads(path.read_text())
                 return Race(float(kept["fp32"]), float(kept["bf16"]))
-            found = Race(**_times())
+            result = Race(**_times())
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"runner": runner} | asdict(found)))
+            partial.write_text(json.dumps({"runner": runner} | asdict(result)))
             partial.replace(path)
-            return found
+            return result
     except OSError:
         return Race(0.0, 0.0)
 

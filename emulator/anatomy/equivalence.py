@@ -27,10 +27,10 @@ def prove(full: nn.Module, narrow: nn.Module, columns: Mapping[int, Mapping[str,
             weight = linear.get_parameter("weight")
             (weight if is_transposed(linear) else weight.T)[gone.to(weight.device)] = 0
         try:
-            expected, found = (_first(layer(*arguments, **named)) for layer in (whole, small))
+            expected, actual = (_first(layer(*arguments, **named)) for layer in (whole, small))
         except RuntimeError as error:
             raise ValueError(f"layers of this family cannot be narrowed as described: {error}") from None
-        off = (found - expected).norm() / (expected - _first((*arguments, *named.values()))).norm()
+        off = (actual - expected).norm() / (expected - _first((*arguments, *named.values()))).norm()
         if not off <= 1e-3:
             raise ValueError(
                 f"layer {place} is off by {off:.1e} from the full one with what was pruned at zero: this family uses "
@@ -62,5 +62,5 @@ def _calls(model: nn.Module, places: Iterable[int]) -> dict[int, Any]:
 
 
 def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

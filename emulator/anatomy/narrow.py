@@ -45,7 +45,7 @@ class Units:
         rows: dict[str, list[Tensor]] = {}
         for part in self.before:
             rows.setdefault(part.path, []).append(part.index[kept].flatten())
-        return {path: torch.cat(found).sort().values for path, found in rows.items()}
+        return {path: torch.cat(parts).sort().values for path, parts in rows.items()}
 
     def columns(self, kept: Tensor) -> Tensor:
         """Return the columns that remain of the map after, ascending, if the units `kept` do."""
@@ -58,33 +58,33 @@ class Units:
         return before | {self.after.path: (full[self.after.path][0], len(self.columns(some)))}
 
 
-def channels(layer: nn.Module, found: Roles) -> Units:
+def channels(layer: nn.Module, maps: Roles) -> Units:
     """Return the channels of a layer's MLP; raises ValueError if its maps do not fit each other."""
-    each = torch.arange(shape(layer.get_submodule(found.mlp_out))[1])[:, None]
-    before = tuple(Part(path, each) for path in found.mlp_in)
-    return _checked(layer, Units("channels of the MLP", before, Part(found.mlp_out, each), ("intermediate_size",)))
+    each = torch.arange(shape(layer.get_submodule(maps.mlp_out))[1])[:, None]
+    before = tuple(Part(path, each) for path in maps.mlp_in)
+    return _checked(layer, Units("channels of the MLP", before, Part(maps.mlp_out, each), ("intermediate_size",)))
 
 
-def groups(layer: nn.Module, found: Roles, of: Heads) -> Units:
+def groups(layer: nn.Module, maps: Roles, of: Heads) -> Units:
     """Return the KV groups of a layer's attention; raises ValueError if they cannot be told apart, or depend on more.
 
     BLOOM's cannot go: ALiBi gives each head a slope by its number among all heads.
     """
-    if found.alibi:
+    if maps.alibi:
         raise ValueError("heads see positions by their number (ALiBi), so none may go: leave the attention whole")
     sizes = [of.count // of.groups * of.width, of.width, of.width]  # rows of q, k and v for each group
-    if found.fused == "groups":
+    if maps.fused == "groups":
         index = torch.split(torch.arange(of.groups * sum(sizes)).view(of.groups, -1), sizes, dim=1)
-    elif found.fused == "blocks":
+    elif maps.fused == "blocks":
         blocks = torch.split(torch.arange(of.groups * sum(sizes)), [of.groups * size for size in sizes])
         index = tuple(block.view(of.groups, -1) for block in blocks)
     else:
         index = tuple(torch.arange(of.groups * size).view(of.groups, -1) for size in sizes)
-    before = tuple(map(Part, (found.query, found.key, found.value), index))
-    after = Part(found.output, torch.arange(of.groups * sizes[0]).view(of.groups, -1))
-    around, _, _ = found.output.rpartition(".")
+    before = tuple(map(Part, (maps.query, maps.key, maps.value), index))
+    after = Part(maps.output, torch.arange(of.groups * sizes[0]).view(of.groups, -1))
+    around, _, _ = maps.output.rpartition(".")
     for name, parameter in layer.get_submodule(around).named_parameters(prefix=around):
-        if name.rpartition(".")[0] not in found.attention and parameter.shape != (of.width,):
+        if name.rpartition(".")[0] not in maps.attention and parameter.shape != (of.width,):
             raise ValueError(f"{name} {tuple(parameter.shape)} is not for each head alike: leave the attention whole")
     counters = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
     return _checked(layer, Units("KV groups of the attention", before, after, counters))
@@ -129,14 +129,14 @@ def fit(model: nn.Module, place: int, shapes: Mapping[str, Shape]) -> None:
     changed = {path for path in shapes if tuple(shapes[path]) != full.get(path)}
     if not changed:
         return
-    found = roles(model, place)
-    if strange := sorted(changed - found.attention - found.mlp):
+    maps = roles(model, place)
+    if strange := sorted(changed - maps.attention - maps.mlp):
         raise ValueError(
             f"layer {place}, {strange[0]}: asked for (d_out, d_in) = {tuple(shapes[strange[0]])}, but only "
-            f"{', '.join(sorted(found.attention | found.mlp))} can be narrower"
+            f"{', '.join(sorted(maps.attention | maps.mlp))} can be narrower"
         )
-    kinds = [channels(layer, found)] if changed & found.mlp else []
-    kinds += [groups(layer, found, heads(model))] if changed & found.attention else []
+    kinds = [channels(layer, maps)] if changed & maps.mlp else []
+    kinds += [groups(layer, maps, heads(model))] if changed & maps.attention else []
     left = [(units, _left(units, full, {**full, **shapes})) for units in kinds]
     for units, kept in left:
         for path, (d_out, d_in) in units.shapes(full, kept).items():

@@ -102,10 +102,10 @@ def roles(model: nn.Module, place: int) -> Roles:
     has = linears(layers(model)[place])
     table = {name: value for name, value in described(model).items() if name != "layers"}
     known = {"config.json": plugins.make("anatomy", {"config.json": Roles}, "config.json", table)} if table else TABLE
-    for found in known.values():
-        if found.attention | found.mlp <= {*has}:
-            return found
-    looked_for = "; ".join(f"{name}: {', '.join(sorted(found.attention | found.mlp))}" for name, found in known.items())
+    for maps in known.values():
+        if maps.attention | maps.mlp <= {*has}:
+            return maps
+    looked_for = "; ".join(f"{name}: {', '.join(sorted(maps.attention | maps.mlp))}" for name, maps in known.items())
     example = json.dumps({"anatomy": _example(TABLE["Llama, Qwen, Mistral, Gemma"])})
     raise ValueError(
         f"{type(model).__name__}, layer {place}: looked for the linear maps of attention and MLP ({looked_for}), but "
@@ -125,5 +125,5 @@ def heads(model: nn.Module) -> Heads:
     return Heads(count, groups, getattr(config, "head_dim", None) or config.hidden_size // count)
 
 
-def _example(found: Roles) -> dict[str, Any]:
-    return {role: paths for role, paths in asdict(found).items() if paths}
+def _example(maps: Roles) -> dict[str, Any]:
+    return {role: paths for role, paths in asdict(maps).items() if paths}

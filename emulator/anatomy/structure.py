@@ -31,21 +31,21 @@ def find(model: nn.Module) -> Anatomy:
     """
     depth = text_config(model).num_hidden_layers
     named = described(model).get("layers")
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
+        inside = any(path.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
             # A wrapper, as peft's, puts its own names before the path.
             if f".{path}".endswith(f".{named}") if named else len({type(block) for block in module}) == 1:
-                found[path] = module
-    if len(found) != 1:
+                lists[path] = module
+    if len(lists) != 1:
         what = f"at the path {named!r} (config.anatomy)" if named else "of equal class"
         raise ValueError(
             f"{type(model).__name__}: looked for one list of {depth} blocks {what} (config.num_hidden_layers) "
-            f"and found {len(found)}{': ' + ', '.join(found) if found else ''}; say where the layers of such a family "
+            f"and found {len(lists)}{': ' + ', '.join(lists) if lists else ''}; say where the layers of such a family "
             'are in its config.json: "anatomy": {"layers": "model.layers"}'
         )
-    return Anatomy(*found.popitem())
+    return Anatomy(*lists.popitem())
 
 
 def described(model: nn.Module) -> dict[str, Any]:

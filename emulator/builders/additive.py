@@ -77,8 +77,8 @@ class AdditiveCodebooks:
         for place, path in parts:
             linear = layers(model)[place].get_submodule(path)
             dtypes = stored.shapes(*shape(linear))
-            found = cast(PackedLinear, linear).parts
-            parts[place, path] = {name: part.detach().to(dtypes[name][1]) for name, part in found.items()}
+            values = cast(PackedLinear, linear).parts
+            parts[place, path] = {name: part.detach().to(dtypes[name][1]) for name, part in values.items()}
         return replace(draft, model=pack(draft.model, parts, stored))
 
     def _encoded(self, draft: Draft, material: Material) -> dict[Map, Parts]:

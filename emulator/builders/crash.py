@@ -112,13 +112,13 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     if sum(len(batch.mask) for batch in batches) < 2:
         raise ValueError("comparing layers needs at least two calibration examples; give calibration text")
     stack = layers(model)
-    found: list[list[Tensor]] = [[] for _ in stack]
+    pools: list[list[Tensor]] = [[] for _ in stack]
     weights = torch.empty(0)
 
     def keep(at: int) -> Any:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            found[at].append(torch.einsum("btd,bt->bd", hidden.float(), weights).cpu())
+            pools[at].append(torch.einsum("btd,bt->bd", hidden.float(), weights).cpu())
 
         return hook
 
@@ -128,7 +128,7 @@ def pooled(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
         weights = weights / weights.sum(dim=1, keepdim=True)
 
     read(model, batches, [layer.register_forward_hook(keep(at)) for at, layer in enumerate(stack)], note=note)
-    states = torch.stack([torch.cat(examples) for examples in found])
+    states = torch.stack([torch.cat(examples) for examples in pools])
     if strange := (~states.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(f"layer {strange[0]} gives values that are not finite on the calibration text")
     return states

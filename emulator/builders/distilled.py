@@ -72,8 +72,8 @@ class Distilled:
         model, outline = draft.model, draft.outline
         places = tuned_places(draft.base, model, outline)
         teacher = _twin(draft.base)
-        told = _distil(self, teacher, model, outline, places, material)
-        return replace(draft, model=told, tuned=tuple(sorted({*draft.tuned, *places})))
+        student = _distil(self, teacher, model, outline, places, material)
+        return replace(draft, model=student, tuned=tuple(sorted({*draft.tuned, *places})))
 
     def realigned(
         self, draft: Draft, material: Material, *, steps: int, method: Method, adapter: Adapter, recovered: Adapter
@@ -95,8 +95,8 @@ class Distilled:
 
         purpose = f"realign {values.hexdigest()}"
         settings = replace(self, steps=steps)
-        told = _distil(settings, teacher, draft.model, outline, places, material, attach=attach, purpose=purpose)
-        return replace(draft, model=told, tuned=tuple(sorted({*draft.tuned, *places})))
+        student = _distil(settings, teacher, draft.model, outline, places, material, attach=attach, purpose=purpose)
+        return replace(draft, model=student, tuned=tuple(sorted({*draft.tuned, *places})))
 
 
 def tuned_places(base: nn.Module, model: nn.Module, outline: Outline) -> list[int]:

@@ -65,18 +65,18 @@ class Loram:
         model = restack(draft.model, every)  # with modules of its own to replace
         units = self.fits(model, outline, depth=len(layers(draft.base)))
         places = list(units)
-        found: dict[tuple[int, str], Tensor] = {}
+        squares: dict[tuple[int, str], Tensor] = {}
         if self.looks_at_text:
             sources = {place: outline.shared.get(place, place) for place in every}
-            wanted = {(at, kind.after.path): source for at, source in sources.items() for kind in units.get(source, {})}
+            inputs = {(at, kind.after.path): source for at, source in sources.items() for kind in units.get(source, {})}
             with in_fp32(draft.model):
-                found = mean_squares(draft.model, wanted, material.batches)
+                squares = mean_squares(draft.model, inputs, material.batches)
         recovery, columns = dict(draft.recovery), {place: dict[str, Tensor]() for place in places}
         for place, kinds in units.items():
             layer = layers(model)[place]
             for kind, stay in kinds.items():
-                heard = found.get((place, kind.after.path))
-                score = by_weight(layer, kind) if heard is None else by_activation(layer, kind, heard.sqrt())
+                square = squares.get((place, kind.after.path))
+                score = by_weight(layer, kind) if square is None else by_activation(layer, kind, square.sqrt())
                 kept = score.argsort(descending=True, stable=True)[:stay].sort().values
                 columns[place][kind.after.path] = kind.columns(kept)
                 for name, index in narrow(layer, kind, kept).items():
@@ -100,13 +100,13 @@ class Loram:
 
     def _units(self, model: nn.Module, place: int) -> dict[Units, int]:
         """Return what is pruned of a layer, and how many units of each kind stay."""
-        layer, told = layers(model)[place], roles(model, place)
+        layer, maps = layers(model)[place], roles(model, place)
         kinds: dict[Units, int] = {}
         if self.mlp:
-            units = channels(layer, told)
+            units = channels(layer, maps)
             kinds[units] = _stay("mlp", units, self.mlp)
         if self.attention:
-            units = groups(layer, told, heads(model))
+            units = groups(layer, maps, heads(model))
             kinds[units] = _stay("attention", units, self.attention)
         return kinds
 
@@ -136,5 +136,5 @@ def by_activation(layer: nn.Module, units: Units, rms: Tensor) -> Tensor:
 
 def _norms(each: Tensor, part: Part) -> Tensor:
     """From the norm of each row or column to that of all of a unit's."""
-    found: Tensor = torch.linalg.vector_norm(each.cpu()[part.index], dim=1)
-    return found
+    norms: Tensor = torch.linalg.vector_norm(each.cpu()[part.index], dim=1)
+    return norms

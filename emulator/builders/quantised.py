@@ -35,10 +35,10 @@ class Quantised:
         self._packing()
 
     def _packing(self) -> Blockwise:
-        made = formats.make(self.format, {"block": self.block})
-        if not isinstance(made, Blockwise):
+        packing = formats.make(self.format, {"block": self.block})
+        if not isinstance(packing, Blockwise):
             raise ValueError(f"format must be one of 16 levels and a scale for each block, got {self.format!r}")
-        return made
+        return packing
 
     def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
         """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""

@@ -41,5 +41,5 @@ def importance(draft: Draft, places: Sequence[int], format: Format, batches: Seq
     shared, stack = draft.outline.shared, layers(draft.model)
     refuse_shapes(draft.model, places, format)  # before the long work
     source = {place: shared.get(place, place) for place in range(len(stack))}
-    wanted = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
-    return mean_squares(draft.model, wanted, batches)
+    inputs = {(at, path): source[at] for at in source if source[at] in places for path in linears(stack[at])}
+    return mean_squares(draft.model, inputs, batches)

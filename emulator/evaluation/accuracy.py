@@ -56,10 +56,10 @@ def accuracy(
             # The harness gives a tokenizer without one a padding token.
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             loaded = TaskManager(include_defaults=False).load([_described(task, folder) for task in tasks])
-            found = evaluate(harness, loaded, limit=limit, log_samples=False)
+            report = evaluate(harness, loaded, limit=limit, log_samples=False)
         finally:
             model.train(training)
-    return {name: _read(found["results"][name], found["n-samples"][name]["effective"]) for name in names}
+    return {name: _read(report["results"][name], report["n-samples"][name]["effective"]) for name in names}
 
 
 def _described(task: LocalTask, folder: str) -> dict[str, Any]:

@@ -99,18 +99,18 @@ def costs(
     """
     if repeats < 1 or not all(parameters for _, parameters in candidates.values()):
         raise ValueError(f"each candidate needs parameters that train, and repeats must be at least 1, got {repeats}")
-    found: dict[str, Cost] = {}
+    measures: dict[str, Cost] = {}
     steps = {name: _Step(model, parameters, batch) for name, (model, parameters) in candidates.items()}
     for name, step in steps.items():
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             step()  # the first, which makes AdamW's moments, so that the next finds them
-        found[name] = Cost(counter.get_total_flops(), peak_bytes(step, step.held()), float("inf"))
+        measures[name] = Cost(counter.get_total_flops(), peak_bytes(step, step.held()), float("inf"))
     for _ in range(repeats):
         for name, step in steps.items():
             start = time.process_time()
             step()
-            found[name] = replace(found[name], cpu_s=min(found[name].cpu_s, time.process_time() - start))
-    return found
+            measures[name] = replace(measures[name], cpu_s=min(measures[name].cpu_s, time.process_time() - start))
+    return measures
 
 
 class _Step:

@@ -51,26 +51,26 @@ class Findings:
         """
         if self.infinite:
             return [f"{name} holds values that are not finite" for name in self.infinite]
-        found = [] if math.isfinite(self.likelihood.total) else ["its loss on the site's own text is not finite"]
-        found += [
+        signs = [] if math.isfinite(self.likelihood.total) else ["its loss on the site's own text is not finite"]
+        signs += [
             f"the frozen layer at place {place} hands its input on unchanged: relative change {change:.2g}, "
             f"expected above {UNCHANGED:g}"
             for place, change in self.change.items()
             if not change > UNCHANGED
         ]
-        found += [
+        signs += [
             f"the training layer at place {place} still reads the embeddings of the text: cosine {cosine:.4f}, "
             f"expected below {EMBEDDED:g}"
             for place, cosine in self.likeness.items()
             if not cosine < EMBEDDED
         ]
-        found += [
+        signs += [
             f"the training layer at place {place} reads each word apart from those before it: they change what it "
             f"reads by {change:.2g}, expected above {APART:g}"
             for place, change in self.context.items()
             if not change > APART
         ]
-        return found
+        return signs
 
 
 def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int]) -> Findings:
@@ -106,9 +106,9 @@ def inspect(model: nn.Module, batches: Sequence[Batch], places: Mapping[int, int
     )
 
 
-def _medians(found: Mapping[int, list[Tensor]]) -> dict[int, float]:
+def _medians(measures: Mapping[int, list[Tensor]]) -> dict[int, float]:
     """A median, because the few tokens that all others attend to have huge states that an honest layer may keep."""
-    return {place: float(torch.cat(values).median()) for place, values in found.items()}
+    return {place: float(torch.cat(values).median()) for place, values in measures.items()}
 
 
 class _Seen(NamedTuple):

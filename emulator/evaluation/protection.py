@@ -44,22 +44,22 @@ def protection(
         raise ValueError("protection is measured by attacks, and none was given")
     if threshold is not None and not threshold > 0:
         raise ValueError(f"the threshold of protection is in nats and must be positive, got {threshold}")
-    task = {name: _mean(found.task, name) - _mean(plug_in, "plug-in") for name, found in attacks.items()}
-    general = {name: _mean(found.general, name) - _mean(base, "base") for name, found in attacks.items()}
+    task = {name: _mean(reach.task, name) - _mean(plug_in, "plug-in") for name, reach in attacks.items()}
+    general = {name: _mean(reach.general, name) - _mean(base, "base") for name, reach in attacks.items()}
     least = min(task.values()), min(general.values())
-    said = "; ".join(
+    summary = "; ".join(
         [_sentence(task, "the plug-in on the task's text"), _sentence(general, "the base on general text")]
     )
     if threshold is None:
-        return Protection(*least, None, "not protected", f"no threshold was stated; {said}")
+        return Protection(*least, None, "not protected", f"no threshold was stated; {summary}")
     if min(least) < threshold:
-        return Protection(*least, threshold, "not protected", f"the stated {threshold:g} nats are not kept; {said}")
-    reason = f"every attack made ({', '.join(attacks)}) stays behind by the stated {threshold:g} nats; {said}"
+        return Protection(*least, threshold, "not protected", f"the stated {threshold:g} nats are not kept; {summary}")
+    reason = f"every attack made ({', '.join(attacks)}) stays behind by the stated {threshold:g} nats; {summary}"
     return Protection(*least, threshold, "protected", reason)
 
 
-def _mean(found: modality.Score, whose: str) -> float:
-    mean = found.mean
+def _mean(score: modality.Score, whose: str) -> float:
+    mean = score.mean
     if not math.isfinite(mean):
         raise ValueError(f"{whose}: the likelihood is {mean} nats a token, which shows nothing; measure it anew")
     return mean

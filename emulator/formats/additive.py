@@ -62,8 +62,8 @@ class Additive:
         groups = (weight / scales[:, None]).view(-1, self.group)
         books = codebook.fit(groups, codebooks=self.codebooks, bits=self.bits, generator=generator, weights=weights)
         codes = codebook.encode(groups, books, weights=weights)
-        found = {"codes": self.pack(codes), "codebooks": books, "scales": scales}
-        return {name: part.to(shapes[name][1]) for name, part in found.items()}
+        parts = {"codes": self.pack(codes), "codebooks": books, "scales": scales}
+        return {name: part.to(shapes[name][1]) for name, part in parts.items()}
 
     def pack(self, codes: Tensor) -> Tensor:
         """Return codes (n, M) uint8 as bytes."""

@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
 def factors(adapter: Mapping[str, Tensor]) -> dict[Place, Factors]:
     """Group an adapter by map; raises ValueError on a key or a pair of shapes that is none of an adapter's."""
-    found: dict[Place, Factors] = {}
+    pairs: dict[Place, Factors] = {}
     for key in adapter:
         layer, _, rest = key.partition(".")
         path, _, factor = rest.rpartition(".")
@@ -54,12 +54,12 @@ def factors(adapter: Mapping[str, Tensor]) -> dict[Place, Factors]:
             pair = Factors(adapter[key], adapter[place.key("B")])
             if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
                 raise ValueError(f"{key!r}: A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} do not multiply")
-            found[place] = pair
+            pairs[place] = pair
         elif place.key("A") not in adapter:
             raise ValueError(f"the adapter has {key!r} but not {place.key('A')!r}")
-    if not found:
+    if not pairs:
         raise ValueError("the adapter is empty")
-    return found
+    return pairs
 
 
 class Method(Protocol):

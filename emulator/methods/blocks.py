@@ -64,9 +64,9 @@ class Blocks(Averaged):
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter: a whole layer is the base's own. Raises ValueError if it was narrowed or packed."""
         changed = {key.rpartition(".")[0] for key in recovery}
-        if found := next((key for key in adapter if key.rpartition(".")[0] in changed), None):
+        if clash := next((key for key in adapter if key.rpartition(".")[0] in changed), None):
             raise ValueError(
-                f"{found}: the emulator's layer is not the base's, so it cannot take its place; choose another method"
+                f"{clash}: the emulator's layer is not the base's, so it cannot take its place; choose another method"
             )
         return adapter
 
@@ -90,8 +90,8 @@ class Blocks(Averaged):
 def _check(adapter: Adapter, expected: Mapping[str, Tensor]) -> None:
     for key, value in adapter.items():
         if key not in expected or expected[key].shape != value.shape:
-            found = f"has it as {tuple(expected[key].shape)}" if key in expected else "has no such tensor"
-            raise ValueError(f"{key!r} {tuple(value.shape)} does not fit the model, which {found}")
+            actual = f"has it as {tuple(expected[key].shape)}" if key in expected else "has no such tensor"
+            raise ValueError(f"{key!r} {tuple(value.shape)} does not fit the model, which {actual}")
 
 
 def _compute_in(layer: nn.Module, dtype: torch.dtype) -> None:

@@ -84,9 +84,9 @@ class Grids(Averaged):
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
         """Add the changes to the base's weights, in place and in fp32; raises ValueError if they do not fit."""
-        found = _linears(base, adapter)
+        maps = _linears(base, adapter)
         with torch.no_grad():
-            for key, linear in found.items():
+            for key, linear in maps.items():
                 weight = linear.get_parameter("weight")
                 change = adapter[key].to(weight.device, torch.float32)
                 weight.copy_(weight.float() + (change.T if is_transposed(linear) else change))
@@ -105,32 +105,32 @@ class Grids(Averaged):
 def _sketched(model: nn.Module, places: Mapping[int, int]) -> dict[str, PackedLinear]:
     """Return the sketched maps of the layers by adapter key."""
     stack = find(model).layers
-    found: dict[str, PackedLinear] = {}
+    maps: dict[str, PackedLinear] = {}
     for place, layer in places.items():
         for path, module in stack[place].named_modules():
             if isinstance(module, PackedLinear) and isinstance(module.format, Sketch):
-                found[f"{layer}.{path}.grid"] = module
-        if not any(key.startswith(f"{layer}.") for key in found):
+                maps[f"{layer}.{path}.grid"] = module
+        if not any(key.startswith(f"{layer}.") for key in maps):
             raise ValueError(
                 f"layer {layer} has no sketched map, and grids trains nothing else: build the emulator with the "
                 "builder sketch and its layers set to 'all', or choose another method"
             )
-    return found
+    return maps
 
 
 def _linears(base: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """Return the map that each change belongs to; raises ValueError if one does not fit."""
     stack = find(base).layers
-    found: dict[str, nn.Module] = {}
+    maps: dict[str, nn.Module] = {}
     for key, change in adapter.items():
         layer, _, path = key.removesuffix(".change").partition(".")
         if not (key.endswith(".change") and layer.isdecimal() and int(layer) < len(stack)):
             raise ValueError(f"{key!r}: expected '<layer>.<path>.change' of a base with {len(stack)} layers")
         if path not in linears(stack[int(layer)]):
             raise ValueError(f"{key!r}: the layers of the base have no linear map {path!r}")
-        found[key] = stack[int(layer)].get_submodule(path)
-        _check(key, change, shape(found[key]))
-    return found
+        maps[key] = stack[int(layer)].get_submodule(path)
+        _check(key, change, shape(maps[key]))
+    return maps
 
 
 def _check(key: str, value: Tensor, expected: tuple[int, ...]) -> None:

@@ -187,9 +187,9 @@ class Lora:
         config.save_pretrained(directory)
         # peft keeps names in a set, whose order differs from process to process; equal adapters get equal files.
         file = directory / "adapter_config.json"
-        told = json.loads(file.read_text())
-        told["target_modules"] = sorted(told["target_modules"])
-        file.write_text(json.dumps(told, indent=2, sort_keys=True))
+        document = json.loads(file.read_text())
+        document["target_modules"] = sorted(document["target_modules"])
+        file.write_text(json.dumps(document, indent=2, sort_keys=True))
         path = find(base).path
         tensors: Adapter = {}
         for place, (A, B) in pairs.items():

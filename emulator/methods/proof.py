@@ -65,6 +65,6 @@ def _map(key: str) -> str:
 
 
 def _refuse(keys: Iterable[str], fault: str) -> None:
-    if found := list(keys):
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(f"{len(found)} trained tensors {fault}: {', '.join(found[:3])}{more}")
+    if names := list(keys):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{len(names)} trained tensors {fault}: {', '.join(names[:3])}{more}")

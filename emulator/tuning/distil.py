@@ -31,8 +31,8 @@ def borders(outline: Outline, tuned: Collection[int], depth: int) -> list[Border
     """
     fixed = [place for place in outline.own if place not in tuned]
     inside = [place not in fixed for place in range(len(outline.layers))]
-    found = [Border(place - 1, outline.layers[place] - 1) for place in fixed if place and inside[place - 1]]
-    return [*found, Border(len(inside) - 1, depth - 1)] if inside[-1] else found
+    ends = [Border(place - 1, outline.layers[place] - 1) for place in fixed if place and inside[place - 1]]
+    return [*ends, Border(len(inside) - 1, depth - 1)] if inside[-1] else ends
 
 
 def distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -61,18 +61,18 @@ def loss(
 @contextmanager
 def outputs(model: nn.Module, at: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs (b, t, d) of these layers during a forward pass, by place."""
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
 
     def keep(place: int) -> Any:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            found[place] = output[0] if isinstance(output, tuple) else output
+            states[place] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     stack = layers(model)
     handles = [stack[place].register_forward_hook(keep(place)) for place in at]
     try:
-        yield found
+        yield states
     finally:
         for handle in handles:
             handle.remove()

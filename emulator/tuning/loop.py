@@ -101,17 +101,17 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(len(losses))
             with _precision(model, device):
-                found = loss(model, batch.to(device))
-            if not torch.isfinite(found):
+                value = loss(model, batch.to(device))
+            if not torch.isfinite(value):
                 raise ValueError(
-                    f"the loss of step {len(losses) + 1} of {schedule.steps} is {found.item()}; "
+                    f"the loss of step {len(losses) + 1} of {schedule.steps} is {value.item()}; "
                     "a lower learning_rate may help"
                 )
-            found.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(found.detach()))
+            losses.append(float(value.detach()))
             if observer:
                 observer.after(len(losses))
             if state and (len(losses) % every == 0 or len(losses) == schedule.steps):
@@ -131,20 +131,20 @@ def trainable_copy(model: nn.Module, places: Sequence[int]) -> dict[str, nn.Para
     """
     model.requires_grad_(False)
     stack = layers(model)
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     copies: dict[int, nn.Parameter] = {}
     for place in places:
         for name, parameter in stack[place].named_parameters():
             if id(parameter) not in copies:
                 fresh = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
-                found[f"{place}.{name}"] = copies[id(parameter)] = fresh
+                parameters[f"{place}.{name}"] = copies[id(parameter)] = fresh
     replaced = list(stack.parameters())  # alive until all are replaced, so that no id is used twice
     for module in stack.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in copies:
                 setattr(module, leaf, copies[id(parameter)])
     del replaced
-    return found
+    return parameters
 
 
 def _free(model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]) -> None:

@@ -81,10 +81,10 @@ def p_step(maps: Sequence[PackedLinear], optimizer: torch.optim.Optimizer, loss:
     the outer products of the gradient of what comes out with what goes in. Raises ValueError on a loss that is not
     finite.
     """
-    found = {id(map.codes): torch.zeros_like(map.weight, requires_grad=False) for map in maps}
+    slopes = {id(map.codes): torch.zeros_like(map.weight, requires_grad=False) for map in maps}
 
     def listen(map: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        fed, total = arguments[0].detach().flatten(0, -2), found[id(map.codes)]
+        fed, total = arguments[0].detach().flatten(0, -2), slopes[id(map.codes)]
 
         def add(slope: Tensor) -> None:
             total.addmm_(slope.flatten(0, -2).T.float(), fed.float())
@@ -103,7 +103,7 @@ def p_step(maps: Sequence[PackedLinear], optimizer: torch.optim.Optimizer, loss:
     value.backward(inputs=trained)  # type: ignore[no-untyped-call]  # other parameters are left alone
     optimizer.step()
     optimizer.zero_grad()
-    return list(found.values())
+    return list(slopes.values())
 
 
 @torch.no_grad()
@@ -115,16 +115,17 @@ def v_step(
     `slopes` are gradients by W as `p_step` returns them; where codes change they are set to 0, as they hold no longer.
     `trust` is how far a group aims, relative to the root mean square norm of its map's groups.
     """
-    found = _distinct(maps)
-    old = [map.parts["codes"].clone() for map in found]
+    distinct = _distinct(maps)
+    old = [map.parts["codes"].clone() for map in distinct]
     before = float(loss())
     chosen = [
-        _recode(map, slope, fraction=fraction, trust=trust, beam=beam) for map, slope in zip(found, slopes, strict=True)
+        _recode(map, slope, fraction=fraction, trust=trust, beam=beam)
+        for map, slope in zip(distinct, slopes, strict=True)
     ]
     changed = sum(len(groups) for groups in chosen)
     after = float(loss()) if changed else before
     kept = after < before
-    for map, codes, slope, groups in zip(found, old, slopes, chosen, strict=True):
+    for map, codes, slope, groups in zip(distinct, old, slopes, chosen, strict=True):
         if kept:
             slope.view(-1, cast(Additive, map.format).group)[groups] = 0
         else:
@@ -140,8 +141,8 @@ def divergences(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]
             taught = _log_probabilities(teacher, batch)
 
         def loss(batch: Batch = batch, taught: Tensor = taught) -> Tensor:
-            told = _log_probabilities(student, batch)
-            return functional.kl_div(told, taught, log_target=True, reduction="batchmean")
+            learned = _log_probabilities(student, batch)
+            return functional.kl_div(learned, taught, log_target=True, reduction="batchmean")
 
         yield loss
 

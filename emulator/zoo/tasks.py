@@ -59,12 +59,12 @@ def _questions(lines: bytes) -> Iterator[dict[str, Any]]:
     """Read choices as the wheel writes them, "A. a marsh" a line; the few rows written otherwise are left out."""
     for line in filter(None, map(bytes.strip, lines.splitlines())):
         row = json.loads(line)
-        asked = f"{row.get('passage', '')} {row['question']}".strip()
+        question = f"{row.get('passage', '')} {row['question']}".strip()
         choices = [choice.strip() for choice in re.split(r"(?:^|\n)[A-E]\. ", row["options"])[1:]]
         letter, _, answer = row["answer"].partition(". ")
         number = "ABCDE".find(letter)
         if all(choices) and 0 <= number < len(choices) and choices[number] == answer.strip():
-            yield {"question": asked, "choices": choices, "answer": number}
+            yield {"question": question, "choices": choices, "answer": number}
 
 
 def _check(file: Path) -> None:

