@@ -140,7 +140,7 @@ def test_a_killed_comparison_goes_on_where_it_was(outcome: Outcome) -> None:
 def test_the_command_finds_what_is_finished_and_writes_the_report(
     outcome: Outcome, material: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offsite.coordinator.comparison.bench.adapt", None)  # whoever trains fails
+    monkeypatch.setattr("offsite.coordinator.comparison.bench.tuned", None)  # whoever trains fails
     app = typer.Typer()
     app.command()(command)
     arguments = [str(material / "model"), "--out", str(outcome.folder), "--format", "json"]
