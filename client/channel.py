@@ -139,14 +139,14 @@ class Channel:
                 self._met = True
                 return result
             except (grpc.RpcError, UnreachableError) as error:
-                translated = self._translate(error) if isinstance(error, grpc.RpcError) else error
+                fault = self._translate(error) if isinstance(error, grpc.RpcError) else error
                 if progress() > reached:
                     deadline, reached, pause = time.monotonic() + patience, progress(), FIRST_PAUSE_S
-                passing = isinstance(translated, UnreachableError | ResourceError) and not self._closed
+                passing = isinstance(fault, UnreachableError | ResourceError) and not self._closed
                 if not passing or time.monotonic() > deadline:
-                    raise translated from None
+                    raise fault from None
             if pause == FIRST_PAUSE_S:
-                self.waiting(f"{translated}; asking again")
+                self.waiting(f"{fault}; asking again")
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 5.0)
 

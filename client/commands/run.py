@@ -156,8 +156,8 @@ def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> N
     if not enrolled:
         print("no sites yet; one enrols with `offsite site join`")
     for site in enrolled:
-        heard = f"heard {time.time() - site.seen_at:.0f} s ago"
-        print(plain(f"{site.name}  {site.examples} examples  {heard}  offsite {site.version}"))
+        contact = f"heard {time.time() - site.seen_at:.0f} s ago"
+        print(plain(f"{site.name}  {site.examples} examples  {contact}  offsite {site.version}"))
 
 
 def _follow(run: Any, format: str) -> None:
