@@ -9,10 +9,10 @@ USEFUL = ("training", "evaluation", "loading", "download")  # everything else a 
 def covered(spans: Iterable[dict[str, Any]], kinds: Iterable[str]) -> float:
     """Seconds during which at least one span of the given kinds was under way, in any process."""
     kinds = set(kinds)
-    total, reached = 0.0, float("-inf")
+    total, reach = 0.0, float("-inf")
     for start, end in sorted((span["start"], span["end"]) for span in spans if span["kind"] in kinds):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
     return total
 
 

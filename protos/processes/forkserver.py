@@ -63,15 +63,15 @@ def main(sockets: Sequence[socket.socket], work: Work, arguments: Sequence[str])
                 return
             if len(files) < 4:
                 continue  # one who connected, and ended
-            *standard, telling = files
+            *standard, writer = files
             if not (pid := os.fork()):
-                for file in (*(one.fileno() for one in sockets), wakeup, waking, telling, *children.values()):
+                for file in (*(one.fileno() for one in sockets), wakeup, waking, writer, *children.values()):
                     os.close(file)
                 _become(work, json.loads(message), standard)
             for file in standard:
                 os.close(file)
-            children[pid] = telling
-            _tell(telling, pid)
+            children[pid] = writer
+            _tell(writer, pid)
 
 
 def _request(source: socket.socket) -> tuple[bytes, list[int]]:
@@ -88,14 +88,14 @@ def _bury(children: dict[int, int]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        telling = children.pop(pid)
-        _tell(telling, os.waitstatus_to_exitcode(status))
-        os.close(telling)
+        writer = children.pop(pid)
+        _tell(writer, os.waitstatus_to_exitcode(status))
+        os.close(writer)
 
 
-def _tell(telling: int, number: int) -> None:
+def _tell(writer: int, number: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
-        os.write(telling, f"{number}\n".encode())
+        os.write(writer, f"{number}\n".encode())
 
 
 def _become(work: Work, request: dict[str, Any], standard: list[int]) -> None:
