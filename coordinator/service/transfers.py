@@ -89,7 +89,7 @@ async def send(blobs: Blobs, request: DownloadRequest, context: Any, recheck: Ca
                 where = f"resume at byte {piece.offset}"
                 raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; {where}") from None
     finally:
-        await asyncio.wait([coming])
+        await asyncio.gather(coming, return_exceptions=True)
         source.close()
 
 
@@ -119,20 +119,20 @@ async def receive(upload: Upload, stream: AsyncIterator[Piece | UploadHeader]) -
 
     One piece is written while the next one comes.
     """
-    kept = _apart(_bytes, upload.begin)
+    work: asyncio.Future[Any] = _apart(_bytes, upload.begin)
     try:
-        yield (last := await asyncio.shield(kept))
+        yield (last := await asyncio.shield(work))
         async for part in stream:
             if isinstance(part, UploadHeader):
                 raise InputError("upload: a second header came; the header is the first part only")
-            if (size := await asyncio.shield(kept)) - last >= TOLD_BYTES:
+            if (size := await asyncio.shield(work)) - last >= TOLD_BYTES:
                 yield (last := size)
-            kept = _apart(_bytes, upload.write, part.offset, part.data)
-        size = await asyncio.shield(kept)
-        accepted = _apart(_checks, upload.finish)
-        while not (await asyncio.wait([accepted], timeout=STALL_S / 4))[0]:
+            work = _apart(_bytes, upload.write, part.offset, part.data)
+        size = await asyncio.shield(work)
+        work = _apart(_checks, upload.finish)
+        while not (await asyncio.wait([work], timeout=STALL_S / 4))[0]:
             yield size
-        await accepted
+        await work
     finally:
-        await asyncio.wait([kept])
+        await asyncio.gather(work, return_exceptions=True)
         upload.close()

@@ -1,6 +1,8 @@
 """Files on their way out of the coordinator and into it: what is sent, what is only named, and when it is given up."""
 
 import asyncio
+import gc
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -177,6 +179,39 @@ def test_a_sender_is_told_what_is_kept_before_its_window_is_full() -> None:
 
     with pytest.raises(InputError, match="a second header"):
         asyncio.run(anext_but_one(transfers.receive(upload, twice())))
+
+
+def test_an_update_is_not_closed_under_a_check_that_goes_on_when_its_sender_is_gone(caplog: Any) -> None:
+    begun, end, done = threading.Event(), threading.Event(), list[str]()
+
+    class Checked(Taken):
+        def finish(self) -> None:
+            begun.set()
+            end.wait()
+            done.append("checked")
+            raise InputError("0 of 9 bytes came")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    async def nothing() -> AsyncIterator[Part]:
+        for part in ():
+            yield part
+
+    async def drain(upload: Any) -> list[int]:
+        return [kept async for kept in transfers.receive(upload, nothing())]
+
+    async def gone() -> None:
+        sender = asyncio.create_task(drain(Checked()))
+        await asyncio.to_thread(begun.wait)
+        sender.cancel()
+        asyncio.get_running_loop().call_later(0.01, end.set)
+        with pytest.raises(asyncio.CancelledError):
+            await sender
+
+    asyncio.run(gone())
+    gc.collect()
+    assert done == ["checked", "closed"] and not caplog.records
 
 
 async def anext_but_one(states: AsyncIterator[int]) -> None:
