@@ -57,11 +57,11 @@ class Federation:
         self.address = ""
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Run `offsite ARGUMENTS`, output to a log of its own that later starts append to."""
+    def start(self, name: str, *arguments: str, program: tuple[str, ...] = ("-m", "offsite.client")) -> None:
+        """Run `offsite ARGUMENTS`, or another program of Python's, output to a log that later starts append to."""
         with self.log(name).open("ab") as log:
             self._children[name] = subprocess.Popen(
-                [sys.executable, "-m", "offsite.client", *arguments],
+                [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
