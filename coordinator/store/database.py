@@ -72,16 +72,21 @@ class Database:
         with self._in_words():
             self._engine = dialect.engine()
         try:
-            with self._write() as connection:
+            with self._transaction() as connection:
                 _complete(connection)
         except BaseException:
             self.close()
             raise
 
     @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
+    def _transaction(self) -> Iterator[sa.Connection]:
         with self._in_words(), self._engine.begin() as connection:
             self._dialect.begin(connection)
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with self._transaction() as connection:
             yield connection
         if self._on_write is not None:
             self._on_write()
