@@ -100,6 +100,7 @@ def test_a_server_that_is_killed_is_told_apart_and_started_again(server: ForkSer
     assert parent is not None
     parent.kill()
     assert process.wait(30) == 1 and process.lost
+    assert server._process is not None and server._process.wait(30) == -signal.SIGKILL
     os.close(asker.leash)
     asker.reading, asker.leash = os.pipe()
     server.start()
