@@ -14,7 +14,7 @@ from offsite.protos.events import Failed, Waiting
 from offsite.protos.spec import RunSpec
 
 LOOK_S = 0.5
-SUPERVISE_EVERY_S = 30.0
+SUPERVISE_EVERY_S = 5.0  # one that has ended without its run, as after a short fault, is replaced so soon
 PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
 PLACES = 8  # runs worked on at once: on Ray each has a process of its own
 
