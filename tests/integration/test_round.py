@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
         heavy = [" ".join(process.cmdline()) for process in federation.tree("coordinator") if has_torch(process)]
     assert ["coordinator up" in heavy[0], "coordinator.runs.steps.process" in heavy[-1], len(heavy)] == [True, True, 2]
     federation.stop()
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(federation.folder) in writes(process)]
+    forks = partial(psutil.process_iter, ["cmdline"])
+    wait(lambda: not [process for process in forks() if str(federation.folder) in writes(process)], "their end")
     assert not address(federation.folder / "home").exists()
     for key, given, wanted in trained(federation, folder):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
