@@ -5,12 +5,15 @@ import json
 import os
 import select
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from offsite.protos.errors import ResourceError
 
 # What libraries read when they are imported, so that what imports them can be forked.
 VARIABLES = {
@@ -37,7 +40,7 @@ class ForkServer:
     ) -> None:
         """Name the module of the work, what it preloads, and the file that the server's own output goes to.
 
-        The folder of an address is made this account's alone.
+        The folder of an address is made this account's alone; `start` raises ResourceError where it is another's.
         """
         self.log, self.address = log, address
         self._work, self._environment = [work, *arguments], environment
@@ -49,11 +52,10 @@ class ForkServer:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        self._socket, other = socket.socketpair()
         with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(other)]
-            if self.address is not None:
-                sockets.append(stack.enter_context(_listener(self.address)))
+            sockets = [stack.enter_context(_listener(self.address))] if self.address is not None else []
+            self._socket, other = socket.socketpair()
+            sockets.insert(0, stack.enter_context(other))
             numbers = [one.fileno() for one in sockets]
             self._process = subprocess.Popen(
                 # -P: a file in the folder where this runs must not stand in for a library
@@ -86,8 +88,12 @@ class ForkServer:
 
 def _listener(address: Path) -> socket.socket:
     """Listen in place of whoever did so before: a server that was killed leaves its address behind."""
-    address.parent.mkdir(exist_ok=True)
-    address.parent.chmod(0o700)  # fails if it is another account's
+    folder = address.parent
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()  # where everybody may make a folder, it may be a trap that waits for us under this name
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        raise ResourceError(f"{folder}: it is not a folder of this account's own; look whose it is, and remove it")
+    folder.chmod(0o700)
     address.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))

@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 import psutil
 import pytest
 
+from offsite.protos.errors import ResourceError
 from offsite.protos.processes.forks import Forked, ForkServer, fork
 
 WORK = """
@@ -40,6 +41,22 @@ def server(tmp_path: Path) -> Iterator[ForkServer]:
     yield server
     server.close()
     folder.rmdir()
+
+
+@pytest.mark.parametrize("trap", ["another's", "a link"])
+def test_a_folder_that_waits_for_us_under_the_address_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    folder = tmp_path / "offsite"
+    if trap == "a link":
+        folder.symlink_to(tmp_path)
+    else:
+        folder.mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    server = ForkServer("work", environment={}, log=tmp_path / "log", address=folder / "socket")
+    with pytest.raises(ResourceError, match="not a folder of this account's own"):
+        server.start()
+    assert not (tmp_path / "log").exists(), "nothing was started"
 
 
 class Asker:
