@@ -1,8 +1,9 @@
-"""Algebra of matrices held as products `left @ right`, never formed densely.
+"""Algebra of matrices held as products `left @ right`.
 
 Shapes: left (d_out, R), right (R, d_in). R is the held rank, S = min(R, d_out, d_in) the number of singular values.
 Sources: stacking, FLoRA (arXiv 2409.05976); re-projection, FlexLoRA (arXiv 2402.11505) in the compact QR form of
-HLoRA (arXiv 2503.00813). The cost is O(d R^2 + R^3) instead of the dense O(d^3).
+HLoRA (arXiv 2503.00813). The cost is O(d R^2 + R^3) instead of the dense O(d^3). Only a sum of so many products that
+their factors are wider than the matrix itself is held as the matrix.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+
+BLOCK = 128  # columns that wait to be multiplied into a dense sum together: one wide product is faster than many narrow
 
 
 def stack(pairs: Sequence[Pair]) -> Pair:
@@ -52,11 +55,7 @@ def split(pair: Pair, rank: int, *, tolerance: float = 1e-7) -> tuple[Pair, Pair
 
 def compress(pair: Pair, *, tolerance: float = 1e-7) -> Pair:
     """Return the same product at the least rank that holds it to the tolerance."""
-    dtype = pair[0].dtype
-    u, s, vh = decompose(pair)
-    held = max(1, int((s > tolerance * s.max()).sum())) if len(s) else 0
-    root = s[:held].sqrt()
-    return (u[:, :held] * root).to(dtype), (root[:, None] * vh[:held]).to(dtype)
+    return _balanced(*decompose(pair), tolerance=tolerance, dtype=pair[0].dtype)
 
 
 def inner(first: Pair, second: Pair) -> float:
@@ -69,3 +68,62 @@ def distance(first: Pair, second: Pair) -> float:
     """Frobenius norm of the difference of two products."""
     difference = stack([first, (-second[0], second[1])])
     return float(decompose(difference)[1].square().sum().sqrt())
+
+
+class Total:
+    """A running sum of products: their factors, or the matrix once these are wider than it.
+
+    The matrix is held in float64 then, at most twice the memory of the factors that it replaces, and the cost of one
+    more product no longer depends on how many there were.
+    """
+
+    def __init__(self, *, tolerance: float = 1e-7) -> None:
+        """Begin with nothing; `tolerance` is that of `compress`."""
+        self._pairs: list[Pair] = []
+        self._width = 0
+        self._dense: Tensor | None = None
+        self._tolerance = tolerance
+
+    def add(self, pair: Pair) -> None:
+        """Add a product."""
+        self._pairs.append(pair)
+        self._width += pair[0].shape[1]
+        if self._width > (BLOCK if self._dense is not None else min(pair[0].shape[0], pair[1].shape[1])):
+            self._multiply()
+
+    def _multiply(self) -> Tensor:
+        """Bring what waits into the matrix, and return that."""
+        if self._pairs:
+            left, right = (factor.double() for factor in stack(self._pairs))
+            self._dtype = self._pairs[0][0].dtype
+            self._dense = left @ right if self._dense is None else self._dense.addmm_(left, right)
+            self._pairs, self._width = [], 0
+        assert self._dense is not None, "something was added"
+        return self._dense
+
+    def pair(self) -> Pair:
+        """Return the sum as one product, of the least rank that holds it if it is held as a matrix."""
+        if self._dense is None:
+            self._pairs = [stack(self._pairs)] if len(self._pairs) > 1 else self._pairs
+            return self._pairs[0]
+        u, s, vh = torch.linalg.svd(self._multiply(), full_matrices=False)
+        return _balanced(u, s, vh, tolerance=self._tolerance, dtype=self._dtype)
+
+    def square(self) -> float:
+        """Return the square of the Frobenius norm."""
+        if self._dense is None:
+            return inner(self.pair(), self.pair())
+        return float(self._multiply().square().sum())
+
+    def distance(self, pair: Pair) -> float:
+        """Return the Frobenius norm of the difference to a product."""
+        if self._dense is None:
+            return distance(self.pair(), pair)
+        return float((self._multiply() - pair[0].double() @ pair[1].double()).norm())
+
+
+def _balanced(u: Tensor, s: Tensor, vh: Tensor, *, tolerance: float, dtype: torch.dtype) -> Pair:
+    """Return a thin SVD as two factors of equal norm, without the singular values that count as zero."""
+    held = max(1, int((s > tolerance * s.max()).sum())) if len(s) else 0
+    root = s[:held].sqrt()
+    return (u[:, :held] * root).to(dtype), (root[:, None] * vh[:held]).to(dtype)

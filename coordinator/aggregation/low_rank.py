@@ -2,9 +2,10 @@
 
     dW* = sum_k p_k (E_k + B_k A_k)        (p_k: site k's weight; E_k: what the owner kept of its tier's broadcast)
 
-The sum is held as stacked factors (FLoRA, arXiv 2409.05976) and, once these grow wider than the matrix, at the least
-rank that holds it. Sites go on from the best approximation at their own rank (FlexLoRA, arXiv 2402.11505); the rest
-stays with the owner and is in every plug-in. One site at full rank is passed through untouched, bit for bit.
+The sum is held as stacked factors (FLoRA, arXiv 2409.05976) and, once these grow wider than the matrix, as the matrix
+in double precision: whether there are a hundred sites or ten thousand, the next one costs the same. Sites go on from
+the best approximation at their own rank (FlexLoRA, arXiv 2402.11505); the rest stays with the owner and is in every
+plug-in. One site at full rank is passed through untouched, bit for bit.
 What of a method is no product is averaged by itself.
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from offsite.coordinator.aggregation.base import Origin, Version
 from offsite.coordinator.aggregation.mean import TensorMean
-from offsite.kernels.low_rank import Pair, compress, distance, inner, split, stack
+from offsite.kernels.low_rank import Pair, Total, inner, split
 from offsite.kernels.schema import Factors, Rule, Schema, TensorMap, Tensors, Tier, factors
 from offsite.protos.documents import document
 
@@ -43,7 +44,7 @@ class _Fold:
         self._keys = dict(sorted(factors(schema).items()))
         self._others = TensorMean({key: field for key, field in schema.items() if field.rule is not Rule.PRODUCT})
         self._share: dict[Tier, float] = {}  # weight of the sites that trained at it
-        self._products: Products = {}
+        self._totals: dict[str, Total] = {}
         self._factors: Products = {}
         self._tolerance = tolerance
 
@@ -52,23 +53,20 @@ class _Fold:
         self._share[origin.tier] = self._share.get(origin.tier, 0.0) + origin.weight
         for group, pair in self._keys.items():
             b, a = update[pair.B], update[pair.A]
-            self._products[group] = self._grow(self._products.get(group), (origin.weight * b, a))
+            weighted = origin.weight * b
+            self._totals.setdefault(group, Total(tolerance=self._tolerance)).add((weighted, a))
             if len(self._share) == 1:  # the means of the factors exist only among equal ranks
                 mean_b, mean_a = self._factors.get(group, (torch.zeros_like(b), torch.zeros_like(a)))
-                self._factors[group] = (mean_b + origin.weight * b, mean_a + origin.weight * a)
-
-    def _grow(self, held: Pair | None, pair: Pair) -> Pair:
-        grown = pair if held is None else stack([held, pair])
-        wide = grown[0].shape[1] > min(grown[0].shape[0], grown[1].shape[1])
-        return compress(grown, tolerance=self._tolerance) if wide else grown
+                self._factors[group] = (mean_b + weighted, mean_a + origin.weight * a)
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
-        totals = dict(self._products)
+        figures = self._figures()
         for tier, share in self._share.items():
             share = 1.0 if len(self._share) == 1 else share
             for group, (b, a) in _products(self._last.state.get(_residual(tier), {}), self._keys).items():
                 if b.shape[1]:
-                    totals[group] = self._grow(totals[group], (share * b, a))
+                    self._totals[group].add((share * b, a))
+        totals = {group: total.pair() for group, total in self._totals.items()}
         others = self._others.finish(()).adapter
         broadcast: dict[Tier, Tensors] = {}
         state: dict[str, Tensors] = {}
@@ -83,7 +81,9 @@ class _Fold:
                 state[_residual(tier)] = _tensors(left, self._keys)
             if sum(ranks.values()) > largest:
                 largest, rest = sum(ranks.values()), left
-        figures = self._figures(totals, rest)
+        whole = sum(inner(pair, pair) for pair in totals.values())
+        kept = sum(inner(pair, pair) for pair in rest.values() if pair[0].shape[1])
+        figures["residual"] = (kept / whole) ** 0.5 if whole else 0.0  # what re-projection leaves to the owner
         return Version(others | _tensors(totals, self._keys), broadcast, state, figures)
 
     def _project(self, totals: Products, ranks: dict[str, int]) -> tuple[Products, Products]:
@@ -96,16 +96,13 @@ class _Fold:
                 sent[group], left[group] = split(total, ranks[group], tolerance=self._tolerance)
         return sent, left
 
-    def _figures(self, totals: Products, residual: Products) -> dict[str, float]:
-        """Say how far factor-by-factor averaging would have been off, and what re-projection left to the owner."""
-        total = sum(inner(pair, pair) for pair in totals.values())
-        kept = sum(inner(pair, pair) for pair in residual.values() if pair[0].shape[1])
-        figures = {"residual": (kept / total) ** 0.5 if total else 0.0}
-        if len(self._share) == 1:
-            product = sum(inner(pair, pair) for pair in self._products.values())
-            off = sum(distance(pair, self._factors[group]) ** 2 for group, pair in self._products.items())
-            figures["factor_mean_error"] = (off / product) ** 0.5 if product else 0.0
-        return figures
+    def _figures(self) -> dict[str, float]:
+        """Say how far factor-by-factor averaging would have been off; it cannot be done among several tiers."""
+        if len(self._share) > 1:
+            return {}
+        product = sum(total.square() for total in self._totals.values())
+        off = sum(total.distance(self._factors[group]) ** 2 for group, total in self._totals.items())
+        return {"factor_mean_error": (off / product) ** 0.5 if product else 0.0}
 
 
 def _residual(tier: Tier) -> str:

@@ -23,10 +23,13 @@ def outliers(changes: Mapping[str, Change], *, ratio: float) -> dict[str, str]:
     left out whole: scaled down it would still point where its site wants it to.
     """
     reasons: dict[str, str] = {}
+    norms: dict[Tier, list[float]] = {}
+    for change in changes.values():
+        norms.setdefault(change.tier, []).append(change.norm)
+    medians = {tier: median(of_tier) for tier, of_tier in norms.items()}
     for site, change in sorted(changes.items()):
-        norms = [other.norm for other in changes.values() if other.tier == change.tier]
-        usual = median(norms)
-        if len(norms) >= FEWEST and usual > 0 and change.norm > ratio * usual:
+        usual = medians[change.tier]
+        if len(norms[change.tier]) >= FEWEST and usual > 0 and change.norm > ratio * usual:
             reasons[site] = (
                 f"its update changed by a norm of {change.norm:.3g}, more than {ratio:g} times the round's median of "
                 f"{usual:.3g} (max_update_ratio)"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offsite.kernels.low_rank import compress, decompose, distance, inner, split, stack
+from offsite.kernels.low_rank import BLOCK, Total, compress, decompose, distance, inner, split, stack
 
 
 def pair(out: int, rank: int, inn: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +65,28 @@ def test_compression_keeps_the_product_at_its_true_rank() -> None:
 def test_inner_products_need_no_dense_product() -> None:
     a, b = pair(20, 3, 12, seed=8), pair(20, 5, 12, seed=9)
     assert inner(a, b) == pytest.approx(float((dense(a) * dense(b)).sum()), rel=1e-9)
+
+
+def total(*products: tuple[torch.Tensor, torch.Tensor]) -> Total:
+    running = Total()
+    for product in products:
+        running.add(product)
+    return running
+
+
+def test_a_total_is_the_stack_while_that_is_narrower_than_the_matrix() -> None:
+    products = [pair(20, 3, 12, seed=seed) for seed in range(4)]
+    left, right = total(*products).pair()
+    assert torch.equal(left, stack(products)[0]) and torch.equal(right, stack(products)[1])
+    assert total(products[0]).pair() == products[0], "one product is itself"
+
+
+@pytest.mark.parametrize("count", [5, 2 * BLOCK // 3 + 1])
+def test_a_total_of_many_products_is_their_sum_at_the_rank_of_the_matrix(count: int) -> None:
+    products = [pair(20, 3, 12, seed=seed) for seed in range(count)]
+    running, exact = total(*products), sum(dense(product) for product in products)
+    assert isinstance(exact, torch.Tensor) and running.pair()[0].shape == (20, 12)
+    torch.testing.assert_close(dense(running.pair()), exact, rtol=1e-5, atol=1e-5)
+    assert running.square() == pytest.approx(float(exact.square().sum()), rel=1e-9)
+    far = pair(20, 2, 12, seed=999)
+    assert running.distance(far) == pytest.approx(float((exact - dense(far)).norm()), rel=1e-9)
