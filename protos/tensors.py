@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+Source: TypeAlias = "Reader | Held"  # named tensors that are read a piece at a time: of a file, or of this process
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALONE = 1 << 14  # values that torch works on in the thread that asks; on a busy machine others cost more than they do
 
 
@@ -122,8 +124,12 @@ def header(path: Path) -> dict[str, Entry]:
     Raises MismatchError when it is not a safetensors file.
     """
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        return {name: Entry(dtype=piece.get_dtype(), shape=tuple(piece.get_shape())) for name, piece in slices.items()}
+        return _entries(file)
+
+
+def _entries(file: Any) -> dict[str, Entry]:
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    return {name: Entry(dtype=piece.get_dtype(), shape=tuple(piece.get_shape())) for name, piece in slices.items()}
 
 
 def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | None = None, what: str) -> None:
@@ -134,14 +140,19 @@ def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | Non
     """
     check_header(path, schema, what=what)
     with reading(path) as file:
-        for name, field in schema.items():
-            if bad := sum(_strange(piece, field) for piece in file.pieces(name)):
-                allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
-                raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
-        for name, tensor in (fixed or {}).items():
-            flat = iter(torch.split(tensor.flatten(), ALONE))
-            if not all(torch.equal(piece, next(flat)) for piece in file.pieces(name)):
-                raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
+        check_values(file, schema, fixed=fixed, what=what)
+
+
+def check_values(source: Source, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | None = None, what: str) -> None:
+    """Check the values of tensors that are of a schema; raises MismatchError as `check` does."""
+    for name, field in schema.items():
+        if bad := sum(_strange(piece, field) for piece in source.pieces(name)):
+            allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
+            raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
+    for name, tensor in (fixed or {}).items():
+        flat = iter(torch.split(tensor.flatten(), ALONE))
+        if not all(torch.equal(piece, next(flat)) for piece in source.pieces(name)):
+            raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
 
 
 def _strange(piece: torch.Tensor, field: Field) -> int:
@@ -153,7 +164,11 @@ def _strange(piece: torch.Tensor, field: Field) -> int:
 
 def check_header(path: Path, schema: Schema, *, what: str) -> None:
     """Check that a file says it holds exactly the tensors of a schema; raises MismatchError on the first fault."""
-    entries = header(path)
+    check_entries(header(path), schema, what=what)
+
+
+def check_entries(entries: Mapping[str, Entry], schema: Schema, *, what: str) -> None:
+    """Check that what there is are exactly the tensors of a schema; raises MismatchError on the first fault."""
     if missing := sorted(schema.keys() - entries.keys()):
         raise MismatchError(f"{what}: tensor {missing[0]} is missing ({len(missing)} of {len(schema)} are)")
     if extra := sorted(entries.keys() - schema.keys()):
@@ -173,18 +188,36 @@ def distance(path: Path, start: Path) -> float:
     Not finite where a tensor of either is not. A piece of each is in memory at a time.
     """
     with reading(path) as file, reading(start) as other:
-        squares = (
-            norm(piece - beside) ** 2
-            for name in sorted(file)
-            for piece, beside in zip(file.pieces(name), other.pieces(name), strict=True)
-        )
-        return math.sqrt(sum(squares))
+        return gap(file, other)
+
+
+def gap(source: Source, start: Source) -> float:
+    """Return the same distance, whatever the tensors are read from."""
+    squares = (
+        norm(piece - beside) ** 2
+        for name in sorted(source)
+        for piece, beside in zip(source.pieces(name), start.pieces(name), strict=True)
+    )
+    return math.sqrt(sum(squares))
 
 
 def norm(piece: torch.Tensor) -> float:
     """L2 norm, summed in double precision without a copy in it."""
     piece = piece if piece.is_floating_point() else piece.double()  # of integers there is no norm
     return float(torch.linalg.vector_norm(piece, dtype=torch.float64))
+
+
+class Held(dict[str, torch.Tensor]):
+    """Tensors of this process, contiguous and on the CPU, read as those of a file are."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What there is."""
+        return {name: Entry(_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.items()}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as flat pieces, cut as those of a file are, so that sums over them are the same."""
+        yield from torch.split(self[name].flatten(), ALONE)
 
 
 class Reader(Mapping[str, torch.Tensor]):
@@ -196,6 +229,7 @@ class Reader(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path, file: Any, handle: Any) -> None:
         """Take the file as safetensors opened it, and a handle without a buffer."""
         self._path, self._handle = path, handle
+        self.entries = _entries(file)
         # A safetensors file is its header and then its tensors without a gap, which opening it has checked.
         self._mapped = {name: file.get_tensor(name) for name in file.offset_keys()}  # none is read by this
         ends = list(itertools.accumulate(tensor.nbytes for tensor in self._mapped.values()))

@@ -11,7 +11,7 @@ from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload.base import Stage
 from offsite.protos.upload.change import Change
-from offsite.protos.upload.files import distance
+from offsite.protos.upload.files import reach
 
 
 def described(task: TaskSpec) -> str:
@@ -36,35 +36,48 @@ def admit(
     _check_origin(tensors.about(file), task)
     settled = settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
     stages = upload.make(task.upload)
+    seen = change.norm(file) if change and not stages else None
+    with tensors.reading(file) as update, tensors.reading(broadcast) as start:
+        judge(update, start, settled, stages, max_norm=max_norm, what=what, seen=seen)
+
+
+def judge(
+    update: tensors.Source,
+    broadcast: tensors.Source,
+    schema: Schema,
+    stages: Sequence[Stage],
+    *,
+    max_norm: float,
+    what: str,
+    seen: float | None = None,
+) -> float:
+    """Return how far an update has changed, wherever it is read from; raises MismatchError unless it may be let in.
+
+    Args:
+        update: its tensors, as the stages packed them.
+        broadcast: those that it starts from.
+        schema: settled, of what the stages were given.
+        stages: what packed it.
+        max_norm: L2 norm of the largest change that is let in.
+        what: names it in messages.
+        seen: the norm, if it is known already.
+    """
+    packed = upload.schema_of(stages, schema)
+    tensors.check_entries(update.entries, packed, what=what)
+    fixed = {name: broadcast[name] for name, field in packed.items() if field.rule is Rule.FIXED}
     if stages:
-        norm = _unpacked_norm(file, stages, settled, broadcast, what)
+        tensors.check_values(update, packed, fixed=fixed, what=what)
+        try:
+            norm = reach(update, broadcast, schema, stages)
+        except ValueError as error:
+            raise MismatchError(f"{what}: {error}") from error
     else:
-        norm = _norm(file, settled, broadcast, change, what)
+        norm = reach(update, broadcast, schema, stages) if seen is None else seen
+        if fixed or not math.isfinite(norm):
+            tensors.check_values(update, packed, fixed=fixed, what=what)  # says where
     if not norm <= max_norm:
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
-
-
-def _norm(file: Path, schema: Schema, broadcast: Path, change: Change | None, what: str) -> float:
-    """Return how far an adapter that left as it is has changed; raises MismatchError if it is none of the schema."""
-    tensors.check_header(file, schema, what=what)
-    norm = change.norm(file) if change else None
-    if norm is None:
-        norm = tensors.distance(file, broadcast)
-    fixed = [name for name, field in schema.items() if field.rule is Rule.FIXED]
-    if fixed or not math.isfinite(norm):
-        tensors.check(file, schema, fixed=tensors.load(broadcast, fixed), what=what)  # says where
     return norm
-
-
-def _unpacked_norm(file: Path, stages: Sequence[Stage], schema: Schema, broadcast: Path, what: str) -> float:
-    """Return how far an adapter that was packed has changed; raises MismatchError if no site can have packed it."""
-    packed = upload.schema_of(stages, schema)
-    fixed = tensors.load(broadcast, [name for name, field in packed.items() if field.rule is Rule.FIXED])
-    tensors.check(file, packed, fixed=fixed, what=what)
-    try:
-        return distance(file, broadcast, schema, stages)
-    except ValueError as error:
-        raise MismatchError(f"{what}: {error}") from error
 
 
 def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:

@@ -19,11 +19,16 @@ def opened(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage
 
 def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage]) -> float:
     """L2 norm, over all tensors, of how far an update goes from its broadcast; raises ValueError as above."""
+    with tensors.reading(update) as packed, tensors.reading(broadcast) as start:
+        return reach(packed, start, _settled(schema, broadcast), stages)
+
+
+def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> float:
+    """Return the same distance, whatever an update of a settled schema is read from."""
     if not stages:
-        return tensors.distance(update, broadcast)
-    with tensors.reading(update) as packed:
-        change = upload.unpack(stages, packed, None, _settled(schema, broadcast))
-        return math.hypot(*(tensors.norm(change[name]) for name in change if schema[name].rule is not Rule.FIXED))
+        return tensors.gap(packed, start)
+    change = upload.unpack(stages, packed, None, schema)
+    return math.hypot(*(tensors.norm(change[name]) for name in change if schema[name].rule is not Rule.FIXED))
 
 
 def _settled(schema: Schema, broadcast: Path) -> Schema:

@@ -122,6 +122,10 @@ def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -
     assert tensors.distance(tmp_path / "start", tmp_path / "start") == 0
     with tensors.reading(tmp_path / "update") as file:
         assert all(torch.equal(file[name], update[name]) for name in update)
+        assert file.entries == tensors.Held(update).entries
+    assert tensors.gap(tensors.Held(update), tensors.Held(start)) == tensors.distance(
+        tmp_path / "update", tmp_path / "start"
+    ), "bit for bit, wherever they are read from"
 
 
 def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:
