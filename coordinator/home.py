@@ -1,19 +1,16 @@
-"""The coordinator's folder on disk: half-done uploads, scratch space, where its journal and blobs are, its identity."""
+"""The coordinator's folder on disk: half-done uploads, where its journal and blobs are, its policy and identity."""
 
-import shutil
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from offsite.coordinator.node import Node, sweep
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
-from offsite.coordinator.store.opening import open_blobs, open_journal, place, shown, url_of
+from offsite.coordinator.store.opening import open_journal, place, shown, url_of
 from offsite.protos.documents import document, from_json, to_json
 from offsite.protos.errors import ConflictError
 from offsite.protos.ranges import Place
-
-STALE_S = 24 * 3600.0
 
 
 @document
@@ -33,18 +30,15 @@ class Home:
 
     def prepare(self) -> "Home":
         """Make the folders, for this account alone; idempotent."""
-        for folder in (self.root, self.spool, self.scratch):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
+        self.node.prepare()
+        self.spool.mkdir(mode=0o700, exist_ok=True)
+        self.spool.chmod(0o700)
         return self
 
     def sweep(self) -> None:
         """Remove what kills left behind: scratch files and half uploads that nobody has touched for a day."""
-        for folder in (self.scratch, self.spool):
-            for path in folder.iterdir():
-                touched = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
-                if time.time() - touched > STALE_S:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.node.sweep()
+        sweep(self.spool)
 
     @property
     def spool(self) -> Path:
@@ -52,9 +46,9 @@ class Home:
         return self.root / "spool"
 
     @property
-    def scratch(self) -> Path:
-        """Files under construction."""
-        return self.root / "scratch"
+    def node(self) -> Node:
+        """What of it the steps see that are done on this machine."""
+        return Node(self.root, self._blobs)
 
     @property
     def owner_key(self) -> Path:
@@ -62,7 +56,7 @@ class Home:
         return self.identity / "owner.key"
 
     def keep(self, policy: OwnerPolicy) -> None:
-        """Have the runs of this home held against a policy, wherever their steps are done."""
+        """Have the runs of this home held against a policy, whichever process looks after them."""
         _write(self._policy, policy)
 
     def policy(self) -> OwnerPolicy:
@@ -93,7 +87,7 @@ class Home:
                     f"address, write it into {self._stores} first"
                 )
         kept = self._kept()
-        open_blobs(blobs or self._blobs, cache=self._cache).check()
+        replace(self.node, url=blobs or self._blobs).blobs().check()
         open_journal(journal or self._journal).close()  # last: a home with a journal has begun
         _write(self._stores, Stores(journal=journal or kept.journal, blobs=blobs or kept.blobs))
 
@@ -103,7 +97,7 @@ class Home:
 
     def blobs(self) -> Blobs:
         """Open the blobs."""
-        return open_blobs(self._blobs, cache=self._cache)
+        return self.node.blobs()
 
     @property
     def _journal(self) -> str:
@@ -112,10 +106,6 @@ class Home:
     @property
     def _blobs(self) -> str:
         return self._kept().blobs or url_of("file", self.root / "blobs")
-
-    @property
-    def _cache(self) -> Path:
-        return self.root / "cache"
 
     def _kept(self) -> Stores:
         if not self._stores.exists():

@@ -18,7 +18,8 @@ from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.builders import Builder, Material
 from offsite.emulator.bundle import Layout
 from offsite.emulator.checkpoint import Checkpoint
-from offsite.emulator.evaluation.disclosure import Portion, base_sizes, by_layer, count, disclosed
+from offsite.emulator.evaluation.disclosure import base_sizes, by_layer, count, disclosed
+from offsite.emulator.evaluation.portion import Portion
 from offsite.emulator.modality import Sample
 from offsite.emulator.outline import Draft, Grounds
 from offsite.emulator.placements import Placement

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from filelock import FileLock
 
 from offsite.coordinator.home import Home
-from offsite.emulator.evaluation.disclosure import Portion
+from offsite.emulator.evaluation.portion import Portion
 from offsite.protos.documents import document, parse, to_plain
 from offsite.protos.errors import RefusedError
 from offsite.protos.ranges import Digest

@@ -7,7 +7,7 @@ import torch
 
 from offsite.coordinator.bundles import building
 from offsite.coordinator.bundles.manifests import MANIFEST, Bundle, describe
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.store.blobs import Blobs, Stored, room
 from offsite.emulator import bundle
 from offsite.emulator.methods import Adapter, Method
@@ -24,10 +24,10 @@ def store_adapter(blobs: Blobs, path: Path, adapter: dict[str, torch.Tensor]) ->
     return Stored(digest=digest, size=size)
 
 
-def store_bundle(home: Home, built: building.Built) -> Bundle:
+def store_bundle(node: Node, built: building.Built) -> Bundle:
     """Store a bundle's files."""
-    blobs, manifest = home.blobs(), built.manifest
-    room(home.root, sum(entry.size for entry in manifest.files))
+    blobs, manifest = node.blobs(), built.manifest
+    room(node.root, sum(entry.size for entry in manifest.files))
     for entry in manifest.files:
         blobs.take(built.folder / entry.path, digest=entry.digest)
     blobs.take(built.folder / MANIFEST)

@@ -64,7 +64,7 @@ class InProcess:
         from offsite.coordinator.runs.steps.performing import perform  # torch: only once there is work
 
         try:
-            return perform(*arguments)
+            return perform(self._home.node, *arguments)
         except Exception:
             if self._closing:  # libraries fail in odd ways while the interpreter ends; that is not the run's fault
                 raise Lost from None

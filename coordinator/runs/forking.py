@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.supervisor import Lost
 from offsite.coordinator.store import Unusable
 from offsite.protos.chunks import digest_bytes, hex_of
@@ -14,10 +14,10 @@ from offsite.protos.errors import from_status
 from offsite.protos.processes.forks import ForkServer, fork
 
 
-def fork_server(home: Home) -> ForkServer:
-    """Return what the steps of a home are forked from on this machine, for whoever knows the home."""
-    log = home.root / f"steps-{socket.gethostname()}.log"
-    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, address=address(home.root))
+def fork_server(node: Node) -> ForkServer:
+    """Return what the steps of a node are forked from, for whoever knows its folder."""
+    log = node.root / f"steps-{socket.gethostname()}.log"
+    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, address=address(node.root))
 
 
 def address(root: Path) -> Path:
@@ -25,14 +25,14 @@ def address(root: Path) -> Path:
     return Path(gettempdir()) / f"offsite-{os.getuid()}" / hex_of(digest_bytes(str(root).encode()), most=16)
 
 
-def perform(threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+def perform(threads: int, node: Node, step: str, spec: bytes, order: bytes) -> bytes:
     """Do a step in a process forked for it, which ends with this one at the latest; return its result.
 
     Raises the step's own error, or Lost if its process could not begin or was killed.
     """
-    scratch = Home(Path(root), Path(identity)).prepare().scratch
-    job = {"threads": threads, "step": step, "root": root, "identity": identity}
-    job |= {"spec": spec.decode(), "order": order.decode()}
+    scratch = node.prepare().scratch
+    job = {"threads": threads, "root": str(node.root), "blobs": node.url}
+    job |= {"step": step, "spec": spec.decode(), "order": order.decode()}
     (stdin, leash), (output, stdout) = os.pipe(), os.pipe()
     with os.fdopen(leash, "wb"), os.fdopen(output, "rb") as pipe, TemporaryDirectory(dir=scratch) as folder:
         path = Path(folder) / "job.json"
@@ -40,7 +40,7 @@ def perform(threads: int, step: str, root: str, identity: str, spec: bytes, orde
             path.write_text(json.dumps(job))
             with socket.socket(socket.AF_UNIX) as server:
                 try:
-                    server.connect(str(address(Path(root))))
+                    server.connect(str(address(node.root)))
                 except OSError as gone:
                     raise Lost(f"step {step}: what it is forked from has ended") from gone
                 process = fork(server, path, {}, stdin=stdin, stdout=stdout, stderr=2)

@@ -8,9 +8,11 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from offsite.coordinator.bundles import disclosures
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.continuing import continued
 from offsite.coordinator.runs.grant import Grant
@@ -50,7 +52,7 @@ from offsite.protos.events import (
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 R = TypeVar("R")
-Perform = Callable[[str, str, str, bytes, bytes], bytes]  # step, home, identity, run spec, order -> result
+Perform = Callable[[str, bytes, bytes], bytes]  # step, run spec, order -> result
 
 POLL_S = 0.05  # of one number, whether the journal has changed
 POLLS = 20  # until a round is looked at though it has not
@@ -110,15 +112,26 @@ class Supervisor:
         if self._journal.run(self._run).state not in LIVE:
             return
         origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
-        self._do(BUILD, Build(run=self._run, sites=self._history[SELECT].names, continued=origin), _built)
+        order = Build(sites=self._history[SELECT].names, continued=origin)
+        self._do(BUILD, order, _built, accept=self._accept)
         for number in range(self._spec.rounds):
             self._round(number)
         self._outcome()
 
     # what is done once
 
-    def _do(self, step: Step[R], order: Order, tell: Callable[[R], list[Event]] = lambda _: []) -> R:
-        """Do a step unless the journal has it, and return its result; `tell` makes the events that tell of it."""
+    def _do(
+        self,
+        step: Step[R],
+        order: Order,
+        tell: Callable[[R], list[Event]] = lambda _: [],
+        *,
+        accept: Callable[[R], R] = lambda result: result,
+    ) -> R:
+        """Do a step unless the journal has it, and return its result.
+
+        `accept` judges it and returns what of it is kept, `tell` makes the events that tell of that.
+        """
         done = self._history.get(step)
         if done is not None:
             return done
@@ -130,16 +143,16 @@ class Supervisor:
                 "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
             )
         self._journal.add_event(self._run, StepBegun(step=step.name))
-        result = from_json(step.gives, self._work(order), where=f"step {step.name}")
+        result = accept(from_json(step.gives, self._work(order), where=f"step {step.name}"))
         self._heed()
         return self._history.record(step, result, *tell(result))
 
     def _work(self, order: Order) -> bytes:
         """Have a step done and return what it gives; where a store cannot be used, it is done again until it can."""
-        where, warned = (str(self._home.root), str(self._home.identity)), False
+        warned = False
         while True:
             try:
-                return self._perform(order.step, *where, self._document, to_json(order))
+                return self._perform(order.step, self._document, to_json(order))
             except Unusable as error:
                 if not warned:  # whoever watches need not know where the owner's files lie
                     log.error("run %s: %s; the run goes on once that is done", self._run, error)
@@ -166,6 +179,15 @@ class Supervisor:
             vocabulary = self._history[BUILD].vocabulary
             news += [Warned(message=warning) for warning in warnings(overall, vocabulary=vocabulary)]
         return news
+
+    def _accept(self, built: Built) -> Built:
+        """Hold what was built against the owner's policy, and record what it discloses; raises RefusedError."""
+        bound = self._spec.role == "researcher"
+        if bound:
+            largest = max(adapter.size for adapter in built.version.broadcast.values())
+            self._home.policy().check_built(sites=len(built.tiers), adapter=largest, bundle=built.bundle.bytes)
+        disclosures.record(self._home, self._run, base=built.base.digest, portions=built.portions, bound=bound)
+        return replace(built, portions={})
 
     # a round
 

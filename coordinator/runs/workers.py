@@ -24,6 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
@@ -41,7 +42,7 @@ def main() -> None:
         try:
             print("imported", file=channel)
             _join(address, root)
-            _steps(root, identity)
+            _steps(Home(Path(root), Path(identity)).node)
             threading.Thread(target=_obey, args=(channel, root, identity, int(threads)), daemon=True).start()
             print("ready", file=channel)
             _beat(channel)
@@ -126,9 +127,9 @@ def _here(kind: Any, name: str, *arguments: Any) -> Any:
     ).remote(*arguments)
 
 
-def _steps(root: str, identity: str) -> Any:
+def _steps(node: Node) -> Any:
     """Return the actor that holds what this node's steps are forked from; it starts that with itself."""
-    return _here(_Steps, "steps", root, identity)
+    return _here(_Steps, "steps", node)
 
 
 @ray.remote
@@ -149,7 +150,7 @@ class _Supervisor:
 
     def _perform(self, *arguments: Any) -> bytes:
         try:
-            return bytes(ray.get(_perform.remote(self._threads, *arguments)))
+            return bytes(ray.get(_perform.remote(self._threads, self._home.node, *arguments)))
         except RayTaskError as error:
             raise Lost if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
@@ -158,8 +159,8 @@ class _Supervisor:
 
 @ray.remote
 class _Steps:
-    def __init__(self, root: str, identity: str) -> None:
-        self._server = forking.fork_server(Home(Path(root), Path(identity)))
+    def __init__(self, node: Node) -> None:
+        self._server = forking.fork_server(node)
         self.start()
 
     def start(self) -> None:
@@ -167,9 +168,9 @@ class _Steps:
 
 
 @ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
-def _perform(threads: int, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
-    ray.get(_steps(root, identity).start.remote())
-    return forking.perform(threads, step, root, identity, spec, order)
+def _perform(threads: int, node: Node, *arguments: Any) -> bytes:
+    ray.get(_steps(node).start.remote())
+    return forking.perform(threads, node, *arguments)
 
 
 if __name__ == "__main__":

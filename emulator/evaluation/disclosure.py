@@ -3,11 +3,11 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import layers
+from offsite.emulator.evaluation.portion import Portion
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.outline import Draft
 
@@ -19,15 +19,6 @@ class Disclosure:
     verbatim: int  # the emulator holds the base's own value
     lossy: int  # it holds the value rounded to few bits
     of: int  # the base has
-
-
-class Portion(NamedTuple):
-    """What an emulator holds of one of the base's layers, or of what is in none."""
-
-    verbatim: int
-    lossy: int  # stored in few bits, or tuned from the base's values
-    size: int  # parameters of the base's layer
-    part: str  # which rows and columns: of the same ones, two emulators hold the same parameters
 
 
 def disclosed(draft: Draft) -> Disclosure:

@@ -13,7 +13,7 @@ from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.legality import judge
 from offsite.emulator.builders import BUILDERS
-from offsite.emulator.evaluation.disclosure import Portion
+from offsite.emulator.evaluation.portion import Portion
 from offsite.emulator.methods import METHODS
 from offsite.emulator.modality import read
 from offsite.protos.documents import parse

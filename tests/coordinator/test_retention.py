@@ -22,7 +22,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def store(home: Home, content: str, *, age_s: float = 2 * DAY_S) -> str:
-    file = home.scratch / "file"
+    file = home.node.scratch / "file"
     file.write_text(content)
     digest, _ = home.blobs().take(file)
     then = time.time() - age_s

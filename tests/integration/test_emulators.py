@@ -50,11 +50,11 @@ class Round:
             "merge": True,
         }
         self.spec = RunSpec(**{**fields, **changes})
-        self.built = self.do(Build(run="r", sites=SITES), Built)
+        self.built = self.do(Build(sites=SITES), Built)
 
     def do(self, order: Order, gives: type[R]) -> R:
-        where = str(self.home.root), str(self.home.identity)
-        return from_json(gives, perform(order.step, *where, to_json(self.spec), to_json(order)), where=order.step)
+        result = perform(self.home.node, order.step, to_json(self.spec), to_json(order))
+        return from_json(gives, result, where=order.step)
 
     def aggregate(self, *updates: Update) -> str:
         built = self.built

@@ -18,7 +18,7 @@ from offsite.client.site.policy import Policy
 from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
-from offsite.coordinator.runs.steps.performing import perform
+from offsite.coordinator.runs.steps import performing
 from offsite.coordinator.runs.supervisor import Perform, Supervisor
 from offsite.coordinator.service.uploads import Upload
 from offsite.coordinator.store.database import Database
@@ -73,7 +73,8 @@ class Site:
         train(job, say=lambda event, **fields: None, rendezvous=self._folder / "rendezvous")
 
 
-def live(home: Home, site: Site, perform: Perform = perform) -> None:
+def live(home: Home, site: Site, perform: Perform | None = None) -> None:
+    perform = perform or partial(performing.perform, home.node)
     Supervisor(home, "r", perform=perform, rest=lambda _: site.work(home)).run()
 
 
@@ -117,10 +118,10 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
         return home
 
     undisturbed, killed = submit("undisturbed"), submit("killed")
-    server = forking.fork_server(undisturbed)
+    server = forking.fork_server(undisturbed.node)
     server.start()
     with closing(server):
-        live(undisturbed, site, partial(forking.perform, 1))  # its steps in processes of their own
+        live(undisturbed, site, partial(forking.perform, 1, undisturbed.node))  # its steps in processes of their own
     whole, writes, moments = Database._write, itertools.count(1), itertools.cycle(("before", "after"))
 
     @contextmanager

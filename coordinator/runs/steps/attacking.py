@@ -11,7 +11,7 @@ from torch import nn
 
 from offsite.coordinator.attacks import of_run, scored
 from offsite.coordinator.bundles.stored import open_bundle
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.evaluation import exams, measure
 from offsite.coordinator.runs.steps.inputs import samples, unfinished
@@ -27,19 +27,19 @@ from offsite.protos.documents import to_plain
 from offsite.protos.figures import perplexity
 
 
-def attack(home: Home, spec: Grant, order: Attack) -> Attacks:
+def attack(node: Node, spec: Grant, order: Attack) -> Attacks:
     """Train all of the emulator in several ways, on public text and the owner's text of the task, and measure each.
 
     It trains on no text that is measured on. Killed, it goes on with the attacks that are left.
     """
     timeline = Timeline()
-    scratch = unfinished(home, spec, f"attack {order.manifest} {order.adapter}")
-    with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as folder:
+    scratch = unfinished(node, spec, f"attack {order.manifest} {order.adapter}")
+    with timeline.span("loading"), TemporaryDirectory(dir=node.scratch) as folder:
         dtype = DTYPES[spec.training.precision]
-        listed, emulator, tokenizer = open_bundle(home.blobs(), order.manifest, Path(folder), dtype=dtype)
+        listed, emulator, tokenizer = open_bundle(node.blobs(), order.manifest, Path(folder), dtype=dtype)
         emulator.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         places, method = bundle.described(listed).outline.places, methods.make(spec.method.name, spec.method.settings)
-        tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(home.blobs().path(order.adapter)))
+        tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(node.blobs().path(order.adapter)))
     models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
 
     task, public = ([] if not text else samples(spec, text, tokenizer) for text in (spec.attack_text, spec.public))

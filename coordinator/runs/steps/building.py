@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from offsite.coordinator.attacks import check_room, of_run
-from offsite.coordinator.bundles import building, disclosures
+from offsite.coordinator.bundles import building
 from offsite.coordinator.bundles.stored import open_bundle, recovered, store_adapter, store_bundle
 from offsite.coordinator.bundles.trial import take_step
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.beginning import first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, the_base, unfinished
@@ -33,11 +33,11 @@ from offsite.protos.errors import InputError
 from offsite.protos.spec import Choice
 
 
-def build(home: Home, spec: Grant, order: Build) -> Built:
+def build(node: Node, spec: Grant, order: Build) -> Built:
     """Build and store the bundle and the adapters that sites of each tier start from."""
     timeline = Timeline()
-    blobs = home.blobs()
-    with TemporaryDirectory(dir=home.scratch) as scratch, timeline.span("building"):
+    blobs = node.blobs()
+    with TemporaryDirectory(dir=node.scratch) as scratch, timeline.span("building"):
         built = building.build(
             spec.model,
             spec.builders,
@@ -45,17 +45,17 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
             Path(scratch) / "bundle",
             public=Path(spec.public) if spec.public else None,
             calibration=Path(spec.calibration) if spec.calibration else None,
-            owner_key=home.owner_key,
+            owner_key=None,  # what is signed is each task, which names the manifest
             called=spec.base_name,
             folders=folders(spec),
-            scratch=unfinished(home, spec, "build"),
+            scratch=unfinished(node, spec, "build"),
         )
         manifest = built.manifest
         method = methods.make(spec.method.name, spec.method.settings)
         layout = bundle.described(manifest)
         emulator, _ = bundle.load(built.folder, layout=layout, dtype="auto")
         if spec.attack_steps:  # at the run's end, when it would be late to say so
-            check_room(home.scratch, [emulator], of_run(spec))
+            check_room(node.scratch, [emulator], of_run(spec))
         tiers = {site: method.tier_at(site) for site in order.sites}
         begun = first(method, emulator, layout.outline.places, tiers=tiers.values(), seed=spec.training.seed)
         method.recover(begun.adapter, built.recovery)  # refuses now what could not be brought back later
@@ -68,14 +68,8 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         recovery = None
         if built.recovery:
             recovery = store_adapter(blobs, Path(scratch) / "recovery.safetensors", built.recovery).digest
-        bound = spec.role == "researcher"
-        if bound:
-            largest = max(adapter.size for adapter in version.broadcast.values())
-            size = sum(entry.size for entry in manifest.files)
-            home.policy().check_built(sites=len(order.sites), adapter=largest, bundle=size)
-        disclosures.record(home, order.run, base=manifest.base.digest, portions=built.portions, bound=bound)
-        stored = store_bundle(home, built)
-    shutil.rmtree(unfinished(home, spec, "build"), ignore_errors=True)
+        stored = store_bundle(node, built)
+    shutil.rmtree(unfinished(node, spec, "build"), ignore_errors=True)
     identity = {"base": manifest.base.digest, "method": to_plain(spec.method), "trainable": list(manifest.trainable)}
     result = Built(
         manifest=stored.manifest,
@@ -92,6 +86,7 @@ def build(home: Home, spec: Grant, order: Build) -> Built:
         computed=built.computed,
         vocabulary=text_config(emulator).vocab_size,
         recovery=recovery,
+        portions=built.portions,
         spans=tuple(timeline),
     )
     return replace(result, version=go_on(blobs, result, order.continued)) if order.continued else result
@@ -111,13 +106,13 @@ def _told(choice: Choice, method: Method) -> Choice:
     return Choice(name=choice.name, settings={k: v for k, v in choice.settings.items() if k not in method.withheld})
 
 
-def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
+def realign(node: Node, spec: Grant, order: Realign) -> Realigned:
     """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
     timeline = Timeline()
-    blobs = home.blobs()
+    blobs = node.blobs()
     source = the_base(spec, order.base)
-    scratch = unfinished(home, spec, f"realign {order.adapter}")
-    with TemporaryDirectory(dir=home.scratch) as folder, timeline.span("building"):
+    scratch = unfinished(node, spec, f"realign {order.adapter}")
+    with TemporaryDirectory(dir=node.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
         listed, emulator, _ = open_bundle(blobs, order.manifest, Path(folder) / "old", dtype="auto")
         dtype = quicken(full)
@@ -144,9 +139,9 @@ def realign(home: Home, spec: Grant, order: Realign) -> Realigned:
             dtype=dtype,
             base=listed.base,
             chain=listed.builders,
-            owner_key=home.owner_key,
+            owner_key=None,
         )
-        stored = store_bundle(home, built)
+        stored = store_bundle(node, built)
     shutil.rmtree(scratch, ignore_errors=True)
     return Realigned(
         manifest=stored.manifest, manifest_size=stored.manifest_size, bundle=stored.bundle, spans=tuple(timeline)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from offsite.coordinator.bundles.stored import open_bundle, recovered
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.inputs import samples, the_base
 from offsite.coordinator.runs.steps.orders import Evaluate
@@ -26,12 +26,12 @@ from offsite.protos.ranges import finite
 EVALUATION_BATCH = 8
 
 
-def evaluate(home: Home, spec: Grant, order: Evaluate) -> Evaluation:
+def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
     """Measure the base or the emulator, with an adapter or without, on the owner's held-out data."""
     timeline = Timeline()
-    blobs = home.blobs()
+    blobs = node.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
-    with timeline.span("loading"), TemporaryDirectory(dir=home.scratch) as scratch:
+    with timeline.span("loading"), TemporaryDirectory(dir=node.scratch) as scratch:
         adapter = tensors.load(blobs.path(order.adapter)) if order.adapter else None
         if order.manifest is None:
             model, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation.folding import Sent, fold
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.steps.orders import Aggregate
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
@@ -17,15 +17,15 @@ from offsite.protos.spec import RunSpec
 from offsite.protos.upload.files import distance, opened
 
 
-def aggregate(home: Home, spec: RunSpec, order: Aggregate) -> Folded:
+def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     """Fold the updates of a round, in the order of the sites' names, and store the next version.
 
     Those far larger than the others are left out, and named; raises RunError if too few are left.
     """
     timeline = Timeline()
-    blobs = home.blobs()
+    blobs = node.blobs()
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
-    with timeline.span("aggregation"), TemporaryDirectory(dir=home.scratch) as scratch:
+    with timeline.span("aggregation"), TemporaryDirectory(dir=node.scratch) as scratch:
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.path(sent.digest) for tier, sent in order.last.broadcast.items()}
         sent = []

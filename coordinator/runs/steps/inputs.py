@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.emulator import zoo
 from offsite.emulator.modality import Sample, encode, read
@@ -31,6 +31,6 @@ def samples(spec: Grant, text: str, tokenizer: Any) -> list[Sample]:
     return encode(read(Path(text), folders=folders(spec)), tokenizer, max_length=spec.training.max_length)
 
 
-def unfinished(home: Home, spec: RunSpec, step: str) -> Path:
+def unfinished(node: Node, spec: RunSpec, step: str) -> Path:
     """Where a long step keeps its state, so that it goes on after a kill: the same work finds the same folder."""
-    return home.scratch / f"unfinished-{hex_of(digest_bytes(to_json(spec) + step.encode()), most=16)}"
+    return node.scratch / f"unfinished-{hex_of(digest_bytes(to_json(spec) + step.encode()), most=16)}"

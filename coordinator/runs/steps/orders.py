@@ -23,7 +23,6 @@ class Build:
     """Build a run's emulator, and the version that it begins from."""
 
     step: ClassVar[str] = "build"
-    run: Name
     sites: tuple[Name, ...]
     continued: Continued | None = None  # None: begin from what changes nothing
 

@@ -2,12 +2,11 @@
 
 import errno
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
@@ -19,7 +18,7 @@ from offsite.coordinator.runs.steps.tuning import tune
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
 
-STEPS: dict[str, tuple[type[Order], Callable[[Home, Grant, Any], object]]] = {
+STEPS: dict[str, tuple[type[Order], Callable[[Node, Grant, Any], object]]] = {
     "build": (Build, build),
     "realign": (Realign, realign),
     "aggregate": (Aggregate, aggregate),
@@ -30,13 +29,13 @@ STEPS: dict[str, tuple[type[Order], Callable[[Home, Grant, Any], object]]] = {
 }
 
 
-def perform(step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+def perform(node: Node, step: str, spec: bytes, order: bytes) -> bytes:
     """Do one step by name and return its result as a document; raises OffsiteError where users can act on it."""
-    home = Home(Path(root), Path(identity)).prepare()
+    node.prepare()
     grant = from_json(Grant, spec, where="run spec")
     kind, work = STEPS[step]
     try:
-        return to_json(work(home, grant, from_json(kind, order, where=f"step {step}")))
+        return to_json(work(node, grant, from_json(kind, order, where=f"step {step}")))
     except Exception as error:
         known = _in_words(error, step)
         if known is None:

@@ -1,6 +1,6 @@
 """What the process of a step does, once it has been forked (`offsite.protos.processes`).
 
-Its job is a JSON object {"threads", "step", "root", "identity", "spec", "order"}. On standard output it tells "result"
+Its job is a JSON object {"threads", "root", "blobs", "step", "spec", "order"}. On standard output it tells "result"
 or "error", with {"status", "reason", "message", "unusable"}: a full disk must not keep it from that.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from offsite.coordinator.aggregation import STRATEGIES
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.store import Unusable
@@ -40,7 +41,7 @@ def outcome(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"] or os.cpu_count() or 1)
     spec, order = job["spec"].encode(), job["order"].encode()
     try:
-        return {"result": perform(job["step"], job["root"], job["identity"], spec, order).decode()}
+        return {"result": perform(Node(Path(job["root"]), job["blobs"]), job["step"], spec, order).decode()}
     except Exception as fault:  # the process's border
         traceback.print_exc()
         grant = from_json(Grant, spec, where="run spec")

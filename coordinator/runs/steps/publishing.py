@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from offsite.coordinator.bundles.stored import recovered
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.inputs import the_base
 from offsite.coordinator.runs.steps.orders import Publish
@@ -15,20 +15,20 @@ from offsite.emulator import methods, zoo
 from offsite.protos import tensors
 
 
-def publish(home: Home, spec: Grant, order: Publish) -> Publication:
+def publish(node: Node, spec: Grant, order: Publish) -> Publication:
     """Write the outcome as an adapter of the base (LoRA as peft does) and, if asked for, the merged model."""
     timeline = Timeline()
-    blobs = home.blobs()
+    blobs = node.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
     source = the_base(spec, order.base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
     adapter = recovered(blobs, method, tensors.load(blobs.path(order.adapter)), order.recovery)
     files: dict[str, Stored] = {}
-    with TemporaryDirectory(dir=home.scratch) as scratch:
+    with TemporaryDirectory(dir=node.scratch) as scratch:
         method.export(Path(scratch) / "adapter", adapter, base=model, base_name=spec.base_name or spec.model)
         if spec.merge:
-            room(home.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
+            room(node.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
             method.merge(model, adapter)
             model.save_pretrained(Path(scratch) / "merged")
             tokenizer.save_pretrained(Path(scratch) / "merged")

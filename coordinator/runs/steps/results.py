@@ -8,6 +8,7 @@ from pydantic import Field
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
+from offsite.emulator.evaluation.portion import Portion
 from offsite.protos.documents import document
 from offsite.protos.figures import Score
 from offsite.protos.ranges import TEXT, AboveZero, Amount, Count, Digest, Line, Name, Place, Share, Tier
@@ -32,6 +33,7 @@ class Built(Bundle):
     computed: Message  # in which precision, and why
     vocabulary: Count | None = None
     recovery: Digest | None  # what brings an adapter back to the base; None: nothing is needed
+    portions: dict[str, Portion] = Field(default_factory=dict)  # of the base's layers; kept with all disclosures
     spans: tuple[Span, ...] = ()
 
 

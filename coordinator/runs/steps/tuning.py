@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from offsite.coordinator.bound import of_base, tuned
-from offsite.coordinator.home import Home
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.evaluation import exams, measure
 from offsite.coordinator.runs.steps.inputs import samples, the_base, unfinished
@@ -17,13 +17,13 @@ from offsite.emulator import methods, zoo
 from offsite.emulator.precision import DTYPES
 
 
-def tune(home: Home, spec: Grant, order: Tune) -> Evaluation:
+def tune(node: Node, spec: Grant, order: Tune) -> Evaluation:
     """Tune the base as the sites tune the emulator, for as many steps as an attack has, and measure it.
 
     It trains on the owner's text of the task, as an attack does. Killed, it goes on where it was.
     """
     timeline = Timeline()
-    scratch = unfinished(home, spec, f"tune {order.base}")
+    scratch = unfinished(node, spec, f"tune {order.base}")
     with timeline.span("loading"):
         base, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])
         base.to("cuda" if torch.cuda.is_available() else "cpu")

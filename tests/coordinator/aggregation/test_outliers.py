@@ -68,8 +68,8 @@ def order(round_: dict[str, Any], senders: list[str]) -> Aggregate:
 
 def test_the_others_are_averaged_as_if_the_harmful_one_had_never_come(round_: dict[str, Any]) -> None:
     spec = RunSpec(model="m")
-    all_four = aggregate(round_["home"], spec, order(round_, SITES))
-    honest = aggregate(round_["home"], spec, order(round_, SITES[:3]))
+    all_four = aggregate(round_["home"].node, spec, order(round_, SITES))
+    honest = aggregate(round_["home"].node, spec, order(round_, SITES[:3]))
     assert all_four.version == honest.version and all_four.lineage == honest.lineage
     assert list(all_four.left_out) == ["town"] and "times the round's median" in all_four.left_out["town"]
     assert not honest.left_out
@@ -78,4 +78,4 @@ def test_the_others_are_averaged_as_if_the_harmful_one_had_never_come(round_: di
 def test_who_is_left_out_does_not_count_as_a_site(round_: dict[str, Any]) -> None:
     spec = RunSpec(model="m", min_sites=4)
     with pytest.raises(RunError, match="3 of at least 4 updates are left in the round .town: its update changed"):
-        aggregate(round_["home"], spec, order(round_, SITES))
+        aggregate(round_["home"].node, spec, order(round_, SITES))

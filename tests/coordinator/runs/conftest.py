@@ -24,6 +24,7 @@ from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import OPEN, Key, Row
+from offsite.emulator.evaluation.portion import Portion
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.events import SiteState, UpdateAccepted
@@ -79,7 +80,7 @@ class Stand:
         """Accept an update of a task, with a file behind it or without."""
         content = f"update {task.round} {task.site}".encode()
         if keep:
-            file = self.home.scratch / "update"
+            file = self.home.node.scratch / "update"
             file.write_bytes(content)
             self.home.blobs().take(file)
         metrics = UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")
@@ -96,7 +97,7 @@ class Stand:
         event = SiteState(round=task.round + 1, site=task.site, state="training", **values)
         self.journal.set_task(key(task), event, state="training", moved_at=time.time(), **values)
 
-    def perform(self, step: str, root: str, identity: str, spec: bytes, order: bytes) -> bytes:
+    def perform(self, step: str, spec: bytes, order: bytes) -> bytes:
         return to_json(getattr(self, f"_{step}")(order))
 
     def _take(self, kind: type[Any], order: bytes) -> Any:
@@ -110,6 +111,7 @@ class Stand:
             **{"method_hash": digest_bytes(b"method"), "learning_rate": 0.01, "computed": "fp32", "recovery": None},
             **{"version": version(b"start"), "tiers": dict.fromkeys(sites, "r8"), "schema": digest_bytes(b"schema")},
             **{"method": Choice(name="lora", settings={"rank": 4}), "spans": SPANS, "update_sizes": {"r8": 8}},
+            portions={"0": Portion(3, 0, 3, ""), "1": Portion(0, 0, 3, ""), "2": Portion(3, 0, 3, "")},
         )
 
     def _aggregate(self, order: bytes) -> Folded:

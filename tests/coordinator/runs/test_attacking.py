@@ -63,7 +63,7 @@ def home(tmp_path: Path) -> Home:
 
 def ordered(home: Home, spec: Grant) -> Attack:
     """Build what the run's emulator is, and order an attack on it."""
-    built = build(home, spec, Build(run="r", sites=("ward",)))
+    built = build(home.node, spec, Build(sites=("ward",)))
     return Attack(manifest=built.manifest, adapter=built.version.adapter)
 
 
@@ -74,7 +74,7 @@ def figures(made: Attacks) -> dict[str, dict[str, Score]]:
 def test_a_run_is_attacked_by_the_family_and_the_strongest_comes_first(home: Home, material: Path) -> None:
     spec = Grant(**fields(material))
     order = ordered(home, spec)
-    made = attack(home, spec, order)
+    made = attack(home.node, spec, order)
     assert {one.name for one in made.attacks} == {
         *("heal 4", "heal 4, unfreeze 2", "heal 4, unfreeze 8"),
         *("unfreeze 2", "unfreeze 8", "tuned, unfreeze 2", "tuned, unfreeze 8"),
@@ -83,20 +83,20 @@ def test_a_run_is_attacked_by_the_family_and_the_strongest_comes_first(home: Hom
     assert reached == sorted(reached) and reached[0] < reached[-1]
     assert made.attacks[0].sets.keys() == {"exam"}
     assert {span.kind for span in made.spans} == {"loading", "training", "evaluation"}
-    assert figures(attack(home, spec, order)) == figures(made)
+    assert figures(attack(home.node, spec, order)) == figures(made)
 
 
 def test_with_public_text_alone_it_is_healed(home: Home, material: Path) -> None:
     spec = Grant(**fields(material, attack_text="", attack_longest=1))
-    names = {one.name for one in attack(home, spec, ordered(home, spec)).attacks}
+    names = {one.name for one in attack(home.node, spec, ordered(home, spec)).attacks}
     assert names == {"heal 2", "tuned, heal 2"}
 
 
 def test_a_killed_attack_goes_on_with_what_is_left(home: Home, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Grant(**fields(material))
     order = ordered(home, spec)
-    whole, measure, calls = figures(attack(home, spec, order)), attacking.measure, []
-    assert not list(home.scratch.glob("unfinished-*"))
+    whole, measure, calls = figures(attack(home.node, spec, order)), attacking.measure, []
+    assert not list(home.node.scratch.glob("unfinished-*"))
 
     def killed(*arguments: Any) -> dict[str, Score]:
         calls.append(arguments)
@@ -106,8 +106,8 @@ def test_a_killed_attack_goes_on_with_what_is_left(home: Home, material: Path, m
 
     monkeypatch.setattr(attacking, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
-        attack(home, spec, order)
-    assert figures(attack(home, spec, order)) == whole
+        attack(home.node, spec, order)
+    assert figures(attack(home.node, spec, order)) == whole
     assert len(calls) == 1 + len(whole), "no score was taken twice, but for the one that was killed"
 
 
@@ -117,7 +117,7 @@ def test_what_attacks_go_on_from_must_find_room_before_a_site_trains(
     spec = Grant(**fields(material))
     order, free = ordered(home, spec), blobs.MARGIN_BYTES + (300 << 10)  # enough for the emulator itself
     monkeypatch.setattr(blobs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    for step in (lambda spec: ordered(home, spec), lambda spec: attack(home, spec, order)):
+    for step in (lambda spec: ordered(home, spec), lambda spec: attack(home.node, spec, order)):
         with pytest.raises(ResourceError, match="MiB are needed for what attacks on the emulator go on from after a"):
             step(spec)
     ordered(home, Grant(**fields(material, attack_steps=0, attack_text="")))
@@ -126,9 +126,9 @@ def test_what_attacks_go_on_from_must_find_room_before_a_site_trains(
 def tuned(home: Home, spec: Grant) -> Score:
     """Tune the base of a run, and return its one figure."""
     digest = zoo.digest(zoo.locate(spec.model, cache=home.root))
-    made = tune(home, spec, Tune(base=digest, trainable=(0, 4)))
+    made = tune(home.node, spec, Tune(base=digest, trainable=(0, 4)))
     assert {span.kind for span in made.spans} == {"loading", "training", "evaluation"}
-    assert not list(home.scratch.glob("unfinished-*"))
+    assert not list(home.node.scratch.glob("unfinished-*"))
     return made.sets["exam"]
 
 
@@ -138,16 +138,16 @@ def test_the_base_is_tuned_as_a_site_would_tune_it(home: Home, material: Path) -
     spec = Grant(
         **fields(material, builders=whole, attack_steps=3, evaluation={"exam": str(material / "public.jsonl")})
     )
-    built = build(home, spec, Build(run="r", sites=("ward",)))
+    built = build(home.node, spec, Build(sites=("ward",)))
     method, places = methods.make(spec.method.name, spec.method.settings), {0: 0, 4: 4}
     model, tokenizer = zoo.load_base(zoo.locate(spec.model, cache=home.root), dtype=torch.float32)
     rules = LocalTraining(steps=3, batch_size=4, max_length=16, learning_rate=built.learning_rate)
     text = encode(read(material / "attack.jsonl"), tokenizer, max_length=16)
     stored = store_adapter(
-        home.blobs(), home.scratch / "a", method.state(adapted(model, method, places, text, rules), places)
+        home.blobs(), home.node.scratch / "a", method.state(adapted(model, method, places, text, rules), places)
     )
     order = Evaluate(base=built.base.digest, manifest=None, adapter=stored.digest, recovery=built.recovery)
-    plug_in, zero_shot = (evaluate(home, spec, one).sets["exam"] for one in (order, replace(order, adapter=None)))
+    plug_in, zero_shot = (evaluate(home.node, spec, one).sets["exam"] for one in (order, replace(order, adapter=None)))
     bound = tuned(home, spec)
     assert bound.nll == pytest.approx(plug_in.nll, rel=1e-5) and bound.tokens == plug_in.tokens
     assert bound.nll != pytest.approx(zero_shot.nll, rel=5e-4)

@@ -40,7 +40,7 @@ def home(tmp_path: Path) -> Home:
 
 def sent(home: Home, rank: int, *, size: int = 6) -> Stored:
     adapter = {"0.q.A": torch.rand(rank, size), "0.q.B": torch.rand(4, rank)}
-    return store_adapter(home.blobs(), home.scratch / "adapter", adapter)
+    return store_adapter(home.blobs(), home.node.scratch / "adapter", adapter)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def built(home: Home) -> Built:
         base=BASE,
         version=Version(adapter=start.digest, broadcast={"r2": start}),
         tiers={"ward": "r2"},
-        schema=store_schema(home.blobs(), home.scratch, SCHEMA),
+        schema=store_schema(home.blobs(), home.node.scratch, SCHEMA),
         update_sizes={"r2": 1},
         method=Choice(name="lora"),
         method_hash=OTHER,

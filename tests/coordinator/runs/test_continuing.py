@@ -26,7 +26,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def stored(home: Home, content: str) -> Stored:
-    file = home.scratch / "file"
+    file = home.node.scratch / "file"
     file.write_text(content)
     digest, size = home.blobs().take(file)
     return Stored(digest=digest, size=size)

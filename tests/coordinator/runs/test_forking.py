@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.steps import process
 from offsite.coordinator.runs.supervisor import Lost
@@ -45,8 +46,7 @@ def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
     server.start()
 
     def perform(step: str) -> bytes:
-        where = str(stand.home.root), str(stand.home.identity)
-        return forking.perform(3, step, *where, b"{}", b"order")
+        return forking.perform(3, stand.home.node, step, b"{}", b"order")
 
     yield perform
     server.close()
@@ -59,19 +59,19 @@ def test_a_step_gives_its_result_or_raises_its_own_error_and_leaves_nothing(perf
     with pytest.raises(ResourceError, match="^the disk is full$") as error:
         perform("full")
     assert not isinstance(error.value, Unusable)
-    assert error.value.reason == "FAULT_DISK" and not list(stand.home.scratch.iterdir())
+    assert error.value.reason == "FAULT_DISK" and not list(stand.home.node.scratch.iterdir())
 
 
 def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform: Any, tmp_path: Path) -> None:
     with pytest.raises(Lost, match="step killed: its process ended with exit code -9"):
         perform("killed")
     with pytest.raises(Lost, match="step build: what it is forked from has ended"):
-        forking.perform(1, "build", str(tmp_path / "another"), str(tmp_path), b"{}", b"{}")
+        forking.perform(1, Node(tmp_path / "another", "file:///nowhere"), "build", b"{}", b"{}")
 
 
 def test_a_fault_of_ours_comes_back_in_words(stand: Any) -> None:
     spec = to_json(RunSpec(model="m")).decode()
     job = {"threads": torch.get_num_threads(), "step": "none", "order": "{}", "spec": spec}
-    where = {"root": str(stand.home.root), "identity": str(stand.home.identity)}
+    where = {"root": str(stand.home.root), "blobs": stand.home.node.url}
     fault = {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
     assert process.outcome(job | where) == {"error": fault | {"unusable": False}}

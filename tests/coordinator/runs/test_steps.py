@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from offsite.coordinator.node import Node
 from offsite.coordinator.runs.steps import performing
 from offsite.coordinator.runs.steps.orders import Build
 from offsite.protos.documents import to_json
@@ -32,8 +33,8 @@ def test_a_step_that_cannot_be_done_says_why(
         raise error
 
     monkeypatch.setitem(performing.STEPS, "build", (Build, fail))
-    order = to_json(Build(run="r", sites=("ward",)))
-    arguments = ("build", str(tmp_path), str(tmp_path), to_json(RunSpec(model="m")), order)
+    order = to_json(Build(sites=("ward",)))
+    arguments = (Node(tmp_path, f"file://{tmp_path}/blobs"), "build", to_json(RunSpec(model="m")), order)
     if status is None:
         with pytest.raises(RuntimeError, match=message):
             performing.perform(*arguments)

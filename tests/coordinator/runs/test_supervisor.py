@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.history import GRANT
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune, Update
 from offsite.coordinator.runs.supervisor import TRIES, Lost
 from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.blobs import Folder
 from offsite.protos.chunks import digest_bytes
-from offsite.protos.documents import from_json
+from offsite.protos.documents import from_json, to_plain
 from offsite.protos.errors import ResourceError
 from offsite.protos.events import Cancelled
 from offsite.protos.security.signing import verify
@@ -172,6 +175,35 @@ def test_a_fault_of_ours_ends_the_run_with_a_word(stand: Any) -> None:
     stand._aggregate = lambda order: {}["missing"]
     run = stand.run()
     assert (run.state, run.error) == ("failed", "internal error: KeyError: 'missing'")
+
+
+def judged(stand: Any, **policy: Any) -> Any:
+    """The end of a researcher's run under a policy."""
+    stand.home.keep(OwnerPolicy(**policy))
+    stand.submit("bank", "ward")
+    stand.journal.add_step("r", GRANT.name, to_plain(Grant(model="m", role="researcher")))
+    return stand.run()
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"max_adapter_mib": 1e-6}, "max_adapter_mib"),
+        ({"max_sites": 1}, "max_sites"),
+        ({"max_disclosed": 0.5}, "max_disclosed"),
+    ],
+)
+def test_what_the_policy_refuses_of_what_was_built_is_offered_to_no_site(
+    stand: Any, policy: dict[str, Any], reason: str
+) -> None:
+    assert f"the owner's policy refuses the run ({reason})" in judged(stand, **policy).error
+    assert not stand.journal.tasks("r") and not stand.journal.steps("r").keys() & {"version:0", "disclosure"}
+
+
+def test_what_is_disclosed_is_kept_once(stand: Any) -> None:
+    assert judged(stand).state == "completed"
+    kept = stand.journal.steps("r")
+    assert kept["disclosure"]["portions"]["2"] == [3, 0, 3, ""] and not kept["version:0"]["portions"]
 
 
 def test_where_nothing_is_wrong_with_the_run_it_is_left_open(stand: Any) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.checkpoint import skeleton
-from offsite.emulator.evaluation.disclosure import Disclosure, Portion, by_layer, disclosed
+from offsite.emulator.evaluation.disclosure import Disclosure, by_layer, disclosed
+from offsite.emulator.evaluation.portion import Portion
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.outline import Draft, Outline
