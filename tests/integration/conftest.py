@@ -1,5 +1,6 @@
 """A federation of real processes on loopback: certificates, a coordinator, site agents, a tiny model, data."""
 
+import contextlib
 import json
 import os
 import random
@@ -29,6 +30,9 @@ from offsite.protos.security.pki import Authority
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
+from .clusters import Cluster, clusters
+from .machines import Machine
+
 DEADLINE_S = 180.0  # of a wait for something that takes seconds: a test that hangs must fail
 WORDS = [f"w{n}" for n in range(120)]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
@@ -45,10 +49,13 @@ def wait_until(true: Callable[[], Any], what: str) -> Any:
 
 
 class Federation:
-    """Processes under one folder, with more in their environment if need be; none outlives the tests it is for."""
+    """Processes under one folder, with more in their environment if need be; none outlives the tests it is for.
 
-    def __init__(self, folder: Path, material: Path, **environment: str) -> None:
-        self.folder, self.material = folder, material
+    They run in a machine if one is given, and then its folder is theirs.
+    """
+
+    def __init__(self, folder: Path, material: Path, *, machine: Machine | None = None, **environment: str) -> None:
+        self.folder, self.material, self._machine = folder, material, machine
         self._environment = os.environ | ENVIRONMENT | environment
         self.authority = Authority.create(folder / "pki")
         self.authority.issue("coordinator", "coordinator")
@@ -59,8 +66,9 @@ class Federation:
 
     def start(self, name: str, *arguments: str, program: tuple[str, ...] = ("-m", "offsite.client")) -> None:
         """Run `offsite ARGUMENTS`, or another program of Python's, output to a log that later starts append to."""
+        popen = self._machine.popen if self._machine else subprocess.Popen
         with self.log(name).open("ab") as log:
-            self._children[name] = subprocess.Popen(
+            self._children[name] = popen(
                 [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -88,7 +96,7 @@ class Federation:
 
         return dict(wait_until(said, f"{name}: {event}"))
 
-    def coordinate(self, *, executor: str = "threads", policy: str = "", home: str = "home") -> str:
+    def coordinate(self, *more: str, executor: str = "threads", policy: str = "", home: str = "home") -> str:
         """Start the coordinator, on the port it had before if it was started before; `policy` is TOML."""
         ready = len(self.events("coordinator", "ready"))
         kit = str(self.folder / "pki" / "coordinator")
@@ -98,7 +106,7 @@ class Federation:
             "coordinator",
             *("coordinator", "up", "--home", str(self.folder / home), "--identity", kit, "--executor", executor),
             *("--policy", str(file)),
-            *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1"),
+            *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1", *more),
         )
         self.address = str(self.expect("coordinator", "ready", count=ready + 1)["address"])
         return self.address
@@ -152,7 +160,8 @@ class Federation:
 
     def connect(self, kit: Path | None = None) -> Session:
         """Open the coordinator with a kit, the owner's unless another is given: an owner may name any path."""
-        return connect(self.address, identity=kit or self.owner, patience_s=60)
+        address = self._machine.open(self.address) if self._machine else self.address
+        return connect(address, identity=kit or self.owner, patience_s=60)
 
     def spec(self, **changes: Any) -> RunSpec:
         """A short run on the tiny model."""
@@ -248,8 +257,8 @@ def wait() -> Callable[[Callable[[], Any], str], Any]:
 
 
 @contextmanager
-def federated(folder: Path, material: Path, **environment: str) -> Iterator[Federation]:
-    made = Federation(folder, material, **environment)
+def federated(folder: Path, material: Path, **options: Any) -> Iterator[Federation]:
+    made = Federation(folder, material, **options)
     try:
         yield made
     finally:
@@ -258,8 +267,19 @@ def federated(folder: Path, material: Path, **environment: str) -> Iterator[Fede
 
 @pytest.fixture(scope="session")
 def federations(material: Path) -> Callable[..., AbstractContextManager[Federation]]:
-    """A maker of federations, each in a folder and, by keyword, an environment of its own."""
-    return lambda folder, **environment: federated(folder, material, **environment)
+    """A maker of federations, each in a folder and, by keyword, a machine and an environment of its own."""
+    return lambda folder, **options: federated(folder, material, **options)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster of two machines that share no folder, for tests that leave both as they were."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(clusters(wait_until, "head", "worker"))
+        except OSError as reason:
+            pytest.skip(f"machines need root's rights to namespaces here: {reason}")
+        yield made
 
 
 @pytest.fixture
