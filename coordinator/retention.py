@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.gateways import OLD_S, mark
 from offsite.coordinator.store.journal import LIVE, Journal, Row
-from offsite.protos.chunks import DIGEST
+from offsite.protos.chunks import DIGEST, digest_bytes
 
 DAY_S = 24 * 3600.0
 
@@ -50,7 +51,7 @@ def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed
         live = len(over) < len(runs)
         forgotten = [run for at, run in enumerate(over) if not _published_is_kept(run, at, retention, now)]
         lost = {run.id for run in forgotten}
-        keep: set[str] = set()
+        keep = {digest_bytes(mark(gateway.name)) for gateway in journal.gateways(within_s=OLD_S)}
         for run in runs:
             if run.state in LIVE:
                 keep |= _goes_on_from(journal, run.id)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,7 +31,10 @@ def up(
         Path | None, typer.Option(help="What researchers may do (TOML), see docs/owner.toml. None: nothing.")
     ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:8443",
-    executor: Annotated[Literal["ray", "threads"], typer.Option(help="Where supervisors and their steps run.")] = "ray",
+    executor: Annotated[
+        Literal["ray", "threads", "none"],
+        typer.Option(help="Where supervisors and their steps run; none: serve only, another gateway dispatches."),
+    ] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
     places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
@@ -53,6 +56,9 @@ def up(
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
     """Serve sites and people until interrupted; unfinished runs go on where they were.
+
+    Several that share a journal and blobs, each with a HOME of its own, are gateways to the same runs: each serves
+    anybody, one of them dispatches the runs, and another takes over within seconds when it is gone.
 
     What need not be kept is collected at the start and every six hours, as `offsite coordinator gc` does.
     """
@@ -84,17 +90,33 @@ def up(
 
         return OnRay(home, address=ray_address or None, threads=threads)
 
-    def ready(port: int) -> None:
+    def ready(port: int, leads: bool) -> None:
         here = Address(address.host, port)
         if format == "json":
-            print(json.dumps({"event": "ready", "address": str(here)}), flush=True)
+            print(json.dumps({"event": "ready", "address": str(here), "dispatches": leads}), flush=True)
         else:
-            print(f"coordinator ready on {here}; home {home}, steps on {executor}. Ctrl-C stops it.", flush=True)
+            role = f"steps on {executor}" if leads else "another gateway dispatches the runs"
+            print(f"coordinator ready on {here}; home {home}, {role}. Ctrl-C stops it.", flush=True)
+
+    def moved(leads: bool) -> None:
+        if format == "json":
+            print(json.dumps({"event": "dispatches" if leads else "stands by"}), flush=True)
+        else:
+            role = (
+                f"dispatches the runs from now on, steps on {executor}" if leads else "leaves the runs to another one"
+            )
+            print(f"this gateway {role}", flush=True)
 
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
     at = Home(home.resolve(), identity.resolve())
-    stores = {"journal": journal, "blobs": blobs}
-    run(at, address, make, policy=rules, ready=ready, places=places, retention=retention, **stores)
+    rest: dict[str, Any] = {
+        "policy": rules,
+        "places": places,
+        "retention": retention,
+        "journal": journal,
+        "blobs": blobs,
+    }
+    run(at, address, None if executor == "none" else make, ready=ready, moved=moved, **rest)
 
 
 @app.command()

@@ -1,11 +1,11 @@
 """Which runs are worked on: here all wait, without a thread of their own, until their sites and a place are there."""
 
 import asyncio
-import contextlib
 import logging
 import time
 
 from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json
@@ -13,7 +13,8 @@ from offsite.protos.errors import InputError
 from offsite.protos.events import Failed, Waiting
 from offsite.protos.spec import RunSpec
 
-LOOK_S = 0.5
+LOOK_S = 0.5  # though nothing was written: time alone may be up
+REST_S = 0.1  # after a look, however much is written
 SUPERVISE_EVERY_S = 5.0  # one that has ended without its run, as after a short fault, is replaced so soon
 PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
 PLACES = 8  # runs worked on at once: on Ray each has a process of its own
@@ -26,21 +27,18 @@ class Dispatcher:
 
     def __init__(self, journal: Journal, executor: Executor, *, places: int = PLACES) -> None:
         self._journal, self._executor, self._places = journal, executor, places
+        self._leader = journal.leader()
         self._specs: dict[str, RunSpec] = {}
-        self._awake = asyncio.Event()
         self._fault = ""  # why the executor could not work at the last look
         self._hindrance = ""  # why the journal could not be used at the last look
         self._supervised = float("-inf")
         self._started = time.time()
 
-    def wake(self) -> None:
-        """Look now."""
-        self._awake.set()
-
-    async def work(self) -> None:
+    async def work(self, changes: Changes) -> None:
         """Look again and again; a disk that is full is waited for, a damaged journal raises."""
+        number = -1
         while True:
-            self._awake.clear()
+            number = await changes.after(number, timeout_s=LOOK_S)
             try:
                 if self._hindrance:
                     self._supervised = float("-inf")  # supervisors have ended of the same
@@ -50,16 +48,13 @@ class Dispatcher:
                 if str(error) != self._hindrance:
                     log.error("%s; the runs go on once that is done", error)
                 self._hindrance = str(error)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._awake.wait(), timeout=LOOK_S)
+            await asyncio.sleep(REST_S)
 
     def look(self) -> None:
         """Take each run as far as it can be taken now."""
-        runs = self._journal.live()
+        runs = self._runs()
         fault, before = self._executor.fault, self._fault
         self._fault = fault
-        self._specs = {run.id: spec for run in runs if (spec := self._spec(run.id))}
-        runs = [run for run in runs if run.id in self._specs]
         idle = all(run.state == "running" for run in runs)
         present = [] if idle else self._journal.present(time.time() - PRESENT_S)
         running = [run for run in runs if run.state == "running"]
@@ -84,6 +79,14 @@ class Dispatcher:
             elif self._journal.begin_run(run.id, sorted(spec.sites) or present):
                 self._executor.supervise(run.id)
                 free -= 1
+
+    def _runs(self) -> list[Row]:
+        """Return the runs that are not over, and read what was submitted; none if another gateway dispatches by now."""
+        if self._journal.leader() != self._leader:
+            return []
+        runs = self._journal.live()
+        self._specs = {run.id: spec for run in runs if (spec := self._spec(run.id))}
+        return [run for run in runs if run.id in self._specs]
 
     def _spec(self, run: str) -> RunSpec | None:
         """Return what was submitted; a run whose spec another version wrote, or the disk garbled, ends here."""

@@ -70,6 +70,10 @@ class Cancelled(Exception):
     """The run was cancelled while it was worked on."""
 
 
+class Superseded(Exception):
+    """Another gateway dispatches by now; its supervisor works on the run."""
+
+
 class Supervisor:
     """One run's state machine over the journal."""
 
@@ -79,6 +83,7 @@ class Supervisor:
         self._run = run
         self._perform, self._rest = perform, rest  # how a step is done; what it does for some seconds of waiting
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
+        self._leader = self._journal.leader()
         self._history = History(self._journal, run)
         granted = self._history.get(GRANT)
         self._document: bytes = to_json(granted) if granted else self._journal.run(run).spec
@@ -95,6 +100,8 @@ class Supervisor:
             raise
         except Cancelled:
             log.info("run %s: cancelled", self._run)
+        except Superseded:
+            log.info("run %s: left to another gateway", self._run)
         except OffsiteError as error:
             self._fail(str(error))
         except OSError as error:
@@ -165,6 +172,8 @@ class Supervisor:
     def _heed(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled
+        if self._journal.leader() != self._leader:
+            raise Superseded
 
     def _evaluate(self, figure: str, *, manifest: str | None, adapter: str | None) -> None:
         built = self._history[BUILD]

@@ -8,7 +8,6 @@ from weakref import WeakValueDictionary
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.service.answer import Gate
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.service.reasons import sentence
 from offsite.coordinator.service.threads import Batch, in_thread
@@ -16,6 +15,7 @@ from offsite.coordinator.service.transfers import parts, receive, send
 from offsite.coordinator.service.uploads import Upload, key_of
 from offsite.coordinator.service.waiting import WaitingRoom
 from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import OPEN, Journal, Key, Move, Row
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc, transfer_pb2

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,10 @@ from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs import continuing
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.threads import in_thread
 from offsite.coordinator.service.transfers import send
 from offsite.coordinator.store.blobs import Blobs
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Journal, Row, no_run
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc, transfer_pb2
@@ -44,21 +44,12 @@ def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
 class RunsService(runs_pb2_grpc.RunsServicer):
     """The Runs service. A researcher's runs are theirs: for other researchers they do not exist."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        blobs: Blobs,
-        gate: Gate,
-        changes: Changes,
-        wake: Callable[[], None],
-        *,
-        policy: OwnerPolicy,
-    ) -> None:
-        self._journal, self._blobs, self._gate, self._changes, self._wake = journal, blobs, gate, changes, wake
+    def __init__(self, journal: Journal, blobs: Blobs, gate: Gate, changes: Changes, *, policy: OwnerPolicy) -> None:
+        self._journal, self._blobs, self._gate, self._changes = journal, blobs, gate, changes
         self._policy = policy
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
-        """Check the spec, make the run durable, and look whether it can begin."""
+        """Check the spec and make the run durable; whoever dispatches finds it there."""
         async with self._gate(context, "owner", "researcher", request=request) as person:
             spec = from_json(RunSpec, request.spec, where="run spec")
             run = secrets.token_hex(4)
@@ -71,7 +62,6 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             row = await in_thread(
                 self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
             )
-            self._wake()
             return await in_thread(self._status, row.id, person)  # of the first submission with the token
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:

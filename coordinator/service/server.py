@@ -1,4 +1,7 @@
-"""The coordinator process: a gRPC server with mutual TLS in front of the journal and the supervisors."""
+"""A gateway, the coordinator's process: a gRPC server with mutual TLS in front of the stores.
+
+Several share nothing but these; one of them at a time starts the supervisors, too (`leadership.py`).
+"""
 
 import asyncio
 import contextlib
@@ -8,21 +11,23 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.policy import OwnerPolicy
-from offsite.coordinator.retention import Retention, collect
-from offsite.coordinator.runs.dispatch import PLACES, Dispatcher
+from offsite.coordinator.retention import Retention
+from offsite.coordinator.runs.dispatch import PLACES
 from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.runs.leadership import Leadership
 from offsite.coordinator.service.answer import Gate
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.fleet import FleetService
+from offsite.coordinator.service.gateway import Gateway
 from offsite.coordinator.service.limits import CALLS
 from offsite.coordinator.service.people import RunsService
-from offsite.coordinator.store.database import Hold, Unwritable
+from offsite.coordinator.store.changes import Changes
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
@@ -34,8 +39,6 @@ from offsite.protos.security.tls import server_credentials
 
 log = logging.getLogger(__name__)
 
-COLLECT_EVERY_S = 6 * 3600.0
-RENEW_EVERY_S = 5.0
 CONNECTIONS = 4096  # of sites and people; each takes a file of this process
 
 OPTIONS = (
@@ -66,12 +69,12 @@ class _Lean(grpc.aio.ServerInterceptor):
 
 
 class Server:
-    """One coordinator over one home folder."""
+    """One gateway over a home folder of its own."""
 
     def __init__(
         self,
         home: Home,
-        make_executor: Callable[[Home], Executor],
+        make_executor: Callable[[Home], Executor] | None,
         *,
         policy: OwnerPolicy,
         places: int = PLACES,
@@ -83,7 +86,9 @@ class Server:
         self._identity = Identity.load(home.identity, expect="coordinator")
         if self._identity.warning:
             log.warning(self._identity.warning)
-        self._make_executor, self._places, self._retention = make_executor, places, retention
+        self._lead: Callable[..., Leadership] | None = None
+        if make_executor is not None:
+            self._lead = partial(Leadership, make_executor=make_executor, places=places, retention=retention)
         self._lock = self._alone()
         self._policy = policy
         home.use(journal=journal, blobs=blobs)
@@ -101,63 +106,56 @@ class Server:
             ) from None
         return handle
 
-    async def serve(self, address: Address, *, ready: Callable[[int], None]) -> None:
-        """Serve until SIGINT or SIGTERM; `ready` is told the port once sites may call and supervisors can start."""
+    async def serve(
+        self,
+        address: Address,
+        *,
+        ready: Callable[[int, bool], None],
+        moved: Callable[[bool], None] = lambda leads: None,
+    ) -> None:
+        """Serve until SIGINT or SIGTERM.
+
+        `ready` is told the port once sites may call, and whether this gateway dispatches; `moved` when that changes.
+        """
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
-        hold = journal.hold()
         gate = Gate(Revocations(self._home.identity / "crl.pem", seen=self._home.root / "crl-number"))
         _probe(address)
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        executor = self._make_executor(self._home)
-        if not await self._start(executor, stop):
-            return hold.close()
-        _allow_files(2 * CONNECTIONS)
-        dispatcher, changes = Dispatcher(journal, executor, places=self._places), Changes(journal)
-        server = grpc.aio.server(options=OPTIONS, interceptors=[_Lean()])
-        port = self._bind(server, address)
-        fleet = FleetService(self._home, journal, blobs, gate, changes)
-        add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]
-        runs = RunsService(journal, blobs, gate, changes, dispatcher.wake, policy=self._policy)
-        add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
-        await server.start()
+        gateway, changes = Gateway(self._home, journal, blobs, policy=self._policy), Changes(journal)
+        leadership = self._lead(self._home, journal, changes, name=gateway.name) if self._lead else None
+        await asyncio.to_thread(gateway.join, str(address))
         try:
-            ready(port)
-            jobs = (dispatcher.work(), changes.follow(), fleet.waiting.work(), self._collect(), _renew(hold))
-            work = [asyncio.create_task(job) for job in jobs]
-            await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-            for task in work:
-                if task.done():
-                    task.result()  # raises: the journal is damaged, or another coordinator's
-        finally:
-            fleet.waiting.close()
-            await server.stop(grace=1.0)
-            executor.close()
-            hold.close()
-            journal.close()
-
-    async def _collect(self) -> None:
-        """Remove what need not be kept, now and again every few hours."""
-        while True:
+            if leadership and not await _begin(leadership, stop):
+                return
+            _allow_files(2 * CONNECTIONS)
+            server = grpc.aio.server(options=OPTIONS, interceptors=[_Lean()])
+            port = self._bind(server, address)
+            fleet = FleetService(self._home, journal, blobs, gate, changes)
+            add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]
+            runs = RunsService(journal, blobs, gate, changes, policy=self._policy)
+            add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
+            await server.start()
             try:
-                await asyncio.to_thread(collect, self._home, self._retention)
-            except (OSError, OffsiteError) as error:  # of a damaged journal the dispatcher makes an end
-                log.error("old files are not collected: %s", error)
-            await asyncio.sleep(COLLECT_EVERY_S)
-
-    async def _start(self, executor: Executor, stop: asyncio.Event) -> bool:
-        """Start an executor, which can take long; False when told to stop meanwhile."""
-        start = asyncio.create_task(asyncio.to_thread(executor.start))
-        await asyncio.wait({start, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
-            executor.close()
-            with contextlib.suppress(OffsiteError):
-                await start
-            return False
-        await start
-        return True
+                await asyncio.to_thread(gateway.join, str(Address(address.host, port)))
+                ready(port, leadership is not None and leadership.leads)
+                jobs = [changes.follow(), fleet.waiting.work(), gateway.work()]
+                jobs += [leadership.work(moved)] if leadership else []
+                work = [asyncio.create_task(job) for job in jobs]
+                await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+                for task in work:
+                    if task.done():
+                        task.result()  # raises: the journal is damaged, or other gateways are unlike this one
+            finally:
+                fleet.waiting.close()
+                await server.stop(grace=1.0)
+        finally:
+            if leadership:
+                leadership.close()
+            gateway.leave()
+            journal.close()
 
     def _bind(self, server: grpc.aio.Server, address: Address) -> int:
         try:
@@ -166,12 +164,17 @@ class Server:
             raise ResourceError(f"cannot listen on {address}: {error}") from None
 
 
-async def _renew(hold: Hold) -> None:
-    """Make sure, every few seconds, that the journal is this coordinator's; raises ResourceError when it is not."""
-    while True:
-        await asyncio.sleep(RENEW_EVERY_S)
-        with contextlib.suppress(Unwritable):  # the dispatcher says so
-            await asyncio.to_thread(hold.renew)
+async def _begin(leadership: Leadership, stop: asyncio.Event) -> bool:
+    """Dispatch if no other gateway does; False when told to stop while an executor starts, which can take long."""
+    begin = asyncio.create_task(leadership.begin())
+    await asyncio.wait({begin, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        leadership.close()
+        with contextlib.suppress(OffsiteError):
+            await begin
+        return False
+    await begin
+    return True
 
 
 def _allow_files(count: int) -> None:
@@ -195,10 +198,11 @@ def _probe(address: Address) -> None:
 def run(
     home: Home,
     address: Address,
-    make_executor: Callable[[Home], Executor],
+    make_executor: Callable[[Home], Executor] | None,
     *,
     policy: OwnerPolicy,
-    ready: Callable[[int], None],
+    ready: Callable[[int, bool], None],
+    moved: Callable[[bool], None] = lambda leads: None,
     places: int = PLACES,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
     journal: str = "",
@@ -206,9 +210,10 @@ def run(
 ) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken.
 
-    The journal and the blobs are URLs; empty: those that the home uses already.
+    The journal and the blobs are URLs; empty: those that the home uses already. Without an executor it serves only,
+    and another gateway dispatches.
     """
     server = Server(
         home, make_executor, policy=policy, places=places, retention=retention, journal=journal, blobs=blobs
     )
-    asyncio.run(server.serve(address, ready=ready))
+    asyncio.run(server.serve(address, ready=ready, moved=moved))

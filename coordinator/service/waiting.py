@@ -4,8 +4,8 @@ import asyncio
 import logging
 
 from offsite.coordinator.service.answer import Gate
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.threads import Batch, in_thread
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.errors import OffsiteError

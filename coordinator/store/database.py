@@ -27,13 +27,13 @@ class Watch(Protocol):
 
 
 class Hold(Protocol):
-    """A journal that is one coordinator's alone, until this is closed or its process ends."""
+    """What one process at a time has of a journal, until it lets go of it or ends, however it ends."""
 
-    def renew(self) -> None:
-        """Make sure that it still is; raises ResourceError when another coordinator has it, Unwritable when unsure."""
+    def take(self) -> bool:
+        """Take it unless another process has it, and tell whether it is this one's; raises Unwritable when unsure."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it; it may be taken again."""
 
 
 class Dialect(Protocol):
@@ -58,7 +58,7 @@ class Dialect(Protocol):
         """Return what tells whether the database has changed."""
 
     def hold(self) -> Hold:
-        """Keep other coordinators from the journal; raises ResourceError when one has it."""
+        """Return what one process at a time can take."""
 
 
 class Database:
@@ -126,9 +126,8 @@ class Database:
             return self._dialect.watch()
 
     def hold(self) -> Hold:
-        """Keep other coordinators from the journal; raises ResourceError when one has it."""
-        with self._in_words():
-            return self._dialect.hold()
+        """Return what one process at a time can take; it is not taken yet."""
+        return self._dialect.hold()
 
     def close(self) -> None:
         """Let go of the database; what another thread is at is done first."""

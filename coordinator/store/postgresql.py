@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 
 from offsite.coordinator.store.database import Unwritable
 from offsite.protos.documents import plain
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError
+from offsite.protos.errors import InputError, MismatchError, OffsiteError
 
 BEAT_S = 0.5  # after which a watch that is closed ends
 AGAIN_S = 0.5  # between two tries to reach a server that is away
@@ -44,13 +44,21 @@ SELECT pg_advisory_xact_lock(hashtextextended('offsite writes ' || current_schem
        pg_notify('offsite_' || md5(current_schema()), '')
 """)
 LISTEN = """DO $$ BEGIN EXECUTE format('LISTEN %I', 'offsite_' || md5(current_schema())); END $$"""
-HOLD = (
+# Of the session that holds the journal, both ends notice within some ten seconds that the other is gone.
+HOLDING = {
+    "keepalives_idle": "4",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+    "connect_timeout": "5",
+}
+HOLD_SETTINGS = (
+    "SET tcp_keepalives_idle = 4; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3",
     # A session of this process that the server has not yet found dead.
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    "SELECT pg_terminate_backend(pid, 2000) FROM pg_stat_activity"
     " WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
-    "SET lock_timeout = '2s'",  # one of a process that was killed just now ends by itself
-    "SELECT pg_advisory_lock(hashtextextended('offsite coordinator ' || current_schema(), 0))",
 )
+HOLD = "SELECT pg_try_advisory_lock(hashtextextended('offsite coordinator ' || current_schema(), 0))"
 ABOUT = "SELECT current_setting('server_encoding'), current_schema() IS NOT NULL"
 
 DAMAGED = ("XX001", "XX002", "42P01", "42703")  # a page or an index; a table or a column that is gone
@@ -163,7 +171,7 @@ class Postgresql:
         return Watch(self)
 
     def hold(self) -> "Hold":
-        """Lock the journal for a session."""
+        """Return what locks the journal for a session."""
         return Hold(self)
 
 
@@ -215,32 +223,37 @@ class Hold:
     def __init__(self, dialect: Postgresql) -> None:
         self._dialect = dialect
         self._name = f"offsite coordinator {secrets.token_hex(8)}"
-        self._connection = self._take()
+        self._connection: psycopg.Connection[Any] | None = None
+        self._taken = False
 
-    def renew(self) -> None:
-        """Make sure that the session is not over; if it is, take the lock again."""
+    def take(self) -> bool:
+        """Take the lock unless another session has it, and tell whether it is this one's; it goes with the session."""
         try:
-            self._connection.execute("SELECT 1")
-        except psycopg.Error:
-            self.close()
             try:
-                self._connection = self._take()
-            except psycopg.Error as error:
-                raise self._dialect.words(error) or error from None
+                return self._ask()
+            except psycopg.Error:
+                if self._connection is None:
+                    raise
+                self.close()  # the session is over; of another one it can be had
+                return self._ask()
+        except psycopg.Error as error:
+            self.close()
+            raise self._dialect.words(error) or error from None
 
-    def _take(self) -> psycopg.Connection[Any]:
-        try:
-            return self._dialect.connect(*HOLD, application_name=self._name)
-        except psycopg.errors.LockNotAvailable:
-            raise ResourceError(
-                f"{self._dialect.where}: another coordinator is using this journal; stop it, or name a database or a "
-                "schema of this one's own"
-            ) from None
+    def _ask(self) -> bool:
+        if self._connection is None:
+            about = {**HOLDING, "application_name": self._name}
+            self._connection = self._dialect.connect(*HOLD_SETTINGS, **about)
+        (answer,) = self._connection.execute("SELECT true" if self._taken else HOLD).fetchone() or (False,)
+        self._taken = bool(answer)
+        return self._taken
 
     def close(self) -> None:
-        """Let go of the journal."""
-        with suppress(psycopg.Error):
-            self._connection.close()
+        """Let go of it."""
+        if self._connection is not None:
+            with suppress(psycopg.Error):
+                self._connection.close()
+        self._connection, self._taken = None, False
 
 
 class _Text(StrDumper):

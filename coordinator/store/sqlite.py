@@ -4,14 +4,14 @@ import fcntl
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from offsite.coordinator.store.database import Unwritable
 from offsite.protos.documents import plain
-from offsite.protos.errors import MismatchError, OffsiteError, ResourceError
+from offsite.protos.errors import MismatchError, OffsiteError
 
 DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT", "SQLITE_SCHEMA")
 HINDERED = {
@@ -71,8 +71,8 @@ class Sqlite:
         return Watch(self)
 
     def hold(self) -> "Hold":
-        """Lock the journal's lock file."""
-        return Hold(self.path)
+        """Return what locks a file beside the journal."""
+        return Hold(self.path.with_name(f"{self.path.name}.lock"))
 
 
 class Watch:
@@ -104,19 +104,26 @@ class Hold:
     """A lock on a file beside the journal; it ends with its process, however that ends."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = path.with_name(f"{path.name}.lock").open("w")
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._handle.close()
-            raise ResourceError(f"{path}: another coordinator is using this journal; stop it or name another") from None
+        self._path = path
+        self._handle: TextIO | None = None
 
-    def renew(self) -> None:
-        """Nothing is needed: the system keeps the lock."""
+    def take(self) -> bool:
+        """Take the lock unless another process has it, and tell whether it is this one's; the system keeps it."""
+        if self._handle is None:
+            handle = self._path.open("w")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.close()
+                return False
+            self._handle = handle
+        return True
 
     def close(self) -> None:
-        """Let go of the journal."""
-        self._handle.close()
+        """Let go of it."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
 
 def _prepare(connection: Any, _: Any = None) -> None:

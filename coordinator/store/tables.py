@@ -87,6 +87,24 @@ sites = sa.Table(
     sa.Column("version", Text, default=""),
     sa.Column("policy", Text, default=""),
 )
+gateways = sa.Table(  # processes that serve this journal's sites and people
+    "gateways",
+    metadata,
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("address", Text),
+    sa.Column("version", Text),
+    sa.Column("policy", Text),  # the digest of the owner's policy
+    sa.Column("owner", Text),  # the digest of the owner's public key
+    sa.Column("started_at", sa.Double),
+    sa.Column("seen_at", sa.Double),
+)
+leaders = sa.Table(  # one row: the gateway that dispatches
+    "leaders",
+    metadata,
+    sa.Column("id", Whole, primary_key=True),
+    sa.Column("name", Text),
+    sa.Column("term", Whole),  # counts the changes of the name
+)
 artifacts = sa.Table(
     "artifacts",
     metadata,

@@ -102,7 +102,13 @@ class Nobody:
 def coordinate(home: Home, core: int, words: Connection) -> None:
     """Be the coordinator, on one core."""
     os.sched_setaffinity(0, {core})
-    run(home, Address("127.0.0.1", 0), lambda _: Nobody(), policy=OwnerPolicy(), ready=words.send)
+    run(
+        home,
+        Address("127.0.0.1", 0),
+        lambda _: Nobody(),
+        policy=OwnerPolicy(),
+        ready=lambda port, leads: words.send(port),
+    )
 
 
 @dataclass

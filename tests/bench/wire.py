@@ -140,7 +140,7 @@ async def coordinator(folder: Path, pipe: Connection) -> None:
 
     idle = 0
 
-    def ready(port: int) -> None:
+    def ready(port: int, leads: bool) -> None:
         nonlocal idle
         idle = forget_peak()
         pipe.send(port)

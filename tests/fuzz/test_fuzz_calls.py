@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from offsite.coordinator.home import Home
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.service.answer import Gate
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.limits import Limits
 from offsite.coordinator.service.people import RunsService
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Key
 from offsite.coordinator.store.tables import runs, tasks
 from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2
@@ -85,7 +85,7 @@ class Coordinator:
         self.gate = Gate(Revocations(kit / "crl.pem", seen=self.home.root / "crl-number"))
         changes = Changes(self.journal)
         self.fleet = FleetService(self.home, self.journal, blobs, self.gate, changes)
-        self.people = RunsService(self.journal, blobs, self.gate, changes, lambda: None, policy=OwnerPolicy())
+        self.people = RunsService(self.journal, blobs, self.gate, changes, policy=OwnerPolicy())
         self.certificates = {
             name: (authority.issue(role, name) / "tls.crt").read_bytes()  # type: ignore[arg-type]
             for role, name in (("site", "bank"), ("owner", "alice"))

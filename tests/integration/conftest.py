@@ -62,6 +62,7 @@ class Federation:
         self.owner = self.authority.issue("owner", "olga")
         self.researcher = self.authority.issue("researcher", "alice")
         self.address = ""
+        self._addresses: dict[str, str] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *arguments: str, program: tuple[str, ...] = ("-m", "offsite.client")) -> None:
@@ -96,20 +97,33 @@ class Federation:
 
         return dict(wait_until(said, f"{name}: {event}"))
 
-    def coordinate(self, *more: str, executor: str = "threads", policy: str = "", home: str = "home") -> str:
-        """Start the coordinator, on the port it had before if it was started before; `policy` is TOML."""
-        ready = len(self.events("coordinator", "ready"))
+    def coordinate(
+        self,
+        *more: str,
+        name: str = "coordinator",
+        executor: str = "threads",
+        policy: str = "",
+        home: str = "home",
+    ) -> str:
+        """Start the coordinator, on the port it had before if it was started before; `policy` is TOML.
+
+        Another name makes one more gateway, to be given a home and an environment of its stores; return its address.
+        """
+        ready = len(self.events(name, "ready"))
         kit = str(self.folder / "pki" / "coordinator")
         file = self.folder / "owner.toml"
         file.write_text(policy)
+        listen = self.address if name == "coordinator" else self._addresses.get(name)
         self.start(
-            "coordinator",
+            name,
             *("coordinator", "up", "--home", str(self.folder / home), "--identity", kit, "--executor", executor),
             *("--policy", str(file)),
-            *("--listen", self.address or "127.0.0.1:0", "--format", "json", "--threads", "1", *more),
+            *("--listen", listen or "127.0.0.1:0", "--format", "json", "--threads", "1", *more),
         )
-        self.address = str(self.expect("coordinator", "ready", count=ready + 1)["address"])
-        return self.address
+        address = self._addresses[name] = str(self.expect(name, "ready", count=ready + 1)["address"])
+        if name == "coordinator":
+            self.address = address
+        return address
 
     def join(self, name: str, *, data: Path | None = None, policy: str = "", engine: str = "plain") -> None:
         """Start a site's agent; `policy` is TOML added to one that allows what these tests ask for."""

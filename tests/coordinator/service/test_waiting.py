@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from offsite.coordinator.service import changes as changes_module
 from offsite.coordinator.service import waiting
-from offsite.coordinator.service.changes import Changes
 from offsite.coordinator.service.threads import Batch
 from offsite.coordinator.service.waiting import WaitingRoom
+from offsite.coordinator.store import changes as changes_module
+from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Journal, Key, Row
 from offsite.coordinator.store.opening import open_journal
 from offsite.protos.errors import IdentityError

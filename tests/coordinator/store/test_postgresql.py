@@ -42,7 +42,12 @@ def journal(at: str) -> Iterator[Journal]:
 
 
 def test_coordinators_share_a_database_in_schemas_of_their_own(postgresql: Any, journal: Journal) -> None:
-    with closing(open_journal(postgresql.empty())) as other, closing(journal.hold()), closing(other.hold()):
+    with (
+        closing(open_journal(postgresql.empty())) as other,
+        closing(journal.hold()) as one,
+        closing(other.hold()) as two,
+    ):
+        assert one.take() and two.take()
         assert other.runs() == [] and [run.id for run in journal.runs()] == ["r"]
 
 
@@ -83,28 +88,25 @@ def test_a_number_is_not_given_before_the_one_before_it_can_be_read(journal: Jou
     assert [event.kind for event in journal.events("r")] == ["first", "step"]
 
 
-def test_a_coordinator_has_its_journal_alone_even_after_the_server_was_away(
-    journal: Journal, postgresql: Any, at: str
+def test_a_hold_lasts_while_the_server_is_away_and_is_anybodys_when_it_is_back(
+    journal: Journal, postgresql: Any
 ) -> None:
-    with closing(open_journal(at)) as other:
-        hold = journal.hold()
-        with pytest.raises(ResourceError, match="another coordinator is using this journal; stop it"):
-            other.hold()
+    with closing(journal.hold()) as hold, closing(journal.hold()) as other:
+        assert hold.take() and not other.take()
         postgresql.kill()
-        with pytest.raises(Unwritable, match="cannot be reached"):
-            hold.renew()
+        for one in (hold, other):
+            with pytest.raises(Unwritable, match="cannot be reached"):
+                one.take()
         postgresql.start()
-        hold.renew()
-        hold._connection, ghost = psycopg.connect(at), hold._connection  # type: ignore[attr-defined]
+        assert hold.take() and not other.take()
+        hold._connection, ghost = psycopg.connect(postgresql.url()), hold._connection  # type: ignore[attr-defined]
         hold._connection.close()  # type: ignore[attr-defined]
-        hold.renew()  # though the server does not know that the session before it is over
+        assert hold.take(), "though the server does not know that the session before it is over"
         ghost.close()
         postgresql.kill()
         postgresql.start()
-        with closing(other.hold()), pytest.raises(ResourceError, match="another coordinator"):
-            hold.renew()
-        hold.renew()
-        hold.close()
+        wait_until(other.take)
+        assert not hold.take()
 
 
 def test_who_watches_is_told_of_every_write_and_goes_on_after_the_server_was_away(
