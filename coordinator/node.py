@@ -21,6 +21,12 @@ class Node:
 
     root: Path
     url: str
+    desk: Path = Path()  # of one step, for the owner's files that it reads
+
+    @property
+    def shared(self) -> bool:
+        """Whether the blobs lie beyond this machine, so that others can do the steps, too."""
+        return not self.url.startswith("file:")
 
     def prepare(self) -> "Node":
         """Make the folders, for this account alone; idempotent."""

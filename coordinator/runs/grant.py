@@ -8,9 +8,17 @@ from pydantic import Field
 
 from offsite.protos.documents import document, plain
 from offsite.protos.ranges import Flag, Place
-from offsite.protos.spec import Ancestor, RunSpec
+from offsite.protos.spec import Ancestor, FileEntry, RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
+
+
+@document
+class Input:
+    """A model or a text of the owner, once its files are among the blobs."""
+
+    source: Place  # where it lies at the coordinator: a folder, or a file, whose path in it is "."
+    files: tuple[FileEntry, ...]
 
 
 @document
@@ -23,6 +31,7 @@ class Grant(RunSpec):
     folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere
     whole: Flag = True  # whether its emulator may be the base with nothing removed
     base_name: Place = ""  # what sites and reports call the base; empty: as its folder is called
+    inputs: dict[Place, Input] = Field(default_factory=dict)  # its model and texts by place, once they were gathered
 
     def wording(self, error: BaseException, sentence: str = "") -> str:
         """Return an error's sentence, or the one given for it.

@@ -25,13 +25,14 @@ from offsite.coordinator.runs.steps.orders import (
     Attack,
     Build,
     Evaluate,
+    Gather,
     Order,
     Publish,
     Realign,
     Tune,
     Update,
 )
-from offsite.coordinator.runs.steps.results import BUILD, PUBLISH, SELECT, Built, Evaluation, Folded, Step
+from offsite.coordinator.runs.steps.results import BUILD, GATHER, PUBLISH, SELECT, Built, Evaluation, Folded, Step
 from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.database import Watch
 from offsite.coordinator.store.journal import LIVE
@@ -118,6 +119,9 @@ class Supervisor:
     def _rounds(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             return
+        if self._home.node.shared:
+            inputs = self._do(GATHER, Gather()).places
+            self._document = to_json(replace(self._spec, inputs=inputs))
         origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
         order = Build(sites=self._history[SELECT].names, continued=origin)
         self._do(BUILD, order, _built, accept=self._accept)

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
+from offsite.coordinator.runs.steps.orders import Gather
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import plain
@@ -148,18 +149,25 @@ class _Supervisor:
             os._exit(1)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    def _perform(self, *arguments: Any) -> bytes:
+    def _perform(self, step: str, *documents: bytes) -> bytes:
         try:
-            return bytes(ray.get(_perform.remote(self._threads, self._home.node, *arguments)))
+            return bytes(ray.get(self._task(step).remote(self._threads, self._home.node, _node(), step, *documents)))
         except RayTaskError as error:
             raise Lost if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
             raise Lost from error
 
+    def _task(self, step: str) -> Any:
+        """Return the task of a step, for the nodes that can do it."""
+        if self._home.node.shared and step != Gather.step:
+            return _perform
+        return _perform.options(scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False))
+
 
 @ray.remote
 class _Steps:
     def __init__(self, node: Node) -> None:
+        node.prepare().sweep()
         self._server = forking.fork_server(node)
         self.start()
 
@@ -168,9 +176,17 @@ class _Steps:
 
 
 @ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
-def _perform(threads: int, node: Node, *arguments: Any) -> bytes:
+def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: bytes) -> bytes:
+    node = home if at == _node() else _elsewhere(home.url)
     ray.get(_steps(node).start.remote())
-    return forking.perform(threads, node, *arguments)
+    return forking.perform(threads, node, step, spec, order)
+
+
+def _elsewhere(url: str) -> Node:
+    """Return the folder of this machine, which is not the coordinator's own."""
+    from offsite.emulator.zoo import cache_folder  # the hub's client: not in each of Ray's processes
+
+    return Node(cache_folder() / "nodes" / hex_of(digest_bytes(url.encode()), most=16), url)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,12 @@ class Blobs(Protocol):
     def keep(self, file: Path, digest: str) -> int:
         """Move in a file whose digest the caller has seen and return its size; durable on return."""
 
+    def share(self, file: Path) -> tuple[str, int]:
+        """Take in a copy of somebody's file, unless it is there and young, and return (digest, size).
+
+        Durable on return. Raises MismatchError if the file changes meanwhile.
+        """
+
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
         """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""
 
@@ -154,6 +160,15 @@ class Folder(Blobs):
             for folder in (place.parent, place.parent.parent):  # which may be as new as the file
                 _sync_folder(folder)
         return size
+
+    def share(self, file: Path) -> tuple[str, int]:
+        """Take in a copy of somebody's file and return (digest, size); durable on return."""
+        digest = digest_file(file)
+        folder = self._place(digest).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as source, NamedTemporaryFile(dir=folder, delete=False) as copy:  # swept if it is left
+            shutil.copyfileobj(source, copy, COPY_BYTES)
+        return self.take(Path(copy.name), digest=digest)
 
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
         """Remove the blobs that are not to be kept and were stored before a time; return how many, and bytes."""

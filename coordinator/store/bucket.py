@@ -5,6 +5,7 @@ and retries are obstore's.
 """
 
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import obstore
 from offsite.coordinator.store.blobs import Blobs, log, room
 from offsite.coordinator.store.cache import Cache
 from offsite.coordinator.store.s3 import client, in_words, parse
-from offsite.protos.chunks import CHUNK_BYTES, algorithm_of, hasher, hex_of, is_digest
+from offsite.protos.chunks import CHUNK_BYTES, algorithm_of, digest_file, hasher, hex_of, is_digest
 from offsite.protos.errors import InputError, MismatchError, NotFoundError
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ T = TypeVar("T")
 PART_BYTES, PARTS_AT_ONCE = 8 << 20, 4  # of an upload: what of it is in memory
 MOST_PARTS = 10_000  # that S3 takes
 PATIENT_S, HURRIED_S = 60.0, 0.5  # with a server that is away: of a transfer, and of a question
+YOUNG_S = 12 * 3600.0  # what a run may name that is so young, no collection has in view
 SKEW_S = 900.0  # S3 answers nobody whose clock differs by more, so by no more are its times off
 
 
@@ -92,10 +94,33 @@ class Bucket(Blobs):
 
     def keep(self, file: Path, digest: str) -> int:
         """See `Blobs`; it is put even where it is already, so that it is young, and whole if it was not."""
-        part = max(PART_BYTES, file.stat().st_size // MOST_PARTS + 1)
         with self._alone(digest), in_words(self._at):
-            obstore.put(client(self._at, PATIENT_S), _key(digest), file, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+            self._put(digest, file, file.stat().st_size)
         return self._cache.keep(file, digest)
+
+    def _put(self, digest: str, content: Path | Iterator[bytes], size: int) -> None:
+        part = max(PART_BYTES, size // MOST_PARTS + 1)
+        obstore.put(client(self._at, PATIENT_S), _key(digest), content, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+
+    def share(self, file: Path) -> tuple[str, int]:
+        """See `Blobs`; it is put from where it is, and not into the cache."""
+        digest, size = digest_file(file), file.stat().st_size
+        whole = hasher(algorithm_of(digest))
+
+        def read() -> Iterator[bytes]:
+            with file.open("rb") as source:
+                while data := source.read(PART_BYTES):
+                    whole.update(data)
+                    yield data
+
+        with self._alone(digest), in_words(self._at):
+            stored_at = self._stored_at(digest)
+            if stored_at is None or stored_at < time.time() - YOUNG_S:
+                self._put(digest, read(), size)
+                if digest != f"{algorithm_of(digest)}:{whole.hexdigest()}":
+                    obstore.delete(client(self._at, PATIENT_S), _key(digest))
+                    raise MismatchError(f"{file}: it changes while it is read; submit the run again when it is at rest")
+        return digest, size
 
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
         """See `Blobs`; what was stored less than SKEW_S before that time stays, too."""

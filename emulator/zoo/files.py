@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # what else a model is read from: configuration and tokenizer
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that a model is read from, its weights among them; raises ValueError."""
+    beside = {path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
+    return sorted({*weight_files(folder), *beside})
 
 
 def weight_files(folder: Path) -> list[Path]:

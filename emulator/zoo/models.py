@@ -18,7 +18,7 @@ from zipfile import ZipFile
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
-from offsite.emulator.zoo.files import one_line, weight_files
+from offsite.emulator.zoo.files import BESIDE, one_line, weight_files
 from offsite.emulator.zoo.wheels import fetch
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _checked(folder: Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    kept = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    kept = ["*.safetensors", *BESIDE]
     try:
         return Path(snapshot_download(name, allow_patterns=kept, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these

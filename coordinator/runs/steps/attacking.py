@@ -42,8 +42,10 @@ def attack(node: Node, spec: Grant, order: Attack) -> Attacks:
         tuned = method.attach(copy.deepcopy(emulator), places, tensors.load(node.blobs().path(order.adapter)))
     models: dict[Start, nn.Module] = {"emulator": emulator, "tuned": tuned}
 
-    task, public = ([] if not text else samples(spec, text, tokenizer) for text in (spec.attack_text, spec.public))
-    held_out = exams(spec, tokenizer)
+    task, public = (
+        [] if not text else samples(node, spec, text, tokenizer) for text in (spec.attack_text, spec.public)
+    )
+    held_out = exams(node, spec, tokenizer)
     with timeline.span("training"):
         scores = scored(
             of_run(spec),

@@ -13,7 +13,7 @@ from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.beginning import first, go_on
-from offsite.coordinator.runs.steps.inputs import folders, the_base, unfinished
+from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
 from offsite.coordinator.runs.steps.storage import store_schema, store_version
@@ -39,12 +39,12 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
     blobs = node.blobs()
     with TemporaryDirectory(dir=node.scratch) as scratch, timeline.span("building"):
         built = building.build(
-            spec.model,
+            here(node, spec, spec.model),
             spec.builders,
             spec.trainable,
             Path(scratch) / "bundle",
-            public=Path(spec.public) if spec.public else None,
-            calibration=Path(spec.calibration) if spec.calibration else None,
+            public=text(node, spec, spec.public),
+            calibration=text(node, spec, spec.calibration),
             owner_key=None,  # what is signed is each task, which names the manifest
             called=spec.base_name,
             folders=folders(spec),
@@ -110,7 +110,7 @@ def realign(node: Node, spec: Grant, order: Realign) -> Realigned:
     """Tune the emulator's frozen layers beside the newest adapter, and store the bundle of the next round."""
     timeline = Timeline()
     blobs = node.blobs()
-    source = the_base(spec, order.base)
+    source = the_base(node, spec, order.base)
     scratch = unfinished(node, spec, f"realign {order.adapter}")
     with TemporaryDirectory(dir=node.scratch) as folder, timeline.span("building"):
         full, tokenizer = zoo.load_base(source, dtype="auto")
@@ -121,12 +121,12 @@ def realign(node: Node, spec: Grant, order: Realign) -> Realigned:
         method = methods.make(spec.method.name, spec.method.settings)
         adapter = tensors.load(blobs.path(order.adapter))
         last: Any = make_builder(spec.builders[-1].name, spec.builders[-1].settings)
-        text = building.material(
-            Path(spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
+        material = building.material(
+            text(node, spec, spec.public), tokenizer, folders=folders(spec), scratch=scratch, longest=positions(full)
         )
         aligned = last.realigned(
             draft,
-            text,
+            material,
             steps=spec.realign_steps,
             method=method,
             adapter=adapter,

@@ -34,7 +34,7 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
     with timeline.span("loading"), TemporaryDirectory(dir=node.scratch) as scratch:
         adapter = tensors.load(blobs.path(order.adapter)) if order.adapter else None
         if order.manifest is None:
-            model, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])
+            model, tokenizer = zoo.load_base(the_base(node, spec, order.base), dtype=DTYPES[spec.training.precision])
             if adapter is not None:
                 adapter = recovered(blobs, method, adapter, order.recovery)
                 model = plug(model, method, adapter)
@@ -45,14 +45,14 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
             if adapter is not None:
                 model = method.attach(model, bundle.described(listed).outline.places, adapter)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scores = measure(model, exams(spec, tokenizer), timeline)
+    scores = measure(model, exams(node, spec, tokenizer), timeline)
     return Evaluation(sets=scores, spans=tuple(timeline))
 
 
-def exams(spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
+def exams(node: Node, spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
     """Read the owner's held-out data by name."""
     return {
-        name: evaluation_batches(samples(spec, path, tokenizer), batch_size=EVALUATION_BATCH)
+        name: evaluation_batches(samples(node, spec, path, tokenizer), batch_size=EVALUATION_BATCH)
         for name, path in sorted(spec.evaluation.items())
     }
 

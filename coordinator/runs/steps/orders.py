@@ -19,6 +19,13 @@ class Continued:
 
 
 @document
+class Gather:
+    """Put the owner's files that a run reads into the blobs."""
+
+    step: ClassVar[str] = "gather"
+
+
+@document
 class Build:
     """Build a run's emulator, and the version that it begins from."""
 
@@ -97,4 +104,4 @@ class Publish:
     recovery: Digest | None
 
 
-Order = Build | Aggregate | Realign | Evaluate | Attack | Tune | Publish
+Order = Gather | Build | Aggregate | Realign | Evaluate | Attack | Tune | Publish

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,26 @@ from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate
-from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Order, Publish, Realign, Tune
+from offsite.coordinator.runs.steps.gathering import gather
+from offsite.coordinator.runs.steps.inputs import at_desk, desks
+from offsite.coordinator.runs.steps.orders import (
+    Aggregate,
+    Attack,
+    Build,
+    Evaluate,
+    Gather,
+    Order,
+    Publish,
+    Realign,
+    Tune,
+)
 from offsite.coordinator.runs.steps.publishing import publish
 from offsite.coordinator.runs.steps.tuning import tune
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
 
 STEPS: dict[str, tuple[type[Order], Callable[[Node, Grant, Any], object]]] = {
+    "gather": (Gather, gather),
     "build": (Build, build),
     "realign": (Realign, realign),
     "aggregate": (Aggregate, aggregate),
@@ -31,16 +45,24 @@ STEPS: dict[str, tuple[type[Order], Callable[[Node, Grant, Any], object]]] = {
 
 def perform(node: Node, step: str, spec: bytes, order: bytes) -> bytes:
     """Do one step by name and return its result as a document; raises OffsiteError where users can act on it."""
-    node.prepare()
     grant = from_json(Grant, spec, where="run spec")
     kind, work = STEPS[step]
-    try:
-        return to_json(work(node, grant, from_json(kind, order, where=f"step {step}")))
-    except Exception as error:
-        known = _in_words(error, step)
-        if known is None:
-            raise
-        raise type(known)(grant.wording(error, str(known)), reason=known.reason) from None
+    with at_desk(node) as node:
+        try:
+            return to_json(work(node, grant, from_json(kind, order, where=f"step {step}")))
+        except Exception as error:
+            known = _in_words(error, step)
+            if known is None:
+                raise
+            raise type(known)(_told(node, grant, error, str(known)), reason=known.reason) from None
+
+
+def _told(node: Node, grant: Grant, error: Exception, sentence: str) -> str:
+    """Say what went wrong as the run's people know its places, wherever this node has them."""
+    names = dict(grant.names)
+    for place, path in desks(node, grant).items():
+        sentence, names[path] = sentence.replace(path, place), names.get(place, place)
+    return replace(grant, names=names).wording(error, sentence)
 
 
 def _in_words(error: Exception, step: str) -> OffsiteError | None:

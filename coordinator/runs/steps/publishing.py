@@ -20,7 +20,7 @@ def publish(node: Node, spec: Grant, order: Publish) -> Publication:
     timeline = Timeline()
     blobs = node.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
-    source = the_base(spec, order.base)
+    source = the_base(node, spec, order.base)
     with timeline.span("loading"):
         model, tokenizer = zoo.load_base(source, dtype="auto")
     adapter = recovered(blobs, method, tensors.load(blobs.path(order.adapter)), order.recovery)

@@ -6,6 +6,7 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import Field
 
 from offsite.coordinator.bundles.manifests import Bundle
+from offsite.coordinator.runs.grant import Input
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.emulator.evaluation.portion import Portion
@@ -16,6 +17,14 @@ from offsite.protos.spec import BaseRef, Choice, Span
 
 Message = Annotated[str, Field(max_length=TEXT)]
 R = TypeVar("R")
+
+
+@document
+class Inputs:
+    """The owner's files that a run reads."""
+
+    places: dict[Place, Input]  # the model and the texts, as the run names them
+    spans: tuple[Span, ...] = ()
 
 
 @document
@@ -109,6 +118,7 @@ class Step(Generic[R]):
 
 
 SELECT = Step("sites", Selection)
+GATHER = Step("inputs", Inputs)
 BUILD = Step("version:0", Built)
 ATTACK = Step("attack", Attacks)
 PUBLISH = Step("publish", Publication)

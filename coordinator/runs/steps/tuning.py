@@ -25,9 +25,9 @@ def tune(node: Node, spec: Grant, order: Tune) -> Evaluation:
     timeline = Timeline()
     scratch = unfinished(node, spec, f"tune {order.base}")
     with timeline.span("loading"):
-        base, tokenizer = zoo.load_base(the_base(spec, order.base), dtype=DTYPES[spec.training.precision])
+        base, tokenizer = zoo.load_base(the_base(node, spec, order.base), dtype=DTYPES[spec.training.precision])
         base.to("cuda" if torch.cuda.is_available() else "cpu")
-        text, held_out = samples(spec, spec.attack_text, tokenizer), exams(spec, tokenizer)
+        text, held_out = samples(node, spec, spec.attack_text, tokenizer), exams(node, spec, tokenizer)
     choice = of_base(spec.method)
     with timeline.span("training"):
         model = tuned(

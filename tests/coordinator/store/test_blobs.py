@@ -142,6 +142,35 @@ def test_what_is_not_kept_and_old_is_collected(kept: Kept) -> None:
     assert kept.blobs.sweep({kept_old}, before=before) == (0, 0)
 
 
+def test_what_is_shared_stays_where_it_is_and_is_young(kept: Kept) -> None:
+    (kept.folder / "owned").write_bytes(b"owned")
+    digest, size = kept.blobs.share(kept.folder / "owned")
+    assert (digest, size) == (digest_bytes(b"owned"), 5) and (kept.folder / "owned").exists()
+    kept.age(digest)
+    assert kept.blobs.share(kept.folder / "owned") == (digest, size)
+    assert kept.blobs.sweep(set(), before=time.time() - DAY_S) == (0, 0)
+    kept.forget()
+    assert kept.blobs.path(digest).read_bytes() == b"owned"
+
+
+def test_a_young_file_is_not_put_again(stored: Kept) -> None:
+    (stored.folder / "owned").write_bytes(b"owned")
+    digest, _ = stored.blobs.share(stored.folder / "owned")
+    stored.age(digest, days=0.4)
+    before = stored.file(digest).stat()
+    stored.blobs.share(stored.folder / "owned")
+    assert stored.file(digest).stat().st_mtime == before.st_mtime
+
+
+def test_a_file_that_changes_while_it_is_shared_is_not_taken(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kept.folder / "owned").write_bytes(b"after")
+    monkeypatch.setattr(bucket, "digest_file", lambda _: digest_bytes(b"before"))
+    monkeypatch.setattr(blobs_module, "digest_file", lambda _, like="": digest_bytes(b"after" if like else b"before"))
+    with pytest.raises(MismatchError):
+        kept.blobs.share(kept.folder / "owned")
+    assert digest_bytes(b"before") not in kept.blobs
+
+
 def test_what_is_stored_again_while_it_is_collected_stays(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     digest, hold = kept.take(b"one"), "_alone" if isinstance(kept.blobs, Bucket) else "_locked"
     kept.age(digest)

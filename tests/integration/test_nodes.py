@@ -1,0 +1,116 @@
+"""Steps on a machine that has nothing of the owner's: they read it from the blobs, and give the same bytes."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from offsite.client import Choice, TrainingSpec
+from offsite.coordinator.node import Node
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.inputs import at_desk, here
+from offsite.coordinator.runs.steps.orders import Build, Evaluate, Gather, Order, Publish, Tune
+from offsite.coordinator.runs.steps.performing import perform
+from offsite.coordinator.runs.steps.results import Built, Evaluation, Inputs, Publication
+from offsite.protos.documents import from_json, to_json, to_plain
+from offsite.protos.errors import InputError
+
+R = TypeVar("R")
+
+
+@pytest.fixture
+def owned(tmp_path: Path, material: Path) -> Path:
+    """The owner's files, of this test alone; one text is a folder, with what is no text in it."""
+    folder = Path(shutil.copytree(material, tmp_path / "owned"))
+    (folder / "texts" / "more").mkdir(parents=True)
+    (folder / "texts" / ".hidden.jsonl").write_text("{")
+    (folder / "texts" / "read.me").write_text("no text")
+    shutil.copy(folder / "held-out.jsonl", folder / "texts" / "more" / "exam.jsonl")
+    (folder / "texts" / "again.jsonl").symlink_to(folder / "texts" / "more" / "exam.jsonl")
+    return folder
+
+
+@pytest.fixture
+def spec(owned: Path) -> Grant:
+    return Grant(
+        model=str(owned / "model"),
+        builders=(Choice(name="crash", settings={"keep": 5}), Choice(name="distilled", settings={"steps": 2})),
+        trainable=Choice(name="ends", settings={"bottom": 1, "top": 1}),
+        method=Choice(name="lora", settings={"rank": 4, "alpha": 8.0}),
+        training=TrainingSpec(steps=4, learning_rate=0.01, max_length=32, seed=3),
+        public=str(owned / "public.jsonl"),
+        evaluation={"exam": str(owned / "texts")},
+        attack_text=str(owned / "hospital.jsonl"),
+        attack_steps=2,
+        merge=True,
+    )
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Callable[[str], Node]:
+    """A maker of machines that share the blobs and nothing else."""
+    return lambda name: Node(tmp_path / name, f"file://{tmp_path}/blobs").prepare()
+
+
+def do(node: Node, spec: Grant, order: Order, gives: type[R]) -> R:
+    return from_json(gives, perform(node, order.step, to_json(spec), to_json(order)), where=order.step)
+
+
+def outcome(node: Node, spec: Grant) -> list[dict[str, Any]]:
+    """All that some steps give but times, of a run in which no site has changed anything."""
+    built = do(node, spec, Build(sites=("ward",)), Built)
+    base, adapter = built.base.digest, built.version.adapter
+    measured = Evaluate(base=base, manifest=None, adapter=adapter, recovery=built.recovery)
+    results = [
+        built,
+        do(node, spec, measured, Evaluation),
+        do(node, spec, replace(measured, manifest=built.manifest), Evaluation),
+        do(node, spec, Tune(base=base, trainable=(0, 5)), Evaluation),
+        do(node, spec, Publish(base=base, adapter=adapter, recovery=built.recovery), Publication),
+    ]
+    return [{name: value for name, value in to_plain(one).items() if name != "spans"} for one in results]
+
+
+def test_a_machine_without_the_owners_files_gives_the_same_bytes(
+    owned: Path, spec: Grant, node: Callable[[str], Node]
+) -> None:
+    torch.set_num_threads(1)
+    wanted = outcome(node("home"), replace(spec, base_name="base"))
+    inputs = do(node("home"), spec, Gather(), Inputs).places
+    assert [entry.path for entry in inputs[str(owned / "texts")].files] == ["again.jsonl"], "each text once"
+    owned.rename(owned.with_name("gone"))
+    elsewhere = node("elsewhere")
+    assert outcome(elsewhere, replace(spec, base_name="base", inputs=inputs)) == wanted
+    assert not list(elsewhere.scratch.iterdir())
+
+
+def test_a_file_that_is_there_is_not_fetched_and_one_that_has_changed_is(
+    owned: Path, spec: Grant, node: Callable[[str], Node]
+) -> None:
+    inputs = do(node("home"), spec, Gather(), Inputs).places
+    gathered, public = replace(spec, inputs=inputs), Path(spec.public)
+    before = public.read_bytes()
+    public.write_bytes(before[::-1])
+    with at_desk(node("elsewhere")) as desk:
+        text, model = Path(here(desk, gathered, spec.public)), Path(here(desk, gathered, spec.model))
+        assert text.read_bytes() == before and not text.is_symlink() and text.name == public.name
+        assert (model / "model.safetensors").resolve() == owned / "model" / "model.safetensors"
+
+
+@pytest.mark.parametrize("role", ["owner", "researcher"])
+def test_what_is_wrong_with_a_file_is_told_by_the_name_the_run_has_for_it(
+    spec: Grant, node: Callable[[str], Node], role: str, owned: Path
+) -> None:
+    Path(spec.public).write_text("no row\n")
+    inputs = do(node("home"), spec, Gather(), Inputs).places
+    names = {spec.public: "north/public"}
+    bad = replace(spec, inputs=inputs, **{"role": role, "names": names if role == "researcher" else {}})
+    shutil.rmtree(owned)
+    with pytest.raises(InputError) as refused:
+        do(node("elsewhere"), bad, Build(sites=("ward",)), Built)
+    told = spec.public if role == "owner" else names[spec.public]
+    assert str(refused.value).startswith(f"{told}, line 1: ")
