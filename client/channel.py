@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,18 @@ import grpc
 
 from offsite.client.apart import many, one
 from offsite.client.transfers import Incoming, Outgoing
-from offsite.protos.addresses import parse
+from offsite.protos.addresses import Address, parse_all
 from offsite.protos.chunks import STALL_S, digest_file, is_digest
 from offsite.protos.documents import plain
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError, from_status
+from offsite.protos.errors import (
+    IdentityError,
+    InputError,
+    MismatchError,
+    OffsiteError,
+    ResourceError,
+    UnreachableError,
+    from_status,
+)
 from offsite.protos.fleet_pb2 import UploadHeader
 from offsite.protos.frames import lean
 from offsite.protos.security.handshake import check_coordinator, coordinator_certificate
@@ -59,34 +68,49 @@ class Lines:
 class Channel:
     """One coordinator, dialled at the first call and again when it shows another certificate.
 
-    Only a certificate that the kit's list does not refuse is spoken to; the list is read again at every call.
-    `patience_s` is how long a call goes on trying while the coordinator does not answer. Every call of the protocol
-    may be repeated, so retrying is always safe.
+    Where `target` names several of its gateways, HOST:PORT,HOST:PORT, they are tried in turn, and one that answers is
+    stayed with until it is away. Only a certificate that the kit's list does not refuse is spoken to; the list is read
+    again at every call. `patience_s` is how long a call goes on trying while the coordinator does not answer. Every
+    call of the protocol may be repeated, so retrying is always safe.
     """
 
     def __init__(self, target: str, identity: Identity, *, patience_s: float = 10.0) -> None:
-        self.address = parse(target)
-        self.target = str(self.address)
+        self._gateways = deque(parse_all(target))  # the first is spoken to
         self.patience_s = patience_s
         self.grpc = Lines(self._line)
         self.waiting: Callable[[str], None] = lambda message: None  # is told what a call waits for, once a wait
         self._identity = identity
         self._certificate = b""  # the one that is spoken to; empty: dial anew
-        self._connections: list[grpc.Channel] = []  # the last holds; one before it may be in another thread's hands
+        self._connections: dict[tuple[Address, bytes], grpc.Channel] = {}  # others may be in other threads' hands
         self._dialling = threading.Lock()
         self._closed, self._closing = False, threading.Lock()
         self._met = False  # whether the coordinator has ever answered on this channel
 
+    @property
+    def address(self) -> Address:
+        """Where the coordinator, or the gateway to it that is spoken to, listens."""
+        return self._gateways[0]
+
+    @property
+    def target(self) -> str:
+        """The same, as it is written."""
+        return str(self.address)
+
     def _connection(self) -> grpc.Channel:
         """Return a connection to a coordinator that may be spoken to; raises IdentityError, UnreachableError."""
         with self._dialling:
-            certificate = self._certificate or self._look()
-            check_coordinator(certificate, self._identity)
-            if certificate != self._certificate:
-                credentials = channel_credentials(self._identity, pinned=certificate)
-                self._connections.append(grpc.secure_channel(self.target, credentials, options=self._options()))
-                self._certificate = certificate
-            return self._connections[-1]
+            if not self._certificate:
+                self._certificate = self._look()
+            try:
+                check_coordinator(self._certificate, self._identity)
+            except IdentityError:
+                self._leave()
+                raise
+            at = (self.address, self._certificate)
+            if at not in self._connections:
+                credentials = channel_credentials(self._identity, pinned=self._certificate)
+                self._connections[at] = grpc.secure_channel(self.target, credentials, options=self._options())
+            return self._connections[at]
 
     def _line(self, kind: str, *path: Any, **codec: Any) -> Any:
         """Return what makes one call; raises IdentityError, UnreachableError."""
@@ -97,10 +121,27 @@ class Channel:
             return getattr(connection, kind)(*path, **codec)
 
     def _look(self) -> bytes:
-        try:
-            return coordinator_certificate(self.address, self._identity)
-        except ConnectionError as error:
-            raise self._no_connection(plain(str(error))) from None
+        """Return the certificate of the first gateway that may be spoken to, those after the last one first."""
+        if self._connections:
+            self._gateways.rotate(-1)
+        faults: list[OffsiteError] = []
+        for _ in range(len(self._gateways)):
+            try:
+                certificate = coordinator_certificate(self.address, self._identity)
+                check_coordinator(certificate, self._identity)
+                return certificate
+            except ConnectionError as error:
+                faults.append(self._no_connection(plain(str(error))))
+            except IdentityError as error:
+                faults.append(error)
+            self._gateways.rotate(-1)
+        kind = next((type(fault) for fault in faults if isinstance(fault, UnreachableError)), type(faults[0]))
+        raise kind("; ".join(dict.fromkeys(str(fault) for fault in faults)))
+
+    def _leave(self) -> None:
+        """Try the next gateway at the next call, if there is one."""
+        if len(self._gateways) > 1:
+            self._certificate = b""
 
     def _options(self) -> tuple[tuple[str, int], ...]:
         """A proxy is for what lies beyond this machine, whatever the environment says."""
@@ -110,7 +151,7 @@ class Channel:
         """Close the connection; calls in progress end, and there are no new ones."""
         with self._closing:
             self._closed = True
-        for connection in self._connections:
+        for connection in self._connections.values():
             one(connection.close)
 
     def call(self, method: Any, request: Any, *, timeout_s: float = STALL_S, patience_s: float | None = None) -> Any:
@@ -140,6 +181,8 @@ class Channel:
                 return result
             except (grpc.RpcError, UnreachableError) as error:
                 fault = self._translate(error) if isinstance(error, grpc.RpcError) else error
+                if isinstance(fault, UnreachableError):
+                    self._leave()
                 if progress() > reached:
                     deadline, reached, pause = time.monotonic() + patience, progress(), FIRST_PAUSE_S
                 passing = isinstance(fault, UnreachableError | ResourceError) and not self._closed
@@ -155,6 +198,8 @@ class Channel:
         if status == grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in details:
             self._certificate = b""
             return UnreachableError(f"{self.target}: the coordinator shows another certificate, which is to be checked")
+        if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+            self._leave()
         if status == grpc.StatusCode.UNAVAILABLE:
             return self._no_connection(details)
         if status == grpc.StatusCode.CANCELLED:  # not by us: a server that ends cancels what it is doing

@@ -263,6 +263,8 @@ class Session:
 def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> Session:
     """Open a coordinator at HOST:PORT with the kit of an owner, a researcher or an auditor.
 
+    Several of its gateways, as "HOST:PORT,HOST:PORT", are tried in turn.
+
     Raises:
         IdentityError: the kit is broken, expired, or of another authority.
         InputError: the address is not HOST:PORT.

@@ -59,6 +59,11 @@ def parse(text: str, *, listening: bool = False) -> Address:
     return Address(host, int(port))
 
 
+def parse_all(text: str) -> tuple[Address, ...]:
+    """Read one HOST:PORT, or several with commas between, of a coordinator's gateways; raises InputError."""
+    return tuple(parse(part.strip()) for part in text.split(","))
+
+
 def _is_ipv6(host: str) -> bool:
     try:
         ipaddress.IPv6Address(host.partition("%")[0])

@@ -12,7 +12,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit feder
 
 RESTART_S = 120.0  # how long a command that waits for a run waits for a coordinator that is being restarted
 
-Coordinator = Annotated[str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator.")]
+Coordinator = Annotated[
+    str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator, or of several gateways.")
+]
 Kit = Annotated[
     Path, typer.Option("--identity", envvar="OFFSITE_IDENTITY", help="The kit of an owner, a researcher or an auditor.")
 ]

@@ -21,7 +21,12 @@ def _group() -> None:
 
 @app.command()
 def join(
-    coordinator: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator. The site only ever dials out.")],
+    coordinator: Annotated[
+        str,
+        typer.Argument(
+            help="HOST:PORT of the coordinator, or of several gateways with commas between. The site only dials out."
+        ),
+    ],
     identity: Annotated[Path, typer.Option(help="The site's kit, from the model owner.")],
     policy: Annotated[Path, typer.Option(help="The site's policy file (TOML): what may run here.")],
     data: Annotated[
@@ -59,7 +64,7 @@ def join(
     from offsite.protos.errors import InputError
     from offsite.protos.security.identity import Identity
 
-    addresses.parse(coordinator)  # before the data is read
+    addresses.parse_all(coordinator)  # before the data is read
     kit = Identity.load(identity, expect="site")
     rules = Policy.load(policy)
     rules.check_data(data)

@@ -105,6 +105,39 @@ def test_a_list_that_is_replaced_counts_on_a_connection_that_stands(authority: A
         site.close()
 
 
+def test_of_several_gateways_one_that_answers_is_spoken_to_and_another_when_it_is_away(
+    authority: Authority, away: Path
+) -> None:
+    authority.issue("coordinator", "south", hosts=["127.0.0.1"])
+    hub, south = (Identity.load(authority.folder / name) for name in ("hub", "south"))
+    copy_list(authority, away)
+    with serving(hub) as first, serving(south) as second:
+        targets = [f"127.0.0.1:{port}" for port in (first, second)]
+    site = Channel(", ".join(targets), Identity.load(away / "bank"), patience_s=0)
+    with pytest.raises(UnreachableError, match=f"^{targets[0]}: nothing listens there.*; {targets[1]}: nothing"):
+        enrol(site)
+    with serving(south, second):
+        enrol(site)
+        assert site.target == targets[1]
+        with serving(hub, first):
+            enrol(site)
+            assert site.target == targets[1], "it stays with one that answers"
+    with serving(hub, first):
+        site.patience_s = 10
+        enrol(site)
+        assert site.target == targets[0]
+    with serving(south, second):
+        enrol(site)
+        authority.revoke("south")
+        copy_list(authority, away)
+        with pytest.raises(IdentityError, match="'south' is revoked"):
+            enrol(site)
+        with serving(hub, first):
+            enrol(site)
+            assert site.target == targets[0], "one that is revoked is not spoken to"
+    site.close()
+
+
 def test_a_call_after_the_end_is_an_error_and_not_a_crash(authority: Authority, away: Path) -> None:
     with serving(Identity.load(authority.folder / "hub")) as port:
         site = Channel(f"127.0.0.1:{port}", Identity.load(away / "bank"))

@@ -2,13 +2,19 @@
 
 import pytest
 
-from offsite.protos.addresses import Address, parse
+from offsite.protos.addresses import Address, parse, parse_all
 from offsite.protos.errors import InputError
 
 
 @pytest.mark.parametrize("text", ["localhost:8443", "127.0.0.1:1", "[::1]:8443", "tuning.example.org:65535", "a_b-c:9"])
 def test_an_address_is_read_and_written_alike(text: str) -> None:
     assert str(parse(text)) == text
+
+
+def test_several_addresses_have_commas_between() -> None:
+    assert parse_all("a:1, [::1]:2,b:3") == (Address("a", 1), Address("::1", 2), Address("b", 3))
+    with pytest.raises(InputError, match="'' is not an address"):
+        parse_all("a:1,")
 
 
 def test_port_0_is_only_for_listening() -> None:
