@@ -62,6 +62,14 @@ def interrupt(out: Path, material: Path) -> None:
     assert alive == []
 
 
+def finish(out: Path, material: Path) -> list[dict[str, Any]]:
+    """Run a demo of two sites and one round to its end; return what it said."""
+    running = demo(out, *tiny(material, "hospital", "bank"), "--rounds", "1", "--merge", "--format", "json")
+    output, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    return [json.loads(line) for line in output.splitlines()]
+
+
 @pytest.mark.slow
 def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
     """In two thirds of the demo's steps and on half of its exam, in which the figures stand well apart too."""
@@ -80,13 +88,17 @@ def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_prom
     assert report["protection"]["label"] == "not protected"
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp_path: Path, material: Path) -> None:
     out = tmp_path / "out"
     interrupt(out, material)
-    running = demo(out, *tiny(material, "hospital", "bank"), "--rounds", "1", "--merge", "--format", "json")
-    told, errors = running.communicate(timeout=400)
-    assert running.returncode == 0, errors
-    lines = [json.loads(line) for line in told.splitlines()]
+    finish(out, material)
+    check_report(out, sites={"hospital", "bank"})
+
+
+def test_its_adapter_and_merged_model_are_what_peft_makes_of_them(tmp_path: Path, material: Path) -> None:
+    out = tmp_path / "out"
+    lines = finish(out, material)
     assert lines[-1]["event"] == "report" and {"update", "round", "completed"} <= {line.get("kind") for line in lines}
     report = check_report(out, sites={"hospital", "bank"})
     assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import pytest
+
 
 def digests(run: Any) -> dict[str, str]:
     return {artifact.name: artifact.digest for artifact in run.status.artifacts}
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_bytes_of_one_in_a_file_though_the_coordinator_and_the_database_are_killed(
     federation: Any, wait: Any, postgresql: Any
 ) -> None:
