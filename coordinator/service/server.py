@@ -6,6 +6,7 @@ Several share nothing but these; one of them at a time starts the supervisors, t
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import resource
 import signal
@@ -177,6 +178,17 @@ async def _begin(leadership: Leadership, stop: asyncio.Event) -> bool:
     return True
 
 
+def _collect_seldom() -> None:
+    """Have Python look through all objects for cycles a tenth as often: with 2,000 sites all calls wait 0.14 s for it.
+
+    What has been imported is not looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    first, second, _ = gc.get_threshold()
+    gc.set_threshold(first, second, 100)
+
+
 def _allow_files(count: int) -> None:
     """Raise the bound on this process's open files, as far as it may be: often it is a thousand."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -216,4 +228,5 @@ def run(
     server = Server(
         home, make_executor, policy=policy, places=places, retention=retention, journal=journal, blobs=blobs
     )
+    _collect_seldom()
     asyncio.run(server.serve(address, ready=ready, moved=moved))
