@@ -286,8 +286,9 @@ class Gateway:
 
     def close(self) -> None:
         """End the processes."""
+        self.sites.kill()  # so that no site says that its call is over
+        self.process.terminate()
         for process in (self.sites, self.process):
-            process.terminate()
             process.join()
         self.journal.close()
 
