@@ -230,17 +230,23 @@ class Reader(Mapping[str, torch.Tensor]):
         """Take the file as safetensors opened it, and a handle without a buffer."""
         self._path, self._handle = path, handle
         self.entries = _entries(file)
+        # Without their values: to map each tensor reads a page of it, and that waits for all that is being written.
+        self._like = {
+            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            if entry.dtype in DTYPES
+            else file.get_tensor(name)
+            for name, entry in self.entries.items()
+        }
         # A safetensors file is its header and then its tensors without a gap, which opening it has checked.
-        self._mapped = {name: file.get_tensor(name) for name in file.offset_keys()}  # none is read by this
-        ends = list(itertools.accumulate(tensor.nbytes for tensor in self._mapped.values()))
+        ends = list(itertools.accumulate(tensor.nbytes for tensor in self._like.values()))
         begin = path.stat().st_size - (ends[-1] if ends else 0)
-        self._starts = dict(zip(self._mapped, (begin + end for end in (0, *ends)), strict=False))
+        self._starts = dict(zip(self._like, (begin + end for end in (0, *ends)), strict=False))
         self._buffer = memoryview(bytearray(PIECE_BYTES))
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor as flat pieces, each of which holds until the next of the file is read."""
-        at, dtype = self._starts[name], self._mapped[name].dtype
-        end = at + self._mapped[name].nbytes
+        at, dtype = self._starts[name], self._like[name].dtype
+        end = at + self._like[name].nbytes
         while at < end:
             size = os.preadv(self._handle.fileno(), [self._buffer[: end - at]], at)
             if not size:
@@ -250,17 +256,17 @@ class Reader(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read a tensor whole."""
-        tensor, at = torch.empty_like(self._mapped[name]), 0
+        tensor, at = torch.empty_like(self._like[name], device="cpu"), 0
         for piece in self.pieces(name):
             tensor.view(-1)[at : at + len(piece)] = piece
             at += len(piece)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._mapped)
+        return iter(self._like)
 
     def __len__(self) -> int:
-        return len(self._mapped)
+        return len(self._like)
 
 
 @contextmanager
