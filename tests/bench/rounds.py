@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from conftest import Federation, write_material
+from tests.integration.conftest import Federation, write_material
 
 from offsite.client import Event, TrainingSpec
 
