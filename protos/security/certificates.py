@@ -17,20 +17,21 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from offsite.protos.errors import IdentityError, InputError
 
-Role = Literal["coordinator", "site", "owner", "researcher", "auditor"]
+Role = Literal["coordinator", "site", "owner", "researcher", "auditor", "joining"]
 PEOPLE: tuple[Role, ...] = ("owner", "researcher", "auditor")
-ROLES: tuple[Role, ...] = get_args(Role)
+MEMBERS: tuple[Role, ...] = ("site", *PEOPLE)  # who may join by a token, and renew by themselves
+ROLES: tuple[Role, ...] = ("coordinator", *MEMBERS)  # of kits; who holds a token is `joining` and may ask for one
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?)*"
 )
-_URI = re.compile(rf"offsite://({'|'.join(ROLES)})/({_NAME.pattern})")
+_URI = re.compile(rf"offsite://({'|'.join(get_args(Role))})/({_NAME.pattern})")
 BACKDATED = timedelta(minutes=5)  # another machine's clock may be this much behind
 
 _USES = {
     "coordinator": [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
-} | {role: [ExtendedKeyUsageOID.CLIENT_AUTH] for role in ("site", *PEOPLE)}
+} | {role: [ExtendedKeyUsageOID.CLIENT_AUTH] for role in (*MEMBERS, "joining")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Peer:
         if self.expires < datetime.now(UTC):
             raise IdentityError(
                 f"the certificate of {self.role} {self.name!r} expired on {self.expires:%Y-%m-%d}; "
-                "ask the model owner for a new kit"
+                "ask the model owner for a token, and join again"
             )
 
 
@@ -72,9 +73,15 @@ def subject(certificate: x509.Certificate) -> tuple[Role, str]:
         names = x509.SubjectAlternativeName([])
     matches = [_URI.fullmatch(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
     if len(matches) != 1 or matches[0] is None:
-        raise IdentityError("the certificate names no role: it was not issued by `offsite pki issue`")
-    role = next(role for role in ROLES if role == matches[0][1])
+        raise IdentityError("the certificate names no role: it was not issued by `offsite pki`")
+    role: Role = next(role for role in get_args(Role) if role == matches[0][1])
     return role, matches[0][2]
+
+
+def hosts_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """Return the hosts that a certificate names."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return *names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))
 
 
 def either(roles: Sequence[Role]) -> str:
@@ -121,6 +128,7 @@ def _unsigned(
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
     *,
+    serial: int,
     start: datetime,
     end: datetime,
     authority: bool,
@@ -130,7 +138,7 @@ def _unsigned(
         .subject_name(_distinguished(common_name))
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial)
         .not_valid_before(start - BACKDATED)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
@@ -151,7 +159,8 @@ def authority_key_identifier(issuer: Issuer) -> x509.AuthorityKeyIdentifier:
 def new_issuer(name: str, *, start: datetime, end: datetime) -> Issuer:
     """Make an authority: an EC P-256 key and a certificate it signs itself."""
     key = ec.generate_private_key(ec.SECP256R1())
-    unsigned = _unsigned(name, _distinguished(name), key.public_key(), start=start, end=end, authority=True)
+    subject, serial = _distinguished(name), x509.random_serial_number()
+    unsigned = _unsigned(name, subject, key.public_key(), serial=serial, start=start, end=end, authority=True)
     return Issuer(unsigned.sign(key, hashes.SHA256()), key)
 
 
@@ -161,15 +170,20 @@ def new_certificate(
     role: Role,
     name: str,
     *,
-    hosts: Sequence[str],
+    hosts: Sequence[str] = (),
+    serial: int = 0,
     start: datetime,
     end: datetime,
 ) -> x509.Certificate:
-    """Certify that a key belongs to a role and a name, and answers at these hosts; raises InputError for a host."""
+    """Certify that a key belongs to a role and a name, and answers at these hosts; raises InputError for a host.
+
+    Its serial number is drawn, unless one is given.
+    """
     uri = x509.UniformResourceIdentifier(f"offsite://{role}/{name}")
     names = x509.SubjectAlternativeName([uri, *(_host(host) for host in hosts)])
+    serial, subject = serial or x509.random_serial_number(), issuer.certificate.subject
     return (
-        _unsigned(name, issuer.certificate.subject, key, start=start, end=end, authority=False)
+        _unsigned(name, subject, key, serial=serial, start=start, end=end, authority=False)
         .add_extension(names, critical=False)
         .add_extension(x509.ExtendedKeyUsage(_USES[role]), critical=False)
         .add_extension(authority_key_identifier(issuer), critical=False)

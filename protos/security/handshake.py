@@ -9,13 +9,13 @@ import socket
 import ssl
 from contextlib import closing
 from http.client import HTTPException, HTTPSConnection
-from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from cryptography import x509
 
 from offsite.protos.addresses import Address
 from offsite.protos.errors import IdentityError
+from offsite.protos.security import kit
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.revocation import RevocationList
 
@@ -61,12 +61,12 @@ def _context(identity: Identity) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=identity.authority.decode())
     context.set_alpn_protocols(["h2"])
-    kit: Path = identity.folder
     try:
-        context.load_cert_chain(kit / "tls.crt", kit / "tls.key")
+        with kit.pair(identity.folder) as files:
+            context.load_cert_chain(*files)
     except OSError as error:
         raise IdentityError(
-            f"{kit}: tls.crt and tls.key cannot be used: {error.strerror or error}; restore the kit"
+            f"{identity.folder}: tls.crt and tls.key cannot be used: {error.strerror or error}; restore the kit"
         ) from None
     return context
 

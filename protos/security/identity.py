@@ -11,7 +11,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from offsite.protos.errors import IdentityError
-from offsite.protos.security.certificates import ROLES, Role, either, subject
+from offsite.protos.security import kit
+from offsite.protos.security.certificates import MEMBERS, ROLES, Role, either, subject
 
 WARNING_DAYS = 14
 
@@ -22,6 +23,7 @@ class Identity:
 
     role: Role
     name: str
+    begins: datetime
     expires: datetime
     folder: Path
     certificate: bytes = field(repr=False)  # PEM, as checked: a later change on disk is not picked up unchecked
@@ -31,10 +33,23 @@ class Identity:
     @classmethod
     def load(cls, folder: Path, *, expect: Role | tuple[Role, ...] = ROLES) -> Self:
         """Read a kit of an expected role and check it; raises IdentityError that names the file and what to do."""
-        files = {file: _read(folder / file) for file in ("tls.crt", "tls.key", "ca.crt", "owner.pub")}
-        certificate = _certificate(folder / "tls.crt", files["tls.crt"])
-        _check_key(folder / "tls.key", files["tls.key"], certificate)
-        _check_issuer(folder / "tls.crt", certificate, _certificate(folder / "ca.crt", files["ca.crt"]))
+        with kit.pair(folder) as (certificate_file, key_file):
+            pair = _read(certificate_file), _read(key_file)
+        authority = _read(folder / "ca.crt")
+        _read(folder / "owner.pub")
+        own = cls.of(folder, *pair, authority, expect=expect)
+        for file in ("owner.key", "crl.pem") if own.role == "coordinator" else ("crl.pem",):
+            _read(folder / file)
+        return own
+
+    @classmethod
+    def of(
+        cls, folder: Path, pem: bytes, key: bytes, authority: bytes, *, expect: Role | tuple[Role, ...] = ROLES
+    ) -> Self:
+        """Check a certificate, the key to it and the authority that issued it, all PEM; raises IdentityError."""
+        certificate = _certificate(folder / "tls.crt", pem)
+        _check_key(folder / "tls.key", key, certificate)
+        _check_issuer(folder / "tls.crt", certificate, _certificate(folder / "ca.crt", authority))
         try:
             role, name = subject(certificate)
         except IdentityError as error:
@@ -46,20 +61,24 @@ class Identity:
                 f"{folder}: this is the kit of {role} {name!r}, but one of role "
                 f"{either(roles)} is needed here; use another kit"
             )
-        for file in ("owner.key", "crl.pem") if role == "coordinator" else ("crl.pem",):
-            _read(folder / file)
-        expires = certificate.not_valid_after_utc
-        return cls(role, name, expires, folder, files["tls.crt"], files["tls.key"], files["ca.crt"])
+        begins, expires = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        return cls(role, name, begins, expires, folder, pem, key, authority)
+
+    @property
+    def renewal(self) -> datetime:
+        """When the certificate is to be renewed: with a third of its life left."""
+        return self.expires - (self.expires - self.begins) / 3
 
     @property
     def warning(self) -> str | None:
-        """Say that the certificate ends within two weeks; None while there is time."""
+        """Say that the certificate ends within two weeks; None while there is time, or it will be renewed in time."""
         left = self.expires - datetime.now(UTC)
-        if left.days >= WARNING_DAYS:
+        renewed = self.role in MEMBERS and datetime.now(UTC) < self.renewal + (self.expires - self.renewal) / 4
+        if left.days >= WARNING_DAYS or renewed:
             return None
         return (
             f"{self.folder / 'tls.crt'}: the certificate of {self.role} {self.name!r} expires on "
-            f"{self.expires:%Y-%m-%d}, in {max(left.days, 0)} days; ask the model owner for a new kit"
+            f"{self.expires:%Y-%m-%d}, in {max(left.days, 0)} days, and was not renewed; ask the model owner"
         )
 
 
@@ -112,8 +131,8 @@ def _check_dates(path: Path, certificate: x509.Certificate, whose: str) -> None:
     now = datetime.now(UTC)
     if certificate.not_valid_after_utc < now:
         raise IdentityError(
-            f"{path}: the certificate of {whose} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; "
-            "ask the model owner for a new kit (`offsite pki issue`)"
+            f"{path}: the certificate of {whose} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the model "
+            "owner for a token, and join again with `offsite identity enrol`, or for a kit of `offsite pki issue`"
         )
     if certificate.not_valid_before_utc > now:
         raise IdentityError(

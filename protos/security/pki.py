@@ -8,120 +8,47 @@ It issues *kits*. A kit is a folder with all one party needs to prove who it is 
     owner.key           to make them                              the coordinator's kit
     crl.pem             all certificates issued, and which no     every kit
                         longer hold
+
+Or it makes *tokens*: whoever has one makes a key, and has it certified here. Names, roles and lifetimes are in this
+folder alone; of what is asked for, only the key counts.
 """
 
-import fcntl
-import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from offsite.protos.documents import document, from_json, to_json
-from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError
-from offsite.protos.security.certificates import ROLES, Issuer, Role, check_name, new_certificate, new_issuer
-from offsite.protos.security.revocation import RevocationList, new_revocation_list
+from offsite.protos.addresses import parse_all
+from offsite.protos.documents import to_json
+from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError, OffsiteError, RefusedError
+from offsite.protos.security.certificates import MEMBERS, ROLES, Role, check_name, either, hosts_of, new_certificate
+from offsite.protos.security.index import Entry, Index, Invitation
+from offsite.protos.security.kit import private, write
+from offsite.protos.security.register import FILES, LIST_DAYS, Register, check_days, now
+from offsite.protos.security.signing_requests import fingerprint, requested_key
+from offsite.protos.security.tokens import Token
 
-FILES = ("ca.crt", "ca.key", "crl.pem", "index.json", "owner.key", "owner.pub")
-# A list that is held back can hide a revocation for so long; an owner who is away for longer refreshes it with --days.
-LIST_DAYS = 90
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+TOKEN_HOURS, JOINED_DAYS = 24, 30
 
 
-@document
-class Entry:
-    """One certificate the authority has issued."""
+class Answer(NamedTuple):
+    """What the authority says to one who asks for a certificate."""
 
-    serial: str  # hexadecimal
-    role: Role
-    name: str
-    expires: datetime
-    revoked_at: datetime | None = None
-
-    @property
-    def status(self) -> str:
-        """`valid`, `expired` or `revoked`."""
-        if self.revoked_at is not None:
-            return "revoked"
-        return "valid" if self.expires > datetime.now(UTC) else "expired"
+    certificate: bytes  # PEM; empty where it refuses
+    refusal: str  # a sentence
+    whose: str  # the role and the name certified
 
 
-@document
-class Index:
-    """All certificates the authority has issued, oldest first."""
-
-    certificates: tuple[Entry, ...] = ()
-
-
-class Authority:
+class Authority(Register):
     """The certificate authority and the model owner's signing key, kept in one folder."""
-
-    def __init__(self, folder: Path, issuer: Issuer) -> None:
-        """Use `Authority.create` or `Authority.open`."""
-        self.folder = folder
-        self._issuer = issuer
-
-    @classmethod
-    def create(cls, folder: Path, *, name: str = "offsite", days: int = 3650) -> Self:
-        """Make a new authority and owner's key; raises ConflictError where the folder holds one already."""
-        check_name(name)
-        _check_days(days)
-        for file in FILES:
-            if (folder / file).exists():
-                raise ConflictError(
-                    f"{folder}: holds an authority already ({file}); it is never overwritten, choose another folder"
-                )
-        now = datetime.now(UTC).replace(microsecond=0)
-        issuer = new_issuer(name, start=now, end=now + timedelta(days=days))
-        owner = ed25519.Ed25519PrivateKey.generate()
-        _write(folder / "ca.key", _private(issuer.key), secret=True)
-        _write(folder / "owner.key", _private(owner), secret=True)
-        _write(folder / "owner.pub", owner.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-        _write(folder / "index.json", to_json(Index()))
-        _write(folder / "ca.crt", issuer.certificate.public_bytes(Encoding.PEM))
-        authority = cls(folder, issuer)
-        authority.refresh()
-        return authority
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Read an authority; raises NotFoundError where there is none and IdentityError where its key does not fit."""
-        for file in FILES:
-            if file != "crl.pem" and not (folder / file).is_file():
-                raise NotFoundError(
-                    f"{folder}: no authority here, {file} is missing; make one with `offsite pki init {folder}`"
-                )
-        try:
-            certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-            key = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
-        except (ValueError, TypeError):
-            raise IdentityError(f"{folder}: ca.crt or ca.key is damaged; restore them from your backup") from None
-        except PermissionError as error:
-            raise InputError(
-                f"{error.filename}: you may not read this file; only the model owner's account may"
-            ) from None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise IdentityError(f"{folder}: ca.key does not belong to ca.crt; restore both from your backup")
-        return cls(folder, Issuer(certificate, key))
-
-    def entries(self) -> tuple[Entry, ...]:
-        """Return all certificates ever issued, oldest first."""
-        path = self.folder / "index.json"
-        return from_json(Index, path.read_bytes(), where=str(path)).certificates
 
     def issue(
         self, role: Role, name: str, *, hosts: Sequence[str] = (), days: int = 365, _at: datetime | None = None
@@ -132,78 +59,150 @@ class Authority:
         ConflictError while the name has a valid certificate, IdentityError once the authority itself has expired.
         """
         _check_request(role, name, hosts=hosts, days=days)
-        start = _at or datetime.now(UTC).replace(microsecond=0)
-        end = min(start + timedelta(days=days), self._issuer.certificate.not_valid_after_utc)
-        if end <= start:
-            raise IdentityError(
-                f"{self.folder / 'ca.crt'}: the authority expired on {end:%Y-%m-%d}; "
-                "make a new one with `offsite pki init`"
+        with self.locked():
+            self._check_free(self.index(), name)
+            return self._issue(role, name, hosts or (LOCAL_HOSTS if role == "coordinator" else ()), days=days, at=_at)
+
+    def renew(self, name: str, *, days: int = 365) -> Path:
+        """Issue a new key and certificate to a name whose kit lies in this folder, and return the kit.
+
+        The one before holds until it ends, so that a coordinator that uses it has time to be given the new kit.
+        Raises NotFoundError where the name has no valid certificate, or its kit is elsewhere.
+        """
+        check_days(days)
+        with self.locked():
+            entry = next((one for one in self.index().of(name) if isinstance(one, Entry)), None)
+            try:
+                old = x509.load_pem_x509_certificate((self.folder / name / "tls.crt").read_bytes())
+            except (OSError, ValueError):
+                old = None
+            if entry is None or old is None:
+                raise NotFoundError(
+                    f"{self.folder}: no kit of {name!r} in it whose certificate is valid; who joined by a token renews "
+                    "by itself, all others get a new kit with `offsite pki issue`"
+                )
+            return self._issue(entry.role, name, hosts_of(old), days=days)
+
+    def token(self, role: Role, name: str, *, address: str, hours: int = TOKEN_HOURS, days: int = JOINED_DAYS) -> Token:
+        """Make a token by which one party joins, with a key of its own; earlier ones for the name hold no longer.
+
+        `address` is HOST:PORT of the coordinator, or of several gateways to it, with commas; `days` is how long the
+        party's certificates hold. Raises InputError for an argument, ConflictError while the name has a valid one.
+        """
+        if role not in MEMBERS:
+            raise InputError(
+                f"a {role} does not join by a token, expected {either(MEMBERS)}: a coordinator's kit holds the model "
+                "owner's key, and is made with `offsite pki issue`"
             )
-        key = ec.generate_private_key(ec.SECP256R1())
-        names = hosts or (LOCAL_HOSTS if role == "coordinator" else ())
-        certificate = new_certificate(self._issuer, key.public_key(), role, name, hosts=names, start=start, end=end)
-        entry = Entry(serial=f"{certificate.serial_number:x}", role=role, name=name, expires=end)
-        with self._locked():
-            self._check_free(name)
-            # The index first: a certificate that is not in it could never be revoked.
-            entries = (*self.entries(), entry)
-            _write(self.folder / "index.json", to_json(Index(certificates=entries)))
-            self._publish(entries)
-            return self._write_kit(role, name, certificate.public_bytes(Encoding.PEM), _private(key))
+        _check_request(role, name, hosts=(), days=days)
+        if not 1 <= hours <= 24 * 365:
+            raise InputError(f"hours must be in 1..8760, got {hours}")
+        parse_all(address)
+        with self.locked():
+            index = self.index()
+            self._check_free(index, name)
+            start, end = self.life(now(), timedelta(hours=hours))
+            key = ec.generate_private_key(ec.SECP256R1())
+            certificate = new_certificate(self.issuer, key.public_key(), "joining", name, start=start, end=end)
+            earlier = [replace(one, revoked_at=start) for one in index.of(name) if isinstance(one, Invitation)]
+            made = Invitation(serial=f"{certificate.serial_number:x}", role=role, name=name, expires=end, days=days)
+            self.keep(index.having(*earlier, made))
+            files = {file: (self.folder / file).read_bytes() for file in ("ca.crt", "owner.pub")}
+            files |= {"tls.crt": certificate.public_bytes(Encoding.PEM), "tls.key": private(key)}
+            return Token(address, role, name, end, files | {"crl.pem": self.coordinators()})
+
+    def sign(self, requests: Sequence[tuple[int, bytes]]) -> list[Answer]:
+        """Answer signing requests, each with the serial number of the certificate that it came with.
+
+        One who asks again for the same key is answered alike. Every certificate is on the list once this returns.
+        """
+        with self.locked():
+            index = before = self.index()
+            answers = []
+            for serial, request in requests:
+                try:
+                    index, answer = self._sign(index, f"{serial:x}", request)
+                except OffsiteError as error:
+                    index = index.having(error.asker) if isinstance(error, _Contested) else index
+                    answer = Answer(b"", str(error), "")
+                answers.append(answer)
+            if index != before:
+                self.keep(index)
+            return answers
+
+    def _sign(self, index: Index, serial: str, request: bytes) -> tuple[Index, Answer]:
+        """Certify a key for whoever has a token or a certificate."""
+        key = requested_key(request)
+        asker, entry = index.asker(serial), index.answer(serial)
+        if asker is None or asker.role == "coordinator":
+            raise RefusedError("this authority has made no token or certificate that this may be asked for with")
+        whose = f"{asker.role} {asker.name!r}"
+        if asker.revoked_at is not None or (entry is not None and entry.revoked_at is not None):
+            raise IdentityError(f"what {whose} holds is revoked; ask the model owner for a new token")
+        if entry is not None and entry.key != fingerprint(key):
+            raise _Contested(replace(asker, contested_at=now()), whose)
+        start, end = self.life(now(), _days(asker))
+        if asker.expires <= start:
+            raise IdentityError(f"what {whose} holds has expired; ask the model owner for a new token")
+        if entry is None:
+            if isinstance(asker, Invitation):
+                self._check_free(index, asker.name)
+                index = index.having(replace(asker, used_at=start))
+            entry = Entry(
+                serial=f"{x509.random_serial_number():x}",
+                role=asker.role,
+                name=asker.name,
+                issued_at=start,
+                expires=end,
+                asked_by=serial,
+                key=fingerprint(key),
+            )
+            index = index.having(entry)
+        certificate = new_certificate(
+            self.issuer,
+            key,
+            entry.role,
+            entry.name,
+            serial=int(entry.serial, 16),
+            start=entry.issued_at or start,
+            end=entry.expires,
+        )
+        return index, Answer(certificate.public_bytes(Encoding.PEM), "", whose)
 
     def revoke(self, name: str) -> tuple[Path, ...]:
-        """Revoke a name's valid certificate and return the lists written: the authority's and those of its kits.
+        """Revoke all that holds of a name and return the lists written: the authority's and those of its kits.
 
-        Raises NotFoundError where the name has no valid certificate.
+        These are its certificates and its open tokens. Raises NotFoundError where there is none.
         """
-        with self._locked():
-            now = datetime.now(UTC).replace(microsecond=0)
-            entries = self.entries()
-            if not any(entry.name == name and entry.status == "valid" for entry in entries):
-                known = ", ".join(sorted(entry.name for entry in entries if entry.status == "valid")) or "none"
+        with self.locked():
+            index = self.index()
+            if not (held := index.of(name)):
+                valid = {entry.name for entry in index.certificates if entry.status == "valid"}
+                known = ", ".join(sorted(valid)) or "none"
                 raise NotFoundError(f"{self.folder}: no valid certificate of {name!r} to revoke (valid: {known})")
-            after = tuple(
-                replace(entry, revoked_at=now) if entry.name == name and entry.status == "valid" else entry
-                for entry in entries
-            )
-            lists = self._publish(after)
+            after = index.having(*(replace(one, revoked_at=now()) for one in held))
+            lists = self.publish(after)
             # The index last: a revocation that was cut short can then be asked for again.
-            _write(self.folder / "index.json", to_json(Index(certificates=after)))
+            write(self.folder / "index.json", to_json(after))
             return lists
 
     def refresh(self, *, days: int = LIST_DAYS) -> tuple[Path, ...]:
         """Write the list of certificates again, to hold for so many days, and return where."""
-        _check_days(days)
-        with self._locked():
-            return self._publish(self.entries(), days=days)
+        check_days(days)
+        with self.locked():
+            return self.publish(self.index(), days=days)
 
-    def _publish(self, entries: Sequence[Entry], *, days: int = LIST_DAYS) -> tuple[Path, ...]:
-        """Write the list of certificates in the authority's folder and in the kits that lie in it."""
-        now = datetime.now(UTC).replace(microsecond=0)
-        data = new_revocation_list(
-            self._issuer,
-            number=max(self._number() + 1, int(now.timestamp())),  # the clock's, where the folder is an old backup
-            issued=[int(entry.serial, 16) for entry in entries],
-            revoked=[(int(entry.serial, 16), entry.revoked_at) for entry in entries if entry.revoked_at is not None],
-            now=now,
-            until=now + timedelta(days=days),
-        ).public_bytes(Encoding.PEM)
-        kits = sorted({self.folder / entry.name for entry in entries if (self.folder / entry.name).is_dir()})
-        lists = tuple(folder / "crl.pem" for folder in (self.folder, *kits))
-        for path in lists:
-            _write(path, data)
-        return lists
+    def _issue(self, role: Role, name: str, hosts: Sequence[str], *, days: int, at: datetime | None = None) -> Path:
+        start, end = self.life(at or now(), timedelta(days=days))
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = new_certificate(self.issuer, key.public_key(), role, name, hosts=hosts, start=start, end=end)
+        serial = f"{certificate.serial_number:x}"
+        self.keep(self.index().having(Entry(serial=serial, role=role, name=name, issued_at=start, expires=end)))
+        return self._write_kit(role, name, certificate.public_bytes(Encoding.PEM), private(key))
 
-    def _number(self) -> int:
-        path = self.folder / "crl.pem"
-        try:
-            return RevocationList.parse(path.read_bytes(), (self.folder / "ca.crt").read_bytes(), where=path).number
-        except (OSError, IdentityError):  # none yet, or of an earlier version
-            return 0
-
-    def _check_free(self, name: str) -> None:
+    def _check_free(self, index: Index, name: str) -> None:
         # Names that differ only in case share a folder on some file systems.
-        same = [entry for entry in self.entries() if entry.name.casefold() == name.casefold()]
+        same = [entry for entry in index.certificates if entry.name.casefold() == name.casefold()]
         for entry in same:
             if entry.status == "valid":
                 raise ConflictError(
@@ -216,21 +215,33 @@ class Authority:
     def _write_kit(self, role: Role, name: str, certificate: bytes, key: bytes) -> Path:
         kit = self.folder / name
         draft = self.folder / f".{name}.{secrets.token_hex(4)}"  # a kit is whole or not there
-        _write(draft / "tls.crt", certificate)
-        _write(draft / "tls.key", key, secret=True)
+        write(draft / "tls.crt", certificate)
+        write(draft / "tls.key", key, secret=True)
         for file in ("ca.crt", "owner.pub", "crl.pem", *(("owner.key",) if role == "coordinator" else ())):
-            _write(draft / file, (self.folder / file).read_bytes(), secret=file == "owner.key")
+            write(draft / file, (self.folder / file).read_bytes(), secret=file == "owner.key")
         if kit.exists():
             shutil.rmtree(kit)
         draft.replace(kit)
         return kit
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let one process at a time change the folder."""
-        with (self.folder / "ca.key").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+class _Contested(RefusedError):
+    """A token or a certificate that was used before, for another key."""
+
+    def __init__(self, asker: Entry | Invitation, whose: str) -> None:
+        what = "token" if isinstance(asker, Invitation) else "certificate"
+        super().__init__(
+            f"this {what} of {whose} was used before, for another key, so somebody else may hold it; tell the model "
+            f"owner, who revokes {asker.name!r} and makes a new token"
+        )
+        self.asker = asker
+
+
+def _days(asker: Entry | Invitation) -> timedelta:
+    """Return how long the certificate holds that one asks for: as the token says, then as long as the one before."""
+    if isinstance(asker, Invitation):
+        return timedelta(days=asker.days)
+    return asker.expires - asker.issued_at if asker.issued_at else timedelta(days=JOINED_DAYS)
 
 
 def _check_request(role: str, name: str, *, hosts: Sequence[str], days: int) -> None:
@@ -241,29 +252,4 @@ def _check_request(role: str, name: str, *, hosts: Sequence[str], days: int) -> 
         raise InputError(f"{name!r} is the name of one of the authority's own files; choose another name")
     if hosts and role != "coordinator":
         raise InputError(f"a {role} is never dialled, so its certificate holds no hosts; leave them out")
-    _check_days(days)
-
-
-def _check_days(days: int) -> None:
-    if not 1 <= days <= 36500:
-        raise InputError(f"days must be in 1..36500, got {days}")
-
-
-def _private(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _write(path: Path, data: bytes, *, secret: bool = False) -> None:
-    """Write a file whole or not at all; a secret one is never readable by others, not even for a moment."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    check_days(days)

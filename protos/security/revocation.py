@@ -5,10 +5,10 @@ certificates issued, so one document with one signature, one number and one date
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from offsite.protos.errors import IdentityError, ResourceError
 from offsite.protos.security.certificates import BACKDATED, Issuer, Peer, authority_key_identifier
+from offsite.protos.security.kit import write
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ def new_revocation_list(
     )
 
 
+class Unlisted(IdentityError):
+    """A certificate that a list has no record of; a newer list may have."""
+
+
 @dataclass(frozen=True)
 class RevocationList:
     """A list, read and found to be signed by the authority."""
@@ -64,6 +69,7 @@ class RevocationList:
     until: datetime
     issued: frozenset[int]
     revoked: frozenset[int]
+    pem: bytes = field(repr=False, default=b"")
 
     @classmethod
     def parse(cls, data: bytes, authority: bytes, *, where: Path) -> "RevocationList":
@@ -88,16 +94,18 @@ class RevocationList:
         numbers = [serials.value[at : at + _SERIAL_BYTES] for at in range(0, len(serials.value), _SERIAL_BYTES)]
         until = crl.next_update_utc or datetime.min.replace(tzinfo=UTC)
         issued = frozenset(int.from_bytes(one) for one in numbers)
-        return cls(number, crl.last_update_utc, until, issued, frozenset(entry.serial_number for entry in crl))
+        revoked = frozenset(entry.serial_number for entry in crl)
+        return cls(number, crl.last_update_utc, until, issued, revoked, data)
 
     def check(self, peer: Peer, *, where: Path) -> None:
         """Refuse a certificate that is revoked, or that the authority has no record of; raises IdentityError."""
         if peer.serial in self.revoked:
             raise IdentityError(
-                f"the certificate of {peer.role} {peer.name!r} is revoked; ask the model owner for a new kit"
+                f"the certificate of {peer.role} {peer.name!r} is revoked; ask the model owner for a token, and join "
+                "again"
             )
         if peer.serial not in self.issued:
-            raise IdentityError(
+            raise Unlisted(
                 f"the certificate of {peer.role} {peer.name!r} is not among those that {where} names: was it issued "
                 "after that list was copied, copy crl.pem again from the authority's folder into this kit"
             )
@@ -121,17 +129,41 @@ class RevocationList:
             )
 
 
-class Revocations:
-    """The list in a kit, read again whenever the file changes; an older one is never taken for a newer one."""
+def replace_list(kit: Path, pem: bytes) -> None:
+    """Put a list (PEM) into a kit, unless the one there is as new; raises IdentityError, and InputError for a disk."""
+    path, authority = kit / "crl.pem", (kit / "ca.crt").read_bytes()
+    if RevocationList.parse(pem, authority, where=path).number > list_number(kit):
+        write(path, pem)
 
-    def __init__(self, path: Path, *, seen: Path | None = None) -> None:
+
+def list_number(kit: Path) -> int:
+    """Return the number of a kit's list; 0 for one that is damaged, which any other is better than."""
+    path = kit / "crl.pem"
+    try:
+        return RevocationList.parse(path.read_bytes(), (kit / "ca.crt").read_bytes(), where=path).number
+    except (OSError, IdentityError):
+        return 0
+
+
+class Revocations:
+    """The list in a kit, read again whenever the file changes; an older one is never taken for a newer one.
+
+    Other places may hold a newer one, which then counts.
+    """
+
+    def __init__(self, path: Path, *others: Path, seen: Path | None = None) -> None:
         """Read the list; `seen` is where the highest number that was read is kept. Raises IdentityError."""
-        self._path, self._seen = path, seen
+        self._path, self._others, self._seen = path, others, seen
         self._highest = _number(seen) if seen else 0
-        self._version: tuple[int, int, int] | None = None
+        self._version: list[tuple[int, int, int] | None] = []
         self._broken_since: float | None = None
         self._warned = float("-inf")
         self._list = self._read()
+
+    def newest(self) -> RevocationList:
+        """Return the newest list that there is."""
+        self._refresh()
+        return self._list
 
     def check(self, peer: Peer) -> None:
         """Refuse a peer whose certificate does not hold: IdentityError; or every one, without a list: ResourceError."""
@@ -155,12 +187,8 @@ class Revocations:
             if time.monotonic() - self._broken_since > GRACE_S:
                 raise ResourceError(f"{error}; nobody is let in until then") from None
 
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            stat = self._path.stat()
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    def _stamp(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp(path) for path in (self._path, *self._others)]
 
     def _read(self) -> RevocationList:
         self._version = self._stamp()
@@ -169,15 +197,27 @@ class Revocations:
         except OSError as error:
             raise IdentityError(f"{error.filename}: cannot be read: {error.strerror}") from None
         revocations = RevocationList.parse(data, authority, where=self._path)
+        for path in self._others:
+            with suppress(OSError, IdentityError):  # none yet, or of another authority than the kit is of now
+                other = RevocationList.parse(path.read_bytes(), authority, where=path)
+                revocations = max(revocations, other, key=lambda one: one.number)
         if revocations.number < self._highest:
             raise IdentityError(
                 f"{self._path}: an older list than one that was used before (number {revocations.number} after "
                 f"{self._highest}); copy the newest crl.pem from the authority's folder"
             )
         if revocations.number > self._highest and self._seen:
-            _write_number(self._seen, revocations.number)
+            write(self._seen, str(revocations.number).encode(), secret=True)
         self._highest = revocations.number
         return revocations
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _number(path: Path) -> int:
@@ -190,12 +230,3 @@ def _number(path: Path) -> int:
             f"{path}: cannot be read, so an older revocation list could not be told from a newer one; "
             "remove the file if crl.pem is the newest"
         ) from None
-
-
-def _write_number(path: Path, number: int) -> None:
-    draft = path.with_name(f"{path.name}.draft")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-        file.write(str(number))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

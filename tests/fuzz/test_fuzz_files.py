@@ -1,5 +1,6 @@
 """Files: data of a site, tensors, manifests and kits, damaged or made up, are read or refused in a sentence."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from offsite.kernels.schema import Field, Rule, Schema
 from offsite.protos import tensors
 from offsite.protos.documents import to_plain
 from offsite.protos.errors import IdentityError, InputError, MismatchError, OffsiteError
+from offsite.protos.security import tokens
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
 
@@ -117,3 +119,26 @@ def test_the_list_of_certificates(kit: Path, document: bytes) -> None:
         told(error)
     finally:
         (authority / "index.json").write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def token(folder: Path) -> str:
+    return str(Authority.create(folder / "tokens").token("site", "bank", address="127.0.0.1:1"))
+
+
+@given(data=st.data(), cuts=CUTS)
+def test_tokens(token: str, data: st.DataObject, cuts: Any) -> None:
+    good = json.loads(base64.urlsafe_b64decode(token.removeprefix(tokens.PREFIX) + "=="))
+    inner = base64.urlsafe_b64encode(as_json(data.draw(changed(good)))).decode()
+    field = data.draw(st.sampled_from(["authority", "owner", "coordinators", "certificate", "key"]))
+    piece = base64.urlsafe_b64encode(damaged(base64.urlsafe_b64decode(good[field] + "=="), cuts)).decode().rstrip("=")
+    other = base64.urlsafe_b64encode(as_json({**good, field: piece})).decode()
+    cut = damaged(token.encode(), cuts).decode(errors="replace")
+    for text in (tokens.PREFIX + inner, tokens.PREFIX + other, cut, data.draw(st.text(max_size=50))):
+        try:
+            read = tokens.read(text)
+        except InputError as error:
+            told(error)
+            assert good["key"][-20:] not in str(error), "it is a secret"
+        else:
+            assert str(tokens.read(str(read))) == str(read)

@@ -245,10 +245,14 @@ def test_a_good_kit_says_who_it_is(authority: Authority) -> None:
 
 
 def test_a_kit_that_ends_soon_warns(authority: Authority) -> None:
-    warning = Identity.load(authority.issue("site", "berlin", days=10)).warning
-    assert warning is not None
-    assert "site 'berlin' expires on" in warning
-    assert "in 9 days" in warning
+    for role in ("coordinator", "site"):
+        started = NOW - timedelta(days=8 if role == "site" else 0)  # a site renews its certificate by itself, till then
+        kit = authority.issue(role, f"a-{role}", days=10, _at=started)  # type: ignore[arg-type]
+        warning = Identity.load(kit).warning
+        assert warning is not None
+        assert f"{role} 'a-{role}' expires on" in warning
+        assert f"in {1 if role == 'site' else 9} days, and was not renewed" in warning
+    assert Identity.load(authority.issue("site", "paris", days=10)).warning is None
 
 
 def test_a_kit_that_is_not_whole_names_the_missing_file(authority: Authority, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_past_its_end_a_list_lets_nobody_in_and_warns_before(
         revocations.check(site)
     assert caplog.text.count("and then nobody is let in; renew it with `offsite pki refresh`") == 1
     ended = revocation.new_revocation_list(
-        authority._issuer,
+        authority.issuer,
         number=2**40,
         issued=[site.serial],
         revoked=[],
@@ -115,7 +115,7 @@ def test_past_its_end_a_list_lets_nobody_in_and_warns_before(
 
 
 def test_a_list_without_the_certificates_issued_is_said_to_be_of_another_version(authority: Authority) -> None:
-    issuer = authority._issuer
+    issuer = authority.issuer
     plain = x509.CertificateRevocationListBuilder().issuer_name(issuer.certificate.subject)
     plain = plain.last_update(datetime.now(UTC)).next_update(datetime.now(UTC) + timedelta(1))
     signed = plain.sign(issuer.key, hashes.SHA256()).public_bytes(Encoding.PEM)
@@ -131,7 +131,7 @@ def test_a_client_refuses_what_a_newer_list_has_no_record_of_and_is_never_locked
     def check(name: str, *, age: int) -> None:
         """Hold a coordinator against a list made some days ago, which ended a day later and does not name it."""
         ended = revocation.new_revocation_list(
-            authority._issuer,
+            authority.issuer,
             number=1,
             issued=[],
             revoked=[],
