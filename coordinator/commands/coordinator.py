@@ -53,6 +53,12 @@ def up(
             envvar="OFFSITE_BLOBS", show_envvar=True, help="URL of the blobs, kept in HOME; else a folder there."
         ),
     ] = "",
+    authority: Annotated[
+        Path | None,
+        typer.Option(
+            help="The authority's folder (`offsite pki`): certify who joins or renews. None: that is signed elsewhere."
+        ),
+    ] = None,
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
     """Serve sites and people until interrupted; unfinished runs go on where they were.
@@ -115,6 +121,7 @@ def up(
         "retention": retention,
         "journal": journal,
         "blobs": blobs,
+        "authority": authority and authority.resolve(),
     }
     run(at, address, None if executor == "none" else make, ready=ready, moved=moved, **rest)
 

@@ -13,8 +13,8 @@ app = typer.Typer(
 )
 
 COPIED = (
-    "A coordinator that runs from a copied kit needs the new crl.pem in it; it reads the file again by itself, "
-    "and warns 14 days before the list ends."
+    "A coordinator that runs from a copied kit, without --authority, needs the new crl.pem in it; it reads the file "
+    "again by itself, tells the others that share its journal, and warns 14 days before the list ends."
 )
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
 RoleName = Literal["coordinator", "site", "owner", "researcher", "auditor"]
@@ -36,6 +36,33 @@ def init(
         "Keep the folder on the model owner's machine and back it up: ca.key admits people, owner.key signs for you."
     )
     typer.echo(f"Next: offsite pki issue {folder} --role coordinator NAME --host HOST")
+
+
+@app.command()
+def token(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who the token is for.")],
+    *,
+    role: Annotated[Literal["site", "owner", "researcher", "auditor"], typer.Option(help="What they may do.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT at which they reach the coordinator.")],
+    hours: Annotated[int, typer.Option(help="Hours until the token expires.")] = 24,
+    days: Annotated[int, typer.Option(help="Days that their certificates hold; each is renewed in time.")] = 30,
+) -> None:
+    """Print a token: one line by which one party joins, once, with a private key that it makes itself.
+
+    It is a secret until it is used. A new token for a name ends the one before.
+    """
+    from offsite.protos.security.pki import Authority
+
+    made = Authority.open(folder).token(role, name, address=address, hours=hours, days=days)
+    typer.echo(str(made))
+    command = "site" if role == "site" else "identity"
+    typer.echo(
+        f"Hand this line to {name} over a channel you trust, before {made.expires:%Y-%m-%d %H:%M} UTC. There: "
+        f"offsite {command} enrol - --identity {name}",
+        err=True,
+    )
+    typer.echo(f"A coordinator that does not see {folder} lets {name} in once it has the new crl.pem.", err=True)
 
 
 @app.command()
@@ -66,15 +93,34 @@ def issue(
     else:
         typer.echo(f"Hand the whole folder to {name} over a channel you trust, and to nobody else. Secret: tls.key.")
         typer.echo(
-            f"A coordinator that runs from a copied kit lets {name} in once it has the new {folder / 'crl.pem'}."
+            f"A coordinator that does not see {folder} lets {name} in once its kit has the new {folder / 'crl.pem'}."
         )
+
+
+@app.command()
+def renew(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose kit in the authority's folder is to be renewed.")],
+    *,
+    days: Annotated[int, typer.Option(help="Days until the new certificate expires.")] = 365,
+) -> None:
+    """Write a kit again, with a new key and certificate; the one before holds until it ends.
+
+    That is for kits of `issue`, such as a coordinator's: who joined by a token renews by itself.
+    """
+    from offsite.protos.security.identity import Identity
+    from offsite.protos.security.pki import Authority
+
+    kit = Authority.open(folder).renew(name, days=days)
+    typer.echo(f"Wrote the kit {kit} anew; it is valid until {Identity.load(kit).expires:%Y-%m-%d}.")
+    typer.echo("Copy it to where it is used, and start again what uses it.")
 
 
 @app.command()
 def revoke(
     folder: Folder, name: Annotated[str, typer.Argument(metavar="NAME", help="Whose certificate no longer holds.")]
 ) -> None:
-    """Revoke a certificate: coordinators refuse it from the next call on.
+    """Revoke all that a name has, its open tokens too: coordinators refuse it from the next call on.
 
     Where it is a coordinator's, hand the new crl.pem to the sites and people: each client refuses it once the file is
     in its kit. A coordinator's kit holds the model owner's signing key, too: where one leaked, make a new authority.
@@ -82,7 +128,7 @@ def revoke(
     from offsite.protos.security.pki import Authority
 
     written = Authority.open(folder).revoke(name)
-    typer.echo(f"Revoked the certificate of {name!r}. Wrote {written[0]} and {len(written) - 1} kits' crl.pem.")
+    typer.echo(f"Revoked what {name!r} has. Wrote {written[0]} and {len(written) - 1} kits' crl.pem.")
     typer.echo(COPIED)
 
 
@@ -109,21 +155,33 @@ def show(
     *,
     format: Annotated[Literal["table", "json"], typer.Option(help="How to print it.")] = "table",
 ) -> None:
-    """List all certificates ever issued, oldest first."""
+    """List all certificates and tokens ever made, oldest first.
+
+    One whose token or certificate was to be used for a second key is marked: somebody else may hold it, so revoke the
+    name.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from offsite.protos.documents import to_plain
+    from offsite.protos.security.index import Entry
     from offsite.protos.security.pki import Authority
 
-    entries = Authority.open(folder).entries()
+    entries = Authority.open(folder).index().all
     if format == "json":
-        typer.echo(json.dumps([{**to_plain(entry), "status": entry.status} for entry in entries], indent=2))
+        kinds = ["certificate" if isinstance(entry, Entry) else "token" for entry in entries]
+        rows = [
+            {"kind": kind, **to_plain(entry), "status": entry.status}
+            for kind, entry in zip(kinds, entries, strict=True)
+        ]
+        typer.echo(json.dumps(rows, indent=2))
         return
     if not entries:
-        typer.echo(f"no certificates yet; `offsite pki issue {folder} --role site NAME` makes one")
+        typer.echo(f"no certificates yet; `offsite pki token {folder} --role site NAME` lets a site join")
         return
-    table = Table("name", "role", "status", "expires", box=None)
+    table = Table("name", "role", "what", "status", "expires", "", box=None)
     for entry in entries:
-        table.add_row(entry.name, entry.role, entry.status, f"{entry.expires:%Y-%m-%d}")
+        contested = f"second key refused {entry.contested_at:%Y-%m-%d}" if entry.contested_at else ""
+        what = "certificate" if isinstance(entry, Entry) else "token"
+        table.add_row(entry.name, entry.role, what, entry.status, f"{entry.expires:%Y-%m-%d}", contested)
     Console().print(table)

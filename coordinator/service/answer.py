@@ -1,7 +1,7 @@
 """The one place where errors become gRPC answers, and certificates become names."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from offsite.coordinator.store import Unusable
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
 from offsite.protos.security.certificates import Peer, Role, either
-from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.revocation import Revocations, Unlisted
 from offsite.protos.security.tls import peer
 
 log = logging.getLogger(__name__)
@@ -22,14 +22,25 @@ log = logging.getLogger(__name__)
 class Gate:
     """Lets callers in by the role in their certificate."""
 
-    def __init__(self, revocations: Revocations) -> None:
-        self._revocations = revocations
+    def __init__(self, revocations: Revocations, *, look: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Take the list of the certificates that hold, and what looks whether there is a newer one elsewhere."""
+        self._revocations, self._look = revocations, look
         self._limits = Limits()
         self._hindrance = ""  # why a store could not be used, as it was logged last
 
     def recheck(self, caller: Peer) -> None:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
         self._revocations.check(caller)
+
+    async def _check(self, caller: Peer) -> None:
+        """Check a caller, who may have joined just now, at another gateway."""
+        try:
+            self._revocations.check(caller)
+        except Unlisted:
+            if self._look is None:
+                raise
+            await self._look()
+            self._revocations.check(caller)
 
     @asynccontextmanager
     async def __call__(
@@ -43,7 +54,7 @@ class Gate:
         with ExitStack() as counted:
             try:
                 caller = peer(context.auth_context())
-                self._revocations.check(caller)
+                await self._check(caller)
                 if caller.role not in roles:
                     raise RefusedError(
                         f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"

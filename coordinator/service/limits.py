@@ -22,7 +22,15 @@ ALL_TRANSFERS = 64  # each holds up to three chunks of a mebibyte for a reader t
 
 # Characters or bytes of a request's fields; one that is not named here has at most NAME.
 NAME = 128
-LENGTHS = {"version": 200, "metrics": 4 << 20, "spec": 1 << 20, "data": 1 << 20, "held": 1 << 20}
+LENGTHS = {
+    "version": 200,
+    "metrics": 4 << 20,
+    "spec": 1 << 20,
+    "data": 1 << 20,
+    "held": 1 << 20,
+    "request": 2048,
+    "revocations": 5 << 20,
+}
 
 
 def check_request(request: Message) -> None:

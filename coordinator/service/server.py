@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from offsite.coordinator.retention import Retention
 from offsite.coordinator.runs.dispatch import PLACES
 from offsite.coordinator.runs.executor import Executor
 from offsite.coordinator.runs.leadership import Leadership
-from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.admission import Admission
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.gateway import Gateway
 from offsite.coordinator.service.limits import CALLS
@@ -35,7 +36,6 @@ from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.frames import lean
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.identity import Identity
-from offsite.protos.security.revocation import Revocations
 from offsite.protos.security.tls import server_credentials
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ class Server:
         retention: Retention = Retention(),  # noqa: B008 (frozen)
         journal: str = "",
         blobs: str = "",
+        authority: Path | None = None,
     ) -> None:
+        self._authority = authority
         self._home = home.prepare()
         self._identity = Identity.load(home.identity, expect="coordinator")
         if self._identity.warning:
@@ -120,7 +122,7 @@ class Server:
         """
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
-        gate = Gate(Revocations(self._home.identity / "crl.pem", seen=self._home.root / "crl-number"))
+        admission = Admission(self._home, journal, authority=self._authority)
         _probe(address)
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -134,15 +136,16 @@ class Server:
             _allow_files(2 * CONNECTIONS)
             server = grpc.aio.server(options=OPTIONS, interceptors=[_Lean()])
             port = self._bind(server, address)
-            fleet = FleetService(self._home, journal, blobs, gate, changes)
+            admission.serve(server, changes)
+            fleet = FleetService(self._home, journal, blobs, admission.gate, changes)
             add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]
-            runs = RunsService(journal, blobs, gate, changes, policy=self._policy)
+            runs = RunsService(journal, blobs, admission.gate, changes, policy=self._policy)
             add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
             await server.start()
             try:
                 await asyncio.to_thread(gateway.join, str(Address(address.host, port)))
                 ready(port, leadership is not None and leadership.leads)
-                jobs = [changes.follow(), fleet.waiting.work(), gateway.work()]
+                jobs = [changes.follow(), fleet.waiting.work(), gateway.work(), *admission.jobs(changes)]
                 jobs += [leadership.work(moved)] if leadership else []
                 work = [asyncio.create_task(job) for job in jobs]
                 await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
@@ -217,16 +220,14 @@ def run(
     moved: Callable[[bool], None] = lambda leads: None,
     places: int = PLACES,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
-    journal: str = "",
-    blobs: str = "",
+    **more: Any,
 ) -> None:
     """Serve in this thread until a signal; raises ResourceError when the port or the folder is taken.
 
     The journal and the blobs are URLs; empty: those that the home uses already. Without an executor it serves only,
-    and another gateway dispatches.
+    and another gateway dispatches. `authority` is the folder of the one that answers whoever joins or renews; without
+    it they wait for one elsewhere.
     """
-    server = Server(
-        home, make_executor, policy=policy, places=places, retention=retention, journal=journal, blobs=blobs
-    )
+    server = Server(home, make_executor, policy=policy, places=places, retention=retention, **more)
     _collect_seldom()
     asyncio.run(server.serve(address, ready=ready, moved=moved))

@@ -113,6 +113,23 @@ artifacts = sa.Table(
     sa.Column("digest", Text, index=True),
     sa.Column("size", Whole),
 )
+requests = sa.Table(  # for certificates, and what the authority answered
+    "requests",
+    metadata,
+    sa.Column("caller", Text, primary_key=True),  # the serial number, hexadecimal, of the certificate that came with it
+    sa.Column("key", Text, primary_key=True),  # the fingerprint of the key that a certificate is asked for
+    sa.Column("request", sa.LargeBinary),
+    sa.Column("at", sa.Double),
+    sa.Column("state", Text, index=True),  # unsigned, signed or refused
+    sa.Column("certificate", sa.LargeBinary),
+    sa.Column("refusal", Text, server_default=""),
+)
+lists = sa.Table(  # the newest list of the certificates that hold, for all gateways
+    "lists",
+    metadata,
+    sa.Column("number", Whole, primary_key=True),
+    sa.Column("pem", sa.LargeBinary),
+)
 
 
 def event_row(run: str, event: Event) -> sa.Insert:

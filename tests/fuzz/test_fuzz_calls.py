@@ -6,6 +6,7 @@ The services run on a real journal; what gRPC does itself (TLS, framing, UTF-8) 
 import asyncio
 import inspect
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,17 +23,19 @@ from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.limits import Limits
+from offsite.coordinator.service.membership import MembershipService
 from offsite.coordinator.service.people import RunsService
 from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Key
-from offsite.coordinator.store.tables import runs, tasks
-from offsite.protos import fleet_pb2, runs_pb2, transfer_pb2
+from offsite.coordinator.store.tables import requests, runs, tasks
+from offsite.protos import fleet_pb2, membership_pb2, runs_pb2, transfer_pb2
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, from_json, to_json
 from offsite.protos.events import Completed
 from offsite.protos.frames import Piece, read_part, write
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.revocation import Revocations
+from offsite.protos.security.signing_requests import new_request
 from offsite.protos.spec import RunSpec, TaskSpec
 
 from .hostile import NUMBERS, as_json, changed, told, values
@@ -82,7 +86,8 @@ class Coordinator:
             self.journal.add_run(run, token=run, owner="alice", spec=spec)
         self.journal.end_run("done", Completed())
         self.journal.add_task(KEY, spec=self.task, signature=b"s")
-        self.gate = Gate(Revocations(kit / "crl.pem", seen=self.home.root / "crl-number"))
+        revocations = Revocations(kit / "crl.pem", seen=self.home.root / "crl-number")
+        self.gate = Gate(revocations)
         changes = Changes(self.journal)
         self.fleet = FleetService(self.home, self.journal, blobs, self.gate, changes)
         self.people = RunsService(self.journal, blobs, self.gate, changes, policy=OwnerPolicy())
@@ -90,6 +95,11 @@ class Coordinator:
             name: (authority.issue(role, name) / "tls.crt").read_bytes()  # type: ignore[arg-type]
             for role, name in (("site", "bank"), ("owner", "alice"))
         }
+        token = authority.token("site", "ward", address="127.0.0.1:1")
+        self.certificates["ward"] = token.files["tls.crt"]
+        ca = token.files["ca.crt"]
+        self.membership = MembershipService(self.journal, self.gate, changes, revocations, authority=ca)
+        self.lists = [authority.newest().pem, token.files["crl.pem"]]
         self.loop = asyncio.new_event_loop()
 
     def renew(self) -> None:
@@ -99,6 +109,7 @@ class Coordinator:
             connection.execute(sa.update(runs).where(runs.c.id == "live").values(state="running"))
             connection.execute(sa.update(tasks).values(state="training", step=0, bytes_down=0))
             connection.execute(sa.delete(runs).where(runs.c.id.not_in(("live", "done"))))
+            connection.execute(sa.delete(requests))
 
     def call(self, method: Any, request: Any, caller: str) -> list[Any]:
         context = Context(self.certificates[caller])
@@ -157,6 +168,22 @@ PEOPLE = {
 }
 
 
+CSR = new_request(ec.generate_private_key(ec.SECP256R1()))
+csrs = (
+    st.just(CSR) | st.binary(max_size=60) | st.builds(lambda at, piece: CSR[:at] + piece + CSR[at + 1 :], small, held)
+)
+signings = st.builds(membership_pb2.SigningRequest, request=csrs, wait_s=st.sampled_from([0.0, -1.0, 1e308, math.nan]))
+answers = st.builds(membership_pb2.Signed, caller=words, key=words, certificate=held, refusal=words)
+MEMBERSHIP = {
+    "Join": signings,
+    "Renew": signings,
+    "Revocations": st.builds(membership_pb2.RevocationsRequest, number=large),
+    "Unsigned": st.just(membership_pb2.UnsignedRequest()),
+    "Sign": st.builds(membership_pb2.SignRequest, answers=st.lists(answers, max_size=3), revocations=held),
+}
+CALLERS = {"Join": {"ward"}, "Unsigned": {"alice"}, "Sign": {"alice"}}  # all others: any but who holds a token
+
+
 async def stream(messages: list[bytes]) -> AsyncIterator[Any]:
     for message in messages:
         yield read_part(message)
@@ -186,6 +213,21 @@ def test_what_a_person_sends(coordinator: Coordinator, data: st.DataObject) -> N
             json.loads(answer.data, parse_constant=lambda constant: pytest.fail(constant))
     (page,) = coordinator.call(coordinator.people.List, runs_pb2.ListRequest(), "alice")
     assert {run.id for run in page.runs} >= {"live", "done"} and page.ByteSize() < 4 << 20
+
+
+@given(data=st.data())
+def test_what_is_asked_of_an_authority(coordinator: Coordinator, data: st.DataObject) -> None:
+    coordinator.renew()
+    name = data.draw(st.sampled_from(sorted(MEMBERSHIP)))
+    request = data.draw(MEMBERSHIP[name])
+    if name == "Sign" and data.draw(st.booleans()):
+        request.revocations = data.draw(st.sampled_from(coordinator.lists))
+    caller = data.draw(st.sampled_from(["alice", "bank", "ward"]))
+    for answer in coordinator.call(getattr(coordinator.membership, name), request, caller):
+        assert caller in CALLERS.get(name, {"alice", "bank"}), f"{name} answered {answer} to {caller}"
+        assert not getattr(answer, "certificate", b""), "nobody has signed"
+        if name in ("Join", "Renew"):
+            assert len(coordinator.journal.unsigned(most=9)) == 1
 
 
 def test_numbers_are_beyond_the_database_and_the_wire() -> None:

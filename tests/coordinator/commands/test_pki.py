@@ -26,8 +26,8 @@ def test_a_fleet_is_set_up_and_a_site_leaves_it(tmp_path: Path) -> None:
         ("hub", "coordinator", "valid"),
         ("berlin", "site", "revoked"),
     ]
-    table = [line.split()[:3] for line in run("list", folder).splitlines()[1:]]
-    assert table == [["hub", "coordinator", "valid"], ["berlin", "site", "revoked"]]
+    table = [line.split()[:4] for line in run("list", folder).splitlines()[1:]]
+    assert table == [["hub", "coordinator", "certificate", "valid"], ["berlin", "site", "certificate", "revoked"]]
 
 
 def test_a_coordinator_without_hosts_is_said_to_be_local(tmp_path: Path) -> None:
