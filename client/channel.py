@@ -81,7 +81,8 @@ class Channel:
         self.waiting: Callable[[str], None] = lambda message: None  # is told what a call waits for, once a wait
         self._identity = identity
         self._certificate = b""  # the one that is spoken to; empty: dial anew
-        self._connections: dict[tuple[Address, bytes], grpc.Channel] = {}  # others may be in other threads' hands
+        # By where they go and both certificates; others than the last may be in other threads' hands.
+        self._connections: dict[tuple[Address, bytes, bytes], grpc.Channel] = {}
         self._dialling = threading.Lock()
         self._closed, self._closing = False, threading.Lock()
         self._met = False  # whether the coordinator has ever answered on this channel
@@ -106,11 +107,16 @@ class Channel:
             except IdentityError:
                 self._leave()
                 raise
-            at = (self.address, self._certificate)
+            at = (self.address, self._certificate, self._identity.certificate)
             if at not in self._connections:
                 credentials = channel_credentials(self._identity, pinned=self._certificate)
                 self._connections[at] = grpc.secure_channel(self.target, credentials, options=self._options())
             return self._connections[at]
+
+    def show(self, identity: Identity) -> None:
+        """Show another certificate of the same party from the next call on; calls in progress end as they began."""
+        with self._dialling:
+            self._identity = identity
 
     def _line(self, kind: str, *path: Any, **codec: Any) -> Any:
         """Return what makes one call; raises IdentityError, UnreachableError."""

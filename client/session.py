@@ -13,12 +13,14 @@ import logging
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic_core import from_json
 
 from offsite.client.channel import Channel
+from offsite.client.membership import Renewal
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
 from offsite.protos.documents import from_json as read_json
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+RENEWAL_S = 2.0  # how long one who connects waits for an authority to renew a certificate
 RESTART_S = 600.0  # how long one who waits for a run waits for a coordinator that is being restarted
 
 
@@ -272,4 +275,7 @@ def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> 
     kit = Identity.load(Path(identity).expanduser(), expect=PEOPLE)
     if kit.warning:
         log.warning(kit.warning)
-    return Session(Channel(address, kit, patience_s=patience_s))
+    channel = Channel(address, kit, patience_s=patience_s)
+    if datetime.now(UTC) >= kit.renewal:
+        Renewal(channel, kit, say=log.warning).look(wait_s=RENEWAL_S)
+    return Session(channel)

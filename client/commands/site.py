@@ -2,21 +2,20 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from offsite.client.commands.identity import enrol
+
 if TYPE_CHECKING:
     from offsite.emulator.examples import Census
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `join` a subcommand."""
+app.command()(enrol)
 
 
 @app.command()
@@ -51,6 +50,7 @@ def join(
 ) -> None:
     """Pull tasks, train on this site's data within its policy, and upload the updates, until interrupted."""
     from offsite.client.channel import Channel
+    from offsite.client.membership import Renewal
     from offsite.client.site.agent import Agent, SiteConfig, policy_digest
     from offsite.client.site.folder import WorkFolder
     from offsite.client.site.forecast import forecast
@@ -82,24 +82,34 @@ def join(
     else:
         _show_policy(kit.name, rules.describe(), policy, data, census, coming)
     say = _log_json if format == "json" else _log_text
-    if census.distinct < rules.min_rows:
-        what = (
-            f"{data} holds {census.distinct} distinct examples, and {policy} wants at least {rules.min_rows} distinct "
-        )
+    _warn_of_few(say, census, rules.min_rows, data, policy)
+    options = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
+    spec = parse(EngineSpec, {**options, "name": engine, "threads": threads}, where="engine")
+    channel = Channel(coordinator, kit, patience_s=STALL_S)
+    folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
+    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
+
+    def tell(message: str) -> None:
+        say("identity", {"message": message})
+        folder.write("identity", {"message": message})
+
+    try:
+        with Renewal(channel, kit, say=tell):
+            Agent(channel, config, say=say).run()
+    finally:
+        folder.close()
+        channel.close()
+
+
+def _warn_of_few(
+    say: Callable[[str, dict[str, Any]], None], census: "Census", least: int, data: Path, policy: Path
+) -> None:
+    if census.distinct < least:
+        what = f"{data} holds {census.distinct} distinct examples, and {policy} wants at least {least} distinct "
         what += (
             "sequences in every round (min_rows): unless long ones are divided into as many, every task is refused; "
         )
         say("warning", {"message": what + "add examples, or lower min_rows"})
-    options = {"name": engine, "zero_stage": zero_stage, "offload": offload, "processes": processes}
-    spec = parse(EngineSpec, {**options, "device": device, "threads": threads}, where="engine")
-    channel = Channel(coordinator, kit, patience_s=STALL_S)
-    folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
-    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
-    try:
-        Agent(channel, config, say=say).run()
-    finally:
-        folder.close()
-        channel.close()
 
 
 def _show_policy(

@@ -125,9 +125,20 @@ class Federation:
             self.address = address
         return address
 
-    def join(self, name: str, *, data: Path | None = None, policy: str = "", engine: str = "plain") -> None:
-        """Start a site's agent; `policy` is TOML added to one that allows what these tests ask for."""
-        if name not in {entry.name for entry in self.authority.entries()}:
+    def join(
+        self,
+        name: str,
+        *,
+        identity: Path | None = None,
+        data: Path | None = None,
+        policy: str = "",
+        engine: str = "plain",
+    ) -> None:
+        """Start a site's agent, with a kit that is issued for it unless one is given.
+
+        `policy` is TOML added to one that allows what these tests ask for.
+        """
+        if identity is None and name not in {entry.name for entry in self.authority.entries()}:
             self.authority.issue("site", name)
         file = self.folder / f"{name}.toml"
         lax = "max_steps = 1000\nmax_learning_rate = 0.01\nmax_passes = 1e9\nmin_rows = 1\n"
@@ -135,7 +146,8 @@ class Federation:
         enrolled = len(self.events(name, "enrolled"))
         self.start(
             name,
-            *("site", "join", self.address, "--identity", str(self.folder / "pki" / name), "--policy", str(file)),
+            *("site", "join", self.address, "--identity", str(identity or self.folder / "pki" / name)),
+            *("--policy", str(file)),
             *("--data", str(data or self.material / f"{name}.jsonl"), "--work", str(self.folder / "work" / name)),
             *("--engine", engine, "--format", "json"),
         )
@@ -193,8 +205,8 @@ class Federation:
 class Rogue:
     """A site that speaks the protocol by hand."""
 
-    def __init__(self, federation: Any, name: str) -> None:
-        self.kit = federation.authority.issue("site", name)
+    def __init__(self, federation: Any, name: str, *, kit: Path | None = None) -> None:
+        self.kit = kit or federation.authority.issue("site", name)
         self.name = name
         self.channel = Channel(federation.address, Identity.load(self.kit), patience_s=5)
         self.fleet: Any = fleet_pb2_grpc.FleetStub(self.channel.grpc)  # type: ignore[no-untyped-call]

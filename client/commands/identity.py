@@ -1,0 +1,104 @@
+"""`offsite identity`: join by a token, and look after one's kit."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Join by a token, and look after your kit.")
+
+TokenText = Annotated[
+    str,
+    typer.Argument(metavar="TOKEN|FILE|-", help="The token, a file that holds it, or - to read it from the input."),
+]
+NewKit = Annotated[Path, typer.Option("--identity", help="Folder of the kit that is written; it must not exist yet.")]
+Coordinator = Annotated[str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator.")]
+
+
+@app.command()
+def enrol(
+    token: TokenText,
+    identity: NewKit,
+    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+) -> None:
+    """Join by a token from the model owner: the private key is made here and never leaves this machine.
+
+    Repeat the command if it was interrupted. A token holds once, so keep it to yourself: others on this machine see
+    what is written on a command line, so a file or the input is better.
+    """
+    import json
+
+    from offsite.client import joining
+    from offsite.protos.security import tokens
+
+    kit = joining.enrol(tokens.read(_text(token)), identity.resolve(), say=_say)
+    if format == "json":
+        about = {"role": kit.role, "name": kit.name, "expires": kit.expires.isoformat(), "identity": str(kit.folder)}
+        print(json.dumps(about))
+        return
+    print(f"Wrote the kit of {kit.role} {kit.name!r} to {identity}; it holds until {kit.expires:%Y-%m-%d}.")
+    print("It is renewed by itself while it is used: by a site's agent, or when a command or the SDK connects.")
+
+
+@app.command()
+def renew(
+    coordinator: Coordinator,
+    identity: Annotated[Path, typer.Option(envvar="OFFSITE_IDENTITY", help="The kit.")],
+) -> None:
+    """Renew a kit's certificate now, with a new key, and fetch the newest list of certificates."""
+    from offsite.client.channel import Channel
+    from offsite.client.membership import Renewal
+    from offsite.protos.security.certificates import MEMBERS
+    from offsite.protos.security.identity import Identity
+
+    kit = Identity.load(identity, expect=MEMBERS)
+    channel = Channel(coordinator, kit)
+    try:
+        renewal = Renewal(channel, kit, say=_say)
+        renewed = renewal.renew()
+        renewal.refresh()
+    finally:
+        channel.close()
+    if renewed.certificate == kit.certificate:
+        _say("the request is at the coordinator; once the model owner's authority has signed it, ask again")
+    print(f"{identity}: the kit of {renewed.role} {renewed.name!r} holds until {renewed.expires:%Y-%m-%d}")
+
+
+@app.command()
+def sign(
+    authority: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
+    coordinator: Coordinator,
+    identity: Annotated[Path, typer.Option(envvar="OFFSITE_IDENTITY", help="The kit of an owner.")],
+) -> None:
+    """Sign what is asked for at a coordinator, with an authority that stays on this machine.
+
+    That is for an owner whose coordinators were started without `--authority`: who joins or renews waits for this.
+    """
+    from offsite.client.signing import sign_all
+
+    for line in sign_all(authority, coordinator, identity):
+        print(line)
+
+
+def _text(token: str) -> str:
+    """Return a token that is given as itself, as a file's name or on the input; raises InputError."""
+    from offsite.protos.errors import InputError
+    from offsite.protos.security.tokens import MOST, PREFIX
+
+    if token.startswith(PREFIX):
+        return token
+    try:
+        if token == "-":
+            return sys.stdin.read(2 * MOST)
+        with Path(token).open(encoding="utf-8", errors="replace") as file:
+            return file.read(2 * MOST)
+    except (OSError, ValueError):
+        raise InputError(
+            f"neither a token, which begins with {PREFIX!r}, nor a file that can be read; write - to read it from the "
+            "input"
+        ) from None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
