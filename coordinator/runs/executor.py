@@ -5,9 +5,10 @@ It serves tests and the smallest installs; `workers.py` is the same on Ray.
 
 import logging
 import threading
-from typing import Any, Protocol
+from typing import Protocol
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.needs import Needs
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.errors import OffsiteError
 
@@ -60,11 +61,11 @@ class InProcess:
         except OffsiteError as error:  # the journal's: it is full, or damaged
             log.error("run %s: left where it is: %s", run, error)
 
-    def _perform(self, *arguments: Any) -> bytes:
+    def _perform(self, step: str, spec: bytes, order: bytes, _: Needs) -> bytes:
         from offsite.coordinator.runs.steps.performing import perform  # torch: only once there is work
 
         try:
-            return perform(self._home.node, *arguments)
+            return perform(self._home.node, step, spec, order)
         except Exception:
             if self._closing:  # libraries fail in odd ways while the interpreter ends; that is not the run's fault
                 raise Lost from None

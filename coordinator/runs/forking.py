@@ -25,9 +25,10 @@ def address(root: Path) -> Path:
     return Path(gettempdir()) / f"offsite-{os.getuid()}" / hex_of(digest_bytes(str(root).encode()), most=16)
 
 
-def perform(threads: int, node: Node, step: str, spec: bytes, order: bytes) -> bytes:
+def perform(threads: int, node: Node, step: str, spec: bytes, order: bytes, **environment: str) -> bytes:
     """Do a step in a process forked for it, which ends with this one at the latest; return its result.
 
+    `environment` is set in it, before it touches a GPU.
     Raises the step's own error, or Lost if its process could not begin or was killed.
     """
     scratch = node.prepare().scratch
@@ -43,7 +44,7 @@ def perform(threads: int, node: Node, step: str, spec: bytes, order: bytes) -> b
                     server.connect(str(address(node.root)))
                 except OSError as gone:
                     raise Lost(f"step {step}: what it is forked from has ended") from gone
-                process = fork(server, path, {}, stdin=stdin, stdout=stdout, stderr=2)
+                process = fork(server, path, environment, stdin=stdin, stdout=stdout, stderr=2)
         finally:
             os.close(stdin)
             os.close(stdout)

@@ -17,6 +17,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.runs.continuing import continued
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
+from offsite.coordinator.runs.needs import Needs, NoRoom, of
 from offsite.coordinator.runs.report import assemble, perplexities, warnings
 from offsite.coordinator.runs.rounds import Round
 from offsite.coordinator.runs.steps import results
@@ -53,11 +54,12 @@ from offsite.protos.events import (
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
 
 R = TypeVar("R")
-Perform = Callable[[str, bytes, bytes], bytes]  # step, run spec, order -> result
+Perform = Callable[[str, bytes, bytes, Needs], bytes]  # step, run spec, order, what that needs -> result
 
 POLL_S = 0.05  # of one number, whether the journal has changed
 POLLS = 20  # until a round is looked at though it has not
 AGAIN_S = 5.0  # before a step that could not use a store is done again
+ROOM_S = 300.0  # that a step waits for a node which is large enough: one that was lost may come back
 TRIES = 6  # a step that ends its process so often, or is killed so often, ends the run
 
 log = logging.getLogger(__name__)
@@ -120,8 +122,8 @@ class Supervisor:
         if self._journal.run(self._run).state not in LIVE:
             return
         if self._home.node.shared:
-            inputs = self._do(GATHER, Gather()).places
-            self._document = to_json(replace(self._spec, inputs=inputs))
+            self._spec = replace(self._spec, inputs=self._do(GATHER, Gather()).places)
+            self._document = to_json(self._spec)
         origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
         order = Build(sites=self._history[SELECT].names, continued=origin)
         self._do(BUILD, order, _built, accept=self._accept)
@@ -159,17 +161,25 @@ class Supervisor:
         return self._history.record(step, result, *tell(result))
 
     def _work(self, order: Order) -> bytes:
-        """Have a step done and return what it gives; where a store cannot be used, it is done again until it can."""
-        warned = False
+        """Have a step done and return what it gives.
+
+        Where a store cannot be used, it is done again until it can; where no node is large enough, for a while.
+        """
+        needs, begun, warned = of(order, self._spec, self._history.get(BUILD)), time.monotonic(), False
         while True:
             try:
-                return self._perform(order.step, self._document, to_json(order))
+                return self._perform(order.step, self._document, to_json(order), needs)
             except Unusable as error:
-                if not warned:  # whoever watches need not know where the owner's files lie
-                    log.error("run %s: %s; the run goes on once that is done", self._run, error)
-                    waits = f"step {order.step} waits until the coordinator can use its stored files; its log says more"
-                    self._journal.add_event(self._run, Warned(message=waits))
-                warned = True
+                said = str(error)  # whoever watches need not know where the owner's files lie
+                waits = f"step {order.step} waits until the coordinator can use its stored files; its log says more"
+            except NoRoom as error:
+                if time.monotonic() - begun > ROOM_S:
+                    raise
+                waits = said = f"{error}; it waits for one for {ROOM_S / 60:.0f} minutes"
+            if not warned:
+                log.error("run %s: %s; the run goes on once that is done", self._run, said)
+                self._journal.add_event(self._run, Warned(message=waits))
+            warned = True
             self._rest(AGAIN_S)
             self._heed()
 

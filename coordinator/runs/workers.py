@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
-from offsite.coordinator.runs.steps.orders import Gather
+from offsite.coordinator.runs.needs import Needs, ask
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import plain
@@ -54,7 +54,10 @@ def main() -> None:
 
 def _join(address: str, root: str) -> None:
     """Join a cluster, or start one that listens on loopback alone."""
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    local: dict[str, Any] = {}
+    if not address:  # all of this machine's memory may be asked for: what is more than that is said to be too large
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_memory": memory}
     listens = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if local and listens != "127.0.0.1":
         raise RuntimeError(f"it would listen on {listens} instead of loopback")
@@ -70,6 +73,10 @@ def _join(address: str, root: str) -> None:
         kind, *_, node = name.split("-")
         if node != _node() and (kind == "run" or node not in alive):
             ray.kill(ray.get_actor(name), no_restart=True)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _node() -> str:
@@ -149,19 +156,27 @@ class _Supervisor:
             os._exit(1)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    def _perform(self, step: str, *documents: bytes) -> bytes:
+    def _perform(self, step: str, spec: bytes, order: bytes, needs: Needs) -> bytes:
         try:
-            return bytes(ray.get(self._task(step).remote(self._threads, self._home.node, _node(), step, *documents)))
+            return bytes(
+                ray.get(self._task(step, needs).remote(self._threads, self._home.node, _node(), step, spec, order))
+            )
         except RayTaskError as error:
             raise Lost if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
             raise Lost from error
 
-    def _task(self, step: str) -> Any:
-        """Return the task of a step, for the nodes that can do it."""
-        if self._home.node.shared and step != Gather.step:
-            return _perform
-        return _perform.options(scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False))
+    def _task(self, step: str, needs: Needs) -> Any:
+        """Return the task of a step, for a node that can do it; raises NoRoom if there is none."""
+        home = needs.home or not self._home.node.shared
+        nodes = [node["Resources"] for node in _nodes() if not home or node["NodeID"] == _node()]
+        asked = ask(needs, nodes, cpus=self._threads or 1, step=step)
+        return _perform.options(
+            num_cpus=asked["CPU"],
+            num_gpus=asked["GPU"],
+            memory=asked["memory"] or None,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else "DEFAULT",
+        )
 
 
 @ray.remote
@@ -175,11 +190,12 @@ class _Steps:
         self._server.start()  # unless it runs
 
 
-@ray.remote(num_cpus=1, max_retries=0)  # the supervisor tries again, and counts
+@ray.remote(max_retries=0)  # the supervisor tries again, and counts
 def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: bytes) -> bytes:
     node = home if at == _node() else _elsewhere(home.url)
     ray.get(_steps(node).start.remote())
-    return forking.perform(threads, node, step, spec, order)
+    gpus = ",".join(map(str, ray.get_gpu_ids()))  # that are this step's, and no other's
+    return forking.perform(threads, node, step, spec, order, CUDA_VISIBLE_DEVICES=gpus)
 
 
 def _elsewhere(url: str) -> Node:

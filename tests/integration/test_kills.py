@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.steps import performing
-from offsite.coordinator.runs.supervisor import Perform, Supervisor
+from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.service.uploads import Upload
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.journal import LIVE, OPEN
@@ -73,9 +73,9 @@ class Site:
         train(job, say=lambda event, **fields: None, rendezvous=self._folder / "rendezvous")
 
 
-def live(home: Home, site: Site, perform: Perform | None = None) -> None:
-    perform = perform or partial(performing.perform, home.node)
-    Supervisor(home, "r", perform=perform, rest=lambda _: site.work(home)).run()
+def live(home: Home, site: Site, perform: Callable[..., bytes] | None = None) -> None:
+    do = perform or partial(performing.perform, home.node)
+    Supervisor(home, "r", perform=lambda *job: do(*job[:3]), rest=lambda _: site.work(home)).run()
 
 
 def story(home: Home) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from offsite.coordinator.bundles.manifests import describe
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.needs import Needs
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune
 from offsite.coordinator.runs.steps.results import (
     Attacked,
@@ -97,7 +98,7 @@ class Stand:
         event = SiteState(round=task.round + 1, site=task.site, state="training", **values)
         self.journal.set_task(key(task), event, state="training", moved_at=time.time(), **values)
 
-    def perform(self, step: str, spec: bytes, order: bytes) -> bytes:
+    def perform(self, step: str, spec: bytes, order: bytes, _: Needs) -> bytes:
         return to_json(getattr(self, f"_{step}")(order))
 
     def _take(self, kind: type[Any], order: bytes) -> Any:

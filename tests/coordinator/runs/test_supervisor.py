@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs import supervisor
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT
+from offsite.coordinator.runs.needs import NoRoom
 from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune, Update
 from offsite.coordinator.runs.supervisor import TRIES, Lost
 from offsite.coordinator.store import Unusable
@@ -234,6 +236,28 @@ def test_a_step_that_cannot_use_a_store_is_done_again_until_it_can(stand: Any, s
     assert stand.run().state == "completed"
     warnings = [event.data["message"] for event in told(stand, "warning")]
     assert warnings == [f"step {step} waits until the coordinator can use its stored files; its log says more"]
+
+
+def test_a_step_that_no_node_is_large_enough_for_waits_a_while_and_then_ends_the_run(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(step: str, *_: Any) -> bytes:
+        raise NoRoom(f"step {step} needs more")
+
+    monkeypatch.setattr(stand, "perform", refuse)
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 3:
+            monkeypatch.setattr(supervisor, "ROOM_S", 0.0)
+
+    monkeypatch.setattr(stand, "rest", rest)
+    stand.submit("bank")
+    assert stand.run().error == "step build needs more" and len(rests) == 3
+    assert [event.data["message"] for event in told(stand, "warning")] == [
+        "step build needs more; it waits for one for 5 minutes"
+    ]
 
 
 def test_a_run_that_waits_for_a_store_can_be_cancelled(stand: Any) -> None:

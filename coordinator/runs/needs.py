@@ -1,0 +1,97 @@
+"""What a step needs of a node, and whether a node has it. Imports neither Ray nor a tensor library.
+
+The memory is that of the tensors a step surely holds, P parameters of the base and E of the emulator, each in w bytes
+as the run computes (4 in fp32, 2 in bf16):
+
+    gather     nothing            aggregate  4 x what goes to the sites, of all tiers
+    build      2 x the files of the base, unless one builder works alone: that may read layer by layer
+    realign    2 (P + E)          evaluate   w P, or w E of the emulator
+    tune       w P                attack     16 E: weights, gradients and two moments, all of them trained
+    publish    2 P, and as much again for a merged model
+
+What it computes, and the libraries (0.5 GB), come on top: that is for the node to leave free.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.orders import (
+    Aggregate,
+    Attack,
+    Build,
+    Evaluate,
+    Gather,
+    Order,
+    Publish,
+    Realign,
+    Tune,
+)
+from offsite.coordinator.runs.steps.results import Built
+from offsite.protos.errors import ResourceError
+
+NAMED = 8  # nodes that a sentence names, at most
+
+
+class NoRoom(ResourceError):
+    """No node of the cluster is large enough for a step."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step asks of its node; what it does not say, any node has."""
+
+    memory: int = 0  # bytes
+    gpu: bool = False  # whether it computes on a GPU where there is one
+    home: bool = False  # whether it reads files that lie beside the coordinator
+
+
+def of(order: Order, spec: Grant, built: Built | None) -> Needs:
+    """Say what a step needs; `built` is known once the run's emulator is."""
+    if isinstance(order, Gather):
+        return Needs(home=True)
+    if isinstance(order, Build):
+        source = spec.inputs.get(spec.model)
+        weights = sum(file.size for file in source.files if file.path.endswith(".safetensors")) if source else 0
+        return Needs(2 * weights if len(spec.builders) > 1 else 0)
+    if isinstance(order, Aggregate):
+        return Needs(4 * sum(sent.size for sent in order.last.broadcast.values()))
+    if built is None:
+        return Needs()
+    base, emulator = built.base.parameters, built.bundle.parameters
+    width = 4 if spec.training.precision == "fp32" else 2
+    match order:
+        case Evaluate():
+            return Needs(width * (base if order.manifest is None else emulator), gpu=True)
+        case Attack():
+            return Needs(16 * emulator, gpu=True)
+        case Tune():
+            return Needs(width * base, gpu=True)
+        case Realign():
+            return Needs(2 * (base + emulator))
+        case Publish():
+            return Needs((4 if spec.merge else 2) * base)
+
+
+def ask(needs: Needs, nodes: Iterable[Mapping[str, float]], *, cpus: int, step: str) -> dict[str, float]:
+    """Return the resources to ask for, by Ray's names, of nodes that have so much in all; raises NoRoom.
+
+    A step that would compute on a GPU does so on the CPU where no node with one is large enough.
+    """
+    nodes = list(nodes)
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    asked = {"CPU": max(1, min(cpus, most)), "memory": needs.memory}
+    for gpus in (1, 0) if needs.gpu else (0,):
+        whole: dict[str, float] = {**asked, "GPU": gpus}
+        if any(all(node.get(name, 0) >= amount for name, amount in whole.items()) for node in nodes):
+            return whole
+    largest = sorted(nodes, key=lambda node: -node.get("memory", 0))[:NAMED]
+    raise NoRoom(
+        f"step {step} needs a node with {_shown(asked)}, and the largest of {len(nodes)} have "
+        f"{'; '.join(map(_shown, largest)) or 'nothing'}; add a larger one to the cluster, or take a smaller model"
+    )
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    memory = f"{resources.get('memory', 0) / 1e9:.1f} GB of memory"
+    return f"{resources.get('CPU', 0):g} CPU{'s' * (resources.get('CPU', 0) != 1)} and {memory}"
