@@ -270,14 +270,17 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 class S3:
-    """A server of S3 on loopback, over a folder: each folder in it is a bucket, and each file there an object."""
+    """A server of S3 over a folder: each folder in it is a bucket, and each file there an object.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._log = folder, folder.with_suffix(".log")
+    It is on loopback, or in a machine, where only that one's network reaches it.
+    """
+
+    def __init__(self, folder: Path, *, machine: Any = None) -> None:
+        self.folder, self._log, self._machine = folder, folder.with_suffix(".log"), machine
         (folder / "bucket").mkdir(parents=True)
         self._numbers = itertools.count()
         with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+            self._address = f"{machine.address if machine else '127.0.0.1'}:{probe.getsockname()[1]}"
         self.endpoint = f"http://{self._address}"
         self.start()
 
@@ -287,15 +290,20 @@ class S3:
         options = ("--config", "", "--addr", self._address)
         environment = os.environ | {"RCLONE_AUTH_KEY": '"offsite,confidential"'}
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [program, "serve", "s3", str(self.folder), *options], stderr=log, env=environment
-            )
-        while True:
-            try:
-                return socket.create_connection(self._address.rsplit(":", 1)).close()  # type: ignore[arg-type]
-            except OSError:
-                assert self.process.poll() is None, self._log.read_text()
-                time.sleep(0.02)
+            popen = self._machine.popen if self._machine else subprocess.Popen
+            self.process = popen([program, "serve", "s3", str(self.folder), *options], stderr=log, env=environment)
+        while not self._answers():
+            assert self.process.poll() is None, self._log.read_text()
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        if self._machine:
+            return "Starting s3 server" in self._log.read_text()
+        try:
+            socket.create_connection(self._address.rsplit(":", 1)).close()  # type: ignore[arg-type]
+        except OSError:
+            return False
+        return True
 
     def look(self) -> None:
         """Have it see what others did to its files."""

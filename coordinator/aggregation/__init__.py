@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from offsite.coordinator.aggregation.base import Fold, Origin, Strategy, Version
+from offsite.coordinator.aggregation.base import Fold, Origin, Separable, Strategy, Version
 from offsite.kernels.plugins import Plugins
 from offsite.protos.errors import InputError
 
-__all__ = ["STRATEGIES", "Fold", "Origin", "Strategy", "Version", "make"]
+__all__ = ["STRATEGIES", "Fold", "Origin", "Separable", "Strategy", "Version", "make"]
 
 STRATEGIES: Plugins[Strategy] = Plugins(
     "strategy",

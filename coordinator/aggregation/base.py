@@ -6,11 +6,13 @@ with a tensor is what its schema says; a factor that all sites have in common, s
 everything here, for it multiplies the result.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
+
+Sums = dict[str, dict[str, float]]  # by name and group: what figures are made of
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Version:
     broadcast: dict[Tier, Tensors]  # what the sites of each tier start from
     state: dict[str, Tensors] = field(default_factory=dict)  # what the owner keeps for later rounds, by its name
     figures: dict[str, float] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)  # of a part of the groups, from which the figures of all can be told
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,30 @@ class Strategy(Protocol):
 
     def begin(self, last: Version, schema: Schema) -> Fold:
         """Open a round on top of the last version."""
+
+
+@runtime_checkable
+class Separable(Protocol):
+    """A strategy that folds each group of a schema by itself, so that several machines can fold some groups each."""
+
+    def join(self, parts: Sequence[Version]) -> Version:
+        """Return the version of all groups; the bytes are those of one fold of them all."""
+
+
+def joined(parts: Sequence[Version]) -> Version:
+    """Put the groups of several versions together, in an order that does not depend on who folded which; no figures."""
+    sums: Sums = {}
+    for part in parts:
+        for name, values in part.sums.items():
+            sums[name] = dict(sorted({**sums.get(name, {}), **values}.items()))
+    return Version(
+        adapter={key: tensor for part in parts for key, tensor in part.adapter.items()},
+        broadcast=_united([part.broadcast for part in parts]),
+        state=_united([part.state for part in parts]),
+        sums=sums,
+    )
+
+
+def _united(parts: Sequence[dict[str, Tensors]]) -> dict[str, Tensors]:
+    names = sorted({name for part in parts for name in part})
+    return {name: {key: one for part in parts for key, one in part.get(name, {}).items()} for name in names}

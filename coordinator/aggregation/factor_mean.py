@@ -4,9 +4,10 @@ The product of the means differs from the mean of the products by the covariance
 (FedEx-LoRA, arXiv 2410.09432); use `low-rank` unless this bias is what you study.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from offsite.coordinator.aggregation.base import Version
+from offsite.coordinator.aggregation.base import Version, joined
 from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.kernels.schema import Rule, Schema
 from offsite.protos.documents import document
@@ -24,3 +25,7 @@ class FactorMean:
     def begin(self, last: Version, schema: Schema) -> TensorMean:
         """Open a round; nothing is kept of the last."""
         return TensorMean(schema)
+
+    def join(self, parts: Sequence[Version]) -> Version:
+        """See `Separable`."""
+        return joined(parts)

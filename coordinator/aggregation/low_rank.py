@@ -9,12 +9,13 @@ plug-in. One site at full rank is passed through untouched, bit for bit.
 What of a method is no product is averaged by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 
-from offsite.coordinator.aggregation.base import Origin, Version
+from offsite.coordinator.aggregation.base import Origin, Sums, Version, joined
 from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.kernels.low_rank import Pair, Total, inner, split
 from offsite.kernels.schema import Factors, Rule, Schema, TensorMap, Tensors, Tier, factors
@@ -36,6 +37,11 @@ class LowRank:
     def begin(self, last: Version, schema: Schema) -> "_Fold":
         """Open a round on top of what the last one left to the owner."""
         return _Fold(last, schema, tolerance=self.tolerance)
+
+    def join(self, parts: Sequence[Version]) -> Version:
+        """See `Separable`."""
+        version = joined(parts)
+        return replace(version, figures=_figures(version.sums))
 
 
 class _Fold:
@@ -60,7 +66,7 @@ class _Fold:
                 self._factors[group] = (mean_b + weighted, mean_a + origin.weight * a)
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
-        figures = self._figures()
+        sums = self._sums()
         for tier, share in self._share.items():
             share = 1.0 if len(self._share) == 1 else share
             for group, (b, a) in _products(self._last.state.get(_residual(tier), {}), self._keys).items():
@@ -70,21 +76,20 @@ class _Fold:
         others = self._others.finish(()).adapter
         broadcast: dict[Tier, Tensors] = {}
         state: dict[str, Tensors] = {}
-        largest, rest = -1, Products()
+        sums["whole"] = {group: inner(pair, pair) for group, pair in totals.items()}
         for tier in tiers:
             ranks = {
                 group: pair[0].shape[1] for group, pair in _products(self._last.broadcast[tier], self._keys).items()
             }
             sent, left = self._project(totals, ranks)
+            sums[f"rank {tier}"] = {group: float(rank) for group, rank in ranks.items()}
+            sums[f"kept {tier}"] = {
+                group: inner(pair, pair) if pair[0].shape[1] else 0.0 for group, pair in left.items()
+            }
             broadcast[tier] = others | _tensors(sent, self._keys)
             if left:
                 state[_residual(tier)] = _tensors(left, self._keys)
-            if sum(ranks.values()) > largest:
-                largest, rest = sum(ranks.values()), left
-        whole = sum(inner(pair, pair) for pair in totals.values())
-        kept = sum(inner(pair, pair) for pair in rest.values() if pair[0].shape[1])
-        figures["residual"] = (kept / whole) ** 0.5 if whole else 0.0  # what re-projection leaves to the owner
-        return Version(others | _tensors(totals, self._keys), broadcast, state, figures)
+        return Version(others | _tensors(totals, self._keys), broadcast, state, _figures(sums), sums)
 
     def _project(self, totals: Products, ranks: dict[str, int]) -> tuple[Products, Products]:
         """Return the best approximations at these ranks, and what they leave out."""
@@ -96,13 +101,30 @@ class _Fold:
                 sent[group], left[group] = split(total, ranks[group], tolerance=self._tolerance)
         return sent, left
 
-    def _figures(self) -> dict[str, float]:
-        """Say how far factor-by-factor averaging would have been off; it cannot be done among several tiers."""
+    def _sums(self) -> Sums:
+        """Return how far factor-by-factor averaging would have been off; it cannot be done among several tiers."""
         if len(self._share) > 1:
             return {}
-        product = sum(total.square() for total in self._totals.values())
-        off = sum(total.distance(self._factors[group]) ** 2 for group, total in self._totals.items())
-        return {"factor_mean_error": (off / product) ** 0.5 if product else 0.0}
+        return {
+            "product": {group: total.square() for group, total in self._totals.items()},
+            "off": {group: total.distance(self._factors[group]) ** 2 for group, total in self._totals.items()},
+        }
+
+
+def _figures(sums: Sums) -> dict[str, float]:
+    """Return what an average factor by factor would have missed, and what re-projection leaves to the owner.
+
+    The latter is told of the tier of the largest ranks.
+    """
+    total = {name: sum(values.values()) for name, values in sums.items()}
+    tiers = sorted(name.removeprefix("rank ") for name in total if name.startswith("rank "))
+    largest = max(tiers, key=lambda tier: total[f"rank {tier}"])
+    shares = {"factor_mean_error": ("off", "product"), "residual": (f"kept {largest}", "whole")}
+    return {
+        figure: (total[part] / total[whole]) ** 0.5 if total[whole] else 0.0
+        for figure, (part, whole) in shares.items()
+        if part in total
+    }
 
 
 def _residual(tier: Tier) -> str:

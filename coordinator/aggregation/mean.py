@@ -4,12 +4,12 @@ Exact for methods whose tensors enter the weights linearly, such as the grids of
 approximation for whole layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
 
-from offsite.coordinator.aggregation.base import Origin, Version
+from offsite.coordinator.aggregation.base import Origin, Version, joined
 from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
 from offsite.protos.documents import document
 from offsite.protos.errors import InputError
@@ -27,6 +27,10 @@ class Mean:
     def begin(self, last: Version, schema: Schema) -> "TensorMean":
         """Open a round; nothing is kept of the last."""
         return TensorMean(schema)
+
+    def join(self, parts: Sequence[Version]) -> Version:
+        """See `Separable`."""
+        return joined(parts)
 
 
 class TensorMean:

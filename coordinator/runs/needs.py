@@ -3,7 +3,7 @@
 The memory is that of the tensors a step surely holds, P parameters of the base and E of the emulator, each in w bytes
 as the run computes (4 in fp32, 2 in bf16):
 
-    gather     nothing            aggregate  4 x what goes to the sites, of all tiers
+    gather     nothing            aggregate  4 x what goes to the sites, of all tiers; join the same
     build      2 x the files of the base, unless one builder works alone: that may read layer by layer
     realign    2 (P + E)          evaluate   w P, or w E of the emulator
     tune       w P                attack     16 E: weights, gradients and two moments, all of them trained
@@ -22,6 +22,7 @@ from offsite.coordinator.runs.steps.orders import (
     Build,
     Evaluate,
     Gather,
+    Join,
     Order,
     Publish,
     Realign,
@@ -43,7 +44,7 @@ class Needs:
 
     memory: int = 0  # bytes
     gpu: bool = False  # whether it computes on a GPU where there is one
-    home: bool = False  # whether it reads files that lie beside the coordinator
+    home: bool = False  # whether it reads files that lie beside the coordinator, and computes nothing
 
 
 def of(order: Order, spec: Grant, built: Built | None) -> Needs:
@@ -54,8 +55,9 @@ def of(order: Order, spec: Grant, built: Built | None) -> Needs:
         source = spec.inputs.get(spec.model)
         weights = sum(file.size for file in source.files if file.path.endswith(".safetensors")) if source else 0
         return Needs(2 * weights if len(spec.builders) > 1 else 0)
-    if isinstance(order, Aggregate):
-        return Needs(4 * sum(sent.size for sent in order.last.broadcast.values()))
+    if isinstance(order, Aggregate | Join):
+        versions = order.parts if isinstance(order, Join) else (order.last,)
+        return Needs(4 * sum(sent.size for version in versions for sent in version.broadcast.values()))
     if built is None:
         return Needs()
     base, emulator = built.base.parameters, built.bundle.parameters
@@ -71,6 +73,7 @@ def of(order: Order, spec: Grant, built: Built | None) -> Needs:
             return Needs(2 * (base + emulator))
         case Publish():
             return Needs((4 if spec.merge else 2) * base)
+    raise TypeError(f"step {order.step} has no formula")
 
 
 def ask(needs: Needs, nodes: Iterable[Mapping[str, float]], *, cpus: int, step: str) -> dict[str, float]:
@@ -80,16 +83,21 @@ def ask(needs: Needs, nodes: Iterable[Mapping[str, float]], *, cpus: int, step: 
     """
     nodes = list(nodes)
     most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    asked = {"CPU": max(1, min(cpus, most)), "memory": needs.memory}
+    asked = {"CPU": 0 if needs.home else max(1, min(cpus, most)), "memory": needs.memory}
     for gpus in (1, 0) if needs.gpu else (0,):
         whole: dict[str, float] = {**asked, "GPU": gpus}
-        if any(all(node.get(name, 0) >= amount for name, amount in whole.items()) for node in nodes):
+        if room(whole, nodes):
             return whole
     largest = sorted(nodes, key=lambda node: -node.get("memory", 0))[:NAMED]
     raise NoRoom(
         f"step {step} needs a node with {_shown(asked)}, and the largest of {len(nodes)} have "
         f"{'; '.join(map(_shown, largest)) or 'nothing'}; add a larger one to the cluster, or take a smaller model"
     )
+
+
+def room(asked: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
+    """Count the nodes that have so much in all."""
+    return sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes)
 
 
 def _shown(resources: Mapping[str, float]) -> str:

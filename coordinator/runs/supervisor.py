@@ -221,7 +221,7 @@ class Supervisor:
             current.open()
             self._measure(number)  # while the sites train
             updates, last = self._updates(current), self._history.version(number)
-            order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates)
+            order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates, groups=built.groups)
             self._do(step, order, partial(_folded, number + 1))
         if self._spec.realign_steps and number + 1 < self._spec.rounds:  # the next round trains on what this gives
             manifest, adapter = self._history.bundle(number).manifest, self._history[step].version.adapter

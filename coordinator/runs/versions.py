@@ -5,7 +5,7 @@ from pydantic import Field
 from offsite.coordinator.store.blobs import Blobs, Stored
 from offsite.kernels.schema import Schema
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import Digest, Finite, Tier, Word
+from offsite.protos.ranges import Digest, Finite, Line, Tier, Word
 
 
 @document
@@ -16,6 +16,7 @@ class Version:
     broadcast: dict[Tier, Stored]  # what the sites of each tier start from
     state: dict[Word, Digest] = Field(default_factory=dict)  # what the owner keeps for later rounds, by its name
     figures: dict[Word, Finite | None] = Field(default_factory=dict)
+    sums: dict[Line, dict[str, Finite | None]] = Field(default_factory=dict)  # of a part of it
 
     @property
     def digests(self) -> set[str]:

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,10 +27,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
-from offsite.coordinator.runs.needs import Needs, ask
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.needs import Needs, ask, room
+from offsite.coordinator.runs.shards import count, in_parts
+from offsite.coordinator.runs.steps.orders import Order, read
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
-from offsite.protos.documents import plain
+from offsite.protos.documents import from_json, plain, to_json
 
 BEAT_S = 2.0
 PROBE_S = 5.0
@@ -157,26 +161,29 @@ class _Supervisor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _perform(self, step: str, spec: bytes, order: bytes, needs: Needs) -> bytes:
+        grant, whole = from_json(Grant, spec, where="run spec"), read(step, order)
+        home = needs.home or not self._home.node.shared
+        nodes = [node["Resources"] for node in _nodes() if not home or node["NodeID"] == _node()]
+        asked = ask(needs, nodes, cpus=self._threads or 1, step=step)
+        parts = count(whole, grant, nodes=room(asked, nodes))
+        spread = "SPREAD" if parts > 1 else "DEFAULT"
+        task = _perform.options(
+            num_cpus=asked["CPU"],
+            num_gpus=asked["GPU"],
+            memory=asked["memory"] or None,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else spread,
+        )
+
+        def do(orders: Sequence[Order]) -> list[bytes]:
+            here = (self._threads, self._home.node, _node())
+            return list(ray.get([task.remote(*here, one.step, spec, to_json(one)) for one in orders]))
+
         try:
-            return bytes(
-                ray.get(self._task(step, needs).remote(self._threads, self._home.node, _node(), step, spec, order))
-            )
+            return in_parts(whole, grant, parts, do)
         except RayTaskError as error:
             raise Lost if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
             raise Lost from error
-
-    def _task(self, step: str, needs: Needs) -> Any:
-        """Return the task of a step, for a node that can do it; raises NoRoom if there is none."""
-        home = needs.home or not self._home.node.shared
-        nodes = [node["Resources"] for node in _nodes() if not home or node["NodeID"] == _node()]
-        asked = ask(needs, nodes, cpus=self._threads or 1, step=step)
-        return _perform.options(
-            num_cpus=asked["CPU"],
-            num_gpus=asked["GPU"],
-            memory=asked["memory"] or None,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else "DEFAULT",
-        )
 
 
 @ray.remote

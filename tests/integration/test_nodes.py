@@ -1,7 +1,7 @@
 """Steps on a machine that has nothing of the owner's: they read it from the blobs, and give the same bytes."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +12,12 @@ import torch
 from offsite.client import Choice, TrainingSpec
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.shards import in_parts
 from offsite.coordinator.runs.steps.inputs import at_desk, here
 from offsite.coordinator.runs.steps.orders import Build, Evaluate, Gather, Order, Publish, Tune
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import Built, Evaluation, Inputs, Publication
+from offsite.emulator import zoo
 from offsite.protos.documents import from_json, to_json, to_plain
 from offsite.protos.errors import InputError
 
@@ -99,6 +101,28 @@ def test_a_file_that_is_there_is_not_fetched_and_one_that_has_changed_is(
         text, model = Path(here(desk, gathered, spec.public)), Path(here(desk, gathered, spec.model))
         assert text.read_bytes() == before and not text.is_symlink() and text.name == public.name
         assert (model / "model.safetensors").resolve() == owned / "model" / "model.safetensors"
+
+
+def test_sets_that_are_measured_apart_have_the_figures_of_all_together(
+    spec: Grant, node: Callable[[str], Node]
+) -> None:
+    torch.set_num_threads(1)
+    home, model = node("home"), Path(spec.model)
+    several = replace(
+        spec, evaluation={name: str(model.parent / f"{name}.jsonl") for name in ("bank", "held-out", "hospital")}
+    )
+    order = Evaluate(base=zoo.digest(model), manifest=None, adapter=None, recovery=None)
+
+    def measured(parts: int) -> dict[str, Any]:
+        def alone(orders: Sequence[Order]) -> list[bytes]:
+            return [perform(home, one.step, to_json(several), to_json(one)) for one in orders]
+
+        return from_json(Evaluation, in_parts(order, several, parts, alone), where="evaluate").sets
+
+    whole = measured(1)
+    assert [*whole] == ["bank", "held-out", "hospital"]
+    for parts in (2, 3):
+        assert list(measured(parts).items()) == list(whole.items())
 
 
 @pytest.mark.parametrize("role", ["owner", "researcher"])

@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from offsite.coordinator import aggregation
+from offsite.coordinator.aggregation import Separable
 from offsite.coordinator.attacks import check_room, of_run
 from offsite.coordinator.bundles import building
 from offsite.coordinator.bundles.stored import open_bundle, recovered, store_adapter, store_bundle
@@ -25,7 +27,7 @@ from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.outline import Draft
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
-from offsite.kernels.schema import Schema, settle, size_bytes
+from offsite.kernels.schema import Schema, groups, settle, size_bytes
 from offsite.protos import tensors, upload
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, to_plain
@@ -37,6 +39,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
     """Build and store the bundle and the adapters that sites of each tier start from."""
     timeline = Timeline()
     blobs = node.blobs()
+    strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
     with TemporaryDirectory(dir=node.scratch) as scratch, timeline.span("building"):
         built = building.build(
             here(node, spec, spec.model),
@@ -79,6 +82,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         version=version,
         tiers=tiers,
         schema=schema,
+        groups=len(groups(made_of)) if isinstance(strategy, Separable) else 1,
         update_sizes=update_sizes,
         method=_told(spec.method, method),
         method_hash=digest_bytes(canonical(identity)),

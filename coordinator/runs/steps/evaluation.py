@@ -1,5 +1,6 @@
 """Measuring the base or the emulator on the owner's held-out data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,15 +46,16 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
             if adapter is not None:
                 model = method.attach(model, bundle.described(listed).outline.places, adapter)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scores = measure(model, exams(node, spec, tokenizer), timeline)
+    scores = measure(model, exams(node, spec, tokenizer, sets=order.sets), timeline)
     return Evaluation(sets=scores, spans=tuple(timeline))
 
 
-def exams(node: Node, spec: Grant, tokenizer: Any) -> dict[str, list[Batch]]:
-    """Read the owner's held-out data by name."""
+def exams(node: Node, spec: Grant, tokenizer: Any, *, sets: Sequence[str] = ()) -> dict[str, list[Batch]]:
+    """Read the owner's held-out data by name, or some sets of it."""
     return {
         name: evaluation_batches(samples(node, spec, path, tokenizer), batch_size=EVALUATION_BATCH)
         for name, path in sorted(spec.evaluation.items())
+        if not sets or name in sets
     }
 
 

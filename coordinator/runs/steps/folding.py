@@ -7,18 +7,20 @@ from tempfile import TemporaryDirectory
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation.folding import Sent, fold
 from offsite.coordinator.node import Node
-from offsite.coordinator.runs.steps.orders import Aggregate
+from offsite.coordinator.runs.steps.orders import Aggregate, Join
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
-from offsite.coordinator.runs.versions import read_schema
+from offsite.coordinator.runs.versions import Version, read_schema
+from offsite.kernels.schema import groups
 from offsite.protos import upload
+from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
 from offsite.protos.upload.files import distance, opened
 
 
 def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
-    """Fold the updates of a round, in the order of the sites' names, and store the next version.
+    """Fold the updates of a round, in the order of the sites' names, and store the next version, or a part of it.
 
     Those far larger than the others are left out, and named; raises RunError if too few are left.
     """
@@ -35,8 +37,10 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
             open_ = partial(opened, file, starts[tier], schema, stages)
             sent.append(Sent(update.site, tier, update.examples, norm, open_))
         last = load_version(blobs, order.last)
-        outcome = fold(strategy, last, schema, sent, spec=spec, tiers={*order.tiers.values()})
-        stored = store_version(blobs, Path(scratch), outcome.version)
+        mine = sorted(groups(schema).items())[order.part :: order.parts]
+        part = {key: schema[key] for _, keys in mine for key in keys}
+        outcome = fold(strategy, last, part, sent, spec=spec, tiers={*order.tiers.values()})
+        stored = store_version(blobs, Path(scratch), outcome.version, part=order.parts > 1)
     digests = {update.site: update.digest for update in order.updates}
     return Folded(
         version=stored,
@@ -44,3 +48,13 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
         left_out=outcome.left_out,
         spans=tuple(timeline),
     )
+
+
+def join(node: Node, spec: RunSpec, order: Join) -> Version:
+    """Put the parts of a version together, and store it whole."""
+    blobs, strategy = node.blobs(), aggregation.make(spec.strategy.name, spec.strategy.settings)
+    if not isinstance(strategy, aggregation.Separable):
+        raise InputError(f"strategy {spec.strategy.name} folds all groups of tensors together, and joins no parts")
+    version = strategy.join([load_version(blobs, part) for part in order.parts])
+    with TemporaryDirectory(dir=node.scratch) as scratch:
+        return store_version(blobs, Path(scratch), version)

@@ -1,10 +1,10 @@
 """What each step is asked to do: documents, so that they reach its process as plain bytes, wherever that runs."""
 
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from offsite.coordinator.runs.versions import Version
-from offsite.protos.documents import document
-from offsite.protos.ranges import Digest, Name, Positive, Tier
+from offsite.protos.documents import document, from_json
+from offsite.protos.ranges import Count, Digest, Name, Positive, Tier
 from offsite.protos.spec import Layers
 
 
@@ -52,6 +52,17 @@ class Aggregate:
     schema: Digest  # what adapters are made of
     tiers: dict[Name, Tier]  # of all sites of the run
     updates: tuple[Update, ...]
+    groups: Positive = 1  # of tensors that may be folded apart
+    parts: Positive = 1  # in how many they are folded
+    part: Count = 0  # which of them this is
+
+
+@document
+class Join:
+    """Put the parts of a version together."""
+
+    step: ClassVar[str] = "join"
+    parts: tuple[Version, ...]
 
 
 @document
@@ -74,6 +85,7 @@ class Evaluate:
     manifest: Digest | None  # of the emulator; None: measure the base
     adapter: Digest | None  # the adapter in it; None: as it is
     recovery: Digest | None
+    sets: tuple[Name, ...] = ()  # of held-out data; none: all
 
 
 @document
@@ -104,4 +116,10 @@ class Publish:
     recovery: Digest | None
 
 
-Order = Gather | Build | Aggregate | Realign | Evaluate | Attack | Tune | Publish
+Order = Gather | Build | Aggregate | Join | Realign | Evaluate | Attack | Tune | Publish
+ORDERS: dict[str, type[Order]] = {kind.step: kind for kind in get_args(Order)}  # by the step's name
+
+
+def read(step: str, document: bytes) -> Order:
+    """Read what a step is asked to do."""
+    return from_json(ORDERS[step], document, where=f"step {step}")

@@ -12,44 +12,34 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
 from offsite.coordinator.runs.steps.evaluation import evaluate
-from offsite.coordinator.runs.steps.folding import aggregate
+from offsite.coordinator.runs.steps.folding import aggregate, join
 from offsite.coordinator.runs.steps.gathering import gather
 from offsite.coordinator.runs.steps.inputs import at_desk, desks
-from offsite.coordinator.runs.steps.orders import (
-    Aggregate,
-    Attack,
-    Build,
-    Evaluate,
-    Gather,
-    Order,
-    Publish,
-    Realign,
-    Tune,
-)
+from offsite.coordinator.runs.steps.orders import read
 from offsite.coordinator.runs.steps.publishing import publish
 from offsite.coordinator.runs.steps.tuning import tune
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_system
 
-STEPS: dict[str, tuple[type[Order], Callable[[Node, Grant, Any], object]]] = {
-    "gather": (Gather, gather),
-    "build": (Build, build),
-    "realign": (Realign, realign),
-    "aggregate": (Aggregate, aggregate),
-    "evaluate": (Evaluate, evaluate),
-    "attack": (Attack, attack),
-    "tune": (Tune, tune),
-    "publish": (Publish, publish),
+STEPS: dict[str, Callable[[Node, Grant, Any], object]] = {
+    "gather": gather,
+    "build": build,
+    "realign": realign,
+    "aggregate": aggregate,
+    "join": join,
+    "evaluate": evaluate,
+    "attack": attack,
+    "tune": tune,
+    "publish": publish,
 }
 
 
 def perform(node: Node, step: str, spec: bytes, order: bytes) -> bytes:
     """Do one step by name and return its result as a document; raises OffsiteError where users can act on it."""
     grant = from_json(Grant, spec, where="run spec")
-    kind, work = STEPS[step]
     with at_desk(node) as node:
         try:
-            return to_json(work(node, grant, from_json(kind, order, where=f"step {step}")))
+            return to_json(STEPS[step](node, grant, read(step, order)))
         except Exception as error:
             known = _in_words(error, step)
             if known is None:

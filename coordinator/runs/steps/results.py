@@ -12,7 +12,7 @@ from offsite.coordinator.store.blobs import Stored
 from offsite.emulator.evaluation.portion import Portion
 from offsite.protos.documents import document
 from offsite.protos.figures import Score
-from offsite.protos.ranges import TEXT, AboveZero, Amount, Count, Digest, Line, Name, Place, Share, Tier
+from offsite.protos.ranges import TEXT, AboveZero, Amount, Count, Digest, Line, Name, Place, Positive, Share, Tier
 from offsite.protos.spec import BaseRef, Choice, Span
 
 Message = Annotated[str, Field(max_length=TEXT)]
@@ -34,6 +34,7 @@ class Built(Bundle):
     version: Version
     tiers: dict[Name, Tier]  # site -> what of the adapter it trains
     schema: Digest  # what adapters are made of
+    groups: Positive = 1  # of its tensors that may be folded apart, by the run's strategy
     update_sizes: dict[Tier, Amount]  # bytes of the tensors of an update
     method: Choice  # as sites are told it
     method_hash: Digest  # of the base, the method and the layers it trains

@@ -1,5 +1,6 @@
 """Versions and schemas from files and into them: how steps hand them on."""
 
+import math
 from pathlib import Path
 
 from offsite.coordinator import aggregation
@@ -19,17 +20,25 @@ def load_version(blobs: Blobs, version: Version) -> aggregation.Version:
         broadcast={tier: tensors.load(blobs.path(sent.digest)) for tier, sent in version.broadcast.items()},
         state={name: tensors.load(blobs.path(digest)) for name, digest in version.state.items()},
         figures={name: figure for name, figure in version.figures.items() if figure is not None},
+        sums={name: {group: _number(value) for group, value in sums.items()} for name, sums in version.sums.items()},
     )
 
 
-def store_version(blobs: Blobs, scratch: Path, version: aggregation.Version) -> Version:
-    """Write a version's tensors by way of a folder of scratch files."""
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def store_version(blobs: Blobs, scratch: Path, version: aggregation.Version, *, part: bool = False) -> Version:
+    """Write a version's tensors, or those of a part of it, by way of a folder of scratch files."""
     file = scratch / "version.safetensors"
     return Version(
         adapter=store_adapter(blobs, file, version.adapter).digest,
         broadcast={tier: store_adapter(blobs, file, sent) for tier, sent in version.broadcast.items()},
         state={name: store_adapter(blobs, file, kept).digest for name, kept in version.state.items()},
         figures={name: finite(figure) for name, figure in version.figures.items()},
+        sums={name: {group: finite(value) for group, value in sums.items()} for name, sums in version.sums.items()}
+        if part
+        else {},
     )
 
 

@@ -61,5 +61,6 @@ def test_a_step_that_fits_nowhere_is_refused_with_what_it_needs_and_what_there_i
         "step tune needs a node with 2 CPUs and 65.0 GB of memory, and the largest of 2 have 2 CPUs and 64.0 GB of "
         "memory; 4 CPUs and 8.0 GB of memory; add a larger one to the cluster, or take a smaller model"
     )
+    assert ask(Needs(home=True), [{**LARGE, "CPU": 0.0}], cpus=2, step="gather")["CPU"] == 0
     with pytest.raises(NoRoom, match="the largest of 1 have 0 CPUs and 64.0 GB"):
         ask(Needs(), [{**LARGE, "CPU": 0.0}], cpus=1, step="tune")

@@ -32,7 +32,7 @@ def test_a_step_that_cannot_be_done_says_why(
     def fail(*_: object, **__: object) -> dict[str, object]:
         raise error
 
-    monkeypatch.setitem(performing.STEPS, "build", (Build, fail))
+    monkeypatch.setitem(performing.STEPS, "build", fail)
     order = to_json(Build(sites=("ward",)))
     arguments = (Node(tmp_path, f"file://{tmp_path}/blobs"), "build", to_json(RunSpec(model="m")), order)
     if status is None:
