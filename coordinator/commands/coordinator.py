@@ -35,7 +35,7 @@ def up(
         Literal["ray", "threads", "none"],
         typer.Option(help="Where supervisors and their steps run; none: serve only, another gateway dispatches."),
     ] = "ray",
-    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; its nodes must see HOME.")] = "",
+    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; with blobs in S3 any node does steps.")] = "",
     places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
     keep_runs: KeepRuns = None,
@@ -96,21 +96,23 @@ def up(
 
         return OnRay(home, address=ray_address or None, threads=threads)
 
+    def steps() -> str:
+        alone = ray_address and not at.node.shared
+        return f"steps on {executor}{', all on this machine, where the folder of blobs is' if alone else ''}"
+
     def ready(port: int, leads: bool) -> None:
         here = Address(address.host, port)
         if format == "json":
             print(json.dumps({"event": "ready", "address": str(here), "dispatches": leads}), flush=True)
         else:
-            role = f"steps on {executor}" if leads else "another gateway dispatches the runs"
+            role = steps() if leads else "another gateway dispatches the runs"
             print(f"coordinator ready on {here}; home {home}, {role}. Ctrl-C stops it.", flush=True)
 
     def moved(leads: bool) -> None:
         if format == "json":
             print(json.dumps({"event": "dispatches" if leads else "stands by"}), flush=True)
         else:
-            role = (
-                f"dispatches the runs from now on, steps on {executor}" if leads else "leaves the runs to another one"
-            )
+            role = f"dispatches the runs from now on, {steps()}" if leads else "leaves the runs to another one"
             print(f"this gateway {role}", flush=True)
 
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
