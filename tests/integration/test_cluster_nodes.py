@@ -1,11 +1,13 @@
 """A run over two machines that share no folder, from PostgreSQL and S3, ends in the bytes of one machine."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from offsite.client import Run
 
 from ..conftest import S3
 from .clusters import Cluster
@@ -15,13 +17,19 @@ from .machines import machines
 pytestmark = pytest.mark.slow
 
 
+KEY = {"AWS_ACCESS_KEY_ID": "offsite", "AWS_SECRET_ACCESS_KEY": "confidential", "AWS_ALLOW_HTTP": "true"}
+NOT_THEIRS = {"owner.key", "journal.db", "policy.json", "stores.json", "hospital.jsonl"}
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head that does no step, and one worker."""
-    with machines("head", "worker") as made:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that does no step, and two workers."""
+    for name, value in KEY.items():
+        monkeypatch.setenv(name, value)
+    with machines("head", "left", "right") as made:
         cluster = Cluster(made, wait_until)
-        cluster.start(cluster.head, cpus=0)
-        cluster.start(cluster.workers[0])
+        for machine in made:
+            cluster.start(machine, cpus=0 if machine is cluster.head else 1)
         yield cluster
 
 
@@ -33,46 +41,50 @@ def bucket(cluster: Cluster) -> Iterator[S3]:
     server.kill()
 
 
-def federated_on(cluster: Cluster, bucket: S3, postgresql: Any) -> Any:
-    """Return a federation in the head's machine; what the owner has is there, and in no other machine."""
-    return federated(
+@pytest.fixture
+def far(cluster: Cluster, bucket: S3, postgresql: Any) -> Iterator[Federation]:
+    """A federation in the head's machine; what the owner has is there, and in no other machine."""
+    with federated(
         cluster.head.folder / "owner",
         write_material(cluster.head.folder / "material"),
         machine=cluster.head,
         OFFSITE_JOURNAL=postgresql.empty(),
         OFFSITE_BLOBS=bucket.url(cache="1G"),
-        **CREDENTIALS,
         **cluster.environment(cluster.head),
-    )
+    ) as made:
+        yield made
 
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "offsite", "AWS_SECRET_ACCESS_KEY": "confidential", "AWS_ALLOW_HTTP": "true"}
-
-
-def finished(federation: Federation, folder: Path) -> tuple[bytes, Any]:
-    """Bring a run to its end; return its adapter, and its figures."""
-    material = federation.material
-    exams = {name: str(material / f"{name}.jsonl") for name in ("held-out", "bank")}
+def finished(federation: Federation, folder: Path, during: Callable[[Run], object] = lambda _: None) -> list[Any]:
+    """Bring a run to its end; return the bytes of what is published, and the figures."""
+    exams = {name: str(federation.material / f"{name}.jsonl") for name in ("held-out", "public")}
     federation.have("hospital", "bank")
     with federation.connect() as session:
         spec = federation.spec(rounds=2, sites=("bank", "hospital"), evaluation=exams, merge=True)
-        result = session.submit(spec).result(folder)
+        run = session.submit(spec)
+        during(run)
+        result = Path(run.result(folder))
     report = json.loads((result / "report.json").read_text())
-    merged = (result / "merged" / "model.safetensors").read_bytes()
-    adapter = (result / "adapter" / "adapter_model.safetensors").read_bytes()
-    return adapter + merged, [report[name] for name in ("overall", "sites", "rounds")]
+    files = [result / name for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors")]
+    return [[file.read_bytes() for file in files], report["overall"], report["sites"]]
 
 
-def test_two_nodes_without_a_common_folder_give_the_bytes_of_one(
-    cluster: Cluster, bucket: S3, postgresql: Any, federation: Federation, tmp_path: Path
+def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_one_of_them_dies(
+    cluster: Cluster, far: Federation, federation: Federation, tmp_path: Path
 ) -> None:
     federation.coordinate()
     wanted = finished(federation, tmp_path / "one")
-    with federated_on(cluster, bucket, postgresql) as far:
-        far.coordinate("--ray-address", cluster.address, executor="ray")
-        assert finished(far, tmp_path / "two")[0] == wanted[0]
-    (node,) = (cluster.workers[0].folder / ".cache" / "offsite" / "nodes").iterdir()
-    assert list((node / "cache" / "blake3").glob("??/*")), "the steps were done there"
-    assert not list((node / "scratch").iterdir())
-    everything = [path.name for path in cluster.workers[0].folder.rglob("*")]
-    assert not {"owner.key", "journal.db", "policy.json", "stores.json"} & set(everything)
+    federation.stop()
+    far.coordinate("--ray-address", cluster.address, executor="ray")
+    assert finished(far, tmp_path / "two") == wanted
+    for machine in cluster.workers:
+        (node,) = (machine.folder / ".cache" / "offsite" / "nodes").iterdir()
+        assert list((node / "cache" / "blake3").glob("??/*")), "steps were done there"
+        assert not list((node / "scratch").iterdir())
+        assert not NOT_THEIRS & {path.name for path in machine.folder.rglob("*")}
+
+    def kill(run: Run) -> None:
+        next(event for event in run.watch() if event.kind == "round")
+        cluster.workers[1].kill()
+
+    assert finished(far, tmp_path / "three", kill) == wanted
