@@ -76,7 +76,7 @@ class _Fold:
         others = self._others.finish(()).adapter
         broadcast: dict[Tier, Tensors] = {}
         state: dict[str, Tensors] = {}
-        sums["whole"] = {group: inner(pair, pair) for group, pair in totals.items()}
+        sums["all"] = {group: inner(pair, pair) for group, pair in totals.items()}
         for tier in tiers:
             ranks = {
                 group: pair[0].shape[1] for group, pair in _products(self._last.broadcast[tier], self._keys).items()
@@ -119,7 +119,7 @@ def _figures(sums: Sums) -> dict[str, float]:
     total = {name: sum(values.values()) for name, values in sums.items()}
     tiers = sorted(name.removeprefix("rank ") for name in total if name.startswith("rank "))
     largest = max(tiers, key=lambda tier: total[f"rank {tier}"])
-    shares = {"factor_mean_error": ("off", "product"), "residual": (f"kept {largest}", "whole")}
+    shares = {"factor_mean_error": ("off", "product"), "residual": (f"kept {largest}", "all")}
     return {
         figure: (total[part] / total[whole]) ** 0.5 if total[whole] else 0.0
         for figure, (part, whole) in shares.items()
