@@ -10,7 +10,7 @@ def digests(run: Any) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_the_bytes_of_one_in_a_file_though_the_coordinator_and_the_database_are_killed(
+def test_a_run_ends_with_the_bytes_of_one_in_a_file_though_a_gateway_and_the_database_are_killed(
     federation: Any, wait: Any, postgresql: Any
 ) -> None:
     spec = federation.spec(rounds=2)
@@ -22,25 +22,26 @@ def test_a_run_ends_with_the_bytes_of_one_in_a_file_though_the_coordinator_and_t
     for name in ("hospital", "coordinator"):
         federation.kill(name)
 
-    url = postgresql.empty()
-    federation._environment["OFFSITE_JOURNAL"] = url
-    federation.coordinate(home="other")
+    journal, blobs = postgresql.empty(), f"file://{federation.folder}/blobs"
+    federation._environment |= {"OFFSITE_JOURNAL": journal, "OFFSITE_BLOBS": blobs}
+    gateways = [federation.coordinate(name=name, home=name) for name in ("north", "south")]
+    federation.address = ",".join(gateways)
     federation.join("hospital")
-    del federation._environment["OFFSITE_JOURNAL"]  # the home has it from now on
     with federation.connect() as session:
         run = session.submit(spec)
         wait(lambda: [task for task in federation.events("hospital", "task") if task["run"] == run.id], "the task")
-        federation.kill("coordinator")
+        federation.kill("north")
         postgresql.kill()
         postgresql.start()
-        federation.coordinate(home="other")
+        federation.expect("south", "dispatches")
         wait(lambda: len(federation.events("hospital", "uploaded")) > 2, "an upload")
-        postgresql.kill()  # under a coordinator that goes on
+        postgresql.kill()
         postgresql.start()
         assert digests(run.wait()) == undisturbed
-        up = ("coordinator", "up", "--executor", "threads", "--listen", "127.0.0.1:0", "--journal", url)
+        del federation._environment["OFFSITE_BLOBS"], federation._environment["OFFSITE_JOURNAL"]
+        up = ("coordinator", "up", "--executor", "threads", "--listen", "127.0.0.1:0", "--journal", journal)
         kit = str(federation.folder / "pki" / "coordinator")
-        federation.start("second", *up, "--identity", kit, "--home", str(federation.folder / "second"))
-        assert federation.ended("second") == 11
-        assert "works on this journal with other blobs; name the same" in federation.log("second").read_text()
-    assert not (federation.folder / "other" / "journal.db").exists()
+        federation.start("west", *up, "--identity", kit, "--home", str(federation.folder / "west"))
+        assert federation.ended("west") == 11
+        assert "works on this journal with other blobs; name the same" in federation.log("west").read_text()
+    assert not (federation.folder / "south" / "journal.db").exists()
