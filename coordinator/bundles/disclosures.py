@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-
-from filelock import FileLock
+from contextlib import closing
+from typing import Any
 
 from offsite.coordinator.home import Home
 from offsite.emulator.evaluation.portion import Portion
@@ -54,24 +54,21 @@ def record(home: Home, run: str, *, base: str, portions: Portions, bound: bool) 
 
     Raises RefusedError.
     """
-    journal, policy = home.journal(), home.policy()
-    try:
-        with FileLock(home.root / "disclosures.lock"):  # of two runs that together disclose too much, one is refused
-            known = {
-                other: parse(Disclosure, value, where=f"step {STEP} of run {other}")
-                for other, value in journal.steps_of_all(STEP).items()
-            }
-            earlier = [step.portions for other, step in known.items() if other != run and step.base == base]
-            of = sum(portion.size for portion in portions.values())
-            before, after = union(earlier), union([*earlier, portions])
-            bounds = {"max_disclosed": policy.max_disclosed, "max_disclosed_lossy": policy.max_disclosed_lossy}
-            for which, (name, share) in enumerate(bounds.items()):
-                if bound and after[which] > share * of and after[which] > before[which]:
-                    raise RefusedError(
-                        f"the owner's policy refuses the run ({name}): with this emulator {after[which] / of:.1%} of "
-                        f"the base would be disclosed, {before[which] / of:.1%} are by earlier ones, and {share:.0%} "
-                        "may be; keep the layers of an earlier run, or ask the owner"
-                    )
-            journal.add_step(run, STEP, to_plain(Disclosure(base=base, portions=dict(portions))))
-    finally:
-        journal.close()
+    policy = home.policy()
+    bounds = {"max_disclosed": policy.max_disclosed, "max_disclosed_lossy": policy.max_disclosed_lossy}
+
+    def judge(others: Mapping[str, dict[str, Any]]) -> None:
+        known = [parse(Disclosure, value, where=f"step {STEP} of run {other}") for other, value in others.items()]
+        earlier = [disclosure.portions for disclosure in known if disclosure.base == base]
+        of = sum(portion.size for portion in portions.values())
+        before, after = union(earlier), union([*earlier, portions])
+        for which, (name, share) in enumerate(bounds.items()):
+            if bound and after[which] > share * of and after[which] > before[which]:
+                raise RefusedError(
+                    f"the owner's policy refuses the run ({name}): with this emulator {after[which] / of:.1%} of "
+                    f"the base would be disclosed, {before[which] / of:.1%} are by earlier ones, and {share:.0%} "
+                    "may be; keep the layers of an earlier run, or ask the owner"
+                )
+
+    with closing(home.journal()) as journal:
+        journal.add_step_beside(run, STEP, to_plain(Disclosure(base=base, portions=dict(portions))), judge)

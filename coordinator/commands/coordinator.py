@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from offsite.coordinator.commands.status import status
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
 
 
@@ -151,6 +153,9 @@ def gc(
         print(json.dumps({"dry_run": dry_run, **vars(freed)}))
     else:
         print(f"{'would remove' if dry_run else 'removed'} {freed}")
+
+
+app.command()(status)
 
 
 def _show_policy(rows: list[tuple[str, str, str]], policy: Path | None) -> None:

@@ -29,7 +29,7 @@ class Dispatcher:
         self._journal, self._executor, self._places = journal, executor, places
         self._leader = journal.leader()
         self._specs: dict[str, RunSpec] = {}
-        self._fault = ""  # why the executor could not work at the last look
+        self._fault: str | None = None  # why the executor could not work at the last look; None: there was none
         self._hindrance = ""  # why the journal could not be used at the last look
         self._supervised = float("-inf")
         self._started = time.time()
@@ -64,7 +64,7 @@ class Dispatcher:
             for run in running:
                 self._executor.supervise(run.id)
         for run in running:
-            self._note(run, fault)
+            self._note(run, fault, before)
         for run in runs:
             if run.state == "running":
                 continue
@@ -98,7 +98,9 @@ class Dispatcher:
             self._journal.end_run(run, Failed(error=str(error)))
             return None
 
-    def _note(self, run: Row, note: str) -> None:
+    def _note(self, run: Row, fault: str, before: str | None) -> None:
+        """Have a run say what keeps all runs from going on, and what did no longer; what its supervisor says stays."""
+        note = fault or ("" if before is None or run.note == before else run.note)
         if run.note != note:
             self._journal.set_run(run.id, note=note)
 

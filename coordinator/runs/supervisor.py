@@ -119,8 +119,11 @@ class Supervisor:
         self._journal.end_run(self._run, Failed(error=plain(error, most=10_000)))
 
     def _rounds(self) -> None:
-        if self._journal.run(self._run).state not in LIVE:
+        run = self._journal.run(self._run)
+        if run.state not in LIVE:
             return
+        if run.note:  # what one before this waited for
+            self._journal.set_run(self._run, note="")
         if self._home.node.shared:
             self._spec = replace(self._spec, inputs=self._do(GATHER, Gather()).places)
             self._document = to_json(self._spec)
@@ -168,7 +171,10 @@ class Supervisor:
         needs, begun, warned = of(order, self._spec, self._history.get(BUILD)), time.monotonic(), False
         while True:
             try:
-                return self._perform(order.step, self._document, to_json(order), needs)
+                result = self._perform(order.step, self._document, to_json(order), needs)
+                if warned:
+                    self._journal.set_run(self._run, note="")
+                return result
             except Unusable as error:
                 said = str(error)  # whoever watches need not know where the owner's files lie
                 waits = f"step {order.step} waits until the coordinator can use its stored files; its log says more"
@@ -180,6 +186,7 @@ class Supervisor:
                 log.error("run %s: %s; the run goes on once that is done", self._run, said)
                 self._journal.add_event(self._run, Warned(message=waits))
             warned = True
+            self._journal.set_run(self._run, note=waits)
             self._rest(AGAIN_S)
             self._heed()
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -147,13 +147,21 @@ class Runs(Database):
             ).scalar_one()
             return stood
 
+    def add_step_beside(
+        self, run: str, name: str, value: dict[str, Any], judge: Callable[[Mapping[str, dict[str, Any]]], None]
+    ) -> None:
+        """Record what a step gave unless `judge` raises, which is given {run: what it gave} of all others that did it.
+
+        Nobody records the step for another run meanwhile. A record that is there already stands.
+        """
+        with self._write() as connection:
+            connection.execute(self._insert(steps).values(run=run, name=name, value=value).on_conflict_do_nothing())
+            others = sa.select(steps).where(steps.c.name == name, steps.c.run != run)
+            judge({row.run: row.value for row in connection.execute(others)})
+
     def steps(self, run: str) -> dict[str, dict[str, Any]]:
         """Return {name: what it gave} of all steps a run has done."""
         return {row.name: row.value for row in self._all(sa.select(steps).where(steps.c.run == run))}
-
-    def steps_of_all(self, name: str) -> dict[str, dict[str, Any]]:
-        """Return {run: what it gave} of all runs that have done a step."""
-        return {row.run: row.value for row in self._all(sa.select(steps).where(steps.c.name == name))}
 
     # artifacts
 

@@ -111,6 +111,11 @@ def test_while_the_executor_is_at_fault_runs_say_so_and_are_taken_up_when_it_is_
     dispatcher.look()
     assert states(journal) == {"a": ("running", ""), "b": ("running", "")}
     assert executor.supervised == ["a", "a", "b"]
+    journal.set_run("a", note="step build waits")
+    dispatcher.look()
+    assert states(journal)["a"] == ("running", "step build waits"), "its supervisor said so"
+    Dispatcher(journal, executor).look()
+    assert states(journal)["a"] == ("running", ""), "of a supervisor before"
 
 
 def test_a_spec_that_cannot_be_read_ends_its_run_and_no_other(journal: Journal) -> None:

@@ -228,14 +228,16 @@ def test_a_step_that_cannot_use_a_store_is_done_again_until_it_can(stand: Any, s
     def away(order: bytes) -> Any:
         if next(waits, None) is not None:
             raise Unusable("s3://bucket: its server does not answer")
+        notes.append(stand.journal.run("r").note)
         return whole(order)
 
-    whole = getattr(stand, f"_{step}")
+    notes, whole = list[str](), getattr(stand, f"_{step}")
     setattr(stand, f"_{step}", away)
     stand.submit("ward")
     assert stand.run().state == "completed"
     warnings = [event.data["message"] for event in told(stand, "warning")]
     assert warnings == [f"step {step} waits until the coordinator can use its stored files; its log says more"]
+    assert notes == warnings and stand.journal.run("r").note == ""
 
 
 def test_a_step_that_no_node_is_large_enough_for_waits_a_while_and_then_ends_the_run(
