@@ -24,8 +24,8 @@ def enrol(
 ) -> None:
     """Join by a token from the model owner: the private key is made here and never leaves this machine.
 
-    Repeat the command if it was interrupted. A token holds once, so keep it to yourself: others on this machine see
-    what is written on a command line, so a file or the input is better.
+    Repeat the command if it was interrupted. A token is a secret, and others on
+    this machine see command lines: a file or the input is better.
     """
     import json
 
@@ -73,7 +73,8 @@ def sign(
 ) -> None:
     """Sign what is asked for at a coordinator, with an authority that stays on this machine.
 
-    That is for an owner whose coordinators were started without `--authority`: who joins or renews waits for this.
+    Where no coordinator was started with `--authority`, who joins or renews waits
+    for this.
     """
     from offsite.client.signing import sign_all
 

@@ -157,8 +157,8 @@ def show(
 ) -> None:
     """List all certificates and tokens ever made, oldest first.
 
-    One whose token or certificate was to be used for a second key is marked: somebody else may hold it, so revoke the
-    name.
+    One that a second key was refused for is marked: somebody else may hold it, so
+    revoke the name.
     """
     from rich.console import Console
     from rich.table import Table

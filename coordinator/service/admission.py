@@ -26,7 +26,7 @@ class Admission:
         self._revocations = Revocations(home.identity / "crl.pem", *others, seen=home.root / "crl-number")
         self._ca = (home.identity / "ca.crt").read_bytes()
         self._lists = Lists(self._revocations, journal, received=received, authority=self._ca)
-        self.gate = Gate(self._revocations, look=self._lists.exchange)
+        self.gate = Gate(self._revocations, look=self._lists.look)
         self._signer = Signer(authority, journal, kit=home.identity) if authority else None
 
     def serve(self, server: Any, changes: Changes) -> None:

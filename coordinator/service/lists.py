@@ -12,6 +12,8 @@ from offsite.protos.security.kit import write
 from offsite.protos.security.revocation import RevocationList, Revocations
 
 EVERY_S = 2.0
+LOOK_S = 3.0  # in which a list that another gateway has is here, too
+AGAIN_S = 0.25
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,15 @@ class Lists:
             pem = await in_thread(self._journal.list_pem)
             RevocationList.parse(pem, self._authority, where=Path("the journal's list"))
             await in_thread(write, self._received, pem)
+
+    async def look(self) -> None:
+        """Look for a newer list, which may be on its way; raises what `exchange` does."""
+        before, tries = self._revocations.newest().number, int(LOOK_S / AGAIN_S)
+        for _ in range(tries):
+            await self.exchange()
+            if self._revocations.newest().number != before:
+                return
+            await asyncio.sleep(AGAIN_S)
 
     async def work(self) -> None:
         """Look again and again."""

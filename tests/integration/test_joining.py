@@ -21,7 +21,8 @@ from offsite.client.session import connect
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc
 from offsite.protos.errors import ConflictError, IdentityError, RefusedError
-from offsite.protos.security import tokens
+from offsite.protos.security import identity, tokens
+from offsite.protos.security.handshake import check_coordinator
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.tokens import Token
@@ -264,6 +265,64 @@ def test_an_owner_signs_elsewhere_what_a_coordinator_without_an_authority_is_ask
         fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
         assert channel.call(fleet.Enrol, pb.EnrolRequest()).site == "berlin"  # its list came with what was signed
         channel.close()
+
+
+@pytest.mark.slow
+def test_any_gateway_answers_though_the_authority_is_beside_another_one(federations: Any, tmp_path: Path) -> None:
+    stores = {"OFFSITE_JOURNAL": f"sqlite://{tmp_path}/journal.db", "OFFSITE_BLOBS": f"file://{tmp_path}/blobs"}
+    with federations(tmp_path / "two", **stores) as made:
+        hub = Path(shutil.copytree(made.folder / "pki" / "coordinator", made.folder / "hub"))
+        north = made.coordinate("--authority", str(made.folder / "pki"), name="north", home="north")
+        south = made.coordinate("--identity", str(hub), name="south", home="south")
+        token = made.authority.token("site", "berlin", address=south)
+        kit = enrol(token, tmp_path / "kit")
+        for address in (south, north):
+            channel = Channel(address, kit, patience_s=5)
+            fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+            assert channel.call(fleet.Enrol, pb.EnrolRequest()).site == "berlin"
+            channel.close()
+        made.authority.revoke("berlin")
+        channel = Channel(south, kit, patience_s=5)
+        fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+        with pytest.raises(IdentityError, match="is revoked"):  # it hears of it within seconds, in a long poll too
+            while channel.call(fleet.PullTask, pb.PullTaskRequest(wait_s=5), timeout_s=20):
+                continue
+        channel.close()
+
+
+def test_a_site_hears_of_a_revoked_coordinator_and_speaks_to_it_no_more(federation: Any) -> None:
+    """The list comes from another coordinator of the same authority, as one that was stolen hides it."""
+    stolen = Path(shutil.move(federation.authority.issue("coordinator", "stolen"), federation.folder / "stolen"))
+    hub = Path(shutil.copytree(federation.authority.folder / "coordinator", federation.folder / "hub"))
+    kit = federation.folder / "listening"
+    enrol(federation.authority.token("site", "listening", address=federation.address), kit)
+    federation.authority.revoke("stolen")
+    certificate = (stolen / "tls.crt").read_bytes()
+    own = Identity.load(kit)
+    check_coordinator(certificate, own)  # by the list that it has
+    channel = Channel(federation.address, own, patience_s=5)
+    Renewal(channel, own, say=pytest.fail).look()
+    channel.close()
+    with pytest.raises(IdentityError, match="coordinator 'stolen' is revoked"):
+        check_coordinator(certificate, own)
+    check_coordinator((hub / "tls.crt").read_bytes(), own)
+
+
+def test_a_clock_that_is_wrong_is_said_to_be_so_and_costs_no_token(
+    federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = federation.authority.token("site", "late", address=federation.address)
+
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) - timedelta(hours=1)
+
+    with monkeypatch.context() as context:
+        context.setattr(identity, "datetime", Late)
+        with pytest.raises(IdentityError, match="joining 'late' is not valid before .* check this machine's clock"):
+            enrol(token, tmp_path / "kit")
+    assert enrol(token, tmp_path / "kit").name == "late"
 
 
 @pytest.mark.parametrize("name", ["offsite-join-1.AAAA", "/nowhere/token"])

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from offsite.coordinator.commands.pki import app
 from offsite.protos.errors import ConflictError
+from offsite.protos.security import tokens
 from offsite.protos.security.identity import Identity
 
 
@@ -33,6 +34,34 @@ def test_a_fleet_is_set_up_and_a_site_leaves_it(tmp_path: Path) -> None:
 def test_a_coordinator_without_hosts_is_said_to_be_local(tmp_path: Path) -> None:
     run("init", tmp_path)
     assert "same machine only" in run("issue", tmp_path, "hub", "--role", "coordinator")
+
+
+def test_a_token_is_printed_by_itself_and_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "pki"
+    run("init", folder)
+    made = CliRunner().invoke(
+        app, ["token", str(folder), "berlin", "--role", "site", "--address", "a.org:8443,b.org:8443", "--hours", "2"]
+    )
+    assert made.exit_code == 0
+    token = tokens.read(made.stdout)
+    assert (token.role, token.name, token.address) == ("site", "berlin", "a.org:8443,b.org:8443")
+    assert made.stdout == f"{token}\n", "it can be redirected into a file"
+    assert "offsite site enrol - --identity berlin" in made.stderr and tokens.PREFIX not in made.stderr
+    run("token", folder, "berlin", "--role", "researcher", "--address", "a.org:8443")
+    table = [line.split()[:4] for line in run("list", folder).splitlines()[1:]]
+    assert table == [["berlin", "site", "token", "revoked"], ["berlin", "researcher", "token", "open"]]
+    listed = json.loads(run("list", folder, "--format", "json"))
+    assert [(entry["kind"], entry["status"]) for entry in listed] == [("token", "revoked"), ("token", "open")]
+    assert "Revoked what 'berlin' has" in run("revoke", folder, "berlin")
+
+
+def test_a_coordinators_kit_is_renewed(tmp_path: Path) -> None:
+    run("init", tmp_path)
+    run("issue", tmp_path, "hub", "--role", "coordinator", "--days", "20")
+    before = Identity.load(tmp_path / "hub")
+    assert before.warning is None or "hub" in before.warning
+    assert "start again what uses it" in run("renew", tmp_path, "hub")
+    assert Identity.load(tmp_path / "hub").expires > before.expires
 
 
 def test_a_fault_is_raised_for_the_program_to_print(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from offsite.coordinator.service import lists
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.lists import Lists
 from offsite.coordinator.store.journal import Journal
@@ -43,7 +44,7 @@ class Gateway:
         self.revocations = Revocations(self.kit / "crl.pem", *others, seen=home / "crl-number")
         ca = (self.kit / "ca.crt").read_bytes()
         self.lists = Lists(self.revocations, journal, received=self.received, authority=ca)
-        self.gate = Gate(self.revocations, look=self.lists.exchange)
+        self.gate = Gate(self.revocations, look=self.lists.look)
 
     def exchange(self) -> None:
         asyncio.run(self.lists.exchange())
@@ -56,7 +57,10 @@ def issued(authority: Authority, name: str) -> Peer:
     return Peer.of(x509.load_pem_x509_certificate((authority.issue("site", name) / "tls.crt").read_bytes()))
 
 
-def test_what_one_gateway_knows_all_know(authority: Authority, journal: Journal, tmp_path: Path) -> None:
+def test_what_one_gateway_knows_all_know(
+    authority: Authority, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "LOOK_S", 0.5)
     one = Gateway(authority, journal, tmp_path / "one", beside=True)
     two = Gateway(authority, journal, tmp_path / "two")
     berlin = issued(authority, "berlin")
@@ -74,6 +78,21 @@ def test_what_one_gateway_knows_all_know(authority: Authority, journal: Journal,
     known = two.revocations.newest().number
     again = Revocations(two.kit / "crl.pem", two.received, seen=tmp_path / "two" / "crl-number")  # after a restart
     assert again.newest().number == known
+
+
+def test_a_list_that_is_on_its_way_is_waited_for(authority: Authority, journal: Journal, tmp_path: Path) -> None:
+    one = Gateway(authority, journal, tmp_path / "one", beside=True)
+    two = Gateway(authority, journal, tmp_path / "two")
+    berlin = issued(authority, "berlin")
+
+    async def both() -> None:
+        checked = asyncio.create_task(two.gate._check(berlin))
+        await asyncio.sleep(0.3)
+        assert not checked.done()
+        await one.lists.exchange()
+        await checked
+
+    asyncio.run(both())
 
 
 def test_a_list_that_is_copied_into_one_kit_reaches_all(authority: Authority, journal: Journal, tmp_path: Path) -> None:
