@@ -74,7 +74,6 @@ class Memberships(Database):
             self._replace_list(connection, number, pem)
 
     def _replace_list(self, connection: sa.Connection, number: int, pem: bytes) -> None:
-        newest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(lists.c.number), 0))).scalar_one()
-        if number > newest:
-            connection.execute(self._insert(lists).values(number=number, pem=pem).on_conflict_do_nothing())
-            connection.execute(sa.delete(lists).where(lists.c.number < number))
+        connection.execute(self._insert(lists).values(number=number, pem=pem).on_conflict_do_nothing())
+        newest = sa.select(sa.func.max(lists.c.number)).scalar_subquery()
+        connection.execute(sa.delete(lists).where(lists.c.number < newest))

@@ -11,7 +11,7 @@ from offsite.coordinator.store import memberships
 from offsite.coordinator.store.journal import Journal
 from offsite.coordinator.store.memberships import Decision
 from offsite.coordinator.store.opening import open_journal
-from offsite.coordinator.store.tables import requests
+from offsite.coordinator.store.tables import lists, requests
 from offsite.protos.errors import RefusedError
 
 
@@ -84,6 +84,8 @@ def test_of_lists_the_one_with_the_highest_number_is_kept_whoever_comes_last(url
         list(pool.map(lambda one: [one.keep_list(number, b"%d" % number) for number in (6, 9, 9, 8)], others))
         list(pool.map(lambda one: one.ask("c3", "key", b"request"), others))
     assert (journal.list_number(), journal.list_pem()) == (9, b"9")
+    with journal._engine.connect() as connection:
+        assert [row.number for row in connection.execute(sa.select(lists))] == [9]
     assert len(journal.unsigned(most=9)) == 1
     for other in others:
         other.close()
