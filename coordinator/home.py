@@ -55,6 +55,11 @@ class Home:
         """The model owner's signing key."""
         return self.identity / "owner.key"
 
+    @property
+    def crl_seen(self) -> Path:
+        """Where the highest number is kept of the revocation lists that were read."""
+        return self.root / "crl-number"
+
     def keep(self, policy: OwnerPolicy) -> None:
         """Have the runs of this home held against a policy, whichever process looks after them."""
         _write(self._policy, policy)
@@ -91,9 +96,9 @@ class Home:
         open_journal(journal or self._journal).close()  # last: a home with a journal has begun
         _write(self._stores, Stores(journal=journal or kept.journal, blobs=blobs or kept.blobs))
 
-    def journal(self) -> Journal:
-        """Open the journal."""
-        return open_journal(self._journal)
+    def journal(self, url: str = "") -> Journal:
+        """Open the journal, or the one of another URL that the home is about to use."""
+        return open_journal(url or self._journal)
 
     def blobs(self) -> Blobs:
         """Open the blobs."""

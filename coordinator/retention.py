@@ -54,9 +54,9 @@ def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed
         keep = {digest_bytes(mark(gateway.name)) for gateway in journal.gateways(within_s=OLD_S)}
         for run in runs:
             if run.state in LIVE:
-                keep |= _goes_on_from(journal, run.id)
+                keep |= goes_on_from(journal, run.id)
             if run.state in LIVE or (run.id not in lost and now - run.finished_at < retention.working_days * DAY_S):
-                keep |= _worked_with(journal, blobs, run.id)
+                keep |= worked_with(journal, blobs, run.id)
             if run.id not in lost:
                 keep |= {file.digest for file in journal.artifacts(run.id)}
         named = tuple(run.id for run in forgotten if journal.artifacts(run.id))
@@ -79,7 +79,7 @@ def _published_is_kept(run: Row, newer: int, retention: Retention, now: float) -
     return not (old or beyond)
 
 
-def _goes_on_from(journal: Journal, run: str) -> set[str]:
+def goes_on_from(journal: Journal, run: str) -> set[str]:
     """Return every digest of the version that a run goes on from; until it has begun, no step of its own names them."""
     if not (continues := journal.steps(run).get("granted", {}).get("continues")):
         return set()
@@ -87,11 +87,11 @@ def _goes_on_from(journal: Journal, run: str) -> set[str]:
     return _named(json.dumps(folded.get("version", {})))
 
 
-def _worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:
+def worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:
     """Return every digest that a run's steps and tasks name, and that the manifests among them name."""
     steps = journal.steps(run)
     tasks = journal.tasks(run)
-    digests = _named(json.dumps(steps)) | {task.update for task in tasks}
+    digests = _named(json.dumps(steps)) | {task.update for task in tasks if task.update}
     digests |= {digest for task in tasks for digest in _named(task.spec.decode())}
     manifests = {value["manifest"] for value in steps.values() if "manifest" in value}
     for manifest in manifests:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from offsite.coordinator.commands.backup import backup, restore
 from offsite.coordinator.commands.status import status
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
@@ -155,6 +156,8 @@ def gc(
         print(f"{'would remove' if dry_run else 'removed'} {freed}")
 
 
+app.command()(backup)
+app.command()(restore)
 app.command()(status)
 
 

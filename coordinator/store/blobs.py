@@ -55,6 +55,12 @@ class Blobs(Protocol):
 
     def __contains__(self, digest: str) -> bool: ...
 
+    def copy(self, digest: str, file: Path) -> None:
+        """Make a new file of a blob, another name of the same bytes where that can be; raises NotFoundError.
+
+        Its bytes are for the caller to check.
+        """
+
     def take(self, file: Path, *, digest: str | None = None) -> tuple[str, int]:
         """Move a file in and return (digest, size); durable on return. Raises MismatchError if it is not `digest`."""
         actual = digest_file(file, like=digest or "blake3:")
@@ -62,8 +68,11 @@ class Blobs(Protocol):
             raise MismatchError(f"{file.name}: its digest is {actual}, announced was {digest}")
         return actual, self.keep(file, actual)
 
-    def keep(self, file: Path, digest: str) -> int:
-        """Move in a file whose digest the caller has seen and return its size; durable on return."""
+    def keep(self, file: Path, digest: str, *, soon: bool = True) -> int:
+        """Move in a file whose digest the caller has seen and return its size; durable on return.
+
+        `soon` says that it may be read soon, and should be near.
+        """
 
     def share(self, file: Path) -> tuple[str, int]:
         """Take in a copy of somebody's file, unless it is there and young, and return (digest, size).
@@ -146,7 +155,20 @@ class Folder(Blobs):
     def __contains__(self, digest: str) -> bool:
         return self._place(digest).is_file()
 
-    def keep(self, file: Path, digest: str) -> int:
+    def size(self, digest: str) -> int:
+        """Return how many bytes a blob has; raises NotFoundError."""
+        return self._file(digest).stat().st_size
+
+    def copy(self, digest: str, file: Path) -> None:
+        """Make a new file of a blob: a link on the same disk."""
+        source = self._file(digest)
+        try:
+            file.hardlink_to(source)
+        except OSError:  # of another disk, or one that knows no links
+            room(file.parent, source.stat().st_size)
+            shutil.copyfile(source, file)
+
+    def keep(self, file: Path, digest: str, *, soon: bool = True) -> int:
         """Move in a file whose digest the caller has seen and return its size; durable on return."""
         size = file.stat().st_size
         place = self._place(digest)
@@ -156,9 +178,7 @@ class Folder(Blobs):
                 os.utime(place)
                 file.unlink()
                 return size
-            _move(file, place)
-            for folder in (place.parent, place.parent.parent):  # which may be as new as the file
-                _sync_folder(folder)
+            move(file, place)
         return size
 
     def share(self, file: Path) -> tuple[str, int]:
@@ -215,8 +235,8 @@ def _state(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _move(file: Path, place: Path) -> None:
-    """Move a file, durable before it has its new name; one of another disk is copied beside that first.
+def move(file: Path, place: Path) -> None:
+    """Move a file, durable before it has its new name, and by that on return; of another disk it is copied there first.
 
     A copy that a kill leaves behind is no blob's, and is swept with what no run needs.
     """
@@ -234,6 +254,8 @@ def _move(file: Path, place: Path) -> None:
             os.fsync(copy.fileno())
         os.replace(copy.name, place)
         file.unlink()
+    for folder in (place.parent, place.parent.parent):  # which may be as new as the file
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -63,23 +63,31 @@ class Bucket(Blobs):
 
     def _fetch(self, digest: str) -> None:
         partial = self._cache.root / f"partial-{hex_of(digest, most=2)}"  # what a kill left is written over
+        self._download(digest, partial)
+        self._cache.keep(partial, digest)
+
+    def _download(self, digest: str, file: Path) -> None:
+        """Write a blob's bytes into a file; raises MismatchError when they have changed."""
         whole = hasher(algorithm_of(digest))
         with in_words(self._at, digest):
             blob = obstore.get(client(self._at, PATIENT_S), _key(digest))
-            room(self._cache.root, blob.meta["size"])
-            with partial.open("wb") as file:
+            room(file.parent, blob.meta["size"])
+            with file.open("wb") as output:
                 for data in blob.stream(CHUNK_BYTES):
                     whole.update(data)
-                    file.write(data)
+                    output.write(data)
         if (actual := f"{algorithm_of(digest)}:{whole.hexdigest()}") != digest:
-            partial.unlink()
+            file.unlink()
             error = MismatchError(
                 f"{self._at}/{_key(digest)}: the object has changed since it was stored (its digest is "
                 f"{actual[:19]}...); put it back from a backup, or submit the run again"
             )
             log.error("%s", error)
             raise error
-        self._cache.keep(partial, digest)
+
+    def copy(self, digest: str, file: Path) -> None:
+        """See `Blobs`; from the bucket, past what is here: much that is seldom used would make what is used go."""
+        self._download(digest, file)
 
     def __contains__(self, digest: str) -> bool:
         return self._stored_at(digest) is not None
@@ -92,11 +100,15 @@ class Bucket(Blobs):
         except NotFoundError:
             return None
 
-    def keep(self, file: Path, digest: str) -> int:
+    def keep(self, file: Path, digest: str, *, soon: bool = True) -> int:
         """See `Blobs`; it is put even where it is already, so that it is young, and whole if it was not."""
         with self._alone(digest), in_words(self._at):
             self._put(digest, file, file.stat().st_size)
-        return self._cache.keep(file, digest)
+        if soon:
+            return self._cache.keep(file, digest)
+        size = file.stat().st_size
+        file.unlink()
+        return size
 
     def _put(self, digest: str, content: Path | Iterator[bytes], size: int) -> None:
         part = max(PART_BYTES, size // MOST_PARTS + 1)

@@ -19,7 +19,7 @@ class Cache(Folder):
         super().__init__(root)
         self._most = most
 
-    def keep(self, file: Path, digest: str) -> int:
+    def keep(self, file: Path, digest: str, *, soon: bool = True) -> int:
         """See `Folder`; others make room for it."""
         size = super().keep(file, digest)
         self._use(digest)

@@ -48,6 +48,12 @@ class Dialect(Protocol):
     def begin(self, connection: sa.Connection) -> None:
         """Have a write transaction wait for the one before it: numbers of events are in the order of commits."""
 
+    def freeze(self, connection: sa.Connection) -> None:
+        """Have all that is read on a fresh connection be of one moment; nobody waits for it meanwhile."""
+
+    def renumber(self, connection: sa.Connection) -> None:
+        """Number new events after those that are there, whoever numbered these."""
+
     def check(self, connection: sa.Connection) -> None:
         """Read all of the database where it is a file of ours; raises MismatchError when it is damaged."""
 
@@ -95,6 +101,12 @@ class Database:
     def _read(self) -> Iterator[sa.Connection]:
         with self._in_words(), self._engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")  # one statement needs no transaction
+
+    @contextmanager
+    def _frozen(self) -> Iterator[sa.Connection]:
+        with self._in_words(), self._engine.connect() as connection:
+            self._dialect.freeze(connection)
+            yield connection
 
     def _all(self, query: sa.Select[Any]) -> list[Row]:
         with self._read() as connection:

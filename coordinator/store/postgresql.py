@@ -59,6 +59,7 @@ HOLD_SETTINGS = (
     " WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
 )
 HOLD = "SELECT pg_try_advisory_lock(hashtextextended('offsite coordinator ' || current_schema(), 0))"
+RENUMBER = "SELECT setval(pg_get_serial_sequence('events', 'seq'), max(seq)) FROM events HAVING max(seq) > 0"
 ABOUT = "SELECT current_setting('server_encoding'), current_schema() IS NOT NULL"
 
 DAMAGED = ("XX001", "XX002", "42P01", "42703")  # a page or an index; a table or a column that is gone
@@ -146,6 +147,14 @@ class Postgresql:
     def begin(self, connection: sa.Connection) -> None:
         """Wait for the transaction that writes now, and tell watchers at the commit."""
         connection.execute(BEGIN)
+
+    def freeze(self, connection: sa.Connection) -> None:
+        """Have the transaction read what was there at its first look."""
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+    def renumber(self, connection: sa.Connection) -> None:
+        """Set what numbers events to the largest number."""
+        connection.exec_driver_sql(RENUMBER)
 
     def check(self, connection: sa.Connection) -> None:
         """Nothing is read: the server looks after its files."""

@@ -47,6 +47,13 @@ class Sqlite:
     def begin(self, connection: sa.Connection) -> None:
         """Nothing is needed: the first write of a transaction waits."""
 
+    def freeze(self, connection: sa.Connection) -> None:
+        """Begin a transaction: in WAL mode it reads what was there at its first look."""
+        connection.exec_driver_sql("BEGIN")
+
+    def renumber(self, connection: sa.Connection) -> None:
+        """Nothing is needed: the next number is one more than the largest."""
+
     def check(self, connection: sa.Connection) -> None:
         """Read all of the file; raises MismatchError when it is damaged."""
         if (answer := str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())) != "ok":

@@ -1,4 +1,4 @@
-"""The model owner's signatures (Ed25519) on what a site is asked to do and to download.
+"""The model owner's signatures (Ed25519) on what a site is asked to do and to download, and on backups.
 
 What is signed is `offsite/v1 NUL purpose NUL document`: a signature made for one purpose is worth nothing for another.
 """
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from offsite.protos.errors import IdentityError, MismatchError
 
-Purpose = Literal["task", "bundle"]
+Purpose = Literal["task", "bundle", "backup"]
 
 
 def sign(document: bytes, key_path: Path, *, purpose: Purpose) -> bytes:
