@@ -6,6 +6,7 @@ it. The owner's key, policy and journal are not among that: they are of the coor
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,18 @@ class Node:
     def blobs(self) -> Blobs:
         """Open the blobs."""
         return open_blobs(self.url, cache=self.root / "cache")
+
+    def cached(self) -> int:
+        """Return how many bytes lie here of blobs that lie elsewhere, too."""
+        sizes = 0
+        for file in (self.root / "cache").rglob("*"):
+            with suppress(FileNotFoundError):
+                sizes += file.stat().st_size if file.is_file() else 0
+        return sizes
+
+    def free(self) -> int:
+        """Return how many bytes are free on its disk."""
+        return shutil.disk_usage(self.root).free
 
     def sweep(self) -> None:
         """Remove scratch files that kills left behind and nobody has touched for a day."""

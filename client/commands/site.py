@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from offsite.client.commands.identity import enrol
+from offsite.client.site.meter import Meter, meter_at
+from offsite.client.site.record import record
+from offsite.protos.telemetry.logs import Form, begin
 
 if TYPE_CHECKING:
+    from offsite.client.site.folder import WorkFolder
     from offsite.emulator.examples import Census
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
@@ -46,6 +50,20 @@ def join(
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one a GPU.")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a training process; 0 leaves it to torch.")] = 0,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            envvar="OFFSITE_METRICS",
+            show_envvar=True,
+            help="HOST:PORT for /metrics (Prometheus), /healthz and /readyz, by plain HTTP; else none.",
+        ),
+    ] = "",
+    log_format: Annotated[
+        Form,
+        typer.Option(
+            envvar="OFFSITE_LOG_FORMAT", show_envvar=True, help="json: what happens, for programs, on standard error."
+        ),
+    ] = "text",
     format: Annotated[Literal["text", "json"], typer.Option(help="How to log.")] = "text",
 ) -> None:
     """Pull tasks, train on this site's data within its policy, and upload the updates, until interrupted."""
@@ -65,7 +83,9 @@ def join(
     from offsite.protos.security.identity import Identity
 
     addresses.parse_all(coordinator)  # before the data is read
+    meter = meter_at(metrics)
     kit = Identity.load(identity, expect="site")
+    begin(log_format, site=kit.name)
     rules = Policy.load(policy)
     rules.check_data(data)
     try:
@@ -81,20 +101,16 @@ def join(
             _log_json("data", {"tokenizer": str(tokenizer), **coming})
     else:
         _show_policy(kit.name, rules.describe(), policy, data, census, coming)
-    say = _log_json if format == "json" else _log_text
+    say = _saying(format, log_format, meter)
     _warn_of_few(say, census, rules.min_rows, data, policy)
     options = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
     spec = parse(EngineSpec, {**options, "name": engine, "threads": threads}, where="engine")
     channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
-    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec)
-
-    def tell(message: str) -> None:
-        say("identity", {"message": message})
-        folder.write("identity", {"message": message})
+    config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec, meter)
 
     try:
-        with Renewal(channel, kit, say=tell):
+        with Renewal(channel, kit, say=_telling(say, folder)):
             Agent(channel, config, say=say).run()
     finally:
         folder.close()
@@ -110,6 +126,27 @@ def _warn_of_few(
             "sequences in every round (min_rows): unless long ones are divided into as many, every task is refused; "
         )
         say("warning", {"message": what + "add examples, or lower min_rows"})
+
+
+def _telling(say: Callable[[str, dict[str, Any]], None], folder: "WorkFolder") -> Callable[[str], None]:
+    def tell(message: str) -> None:
+        say("identity", {"message": message})
+        folder.write("identity", {"message": message})
+
+    return tell
+
+
+def _saying(format: Form, log_format: Form, meter: Meter) -> Callable[[str, dict[str, Any]], None]:
+    show = _log_json if format == "json" else _log_text
+
+    def say(kind: str, data: dict[str, Any]) -> None:
+        show(kind, data)
+        if log_format == "json":
+            record(kind, data)
+
+    if meter.address:
+        say("metrics", {"address": str(meter.address)})
+    return say
 
 
 def _show_policy(

@@ -6,7 +6,7 @@ was downloaded or trained already, and goes on.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from offsite.client.channel import Channel
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import fork_server, last, launch
+from offsite.client.site.meter import Meter
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import because, reason
 from offsite.client.site.reporter import Reporter
@@ -64,6 +65,7 @@ class SiteConfig:
     examples: int
     work: WorkFolder
     engine: EngineSpec
+    meter: Meter = field(default_factory=Meter)
 
 
 class Agent:
@@ -92,6 +94,7 @@ class Agent:
         while True:
             try:
                 self._once()
+                self._config.meter.met()
                 well = time.monotonic()
             except UnreachableError as error:
                 self._say("waiting", {"message": str(error)})
@@ -110,6 +113,7 @@ class Agent:
     def _say(self, kind: str, data: dict[str, Any]) -> None:
         """Say something of this site, here and in its own log."""
         self._show(kind, data)
+        self._config.meter.event(kind, data)
         self._work.write(kind, data)
 
     def _enrol(self) -> None:
@@ -118,6 +122,7 @@ class Agent:
         )
         reply = self._channel.call(self._fleet.Enrol, request)
         self._report_every_s = reply.report_every_s
+        self._config.meter.met()
         self._say("enrolled", {"site": reply.site, "coordinator": self._channel.target})
 
     def _once(self) -> None:
@@ -129,7 +134,8 @@ class Agent:
             return
         verify(reply.task, reply.signature, self._config.identity.folder / "owner.pub", purpose="task")
         task = from_json(TaskSpec, reply.task, where="task")
-        reporter = Reporter(self._channel, self._fleet, task, every_s=self._report_every_s)
+        every_s, meter = self._report_every_s, self._config.meter
+        reporter = Reporter(self._channel, self._fleet, task, every_s=every_s, meter=meter)
         try:
             self._do(task, reporter)
         except Stopped:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 from offsite.client.channel import Channel
+from offsite.client.site.meter import Meter
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc
 from offsite.protos.errors import NotFoundError, OffsiteError, RefusedError
@@ -16,9 +17,11 @@ log = logging.getLogger(__name__)
 class Reporter:
     """Tells the coordinator how a task goes: at once on a change, and as a heartbeat in between."""
 
-    def __init__(self, channel: Channel, fleet: fleet_pb2_grpc.FleetStub, task: TaskSpec, *, every_s: float) -> None:
+    def __init__(
+        self, channel: Channel, fleet: fleet_pb2_grpc.FleetStub, task: TaskSpec, *, every_s: float, meter: Meter
+    ) -> None:
         self.key = pb.TaskKey(run=task.run, round=task.round, attempt=task.attempt)
-        self.bytes_down = 0
+        self.bytes_down, self._meter = 0, meter
         self.stopped = False
         self._channel, self._fleet, self._every_s = channel, fleet, every_s
         self._report = pb.ReportRequest(key=self.key, state=pb.DOWNLOADING)
@@ -32,6 +35,7 @@ class Reporter:
         """Add to the bytes received, from any thread."""
         with self._lock:
             self.bytes_down += size
+            self._meter.received(size)
 
     def on_stop(self, stop: Callable[[], None]) -> None:
         """Say what to call when the coordinator wants the task stopped."""
@@ -41,6 +45,7 @@ class Reporter:
 
     def now(self, state: "pb.TaskState", *, step: int = 0, steps: int = 0, loss: float | None = None) -> None:
         """Report a change, with a loss where it may leave. An unreachable coordinator does not disturb the work."""
+        self._meter.state(pb.TaskState.Name(state).lower())
         with self._lock:
             self._report = pb.ReportRequest(key=self.key, state=state, step=step, steps=steps, loss=loss)
         self._send(timeout_s=5.0)
@@ -70,6 +75,7 @@ class Reporter:
             request = self._report
         try:
             stop = self._channel.once(self._fleet.Report, request, timeout_s=timeout_s).stop
+            self._meter.met()
         except (RefusedError, NotFoundError):
             stop = True
         except OffsiteError:  # the heartbeat outlives whatever the network does

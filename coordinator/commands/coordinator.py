@@ -1,7 +1,6 @@
 """`offsite coordinator`: run the owner's end."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,11 +9,15 @@ import typer
 
 from offsite.coordinator.commands.backup import backup, restore
 from offsite.coordinator.commands.status import status
+from offsite.protos.telemetry.logs import Form, begin
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run the coordinator, the model owner's end.")
 
 
 Home_ = Annotated[Path, typer.Option("--home", help="The coordinator's folder; made if missing.")]
+LogFormat = Annotated[
+    Form, typer.Option(envvar="OFFSITE_LOG_FORMAT", show_envvar=True, help="How the log on standard error is written.")
+]
 KeepRuns = Annotated[
     int | None, typer.Option(min=0, help="Keep the published files of so many newest ended runs; else of all.")
 ]
@@ -62,6 +65,15 @@ def up(
             help="The authority's folder (`offsite pki`): certify who joins or renews. None: that is signed elsewhere."
         ),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            envvar="OFFSITE_METRICS",
+            show_envvar=True,
+            help="HOST:PORT for /metrics (Prometheus), /healthz and /readyz, by plain HTTP; else none.",
+        ),
+    ] = "",
+    log_format: LogFormat = "text",
     format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
 ) -> None:
     """Serve sites and people until interrupted; unfinished runs go on where they were.
@@ -71,7 +83,7 @@ def up(
 
     What need not be kept is collected at the start and every six hours, as `offsite coordinator gc` does.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    begin(log_format)
     os.umask(0o077)  # journal, updates and emulators are nobody else's on this machine
     # gRPC has no setting for it, and reads this once, when it is imported: the suites of TLS 1.2 that are left need an
     # RSA certificate, ours are ECDSA, so what remains is TLS 1.3.
@@ -80,11 +92,13 @@ def up(
     from offsite.coordinator.policy import OwnerPolicy
     from offsite.coordinator.retention import Retention
     from offsite.coordinator.runs.executor import Executor, InProcess
+    from offsite.coordinator.service.meter import meter_at
     from offsite.coordinator.service.server import run
     from offsite.protos.addresses import Address, parse
     from offsite.protos.documents import to_plain
 
     address = parse(listen, listening=True)
+    meter = meter_at(metrics)
     rules = OwnerPolicy.load(policy) if policy else OwnerPolicy()
     if format == "json":
         event = {"event": "policy", **to_plain(rules), "file": str(policy or "")}
@@ -106,10 +120,12 @@ def up(
     def ready(port: int, leads: bool) -> None:
         here = Address(address.host, port)
         if format == "json":
-            print(json.dumps({"event": "ready", "address": str(here), "dispatches": leads}), flush=True)
+            asked = {"metrics": str(meter.address)} if meter.address else {}
+            print(json.dumps({"event": "ready", "address": str(here), "dispatches": leads} | asked), flush=True)
         else:
             role = steps() if leads else "another gateway dispatches the runs"
-            print(f"coordinator ready on {here}; home {home}, {role}. Ctrl-C stops it.", flush=True)
+            metering = f", metrics on {meter.address}" if meter.address else ""
+            print(f"coordinator ready on {here}; home {home}, {role}{metering}. Ctrl-C stops it.", flush=True)
 
     def moved(leads: bool) -> None:
         if format == "json":
@@ -121,6 +137,7 @@ def up(
     retention = Retention(keep_runs=keep_runs, keep_days=keep_days, working_days=working_days)
     at = Home(home.resolve(), identity.resolve())
     rest: dict[str, Any] = {
+        "meter": meter,
         "policy": rules,
         "places": places,
         "retention": retention,

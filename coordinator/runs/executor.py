@@ -11,6 +11,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.runs.needs import Needs
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.errors import OffsiteError
+from offsite.protos.telemetry.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,15 @@ class InProcess:
             self._threads[run].start()
 
     def _work(self, run: str) -> None:
-        try:
-            Supervisor(self._home, run, perform=self._perform).run()
-        except Lost:
-            log.info("run %s: left where it is", run)
-        except OffsiteError as error:  # the journal's: it is full, or damaged
-            log.error("run %s: left where it is: %s", run, error)
+        with about(run=run):
+            try:
+                log.info("run %s: worked on", run)
+                Supervisor(self._home, run, perform=self._perform).run()
+                log.info("run %s: over", run)
+            except Lost:
+                log.info("run %s: left where it is", run)
+            except OffsiteError as error:  # the journal's: it is full, or damaged
+                log.error("run %s: left where it is: %s", run, error)
 
     def _perform(self, step: str, spec: bytes, order: bytes, _: Needs) -> bytes:
         from offsite.coordinator.runs.steps.performing import perform  # torch: only once there is work

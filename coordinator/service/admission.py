@@ -8,6 +8,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.lists import Lists
 from offsite.coordinator.service.membership import MembershipService
+from offsite.coordinator.service.meter import Meter
 from offsite.coordinator.service.signer import Signer
 from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Journal
@@ -18,15 +19,15 @@ from offsite.protos.security.revocation import Revocations
 class Admission:
     """The gate of one gateway, and what keeps it up to date."""
 
-    def __init__(self, home: Home, journal: Journal, *, authority: Path | None) -> None:
+    def __init__(self, home: Home, journal: Journal, *, authority: Path | None, meter: Meter) -> None:
         """Read the lists that are here; raises IdentityError, and NotFoundError for a folder without an authority."""
         self._journal = journal
         received = home.root / "crl.pem"
         others = (received, authority / "crl.pem") if authority else (received,)
-        self._revocations = Revocations(home.identity / "crl.pem", *others, seen=home.root / "crl-number")
+        self._revocations = Revocations(home.identity / "crl.pem", *others, seen=home.crl_seen)
         self._ca = (home.identity / "ca.crt").read_bytes()
         self._lists = Lists(self._revocations, journal, received=received, authority=self._ca)
-        self.gate = Gate(self._revocations, look=self._lists.look)
+        self.gate = Gate(self._revocations, look=self._lists.look, meter=meter)
         self._signer = Signer(authority, journal, kit=home.identity) if authority else None
 
     def serve(self, server: Any, changes: Changes) -> None:

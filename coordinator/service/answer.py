@@ -9,12 +9,14 @@ import grpc
 from google.protobuf.message import Message
 
 from offsite.coordinator.service.limits import Limits, check_request
+from offsite.coordinator.service.meter import Meter
 from offsite.coordinator.store import Unusable
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
 from offsite.protos.security.certificates import Peer, Role, either
 from offsite.protos.security.revocation import Revocations, Unlisted
 from offsite.protos.security.tls import peer
+from offsite.protos.telemetry.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +24,16 @@ log = logging.getLogger(__name__)
 class Gate:
     """Lets callers in by the role in their certificate."""
 
-    def __init__(self, revocations: Revocations, *, look: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Take the list of the certificates that hold, and what looks whether there is a newer one elsewhere."""
+    def __init__(
+        self,
+        revocations: Revocations,
+        *,
+        look: Callable[[], Awaitable[None]] | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """Take the list of the certificates that hold, what looks whether there is a newer one, and what counts."""
         self._revocations, self._look = revocations, look
+        self.meter = meter or Meter()
         self._limits = Limits()
         self._hindrance = ""  # why a store could not be used, as it was logged last
 
@@ -59,6 +68,7 @@ class Gate:
                     raise RefusedError(
                         f"{caller.name} has a certificate for role {caller.role}; this call needs role {either(roles)}"
                     )
+                counted.enter_context(about(**({"site": caller.name} if caller.role == "site" else {})))
                 counted.enter_context(self._limits.call(caller.serial))
                 if transfer:
                     counted.enter_context(self._limits.transfer(caller.serial))

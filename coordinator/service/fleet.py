@@ -1,6 +1,7 @@
 """What sites call: thin over the journal, decides nothing."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from functools import lru_cache, partial
 from typing import Any
@@ -25,6 +26,7 @@ from offsite.protos.events import SiteState
 from offsite.protos.frames import Piece
 from offsite.protos.ranges import finite
 from offsite.protos.spec import Manifest, TaskSpec
+from offsite.protos.telemetry.logs import about
 
 REPORT_EVERY_S = 2.0
 MANIFESTS = 64  # whose lists of files are remembered
@@ -36,6 +38,8 @@ STATES = {
     pb.REFUSED: "refused",
     pb.FAILED: "failed",
 }
+
+log = logging.getLogger(__name__)
 
 
 class FleetService(fleet_pb2_grpc.FleetServicer):
@@ -53,8 +57,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:
         """Record the site under the name in its certificate."""
         async with self._gate(context, "site", request=request) as site:
-            about = {"examples": request.examples, "version": plain(request.version), "policy": plain(request.policy)}
-            await in_thread(self._journal.enrol, site.name, **about)
+            values = {"examples": request.examples, "version": plain(request.version), "policy": plain(request.policy)}
+            await in_thread(self._journal.enrol, site.name, **values)
+            log.info("the site is here, with %d examples", request.examples)
             return pb.EnrolReply(site=site.name, report_every_s=REPORT_EVERY_S)
 
     async def PullTask(self, request: pb.PullTaskRequest, context: Any) -> pb.PullTaskReply:
@@ -84,7 +89,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         async with self._gate(context, "site", request=request, transfer=True) as site:
             if request.digest not in await in_thread(self._granted, site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
-            await send(self._blobs, request, context, partial(self._gate.recheck, site))
+            await send(self._blobs, request, context, partial(self._gate.recheck, site), self._gate.meter.sent)
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -113,13 +118,16 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 raise InputError("upload: the first part must be the header")
             key = key_of(first.key, site.name)
             await in_thread(self._journal.task, key)  # raises: no state for what does not exist
-            async with self._locks.setdefault(key, asyncio.Lock()):  # a stream that was broken may still end here
-                upload = await in_thread(Upload, self._home, self._journal, self._blobs, site.name, first)
-                if not upload.complete:
-                    async for kept in receive(upload, stream):
-                        yield pb.UploadState(kept=kept)
-                    self._pace.forget(key)
-                yield pb.UploadState(digest=upload.digest)
+            with about(run=key.run, round=key.round + 1):
+                async with self._locks.setdefault(key, asyncio.Lock()):  # a stream that was broken may still end here
+                    upload = await in_thread(Upload, self._home, self._journal, self._blobs, site.name, first)
+                    if not upload.complete:
+                        with self._gate.meter.upload():
+                            async for kept in receive(upload, stream, self._gate.meter.received):
+                                yield pb.UploadState(kept=kept)
+                        self._pace.forget(key)
+                        log.info("the update is accepted: %d bytes", first.size)
+                    yield pb.UploadState(digest=upload.digest)
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
         """Record progress; tell the site to stop when its task is closed."""

@@ -28,6 +28,7 @@ from offsite.coordinator.service.admission import Admission
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.gateway import Gateway
 from offsite.coordinator.service.limits import CALLS
+from offsite.coordinator.service.meter import Gauged, Meter
 from offsite.coordinator.service.people import RunsService
 from offsite.coordinator.store.changes import Changes
 from offsite.protos.addresses import Address
@@ -83,8 +84,9 @@ class Server:
         journal: str = "",
         blobs: str = "",
         authority: Path | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        self._authority = authority
+        self._authority, self._meter = authority, meter or Meter()
         self._home = home.prepare()
         self._identity = Identity.load(home.identity, expect="coordinator")
         if self._identity.warning:
@@ -122,7 +124,7 @@ class Server:
         """
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
-        admission = Admission(self._home, journal, authority=self._authority)
+        admission = Admission(self._home, journal, authority=self._authority, meter=self._meter)
         _probe(address)
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -142,10 +144,16 @@ class Server:
             runs = RunsService(journal, blobs, admission.gate, changes, policy=self._policy)
             add_RunsServicer_to_server(runs, server)  # type: ignore[no-untyped-call]
             await server.start()
+
+            def leads() -> bool:
+                return leadership is not None and leadership.leads
+
             try:
                 await asyncio.to_thread(gateway.join, str(Address(address.host, port)))
-                ready(port, leadership is not None and leadership.leads)
-                jobs = [changes.follow(), fleet.waiting.work(), gateway.work(), *admission.jobs(changes)]
+                self._meter.begin(Gauged(self._home, journal, blobs, lambda: len(fleet.waiting), leads))
+                ready(port, leads())
+                jobs = [changes.follow(), fleet.waiting.work(), gateway.work(), self._meter.work()]
+                jobs += admission.jobs(changes)
                 jobs += [leadership.work(moved)] if leadership else []
                 work = [asyncio.create_task(job) for job in jobs]
                 await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
@@ -153,6 +161,7 @@ class Server:
                     if task.done():
                         task.result()  # raises: the journal is damaged, or other gateways are unlike this one
             finally:
+                self._meter.end()
                 fleet.waiting.close()
                 await server.stop(grace=1.0)
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Generic, ParamSpec, TypeVar
 
@@ -18,7 +19,8 @@ _threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="journal")
 
 async def in_thread(call: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
     """Make a short call that may wait for a disk."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, partial(call, *args, **kwargs))
+    there = partial(copy_context().run, call, *args, **kwargs)  # with what is logged of it
+    return await asyncio.get_running_loop().run_in_executor(_threads, there)
 
 
 class Batch(Generic[Item, Result]):

@@ -6,6 +6,8 @@ A transfer that gets no further for STALL_S is ended, to be resumed.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from blake3 import blake3
@@ -31,7 +33,8 @@ _checks = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")  # secon
 
 def _apart(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]":
     """Make a call in a thread, to be awaited within a shield: until it is over, no file may be closed under it."""
-    return asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
+    there = partial(copy_context().run, call, *args, **kwargs)  # with what is logged of it
+    return asyncio.get_running_loop().run_in_executor(pool, there)
 
 
 class Source:
@@ -71,7 +74,13 @@ class Source:
         self._file.close()
 
 
-async def send(blobs: Blobs, request: DownloadRequest, context: Any, recheck: Callable[[], None]) -> None:
+async def send(
+    blobs: Blobs,
+    request: DownloadRequest,
+    context: Any,
+    recheck: Callable[[], None],
+    count: Callable[[int], None] = lambda size: None,
+) -> None:
     """Send a blob from an offset on; `recheck` is asked before each piece whether the caller may still have it.
 
     One piece is read while the last one is sent.
@@ -85,6 +94,7 @@ async def send(blobs: Blobs, request: DownloadRequest, context: Any, recheck: Ca
             try:
                 async with asyncio.timeout(STALL_S):
                     await context.write(piece)
+                count(len(piece.data))
             except TimeoutError:
                 where = f"resume at byte {piece.offset}"
                 raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; {where}") from None
@@ -114,7 +124,9 @@ async def parts(
         yield part
 
 
-async def receive(upload: Upload, stream: AsyncIterator[Piece | UploadHeader]) -> AsyncIterator[int]:
+async def receive(
+    upload: Upload, stream: AsyncIterator[Piece | UploadHeader], count: Callable[[int], None] = lambda size: None
+) -> AsyncIterator[int]:
     """Write the pieces of an upload and accept it; yields the bytes that are kept, first of all and as they grow.
 
     One piece is written while the next one comes.
@@ -127,6 +139,7 @@ async def receive(upload: Upload, stream: AsyncIterator[Piece | UploadHeader]) -
                 raise InputError("upload: a second header came; the header is the first part only")
             if (size := await asyncio.shield(work)) - last >= TOLD_BYTES:
                 yield (last := size)
+            count(len(part.data))
             work = _apart(_bytes, upload.write, part.offset, part.data)
         size = await asyncio.shield(work)
         work = _apart(_checks, upload.finish)

@@ -1,5 +1,6 @@
 """How the journal's database is opened, read and written; what differs by database is its dialect's."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -75,6 +76,7 @@ class Database:
         self._dialect = dialect
         self._insert = dialect.insert
         self._on_write: Callable[[], object] | None = None
+        self.timed: Callable[[float], object] = lambda seconds: None  # is told how long each write took
         with self._in_words():
             self._engine = dialect.engine()
         try:
@@ -92,8 +94,10 @@ class Database:
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
+        start = time.perf_counter()
         with self._transaction() as connection:
             yield connection
+        self.timed(time.perf_counter() - start)
         if self._on_write is not None:
             self._on_write()
 

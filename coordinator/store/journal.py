@@ -7,6 +7,7 @@ Times are seconds since the epoch. Documents are kept as the bytes that were has
 import sqlalchemy as sa
 
 from offsite.coordinator.store.copies import Copies
+from offsite.coordinator.store.counts import Counts
 from offsite.coordinator.store.gateways import Gateways
 from offsite.coordinator.store.memberships import Memberships
 from offsite.coordinator.store.rounds import Rounds
@@ -18,7 +19,7 @@ from offsite.protos.events import Event
 __all__ = ["LIVE", "OPEN", "Journal", "Key", "Move", "Row", "no_run"]
 
 
-class Journal(Runs, Tasks, Rounds, Gateways, Memberships, Copies):
+class Journal(Runs, Tasks, Rounds, Gateways, Memberships, Copies, Counts):
     """Typed access to the tables; every method is one transaction and may be repeated."""
 
     def add_event(self, run: str, event: Event) -> None:

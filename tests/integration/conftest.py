@@ -83,7 +83,7 @@ class Federation:
     def events(self, name: str, event: str) -> list[dict[str, Any]]:
         lines = self.log(name).read_text().splitlines() if self.log(name).exists() else []
         told = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [line for line in told if line["event"] == event]
+        return [line for line in told if line.get("event") == event]
 
     def expect(self, name: str, event: str, *, count: int = 1) -> dict[str, Any]:
         """Wait for a process to say something for the count-th time."""
@@ -318,7 +318,8 @@ def federation(tmp_path: Path, material: Path) -> Iterator[Federation]:
 @pytest.fixture(scope="session")
 def coordinated(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Iterator[Federation]:
     """A federation whose coordinator runs, shared by all tests that end nothing of it but what they started."""
-    with federated(tmp_path_factory.mktemp("coordinated"), material) as made:
+    telemetry = {"OFFSITE_METRICS": "127.0.0.1:0", "OFFSITE_LOG_FORMAT": "json"}
+    with federated(tmp_path_factory.mktemp("coordinated"), material, **telemetry) as made:
         made.coordinate()
         with made.connect() as session:  # it is patient while the coordinator imports what judges runs
             session.submit(made.spec(sites=("nobody",))).cancel()

@@ -29,7 +29,7 @@ def test_a_run_that_is_restored_elsewhere_gives_the_bytes_of_one_that_was_left_a
         return {"OFFSITE_JOURNAL": journal, "OFFSITE_BLOBS": blobs}
 
     coordinated.have("hospital")
-    spec = {"rounds": 3, "sites": ("hospital",)}
+    spec = {"rounds": 2, "sites": ("hospital",)}
     with coordinated.connect() as session:
         wanted = published(session.submit(coordinated.spec(**spec)), tmp_path / "whole")
 

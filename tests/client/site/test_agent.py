@@ -11,6 +11,7 @@ import pytest
 from offsite.client.site import agent, rows
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.meter import Meter
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
 from offsite.client.site.reporter import Reporter
@@ -223,7 +224,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     with pytest.raises(InputError) as caught, faults("FAULT_DATA"):
         rows.read(one)
     fault = from_status(caught.value.status, str(caught.value), reason=caught.value.reason)  # as it leaves the trainer
-    reporter = Reporter(channel, None, one.task, every_s=1000.0)  # type: ignore[arg-type]
+    reporter = Reporter(channel, None, one.task, every_s=1000.0, meter=Meter())  # type: ignore[arg-type]
     reporter._fleet = SimpleNamespace(Report=None)  # type: ignore[assignment]
     site._end(one.task, reporter, fault)
     reporter.close()
