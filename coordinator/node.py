@@ -65,6 +65,7 @@ class Node:
 def sweep(folder: Path) -> None:
     """Remove what lies in a folder and nobody has touched for a day."""
     for path in folder.iterdir():
-        touched = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
-        if time.time() - touched > STALE_S:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):  # a step has just ended
+            touched = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+            if time.time() - touched > STALE_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -37,6 +37,7 @@ from offsite.protos.documents import from_json, plain, to_json
 
 BEAT_S = 2.0
 PROBE_S = 5.0
+SWEEP_EVERY_S = 6 * 3600.0  # a node's folder, of what kills left there
 AGAIN_S = 2.0  # before a supervisor that could not go on is started again
 
 
@@ -161,40 +162,46 @@ class _Supervisor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _perform(self, step: str, spec: bytes, order: bytes, needs: Needs) -> bytes:
-        grant, whole = from_json(Grant, spec, where="run spec"), read(step, order)
-        home = needs.home or not self._home.node.shared
+        try:
+            return self._placed(read(step, order), spec, needs)
+        except RayTaskError as error:
+            raise Lost if isinstance(error.cause, RayError) else error.cause from None
+        except RayError as error:  # a worker or the cluster went away, not the step
+            raise Lost from error
+
+    def _placed(self, order: Order, spec: bytes, needs: Needs) -> bytes:
+        """Do a step on a node that has what it needs, or in parts on several; raises NoRoom if there is none."""
+        grant, home = from_json(Grant, spec, where="run spec"), needs.home or not self._home.node.shared
         nodes = [node["Resources"] for node in _nodes() if not home or node["NodeID"] == _node()]
-        asked = ask(needs, nodes, cpus=self._threads or 1, step=step)
-        parts = count(whole, grant, nodes=room(asked, nodes))
-        spread = "SPREAD" if parts > 1 else "DEFAULT"
+        asked = ask(needs, nodes, cpus=self._threads or 1, step=order.step)
+        parts = count(order, grant, nodes=room(asked, nodes))
+        anywhere = "SPREAD" if parts > 1 else "DEFAULT"
         task = _perform.options(
             num_cpus=asked["CPU"],
             num_gpus=asked["GPU"],
             memory=asked["memory"] or None,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else spread,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else anywhere,
         )
 
         def do(orders: Sequence[Order]) -> list[bytes]:
             here = (self._threads, self._home.node, _node())
             return list(ray.get([task.remote(*here, one.step, spec, to_json(one)) for one in orders]))
 
-        try:
-            return in_parts(whole, grant, parts, do)
-        except RayTaskError as error:
-            raise Lost if isinstance(error.cause, RayError) else error.cause from None
-        except RayError as error:  # a worker or the cluster went away, not the step
-            raise Lost from error
+        return in_parts(order, grant, parts, do)
 
 
 @ray.remote
 class _Steps:
     def __init__(self, node: Node) -> None:
-        node.prepare().sweep()
+        self._node, self._swept = node.prepare(), 0.0
         self._server = forking.fork_server(node)
         self.start()
 
     def start(self) -> None:
         self._server.start()  # unless it runs
+        if time.monotonic() - self._swept > SWEEP_EVERY_S:
+            self._node.sweep()
+            self._swept = time.monotonic()
 
 
 @ray.remote(max_retries=0)  # the supervisor tries again, and counts
@@ -206,10 +213,11 @@ def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: b
 
 
 def _elsewhere(url: str) -> Node:
-    """Return the folder of this machine, which is not the coordinator's own."""
+    """Return this machine's folder for a coordinator whose home is on another one."""
     from offsite.emulator.zoo import cache_folder  # the hub's client: not in each of Ray's processes
 
-    return Node(cache_folder() / "nodes" / hex_of(digest_bytes(url.encode()), most=16), url)
+    whose = f"{ray.get_runtime_context().namespace} {url}"
+    return Node(cache_folder() / "nodes" / hex_of(digest_bytes(whose.encode()), most=16), url)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A run over two machines that share no folder, from PostgreSQL and S3, ends in the bytes of one machine."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,7 @@ def finished(federation: Federation, folder: Path, during: Callable[[Run], objec
         spec = federation.spec(rounds=2, sites=("bank", "hospital"), evaluation=exams, merge=True)
         run = session.submit(spec)
         during(run)
-        result = Path(run.result(folder))
-    report = json.loads((result / "report.json").read_text())
+        result, report = Path(run.result(folder)), run.report
     files = [result / name for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors")]
     return [[file.read_bytes() for file in files], report["overall"], report["sites"]]
 
