@@ -79,8 +79,9 @@ def client(place: Place, patience_s: float) -> S3Store:
     if place.endpoint:
         config["aws_endpoint_url_s3"] = place.endpoint  # this one wins over all variables
     options: ClientConfig = {"read_timeout": f"{REPLY_S}s", "timeout": "1day"}
-    if urlsplit(place.endpoint).hostname in LOOPBACK:
-        options["allow_http"] = True  # elsewhere AWS_ALLOW_HTTP must say so
+    said = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # obstore reads it only where no option is set
+    if said or urlsplit(place.endpoint).hostname in LOOPBACK:
+        options["allow_http"] = True
     with in_words(place):
         return S3Store(
             place.bucket,
