@@ -9,11 +9,15 @@ import pytest
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.retention import DAY_S, Retention, collect
+from offsite.coordinator.runs.grant import Input
+from offsite.coordinator.runs.steps.results import GATHER, Inputs
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.protos.documents import to_plain
 from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
+from offsite.protos.spec import FileEntry
 
-WORKED_WITH = ("manifest", "layer", "start", "update")
+WORKED_WITH = ("input", "manifest", "layer", "start", "update")
 
 
 @pytest.fixture
@@ -35,7 +39,9 @@ def make_run(home: Home, journal: Journal, name: str, *, ended_days_ago: float |
     journal.add_run(name, token=name, owner="alice", spec=b"{}")
     layer = store(home, f"layer {name}")
     files = {"layer": layer, "manifest": store(home, json.dumps({"files": [{"digest": layer}], "of": name}))}
-    files |= {kind: store(home, f"{kind} {name}") for kind in ("start", "update", "published")}
+    files |= {kind: store(home, f"{kind} {name}") for kind in ("input", "start", "update", "published")}
+    given = Input(source="/model", files=(FileEntry(path="config.json", digest=files["input"], size=1),))
+    journal.add_step(name, GATHER.name, to_plain(Inputs(places={"model": given})))
     built = {"manifest": files["manifest"], "broadcast": {"ward": {"digest": files["start"]}}}
     journal.add_step(name, "version:0", built)
     journal.add_task(Key(name, 0, "ward", 0), spec=b"{}", signature=b"s")
