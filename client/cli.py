@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from offsite.protos.errors import OffsiteError, from_system
 
 EXTRAS = {
+    "cluster": "coordinator",
     "coordinator": "coordinator",
     "emulator": "coordinator",
     "pki": "coordinator",
