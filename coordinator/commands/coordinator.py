@@ -41,7 +41,14 @@ def up(
         Literal["ray", "threads", "none"],
         typer.Option(help="Where supervisors and their steps run; none: serve only, another gateway dispatches."),
     ] = "ray",
-    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join; with blobs in S3 any node does steps.")] = "",
+    ray_address: Annotated[
+        str,
+        typer.Option(help="The head of a Ray cluster that this machine is in; with blobs in S3 any node does steps."),
+    ] = "",
+    ray_token: Annotated[
+        Path | None,
+        typer.Option(help="The file with its token. (default: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"),
+    ] = None,
     places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
     keep_runs: KeepRuns = None,
@@ -111,7 +118,7 @@ def up(
             return InProcess(home)
         from offsite.coordinator.runs.cluster import OnRay
 
-        return OnRay(home, address=ray_address or None, threads=threads)
+        return OnRay(home, address=ray_address or None, token=ray_token, threads=threads)
 
     def steps() -> str:
         alone = ray_address and not at.node.shared

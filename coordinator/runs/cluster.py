@@ -8,21 +8,21 @@ import contextlib
 import logging
 import os
 import queue
-import secrets
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+from offsite.coordinator.cluster.admission import admitted, made
+from offsite.coordinator.cluster.looking import fitting
+from offsite.coordinator.cluster.view import VERSION_LABEL, View, label
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
-from offsite.protos.addresses import parse
-from offsite.protos.errors import OffsiteError, ResourceError, UnreachableError
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 5.0  # for a connection to a cluster's port
 JOIN_S = 10.0  # for joining a cluster, once Ray is imported
 START_S = 240.0  # for importing Ray, and for starting it on a machine that is busy
 SILENT_S = 60.0  # a child that is well says so every 2 s
@@ -34,8 +34,9 @@ ENDED = "ended"
 class OnRay:
     """Supervisors as detached actors of a Ray cluster, or of one started for this process on loopback."""
 
-    def __init__(self, home: Home, *, address: str | None = None, threads: int = 0) -> None:
-        self._home, self._address, self._threads = home, address, threads
+    def __init__(self, home: Home, *, address: str | None = None, token: Path | None = None, threads: int = 0) -> None:
+        """Name the cluster's address and the file of its token; without an address, one is started."""
+        self._home, self._address, self._token, self._threads = home, address, token, threads
         self._where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         self._hope = "; the runs wait until it is started again" if address else "; it is started again"
         self._child: subprocess.Popen[bytes] | None = None
@@ -44,7 +45,7 @@ class OnRay:
         self.fault = f"{self._where} has not started"
 
     def start(self) -> None:
-        """Join the cluster or start one; raises InputError, UnreachableError or ResourceError."""
+        """Join the cluster or start one; raises OffsiteError where that cannot be."""
         self._join()
         threading.Thread(target=self._keep, daemon=True, name="ray").start()
 
@@ -90,16 +91,17 @@ class OnRay:
 
     def _join(self) -> None:
         self._end()
-        environment = dict(os.environ) | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        environment = admitted(self._token)
         if self._address:
-            _probe(self._address)
+            _check(fitting(self._address, environment))
         else:
             # Read when Ray is imported: without the first it turns 127.0.0.1 into the machine's routable address. The
             # others keep its token out of the user's home, where it would be readable by everybody.
             environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-            environment |= {"RAY_AUTH_TOKEN_PATH": str(_token(self._home.root / "ray-token"))}
+            environment |= {"RAY_AUTH_TOKEN_PATH": str(made(self._home.root / "ray-token"))}
             environment.pop("RAY_AUTH_TOKEN", None)
             environment.pop("RAY_ADDRESS", None)
+        environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         log_file = self._home.root / "ray.log"
         if log_file.exists():
             log_file.replace(log_file.with_suffix(".log.1"))
@@ -140,6 +142,8 @@ class OnRay:
             ) from None
         if word == ENDED:
             raise UnreachableError(f"{self._where}: the process that speaks to it ended; see {self._home.root}/ray.log")
+        if word.startswith("warning: "):
+            log.warning("%s: %s", self._where, word.removeprefix("warning: "))
         if word.startswith("error: "):
             raise ResourceError(f"{self._where}: {word.removeprefix('error: ')}")
 
@@ -166,26 +170,27 @@ def _listen(reading: int, words: "queue.Queue[str]") -> None:
     words.put(ENDED)
 
 
-def _probe(address: str) -> None:
-    """Raise at once where nothing listens: Ray itself would try for ten minutes."""
-    place = parse(address)
+def _check(view: View) -> None:
+    """Refuse a cluster that this machine is not in, or none of whose machines can do our steps."""
+    alive = [machine for machine in view.machines if machine.alive]
+    if not any(_own(machine.address) for machine in alive):
+        raise InputError(
+            f"this machine is not in the Ray cluster at {view.address} (of {', '.join(one.address for one in alive)}); "
+            f"let it join first: `offsite cluster up --join {view.address}`"
+        )
+    if not any(machine.fit for machine in alive):
+        unfit = [f"{one.address} has {f'Offsite {one.offsite}' if one.offsite else 'none'}" for one in alive]
+        raise MismatchError(
+            f"no machine of the Ray cluster at {view.address} says that it has Offsite {label()} ({'; '.join(unfit)}): "
+            f"start Ray there with `offsite cluster up`, or with the label {VERSION_LABEL}={label()}"
+        )
+
+
+def _own(address: str) -> bool:
+    """Tell whether an address is this machine's."""
     try:
-        socket.create_connection((place.host, place.port), timeout=PROBE_S).close()
-    except OSError as error:
-        reason = error.strerror or str(error) or "no answer"
-        raise UnreachableError(
-            f"nothing answers at the Ray cluster's address {address} ({reason}); start it with `ray start --head`, "
-            "or name another with --ray-address"
-        ) from None
-
-
-def _token(file: Path) -> Path:
-    """Return a file with a token that only this user can read; made if missing."""
-    if not file.exists():
-        partial = file.with_name(f"{file.name}.partial")
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as handle:
-            handle.write(secrets.token_hex(32))
-        partial.replace(file)
-    file.chmod(0o600)
-    return file
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True

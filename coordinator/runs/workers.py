@@ -1,6 +1,6 @@
 """The coordinator's process on Ray: it starts supervisors there as actors, and looks whether Ray is well.
 
-The one file that imports Ray. It hears runs' ids on stdin, ends when that is closed, and says on a pipe that it has
+It hears runs' ids on stdin, ends when that is closed, and says on a pipe that it has
 imported Ray, that it is ready, then every few seconds that all is well, or what is not (`cluster.py` listens).
 
 A supervisor is a detached, named actor: it outlives the server that asked for it. Ray restarts a dead actor with empty
@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from offsite.coordinator.cluster.view import VERSION_LABEL, label
 from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
@@ -63,6 +64,7 @@ def _join(address: str, root: str) -> None:
     if not address:  # all of this machine's memory may be asked for: what is more than that is said to be too large
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_memory": memory}
+        local["labels"] = {VERSION_LABEL: label()}
     listens = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if local and listens != "127.0.0.1":
         raise RuntimeError(f"it would listen on {listens} instead of loopback")
@@ -73,15 +75,15 @@ def _join(address: str, root: str) -> None:
         logging_level=logging.ERROR,
         **local,
     )
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-    for name in ray.util.list_named_actors():  # those of a node that is gone would wait for it for ever
-        kind, *_, node = name.split("-")
-        if node != _node() and (kind == "run" or node not in alive):
+    for name in ray.util.list_named_actors():
+        if name.startswith("run-") and not name.endswith(_node()):  # another machine's, which looked after them before
             ray.kill(ray.get_actor(name), no_restart=True)
 
 
 def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    """Return the nodes that can do steps: of the machines that have this version."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"] and node["Labels"].get(VERSION_LABEL) == label()]
 
 
 def _node() -> str:
@@ -89,17 +91,45 @@ def _node() -> str:
 
 
 def _beat(channel: TextIO) -> None:
-    """Say every few seconds that Ray is well; raises when it is not."""
+    """Say every few seconds that Ray is well, and which machines come and go; raises when it is not well."""
     context = ray.get_runtime_context()
+    known: set[str] = set()
     while True:
         _connect("its head (GCS)", context.gcs_address)
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        here = next((node for node in nodes if node["NodeID"] == _node()), None)
-        if here is None or not here["Alive"]:
+        nodes = {node["NodeID"]: node for node in ray.nodes()}  # type: ignore[no-untyped-call]
+        alive = {name for name, node in nodes.items() if node["Alive"]}
+        if _node() not in alive:
             raise RuntimeError("this machine is no longer one of its nodes")
+        here = nodes[_node()]
         _connect("its raylet on this machine", f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}")
+        if alive != known:
+            _bury(alive)
+            for name in sorted(known ^ alive if known else alive):
+                if words := _news(nodes[name], name in known - alive):
+                    print(f"warning: {words}", file=channel)
+        known = alive
         print("well", file=channel)
         time.sleep(BEAT_S)
+
+
+def _bury(alive: set[str]) -> None:
+    """End what is named after a node that is gone, and would wait for it for ever."""
+    for name in ray.util.list_named_actors():
+        if name.rpartition("-")[2] not in alive:
+            ray.kill(ray.get_actor(name), no_restart=True)
+
+
+def _news(node: dict[str, Any], gone: bool) -> str:
+    """Say what there is to say of a machine that has left or come; empty if it is as the others."""
+    where = f"machine {node['NodeManagerAddress']}"
+    if gone:
+        why = plain(node["DeathReasonMessage"].strip() or "it ended", most=100)
+        return f"{where} has left the cluster ({why}); steps that were under way there begin again on another"
+    if (version := node["Labels"].get(VERSION_LABEL, "")) != label():
+        return (
+            f"{where} has {f'Offsite {version}' if version else 'no Offsite that it tells of'}; no step is done there"
+        )
+    return ""
 
 
 def _connect(what: str, address: str) -> None:
@@ -181,6 +211,7 @@ class _Supervisor:
             num_gpus=asked["GPU"],
             memory=asked["memory"] or None,
             scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else anywhere,
+            label_selector={VERSION_LABEL: label()},
         )
 
         def do(orders: Sequence[Order]) -> list[bytes]:
