@@ -1,14 +1,13 @@
 """A Ray cluster of machines that share no folder, with token authentication."""
 
-import os
+import json
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from .machines import Machine, machines
+from .machines import Machine
 
 PORT = 6379
 
@@ -30,32 +29,26 @@ class Cluster:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), "RAY_USAGE_STATS_ENABLED": "0"}
 
     def start(self, machine: Machine, *, cpus: int = 2) -> "subprocess.Popen[bytes]":
-        """Start Ray on a machine; return once it runs."""
-        role = ("--head", f"--port={PORT}") if machine is self.head else (f"--address={self.address}",)
-        options = (f"--node-ip-address={machine.address}", f"--temp-dir={machine.folder}/tmp/ray", f"--num-cpus={cpus}")
-        log = machine.folder / "ray.log"
+        """Have a machine begin the cluster or join it; return what holds it there, once it is in."""
+        role = ("--listen", machine.address) if machine is self.head else ("--join", self.head.address)
+        token = self.environment(machine)["RAY_AUTH_TOKEN_PATH"]
+        program = [sys.executable, "-m", "offsite.client", "cluster", "up"]
+        log = machine.folder / "up.log"
         with log.open("wb") as output:
             process = machine.popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *options],
+                [*program, *role, "--token", token, "--cpus", str(cpus), "--memory", "2GB", "--format", "json"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self.environment(machine),
             )
 
         def ready() -> bool:
             assert process.poll() is None, log.read_text()
-            return "--block" in log.read_text()
+            return '"ready"' in log.read_text()
 
-        self._wait(ready, f"Ray on {machine.address}")
+        self._wait(ready, f"the cluster on {machine.address}")
         return process
 
-
-@contextmanager
-def clusters(wait: Callable[[Callable[[], Any], str], Any], *names: str) -> Iterator[Cluster]:
-    """Make a cluster, with Ray started on each machine; raises OSError where no machine can be made."""
-    with machines(*names) as made:
-        cluster = Cluster(made, wait)
-        for machine in made:
-            cluster.start(machine)
-        yield cluster
+    def status(self) -> Any:
+        """Return what `offsite cluster status` says of it."""
+        return json.loads(self.head.offsite("cluster", "status", "--format", "json").stdout)

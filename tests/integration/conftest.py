@@ -30,8 +30,8 @@ from offsite.protos.security.pki import Authority
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
-from .clusters import Cluster, clusters
-from .machines import Machine
+from .clusters import Cluster
+from .machines import Machine, machines
 
 DEADLINE_S = 180.0  # of a wait for something that takes seconds: a test that hangs must fail
 WORDS = [f"w{n}" for n in range(120)]
@@ -297,15 +297,25 @@ def federations(material: Path) -> Callable[..., AbstractContextManager[Federati
     return lambda folder, **options: federated(folder, material, **options)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A Ray cluster of two machines that share no folder, for tests that leave both as they were."""
+@contextmanager
+def alone(*names: str) -> Iterator[list[Machine]]:
+    """Make machines, or skip a test where the system lets us make none."""
     with contextlib.ExitStack() as stack:
         try:
-            made = stack.enter_context(clusters(wait_until, "head", "worker"))
+            made = stack.enter_context(machines(*names))
         except OSError as reason:
             pytest.skip(f"machines need root's rights to namespaces here: {reason}")
         yield made
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster of two machines that share no folder, for tests that leave both as they were."""
+    with alone("head", "worker") as made:
+        cluster = Cluster(made, wait_until)
+        for machine in made:
+            cluster.start(machine)
+        yield cluster
 
 
 @pytest.fixture

@@ -28,9 +28,8 @@ for other; do mount -t tmpfs -o ro none "$other"; done
 mount -o remount,bind,ro /
 mount -t tmpfs none /dev/shm
 ip link set lo up
-trap '' CHLD
 echo up
-exec cat
+exec "$python" -S -c "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); sys.stdin.read()"
 """
 SWITCH = """
 set -e
@@ -83,6 +82,7 @@ class Namespace:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=os.environ | {"python": sys.executable},
         )
         assert self._holder.stdout is not None and self._holder.stderr is not None
         if self._holder.stdout.readline() != b"up\n":
