@@ -6,7 +6,7 @@ as the run computes (4 in fp32, 2 in bf16):
     gather     nothing            aggregate  4 x what goes to the sites, of all tiers; join the same
     build      2 x the files of the base, unless one builder works alone: that may read layer by layer
     realign    2 (P + E)          evaluate   w P, or w E of the emulator
-    tune       w P                attack     16 E: weights, gradients and two moments, all of them trained
+    tune       w P                attack     16 E: weights, gradients and two moments; w E where a GPU has these
     publish    2 P, and as much again for a merged model
 
 What it computes, and the libraries (0.5 GB), come on top: that is for the node to leave free.
@@ -43,6 +43,7 @@ class Needs:
     """What a step asks of its node; what it does not say, any node has."""
 
     memory: int = 0  # bytes
+    loaded: int | None = None  # of them, those that are not on a GPU, where it computes on one; None: all
     gpu: bool = False  # whether it computes on a GPU where there is one
     home: bool = False  # whether it reads files that lie beside the coordinator, and computes nothing
 
@@ -66,7 +67,7 @@ def of(order: Order, spec: Grant, built: Built | None) -> Needs:
         case Evaluate():
             return Needs(width * (base if order.manifest is None else emulator), gpu=True)
         case Attack():
-            return Needs(16 * emulator, gpu=True)
+            return Needs(16 * emulator, loaded=width * emulator, gpu=True)
         case Tune():
             return Needs(width * base, gpu=True)
         case Realign():
@@ -83,11 +84,11 @@ def ask(needs: Needs, nodes: Iterable[Mapping[str, float]], *, cpus: int, step: 
     """
     nodes = list(nodes)
     most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    asked = {"CPU": 0 if needs.home else max(1, min(cpus, most)), "memory": needs.memory}
-    for gpus in (1, 0) if needs.gpu else (0,):
-        whole: dict[str, float] = {**asked, "GPU": gpus}
-        if room(whole, nodes):
-            return whole
+    asked: dict[str, float] = {"CPU": 0 if needs.home else max(1, min(cpus, most)), "memory": needs.memory, "GPU": 0}
+    loaded = needs.memory if needs.loaded is None else needs.loaded
+    for one in ({**asked, "memory": loaded, "GPU": 1}, asked) if needs.gpu else (asked,):
+        if room(one, nodes):
+            return one
     largest = sorted(nodes, key=lambda node: -node.get("memory", 0))[:NAMED]
     raise NoRoom(
         f"step {step} needs a node with {_shown(asked)}, and the largest of {len(nodes)} have "

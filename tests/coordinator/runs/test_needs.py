@@ -51,6 +51,8 @@ def test_a_step_goes_where_there_is_room_and_to_a_gpu_where_one_is_large_enough(
     assert ask(Needs(9 * GB), nodes, cpus=1, step="tune") == {"CPU": 1, "memory": 9 * GB, "GPU": 0}
     assert ask(Needs(9 * GB, gpu=True), nodes, cpus=1, step="tune")["GPU"] == 1
     assert ask(Needs(17 * GB, gpu=True), nodes, cpus=1, step="tune")["GPU"] == 0
+    trained = ask(Needs(90 * GB, loaded=5 * GB, gpu=True), nodes, cpus=1, step="attack")
+    assert trained == {"CPU": 1, "memory": 5 * GB, "GPU": 1}, "the rest is in the GPU's memory"
     assert ask(Needs(), nodes, cpus=64, step="tune")["CPU"] == 8, "all that a node has"
 
 
