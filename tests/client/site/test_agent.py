@@ -76,7 +76,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
     work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
     work.clear_residuals = id
-    config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work)
+    config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work, meter=Meter())
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
     )
@@ -101,7 +101,7 @@ def test_an_agent_outlives_a_coordinator_that_is_broken_for_a_while(
 ) -> None:
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
     settings = {"identity": SimpleNamespace(warning=None), "engine": EngineSpec()}
-    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), **settings)
+    config: Any = SimpleNamespace(work=work, policy=Policy(bases=("any",), data=()), meter=Meter(), **settings)
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
     )
@@ -168,7 +168,7 @@ def fed_back(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     settings = {"identity": SimpleNamespace(name="clinic"), "engine": EngineSpec(), "data": tmp_path}
     policy = Policy(bases=("any",), data=("/",), min_rows=1)
     owner, said = Owner(), list[str]()
-    config: Any = SimpleNamespace(work=work, policy=policy, **settings)
+    config: Any = SimpleNamespace(work=work, policy=policy, meter=Meter(), **settings)
     site = agent.Agent(owner, config, say=lambda _, data: said.append(str(data)))  # type: ignore[arg-type]
     monkeypatch.setattr(site, "_fetch", lambda task, reporter: (job().manifest, tmp_path, tmp_path / "adapter"))
     reporter: Any = SimpleNamespace(now=lambda *_, **__: None, on_stop=id, stopped=False, bytes_down=0, key=None)
@@ -217,7 +217,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
         call=lambda _, request: sent.append(request),
     )
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
-    config: Any = SimpleNamespace(work=work, engine=EngineSpec())
+    config: Any = SimpleNamespace(work=work, engine=EngineSpec(), meter=Meter())
     site = agent.Agent(channel, config, say=lambda *_: None)
     work.task(one.task).mkdir(parents=True)
     (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
