@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, get_args
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -21,6 +22,9 @@ Role = Literal["coordinator", "site", "owner", "researcher", "auditor", "joining
 PEOPLE: tuple[Role, ...] = ("owner", "researcher", "auditor")
 MEMBERS: tuple[Role, ...] = ("site", *PEOPLE)  # who may join by a token, and renew by themselves
 ROLES: tuple[Role, ...] = ("coordinator", *MEMBERS)  # of kits; who holds a token is `joining` and may ask for one
+
+# What is raised for certificates, lists, requests and keys that are damaged, or of a kind that nobody uses.
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(

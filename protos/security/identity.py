@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from offsite.protos.errors import IdentityError
 from offsite.protos.security import kit
-from offsite.protos.security.certificates import MEMBERS, ROLES, Role, either, subject
+from offsite.protos.security.certificates import MEMBERS, ROLES, UNREADABLE, Role, either, subject
 
 WARNING_DAYS = 14
 
@@ -103,14 +103,14 @@ def _read(path: Path) -> bytes:
 def _certificate(path: Path, data: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(data)
-    except ValueError:
+    except UNREADABLE:
         raise IdentityError(f"{path}: not a certificate in PEM form; copy the kit again from the model owner") from None
 
 
 def _check_key(path: Path, data: bytes, certificate: x509.Certificate) -> None:
     try:
         key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
+    except UNREADABLE:
         raise IdentityError(
             f"{path}: not an unencrypted private key in PEM form; copy the kit again from the model owner"
         ) from None

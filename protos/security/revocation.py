@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from offsite.protos.errors import IdentityError, ResourceError
-from offsite.protos.security.certificates import BACKDATED, Issuer, Peer, authority_key_identifier
+from offsite.protos.security.certificates import BACKDATED, UNREADABLE, Issuer, Peer, authority_key_identifier
 from offsite.protos.security.kit import write
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class RevocationList:
             key = x509.load_pem_x509_certificate(authority).public_key()
             crl = x509.load_pem_x509_crl(data)
             signed = isinstance(key, ec.EllipticCurvePublicKey) and crl.is_signature_valid(key)
-        except ValueError:
+        except UNREADABLE:
             signed = False
         if not signed:
             raise IdentityError(

@@ -6,12 +6,12 @@ Names in a request count for nothing: who asks is known by the certificate that 
 import hashlib
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from offsite.protos.errors import InputError
+from offsite.protos.security.certificates import UNREADABLE
 
 MOST_BYTES = 2048  # of a request; one of ours has some 200
 
@@ -30,7 +30,7 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
         read = x509.load_der_x509_csr(request)
         key = read.public_key()
         proved = read.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise InputError("not a signing request (PKCS#10, DER) of an offsite client") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InputError("the signing request is for a key of another kind; expected one on the curve P-256")

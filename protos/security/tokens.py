@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -27,7 +28,7 @@ from offsite.protos.documents import document, from_json, to_json
 from offsite.protos.errors import IdentityError, InputError
 from offsite.protos.ranges import Place
 from offsite.protos.security import kit
-from offsite.protos.security.certificates import MEMBERS, Peer, Role
+from offsite.protos.security.certificates import MEMBERS, UNREADABLE, Peer, Role
 
 PREFIX = "offsite-join-1."
 MOST = 16_384  # characters of a token; one of a usual address has some 3000
@@ -99,27 +100,43 @@ def read(text: str) -> Token:
             raise ValueError
         content = from_json(_Content, _unpacked(line.removeprefix(PREFIX)), where="token")
         return _token(content)
-    except (ValueError, TypeError, OverflowError, InputError, IdentityError):  # nothing of what a parser says: a secret
+    except (
+        *UNREADABLE,
+        InvalidSignature,
+        InputError,
+        IdentityError,
+    ):  # nothing of what a parser says: a token is a secret
         raise InputError("the token is damaged; copy it whole, as `offsite pki token` printed it") from None
 
 
 def _token(content: _Content) -> Token:
     certificate = x509.load_der_x509_certificate(_unpacked(content.certificate))
+    authority = x509.load_der_x509_certificate(_unpacked(content.authority))
+    coordinators = x509.load_der_x509_crl(_unpacked(content.coordinators))
+    for one in (authority, certificate):
+        one.verify_directly_issued_by(authority)
     key = _private(load_der_private_key(_unpacked(content.key), password=None))
     owner = load_der_public_key(_unpacked(content.owner))
     peer = Peer.of(certificate)
     if content.role not in MEMBERS or peer.role != "joining" or key.public_key() != certificate.public_key():
         raise ValueError
-    if not isinstance(owner, ed25519.Ed25519PublicKey):
+    if not isinstance(owner, ed25519.Ed25519PublicKey) or not coordinators.is_signature_valid(_public(authority)):
         raise ValueError
     files = {
-        "ca.crt": x509.load_der_x509_certificate(_unpacked(content.authority)).public_bytes(Encoding.PEM),
+        "ca.crt": authority.public_bytes(Encoding.PEM),
         "owner.pub": owner.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
-        "crl.pem": x509.load_der_x509_crl(_unpacked(content.coordinators)).public_bytes(Encoding.PEM),
+        "crl.pem": coordinators.public_bytes(Encoding.PEM),
         "tls.crt": certificate.public_bytes(Encoding.PEM),
         "tls.key": kit.private(key),
     }
     return Token(content.address, content.role, peer.name, peer.expires, files)
+
+
+def _public(authority: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    key = authority.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError
+    return key
 
 
 def _private(key: Any) -> ec.EllipticCurvePrivateKey:

@@ -1,5 +1,7 @@
 """A token: who may join by it, what it gives away, and whom it lets in."""
 
+import base64
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -202,6 +204,7 @@ def test_only_a_request_for_a_p256_key_that_signed_it_is_taken(authority: Author
     other = new_key().public_key().public_numbers()
     forged = good.replace(point, other.x.to_bytes(32, "big"))
     mine = key.public_key().public_numbers().y.to_bytes(32, "big")
+    version = good.replace(bytes([2, 1, 0]), bytes([2, 1, 9]), 1)
     wrong = {
         "another kind": [
             request(ec.generate_private_key(ec.SECP384R1())),
@@ -209,7 +212,7 @@ def test_only_a_request_for_a_p256_key_that_signed_it_is_taken(authority: Author
             request(ed25519.Ed25519PrivateKey.generate()),
         ],
         "not signed with the key": [forged.replace(mine, other.y.to_bytes(32, "big"))],
-        "not a signing request": [b"", b"scratched", good[:-1], good * 20, forged],
+        "not a signing request": [b"", b"scratched", good[:-1], good * 20, forged, version],
     }
     for words, requests in wrong.items():
         for answer in authority.sign([(serial(token), one) for one in requests]):
@@ -223,6 +226,10 @@ def test_what_is_damaged_is_refused_without_a_word_of_it(authority: Authority, t
     secret = text[len(tokens.PREFIX) : len(tokens.PREFIX) + 40]
     wrong = ["", "offsite", text[:-7], text[:500], text + "AAAA", tokens.PREFIX, tokens.PREFIX + "x" * 20_000]
     wrong += [text[:400] + other[400:], text.upper(), text.replace("j", "~")]
+    content = json.loads(base64.urlsafe_b64decode(text.removeprefix(tokens.PREFIX) + "=="))
+    unknown = base64.urlsafe_b64decode(content["owner"] + "==").replace(bytes([43, 101, 112]), bytes([43, 101, 0]))
+    content["owner"] = base64.urlsafe_b64encode(unknown).decode().rstrip("=")  # a key of a kind that nobody knows
+    wrong.append(tokens.PREFIX + base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("="))
     for one in wrong:
         with pytest.raises(InputError) as caught:
             tokens.read(one)
