@@ -34,10 +34,8 @@ say "a run"
 say "its result"
 mkdir -p "$OUT"
 chmod 777 "$OUT"
-# shellcheck disable=SC2016 # for the container's shell
-"${compose[@]}" run -T --rm --no-deps --volume "$OUT:/out" --entrypoint sh researcher -euc '
-    run=$(offsite run list --format json | python3 -c "import json, sys; print(json.load(sys.stdin)[-1][\"id\"])")
-    offsite run sites --format json
-    offsite run fetch "$run" /out/outcome'
+run=$("${compose[@]}" run -T --rm --no-deps researcher run list --format json |
+    python3 -c 'import json, sys; print(json.load(sys.stdin)[-1]["id"])')
+"${compose[@]}" run -T --rm --no-deps --volume "$OUT:/out" researcher run fetch "$run" /out/outcome
 ls -l "$OUT/outcome/adapter"
 say "done: $OUT/outcome"

@@ -70,8 +70,10 @@ def commands(service):
     """What a service runs of ours: its own command, or each `offsite` of a script."""
     if "sh" not in service.get("entrypoint", []):
         return [service["command"]] if "command" in service else []
-    script = re.sub(r"\$\$?\{?\w+(:-(\w+))?\}?", r"\2", service["command"][0])
-    return [shlex.split(line)[1:] for line in re.findall(r"\boffsite [^|;\n]*(?=\|\||;|\n|$)", script)]
+    script = "\n".join([*service["entrypoint"], *service.get("command", [])])
+    script = re.sub(r"\$\$?\{?\w+(:-(\w+))?\}?", r"\2", script).replace("$$@", "run list")
+    found = re.findall(r"\boffsite ((?:pki|site|run|identity|coordinator) [^|;>\n]*)", script)
+    return [shlex.split(line.replace('""', "x")) for line in found]
 
 
 def test_the_product_reads_the_examples(folder, tmp_path) -> None:

@@ -39,7 +39,7 @@ def test_nobody_is_root_and_no_cuda_comes_unasked(deploy) -> None:
     text = "\n".join(instructions(deploy))
     for role in ("coordinator", "site"):
         stage = re.search(rf"FROM python AS {role}\n(.*?)(?=\nFROM|\Z)", text, re.DOTALL)
-        assert stage and "USER 10001:10001\n" in stage[1] and "RUN " not in stage[1]
+        assert stage and "USER 10001:10001\n" in stage[1] and "RUN " not in stage[1] and "HEALTHCHECK" in stage[1]
     assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu\n" in text
 
 
