@@ -1,6 +1,7 @@
 """The charts, rendered by Helm itself and held against the schemas of Kubernetes and KubeRay."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ RENDERED = [
     ("offsite-coordinator", "large.yaml"),
     ("offsite-coordinator", "small.yaml"),
     ("offsite-site", "site.yaml"),
+    ("offsite-site", "kit.yaml"),
 ]
 pytestmark = pytest.mark.slow  # fetches Helm
 
@@ -75,8 +77,7 @@ def test_every_container_is_locked_up_and_has_no_account(manifests) -> None:
             }
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             assert "limits" in container["resources"]
-        listens = [container for container in pod["containers"] if "ports" in container]
-        assert all("livenessProbe" in container for container in listens)
+        assert all("livenessProbe" in container for container in pod["containers"])
 
 
 def test_no_secret_but_the_blobs_and_the_token_of_ray_reaches_a_node_without_a_gateway(helm) -> None:
@@ -89,6 +90,8 @@ def test_no_secret_but_the_blobs_and_the_token_of_ray_reaches_a_node_without_a_g
 def test_the_product_takes_what_containers_run(manifests, takes) -> None:
     ran = []
     for pod in pods(manifests):
+        scripts = [container["command"][-1] for container in pod.get("initContainers", [])]
+        ran += [takes(line.split()) for script in scripts for line in re.findall(r"offsite (site .*)", script)]
         for container in pod["containers"]:
             command = [*container.get("command", ["tini", "--", "offsite"]), *container.get("args", [])]
             if command[2] == "offsite" and not container["name"].startswith("ray-"):  # those KubeRay starts
