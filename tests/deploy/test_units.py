@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-UNITS = ["offsite-coordinator.service", "offsite-site@bank.service"]
+UNITS = ["offsite-coordinator.service", "offsite-site@bank.service", "offsite-cluster.service"]
 EXPOSED = 2.0  # of 10; an unhardened service has 9.6
 
 
@@ -39,8 +39,9 @@ def test_what_units_run_is_what_the_product_takes(deploy, takes) -> None:
         text = path.read_text().replace("\\\n", " ")
         line = re.search(r"^ExecStart=/opt/offsite/bin/offsite (.*)$", text, re.MULTILINE)[1]
         line = line.replace("${OFFSITE_COORDINATOR}", "tuning.example.org:8443").replace("%i", "bank")
-        starts[path.stem] = takes(shlex.split(re.sub(r"\$OFFSITE_ARGUMENTS", "", line)))
-        folder = re.search(r"^StateDirectory=(\S+)$", text, re.MULTILINE)[1].replace("%i", "bank")
+        line = line.replace("$OFFSITE_CLUSTER", "--listen 10.0.0.1").replace("$OFFSITE_ARGUMENTS", "")
+        starts[path.stem] = takes(shlex.split(line))
+        folder = re.search(r"^StateDirectory=(\S+)", text, re.MULTILINE)[1].replace("%i", "bank")
         written = starts[path.stem].get("work") or starts[path.stem]["home"]
         assert Path(written).is_relative_to(f"/var/lib/{folder}")  # the one folder that it may write to
     assert starts.keys() == {unit.removesuffix(".service").replace("bank", "") for unit in UNITS}
