@@ -1,10 +1,12 @@
 """Either end killed inside a file: what was there stays there, and the rest alone is sent when both are up again."""
 
 import filecmp
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.journal import Key
@@ -110,3 +112,47 @@ def test_a_transfer_goes_on_where_it_was_after_either_end_was_killed_inside_the_
     assert filecmp.cmp(blobs.served(row.update), folder / RUN, shallow=False)
     assert not list((folder / "home" / "spool").iterdir())
     assert "Traceback" not in federation.log("coordinator").read_text()
+
+
+@pytest.mark.slow
+def test_a_download_goes_on_at_another_gateway_and_an_upload_begins_again_there_and_counts_once(
+    federation: Any, wait: Any
+) -> None:
+    folder = federation.folder
+    stores = {"journal": f"sqlite://{folder}/journal.db", "blobs": f"file://{folder}/blobs"}
+    federation.authority.issue("site", SITE)
+    home = Home(folder / "north", folder / "pki" / "coordinator").prepare()
+    home.use(**stores)
+    open_task(home, folder, RUN, site=SITE, size=SIZE)
+    federation._environment |= {f"OFFSITE_{name.upper()}": url for name, url in stores.items()}
+    federation.address = ",".join(federation.coordinate(name=name, home=name) for name in ("north", "south"))
+
+    courier = Courier(federation, "courier")
+    courier.halted(wait)
+    federation.kill("north")
+    came = part(folder, "work/*.partial")
+    courier.go_on()
+    courier.halted(wait)
+    first, second = courier.starts("download")
+    assert first == 0 and came <= second < SIZE - SOME, "what came is kept at the site's end"
+
+    federation.coordinate(name="north", home="north")
+    courier.go_on()
+    while not courier.starts("upload"):
+        courier.halted(wait)
+        courier.go_on()
+    courier.halted(wait)
+    assert part(folder, "south/spool/*")
+    federation.kill("south")
+    courier.go_on()
+    courier.halted(wait)
+    courier.go_on()
+    courier.halted(wait)
+    courier.go_on()
+    courier.expect("receipt")
+    assert courier.starts("upload") == [0, 0], "what came is at the gateway that is gone"
+
+    with closing(home.journal()) as journal:
+        row = journal.task(Key(run=RUN, round=0, site=SITE, attempt=0))
+        assert (row.state, row.update) == ("uploaded", digest_file(folder / RUN))
+        assert [event.kind for event in journal.events(RUN)].count("update") == 1
