@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import in_thread
 from offsite.coordinator.service.transfers import send
+from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import Journal, Row, no_run
@@ -89,8 +91,10 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             await in_thread(self._seen, request.id, person)
             after, live = request.after, True
             while live:
+                events: list[pb.Event] = []
                 number = self._changes.number  # before the look: what is written after it makes it another one
-                live, events = await in_thread(self._news, request.id, after)
+                with suppress(Unusable):  # who watches waits for the journal, as the run does
+                    live, events = await in_thread(self._news, request.id, after)
                 for event in events:
                     after = event.seq
                     yield event

@@ -3,6 +3,7 @@
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from offsite.client import connect
+from offsite.protos.errors import ResourceError
 
+AWAY_S = 25.0  # longer than a gateway is taken to be here without a word
 SITES = ("bank", "hospital")
 
 
@@ -124,3 +127,38 @@ def test_gateways_behind_one_address_over_postgresql_and_s3_give_the_same_bytes(
         with balanced(gateways(federation)) as federation.address:
             federation.have(*SITES)
             assert follow_while_the_first_is_killed(federation, federation.address, tmp_path / "two") == wanted
+
+
+def test_while_a_store_is_away_all_wait_and_say_so_and_then_go_on_with_the_same_bytes(
+    federations: Any, wanted: bytes, postgresql: Any, s3: Any, tmp_path: Path, offsite: Any, wait: Any
+) -> None:
+    with federations(tmp_path, **stores(postgresql.empty(), s3.url())) as federation:
+        both = gateways(federation)
+        federation.address = ",".join(both)
+        federation.have(*SITES)
+        status = ("coordinator", "status", "--home", str(federation.folder / "south"))
+        with connect(both[1], identity=federation.owner, patience_s=60) as session:
+            s3.kill()
+            try:
+                run = session.submit(federation.spec(rounds=2, sites=SITES))
+                wait(lambda: "waits until the coordinator can use its stored files" in run.refresh().note, "a note")
+                assert f"run {run.id}: running: step " in offsite(*status).stdout
+            finally:
+                s3.start()
+            watched = run.watch()
+            while next(watched).kind != "update":
+                continue
+            postgresql.kill()
+            try:
+                with connect(both[0], identity=federation.owner, patience_s=1) as other:
+                    with pytest.raises(ResourceError, match="cannot use its stored files just now; ask again"):
+                        other.runs()
+                away = offsite(*status)
+                assert away.returncode == 8 and "the server cannot be reached" in away.stderr
+                time.sleep(AWAY_S)
+            finally:
+                postgresql.start()
+            assert [event.kind for event in watched].count("update") == 3
+            assert published(run, tmp_path / "two") == wanted
+            wait(lambda: offsite(*status).stdout.count("dispatches") == 1, "one that dispatches")
+            assert offsite(*status).stdout.count("stands by") == 1
