@@ -1,9 +1,10 @@
 """What a site was handed for a task: the emulator of the bundle, with the broadcast adapter in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from offsite.client.site.inspection import receive, strange_start
@@ -21,6 +22,8 @@ class Handout:
     tokenizer: Any
     method: Method
     places: dict[int, int]
+    start: Adapter  # what the method and the seed give
+    adapter: str  # digest of the broadcast
     broadcast: Adapter
     signs: list[str]
 
@@ -33,7 +36,33 @@ def load(job: TrainerJob) -> Handout:
     model, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=dtype)
     method = methods.make(task.method.name, task.method.settings)
     start = method.start(model, places, seed=task.training.seed, tier=task.tier)
+    broadcast, signs = _receive(job, method, start)
+    attached = method.attach(model, places, broadcast)
+    return Handout(attached, tokenizer, method, places, start, task.adapter, broadcast, signs)
+
+
+def again(handout: Handout, job: TrainerJob) -> Handout:
+    """Return what another task on the same bundle, of the same tier, is handed; what was trained before is gone.
+
+    The model is the same one, which costs next to nothing, where a method's parameters are all of its adapter.
+    """
+    if job.task.adapter != handout.adapter:
+        broadcast, signs = _receive(job, handout.method, handout.start)
+        handout = replace(handout, adapter=job.task.adapter, broadcast=broadcast, signs=signs)
+    live = handout.method.named_parameters(handout.model, handout.places)
+    if live.keys() != handout.broadcast.keys():
+        return load(job)
+    with torch.no_grad():
+        for key, parameter in live.items():
+            parameter.copy_(handout.broadcast[key])
+            parameter.grad = None
+    handout.model.eval()  # as it was loaded
+    return handout
+
+
+def _receive(job: TrainerJob, method: Method, start: Adapter) -> tuple[Adapter, list[str]]:
+    """Read the broadcast, and say what is suspicious about it."""
+    task = job.task
     broadcast = receive(Path(job.adapter), method, start)
     begins = task.round == 0 and task.continues is None  # all others are averages
-    signs = strange_start(broadcast, start, dtype) if begins else []
-    return Handout(method.attach(model, places, broadcast), tokenizer, method, places, broadcast, signs)
+    return broadcast, strange_start(broadcast, start, DTYPES[task.training.precision]) if begins else []

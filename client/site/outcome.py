@@ -2,7 +2,9 @@
 
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import torch
 
 from offsite.client.site.handout import Handout
 from offsite.client.site.job import TrainerJob
-from offsite.emulator.methods import Adapter
-from offsite.kernels.schema import TensorMap, settle
+from offsite.emulator.methods import Adapter, Method
+from offsite.kernels.schema import Schema, TensorMap, settle
 from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import MismatchError
 from offsite.protos.security.draws import derive
 from offsite.protos.spec import TaskSpec, UpdateMetrics
+from offsite.protos.upload import Packed, Stage
 
 
 def check(adapter: Adapter, broadcast: Adapter) -> None:
@@ -41,23 +44,47 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: Train
     partial = out / "metrics.json.partial"
     partial.write_bytes(to_json(metrics))
     partial.replace(out / "metrics.json")
-    stages = upload.make(task.upload)
-    schema = settle(handout.method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
-    key = derive(Path(job.secret).read_bytes(), "upload", task.run, task.round, task.site)
-    leaves, stays = upload.schema_of(stages, schema), upload.residual_of(stages, schema)
+    packing = Packing.of(task, handout.method, adapter)
     with ExitStack() as files:
         # One entry, because safetensors writes several in random order and the same work must give the same bytes.
         about = {"offsite": canonical(_about(task)).decode()}
-        send = files.enter_context(tensors.writing(out / "update.safetensors", leaves, metadata=about))
-        keep = files.enter_context(tensors.writing(out / "residual.safetensors", stays)) if stays else None
+        send = files.enter_context(tensors.writing(out / "update.safetensors", packing.leaves, metadata=about))
+        keep = None
+        if packing.stays:
+            keep = files.enter_context(tensors.writing(out / "residual.safetensors", packing.stays))
         residual: TensorMap = {}
         if job.residual:
-            tensors.check(Path(job.residual), stays, what="what was left out of the site's last update")
+            tensors.check(Path(job.residual), packing.stays, what="what was left out of the site's last update")
             residual = files.enter_context(tensors.reading(Path(job.residual)))
-        for packed in upload.pack(stages, adapter, handout.broadcast, schema, key=key, residual=residual):
+        secret = Path(job.secret).read_bytes()
+        for packed in packing.pack(adapter, handout.broadcast, task, secret=secret, residual=residual):
             send(packed.update)
             if keep:
                 keep(packed.residual)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the updates of a task's tier are made of, before its stages and after."""
+
+    stages: list[Stage]
+    schema: Schema  # settled, of an adapter
+    leaves: Schema  # of what leaves the site
+    stays: Schema  # of what stages leave out and feed back
+
+    @classmethod
+    def of(cls, task: TaskSpec, method: Method, adapter: Adapter) -> "Packing":
+        """Ask the method and the stages; raises InputError and ValueError as `write` does."""
+        stages = upload.make(task.upload)
+        schema = settle(method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
+        return cls(stages, schema, upload.schema_of(stages, schema), upload.residual_of(stages, schema))
+
+    def pack(
+        self, adapter: Adapter, broadcast: Adapter, task: TaskSpec, *, secret: bytes, residual: TensorMap
+    ) -> Iterator[Packed]:
+        """Yield what leaves the site and what stays, a group of tensors at a time; `secret` is the site's."""
+        key = derive(secret, "upload", task.run, task.round, task.site)
+        return upload.pack(self.stages, adapter, broadcast, self.schema, key=key, residual=residual)
 
 
 def _about(task: TaskSpec) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
+from offsite.emulator.examples import Reading
+from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.proof import Witness
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import Span, UpdateMetrics
@@ -30,11 +32,24 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     started = time.time()
     with because("FAULT_ENGINE"):
         ranks = join(job.engine, rendezvous)
-    _make_repeatable()
+    make_repeatable()
     with faults("FAULT_DATA"):
         data = rows.read(job)  # before the model: it is quick, and the likeliest to be at fault
     with faults("FAULT_EMULATOR"):
         handout = load(job)
+    adapter, metrics = tune(job, handout, data, ranks, say=say, started=started)
+    if ranks.rank == 0:
+        with faults("FAULT_TASK"):
+            outcome.write(adapter, metrics, handout, job)
+
+
+def tune(
+    job: TrainerJob, handout: Handout, data: Reading, ranks: Ranks, *, say: Say, started: float
+) -> tuple[Adapter, UpdateMetrics]:
+    """Train what a site was handed on its data; return the adapter and what is told of it. Raises OffsiteError.
+
+    All but the reading and the writing of files is here, and all of the job's policy that is about data or emulator.
+    """
     with faults("FAULT_DATA"):
         schedule = rows.schedule_rows(job, data, handout.tokenizer)
     say("data", **schedule.counts, warnings=[warning[:SENTENCE] for warning in schedule.warnings[:4]])
@@ -46,25 +61,22 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     loaded = time.time()
     steps = _run(job, engine, witness, schedule, say=say)
     adapter = engine.gather(handout.method, handout.places)
-    if ranks.rank == 0:
-        outcome.check(adapter, handout.broadcast)
-        metrics = UpdateMetrics(
-            examples=schedule.seen,
-            tokens=sum(steps.targets),
-            loss=steps.mean_loss,
-            losses=tuple(steps.losses) if job.policy.per_step_metrics else (),
-            spans=(
-                Span(kind="loading", start=started, end=max(started, loaded)),
-                Span(kind="training", start=loaded, end=max(loaded, time.time())),
-            ),
-            engine=f"{job.engine.title}, {ranks.device.type}",
-            peak_memory_bytes=outcome.peak_memory_bytes(),
-        )
-        with faults("FAULT_TASK"):
-            outcome.write(adapter, metrics, handout, job)
+    outcome.check(adapter, handout.broadcast)
+    return adapter, UpdateMetrics(
+        examples=schedule.seen,
+        tokens=sum(steps.targets),
+        loss=steps.mean_loss,
+        losses=tuple(steps.losses) if job.policy.per_step_metrics else (),
+        spans=(
+            Span(kind="loading", start=started, end=max(started, loaded)),
+            Span(kind="training", start=loaded, end=max(loaded, time.time())),
+        ),
+        engine=f"{job.engine.title}, {ranks.device.type}",
+        peak_memory_bytes=outcome.peak_memory_bytes(),
+    )
 
 
-def _make_repeatable() -> None:
+def make_repeatable() -> None:
     """Have the same job give the same bytes, on a GPU too where torch can."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a property
