@@ -20,6 +20,7 @@ EXTRAS = {
     "pki": "coordinator",
     "site": "client",
     "demo": "all",
+    "simulate": "all",
 }
 
 

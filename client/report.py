@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from offsite.client.figures import short
+from offsite.client.figures import MOST, short
 from offsite.protos.figures import FIGURES
 
 KINDS = {
@@ -43,7 +43,7 @@ def write(report: dict[str, Any], path: Path) -> None:
         plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
     heads = {name: figure.title for name, figure in FIGURES.items()}
     page = environment.get_template("report.html.j2").render(
-        report=report, plots=plots, figures=heads, marks=report.get("marks", {})
+        report=report, plots=plots, figures=heads, marks=report.get("marks", {}), most=MOST
     )
     path.write_text(page, encoding="utf-8")
 
@@ -96,11 +96,29 @@ def _losses(figure: Figure, report: dict[str, Any]) -> None:
             width = 1 / len(losses)
             curves.setdefault(site, []).extend((begin + (at + 0.5) * width, loss) for at, loss in enumerate(losses))
         axes.axvline(round_["round"], color="#d5dbe2", linewidth=1)
-    for site, points in sorted(curves.items()):
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
+    if len(curves) <= MOST:
+        for site, points in sorted(curves.items()):
+            axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
+    else:
+        _crowd(axes, curves)
     axes.set_xlabel("round (a line ends each)")
     axes.set_ylabel("mean training loss (nats)")
     _legend(axes)
+
+
+def _crowd(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:
+    """Draw the losses of more sites than one can tell apart: the middle one of each moment, and most of the others."""
+    moments: dict[float, list[float]] = {}
+    for points in curves.values():
+        for x, y in points:
+            if y == y:
+                moments.setdefault(x, []).append(y)
+    xs = sorted(moments)
+    low, middle, high = (
+        [sorted(moments[x])[round(share * (len(moments[x]) - 1))] for x in xs] for share in (0.05, 0.5, 0.95)
+    )
+    axes.fill_between(xs, low, high, color="#1b7f5c", alpha=0.2, linewidth=0, label="nine of ten sites")
+    axes.plot(xs, middle, marker=".", color="#1b7f5c", label=f"median of {len(curves):,} sites")
 
 
 def _times(figure: Figure, report: dict[str, Any]) -> None:

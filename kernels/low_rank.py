@@ -13,7 +13,7 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 
-BLOCK = 128  # columns that wait to be multiplied into a dense sum together: one wide product is faster than many narrow
+BLOCK = 256  # columns that wait to be multiplied into a dense sum together: one wide product is faster than many narrow
 
 
 def stack(pairs: Sequence[Pair]) -> Pair:
@@ -94,9 +94,11 @@ class Total:
     def _multiply(self) -> Tensor:
         """Bring what waits into the matrix, and return that."""
         if self._pairs:
-            left, right = (factor.double() for factor in stack(self._pairs))
-            self._dtype = self._pairs[0][0].dtype
-            self._dense = left @ right if self._dense is None else self._dense.addmm_(left, right)
+            left, right = stack(self._pairs)
+            self._dtype = left.dtype
+            if self._dense is None:
+                self._dense = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float64, device=left.device)
+            self._dense += left @ right  # of a block in the factors' precision, which is that of the outcome
             self._pairs, self._width = [], 0
         assert self._dense is not None, "something was added"
         return self._dense

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from offsite.client.site.policy import Policy
+from offsite.deploy.simulation.world import World
 from offsite.emulator import builders, methods
 from offsite.protos import upload
 from offsite.protos.documents import from_toml
 from offsite.protos.spec import RunSpec
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("client", "coordinator", "emulator", "kernels", "protos")
+PACKAGES = ("client", "coordinator", "deploy", "emulator", "kernels", "protos")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if "_pb2" not in path.name]
 
 
@@ -42,7 +43,7 @@ def test_nothing_unpickles_and_nothing_runs_remote_code() -> None:
     assert found == set()
 
 
-@pytest.mark.parametrize("package", ["client"])
+@pytest.mark.parametrize("package", ["client", "deploy"])
 def test_public_names_are_sorted_and_there(package: str) -> None:
     module = importlib.import_module(f"offsite.{package}")
     assert module.__all__ == sorted(module.__all__) and len(module.__all__) <= 15
@@ -57,6 +58,7 @@ def test_the_example_files_are_what_the_commands_take(tmp_path: Path) -> None:
     policy = (ROOT / "docs" / "policy.toml").read_text().replace("/srv/offsite/data", str(tmp_path))
     (tmp_path / "policy.toml").write_text(policy)
     assert Policy.load(tmp_path / "policy.toml").max_rounds == 20
+    assert World.load(ROOT / "docs" / "world.toml").dropout == 0.05
 
 
 def test_the_readme_holds_no_gap() -> None:
@@ -64,6 +66,7 @@ def test_the_readme_holds_no_gap() -> None:
 
 
 def test_importing_the_sdk_loads_no_tensor_library() -> None:
-    code = "import json, sys, offsite.client; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    loaded = "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    code = f"import json, sys, offsite.client, offsite.deploy; {loaded}"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "ray", "transformers", "deepspeed", "numpy", "typer"} & set(json.loads(told.stdout))

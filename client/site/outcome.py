@@ -83,7 +83,7 @@ class Packing:
         self, adapter: Adapter, broadcast: Adapter, task: TaskSpec, *, secret: bytes, residual: TensorMap
     ) -> Iterator[Packed]:
         """Yield what leaves the site and what stays, a group of tensors at a time; `secret` is the site's."""
-        key = derive(secret, "upload", task.run, task.round, task.site)
+        key = derive(secret, "upload", task.run, task.round, task.site) if self.stages else b""
         return upload.pack(self.stages, adapter, broadcast, self.schema, key=key, residual=residual)
 
 

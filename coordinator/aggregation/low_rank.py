@@ -62,8 +62,11 @@ class _Fold:
             weighted = origin.weight * b
             self._totals.setdefault(group, Total(tolerance=self._tolerance)).add((weighted, a))
             if len(self._share) == 1:  # the means of the factors exist only among equal ranks
-                mean_b, mean_a = self._factors.get(group, (torch.zeros_like(b), torch.zeros_like(a)))
-                self._factors[group] = (mean_b + weighted, mean_a + origin.weight * a)
+                if group not in self._factors:
+                    self._factors[group] = (torch.zeros_like(b), torch.zeros_like(a))
+                mean_b, mean_a = self._factors[group]
+                mean_b += weighted
+                mean_a += origin.weight * a
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
         sums = self._sums()

@@ -35,13 +35,19 @@ def store_bundle(node: Node, built: building.Built) -> Bundle:
     return Bundle(manifest=digest_bytes(document), manifest_size=len(document), bundle=describe(manifest))
 
 
-def open_bundle(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:
-    """Read a stored bundle: its manifest, emulator and tokenizer."""
+def lay_out(blobs: Blobs, manifest: str, folder: Path) -> Manifest:
+    """Fill a folder with links to a stored bundle's files; return its manifest."""
     listed = from_json(Manifest, blobs.path(manifest).read_bytes(), where="manifest")
     for entry in listed.files:
         link = folder / entry.path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blobs.path(entry.digest).resolve())
+    return listed
+
+
+def open_bundle(blobs: Blobs, manifest: str, folder: Path, *, dtype: torch.dtype | str) -> tuple[Manifest, Any, Any]:
+    """Read a stored bundle: its manifest, emulator and tokenizer."""
+    listed = lay_out(blobs, manifest, folder)
     return listed, *bundle.load(folder, layout=bundle.described(listed), dtype=dtype)
 
 

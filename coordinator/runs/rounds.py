@@ -10,6 +10,7 @@ from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT
 from offsite.coordinator.store.journal import Journal, Key, Row
+from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, RunError
@@ -95,28 +96,8 @@ class Round:
         return self._journal.newest_updates(self._run) if feeds_back else {}
 
     def _task(self, site: str, attempt: int, previous: str | None) -> TaskSpec:
-        built, bundle = self._history[BUILD], self._history.bundle(self._number)
-        start = self._history.version(self._number).broadcast[built.tiers[site]]
-        return TaskSpec(
-            run=self._run,
-            round=self._number,
-            rounds=self._spec.rounds,
-            site=site,
-            attempt=attempt,
-            base=built.base.digest,
-            manifest=bundle.manifest,
-            manifest_size=bundle.manifest_size,
-            adapter=start.digest,
-            adapter_size=start.size,
-            method=built.method,
-            method_hash=built.method_hash,
-            tier=built.tiers[site],
-            training=training(self._spec, built.learning_rate),
-            continues=self._spec.continues,
-            upload=self._spec.upload,
-            previous=previous,
-            update_size=built.update_sizes[built.tiers[site]],
-        )
+        key = Key(self._run, self._number, site, attempt)
+        return task_of(key, self._spec, self._history, tier=self._history[BUILD].tiers[site], previous=previous)
 
     def _is_rotten(self, task: Row) -> bool:
         """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
@@ -129,6 +110,29 @@ class Round:
 
     def _key(self, task: Row) -> Key:
         return Key(self._run, self._number, task.site, task.attempt)
+
+
+def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, previous: str | None = None) -> TaskSpec:
+    """Return what one attempt of one site of a tier is asked for in a round."""
+    built, bundle = history[BUILD], history.bundle(key.round)
+    start = history.version(key.round).broadcast[tier]
+    return TaskSpec(
+        **key._asdict(),
+        rounds=spec.rounds,
+        base=built.base.digest,
+        manifest=bundle.manifest,
+        manifest_size=bundle.manifest_size,
+        adapter=start.digest,
+        adapter_size=start.size,
+        method=built.method,
+        method_hash=built.method_hash,
+        tier=tier,
+        training=training(spec, built.learning_rate),
+        continues=spec.continues,
+        upload=spec.upload,
+        previous=previous,
+        update_size=built.update_sizes[tier],
+    )
 
 
 def _examples(task: Row) -> int:

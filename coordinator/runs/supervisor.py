@@ -55,6 +55,7 @@ from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, E
 
 R = TypeVar("R")
 Perform = Callable[[str, bytes, bytes, Needs], bytes]  # step, run spec, order, what that needs -> result
+Train = Callable[[History, int], Folded]  # does a round, counted from zero, whose sites are none to wait for
 
 POLL_S = 0.05  # of one number, whether the journal has changed
 POLLS = 20  # until a round is looked at though it has not
@@ -80,11 +81,20 @@ class Superseded(Exception):
 class Supervisor:
     """One run's state machine over the journal."""
 
-    def __init__(self, home: Home, run: str, *, perform: Perform, rest: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        home: Home,
+        run: str,
+        *,
+        perform: Perform,
+        rest: Callable[[float], None] = time.sleep,
+        train: Train | None = None,
+    ) -> None:
         self._home = home
         self._journal = home.journal()
         self._run = run
         self._perform, self._rest = perform, rest  # how a step is done; what it does for some seconds of waiting
+        self._train = train  # in place of live sites; None: tasks are offered to those, and waited for
         self._started = time.time()  # while no coordinator was up, no site could say that it got further
         self._leader = self._journal.leader()
         self._history = History(self._journal, run)
@@ -223,13 +233,17 @@ class Supervisor:
 
     def _round(self, number: int) -> None:
         built, step = self._history[BUILD], results.fold(number + 1)
-        if self._history.get(step) is None:
+        if self._history.get(step) is None and self._train is None:
             current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
             current.open()
             self._measure(number)  # while the sites train
             updates, last = self._updates(current), self._history.version(number)
             order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates, groups=built.groups)
             self._do(step, order, partial(_folded, number + 1))
+        elif self._history.get(step) is None and self._train:
+            self._measure(number)
+            folded = self._train(self._history, number)
+            self._history.record(step, folded, *_folded(number + 1, folded))
         if self._spec.realign_steps and number + 1 < self._spec.rounds:  # the next round trains on what this gives
             manifest, adapter = self._history.bundle(number).manifest, self._history[step].version.adapter
             realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)

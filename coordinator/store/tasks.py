@@ -49,6 +49,14 @@ class Tasks(Database):
             with self._write() as connection:
                 connection.execute(self._insert(tasks).on_conflict_do_nothing(), rows)
 
+    def record_tasks(self, ended: Iterable[tuple[Key, dict[str, Any]]]) -> None:
+        """Write tasks that nobody was offered, as a simulation's are, as they ended; a key that is there stays."""
+        blank = {"spec": b"", "signature": b"", "moved_at": time.time()}
+        rows = [{**key._asdict(), **blank, **values} for key, values in ended]
+        if rows:
+            with self._write() as connection:
+                connection.execute(self._insert(tasks).on_conflict_do_nothing(), rows)
+
     def tasks(self, run: str, round: int | None = None) -> list[Row]:
         """Return the tasks of a run or of one of its rounds, by round, site and attempt."""
         query = sa.select(tasks).where(tasks.c.run == run)

@@ -14,9 +14,9 @@ from offsite.protos.upload.change import Change
 from offsite.protos.upload.files import reach
 
 
-def described(task: TaskSpec) -> str:
-    """Name a task's update in messages."""
-    return f"update of {task.site}, round {task.round + 1}"
+def described(task: TaskSpec, site: str = "") -> str:
+    """Name the update of a task in messages, or that of another site's like it."""
+    return f"update of {site or task.site}, round {task.round + 1}"
 
 
 def admit(
@@ -50,6 +50,7 @@ def judge(
     max_norm: float,
     what: str,
     seen: float | None = None,
+    packed: Schema | None = None,
 ) -> float:
     """Return how far an update has changed, wherever it is read from; raises MismatchError unless it may be let in.
 
@@ -61,8 +62,9 @@ def judge(
         max_norm: L2 norm of the largest change that is let in.
         what: names it in messages.
         seen: the norm, if it is known already.
+        packed: what the stages make of the schema, if that is known already.
     """
-    packed = upload.schema_of(stages, schema)
+    packed = packed or upload.schema_of(stages, schema)
     tensors.check_entries(update.entries, packed, what=what)
     fixed = {name: broadcast[name] for name, field in packed.items() if field.rule is Rule.FIXED}
     if stages:
@@ -80,15 +82,16 @@ def judge(
     return norm
 
 
-def admit_metrics(metrics: UpdateMetrics, task: TaskSpec) -> None:
-    """Raise MismatchError if a site says that it saw more than it was asked to; its weight depends on it."""
-    most = task.training.steps * task.training.batch_size
+def admit_metrics(metrics: UpdateMetrics, task: TaskSpec, *, site: str = "") -> None:
+    """Raise MismatchError if a site says that it saw more than it was asked to; its weight depends on it.
+
+    It is the task's, or another one that was asked for the same.
+    """
+    what, most = described(task, site), task.training.steps * task.training.batch_size
     if metrics.examples > most:
-        raise MismatchError(
-            f"{described(task)}: says it saw {metrics.examples} examples, {most} at most were asked for"
-        )
+        raise MismatchError(f"{what}: says it saw {metrics.examples} examples, {most} at most were asked for")
     if metrics.losses and len(metrics.losses) != task.training.steps:
-        raise MismatchError(f"{described(task)}: tells {len(metrics.losses)} losses of {task.training.steps} steps")
+        raise MismatchError(f"{what}: tells {len(metrics.losses)} losses of {task.training.steps} steps")
 
 
 def _check_origin(about: dict[str, str], task: TaskSpec) -> None:

@@ -87,6 +87,6 @@ def test_a_total_of_many_products_is_their_sum_at_the_rank_of_the_matrix(count: 
     running, exact = total(*products), sum(dense(product) for product in products)
     assert isinstance(exact, torch.Tensor) and running.pair()[0].shape == (20, 12)
     torch.testing.assert_close(dense(running.pair()), exact, rtol=1e-5, atol=1e-5)
-    assert running.square() == pytest.approx(float(exact.square().sum()), rel=1e-9)
+    assert running.square() == pytest.approx(float(exact.square().sum()), rel=1e-5)
     far = pair(20, 2, 12, seed=999)
-    assert running.distance(far) == pytest.approx(float((exact - dense(far)).norm()), rel=1e-9)
+    assert running.distance(far) == pytest.approx(float((exact - dense(far)).norm()), rel=1e-5)

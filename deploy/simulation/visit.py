@@ -1,0 +1,152 @@
+"""A virtual site at work: a live site's training, policy, stages and checks, on what this process holds already."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from offsite.client.site import training
+from offsite.client.site.engines import Ranks, join
+from offsite.client.site.handout import Handout, again, load
+from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.outcome import Packing
+from offsite.client.site.policy import Policy
+from offsite.client.site.reasons import faults
+from offsite.deploy.simulation.data import Data
+from offsite.deploy.simulation.orders import RoundOrder
+from offsite.deploy.simulation.spool import Layout
+from offsite.emulator import methods
+from offsite.emulator.examples import Reading
+from offsite.emulator.methods import Adapter
+from offsite.kernels.schema import Tensors, Tier
+from offsite.protos import tensors
+from offsite.protos.errors import InputError, RefusedError
+from offsite.protos.spec import TaskSpec, UpdateMetrics
+from offsite.protos.tensors import Held
+from offsite.protos.upload.admission import admit_metrics, described, judge
+
+ENGINE = EngineSpec(name="plain")
+NOWHERE = "virtual"  # a path that nothing is read from or written to
+
+
+class Models:
+    """The emulators of this process, one for each tier, with which all its virtual sites train in turn."""
+
+    def __init__(self) -> None:
+        self.ranks: Ranks = join(ENGINE, Path(NOWHERE))
+        self._handouts: dict[tuple[str, Tier], Handout] = {}
+
+    def hand_out(self, job: TrainerJob) -> Handout:
+        """Return the emulator with the broadcast in it, as if nothing had trained on it before."""
+        key = (job.task.manifest, job.task.tier)
+        before = self._handouts.pop(key, None)  # after a fault, it is loaded anew
+        self._handouts = {other: kept for other, kept in self._handouts.items() if other[0] == key[0]}
+        with faults("FAULT_EMULATOR"):
+            handout = again(before, job) if before else load(job)
+        self._handouts[key] = handout
+        return handout
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One site's task, for what trains."""
+
+    site: str
+    broadcast: Adapter  # what it starts from, not to be changed
+    source: Data
+    job: TrainerJob  # of all sites of its tier
+    models: Models
+
+    @cached_property
+    def task(self) -> TaskSpec:
+        """What the site is asked to do."""
+        return replace(self.job.task, site=self.site)
+
+    @cached_property
+    def data(self) -> Reading:
+        """What the site reads of its data; raises InputError."""
+        with faults("FAULT_DATA"):
+            return self.source.reading(self.site)
+
+
+Train = Callable[[Visit], tuple[Adapter, UpdateMetrics]]
+
+
+def own_training(visit: Visit) -> tuple[Adapter, UpdateMetrics]:
+    """Train as a live site's trainer does, its looks at the data and at the emulator included."""
+    data, job = visit.data, replace(visit.job, task=visit.task)
+    handout = visit.models.hand_out(job)
+    adapter, metrics = training.tune(job, handout, data, visit.models.ranks, say=_nothing, started=0.0)
+    return adapter, replace(metrics, spans=(), peak_memory_bytes=0)  # which are this process's, not the site's
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A virtual site tells nobody of its steps."""
+
+
+def trainer(name: str) -> Train:
+    """Import what trains, by MODULE:FUNCTION; raises InputError."""
+    module, _, function = name.partition(":")
+    try:
+        train: Train = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"train: {name} cannot be imported as MODULE:FUNCTION: {error}") from None
+    return train
+
+
+class TierRound:
+    """What the sites of one tier have in common in a round."""
+
+    def __init__(self, order: RoundOrder, tier: Tier, policy: Policy) -> None:
+        """Read what they start from, and hold their task against the policy of all; raises OffsiteError."""
+        self._task, self._max_norm = order.tasks[tier], order.max_norm
+        self.broadcast = Held(tensors.load(Path(order.adapters[tier])))
+        self.packing = Packing.of(
+            self._task, methods.make(self._task.method.name, self._task.method.settings), self.broadcast
+        )
+        self.layout = Layout(self.packing.leaves)
+        self._job = TrainerJob(
+            bundle=order.bundle,
+            manifest=order.manifest,
+            adapter=order.adapters[tier],
+            data=NOWHERE,
+            policy=policy,
+            task=self._task,
+            engine=ENGINE,
+            secret=NOWHERE,
+            out=NOWHERE,
+        )
+        self._refusal: RefusedError | None = None
+        try:
+            policy.check_task(self._task)
+            policy.check_bundle(self._task, order.manifest)
+            policy.check_update(self.layout.size)
+        except RefusedError as error:
+            self._refusal = error
+
+    def visit(self, site: str, source: Data, models: Models) -> Visit:
+        """Return a site's task; raises RefusedError if its policy refuses it."""
+        if self._refusal:
+            raise RefusedError(str(self._refusal), reason=self._refusal.reason)
+        return Visit(site, self.broadcast, source, self._job, models)
+
+    def pack(self, visit: Visit, adapter: Adapter, secret: bytes, residual: Tensors) -> tuple[Held, Held]:
+        """Return what leaves a site, and what stays there; raises MismatchError for another adapter than was sent."""
+        tensors.check_entries(Held(adapter).entries, self.packing.schema, what=described(self._task, visit.site))
+        task = visit.task if self.packing.stages else self._task  # without any, it says nothing of the site
+        leaves, stays = Held(), Held()
+        for packed in self.packing.pack(adapter, self.broadcast, task, secret=secret, residual=residual):
+            leaves.update(packed.update)
+            stays.update(packed.residual)
+        return leaves, stays
+
+    def admit(self, site: str, update: Held, metrics: UpdateMetrics) -> float:
+        """Let an update in as a coordinator does, and return how far it went; raises MismatchError."""
+        admit_metrics(metrics, self._task, site=site)
+        packing, what = self.packing, described(self._task, site)
+        most = self._max_norm
+        return judge(
+            *(update, self.broadcast, packing.schema, packing.stages), max_norm=most, what=what, packed=packing.leaves
+        )
