@@ -17,8 +17,8 @@ from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import Folded
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
-from offsite.kernels.schema import Field, Rule, Schema, Tensors
-from offsite.protos import tensors
+from offsite.kernels.schema import Field, Rule, Schema, Tensors, settle
+from offsite.protos import tensors, upload
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.spec import Choice
 
@@ -104,6 +104,26 @@ def test_who_is_left_out_is_judged_by_all_of_an_update(round_: Round) -> None:
     whole = fold(round_, order, spec, 1)
     assert list(whole.left_out) == ["bank"]
     assert fold(round_, order, spec, 3) == whole
+
+
+def test_updates_that_went_through_stages_are_folded_in_parts_too(round_: Round, top: Any) -> None:
+    spec, updates = Grant(model="m", upload=(Choice(name="top"),)), []
+    for update in round_.order.updates:
+        sent, start = (
+            _read(round_, name) for name in (update.digest, round_.order.last.broadcast[TIERS[update.site]].digest)
+        )
+        settled = settle(SCHEMA, {name: tensor.shape for name, tensor in start.items()})
+        packed = [part.update for part in upload.pack([top()], sent, start, settled, key=bytes(32))]
+        stored = round_._store({name: tensor for part in packed for name, tensor in part.items()})
+        updates.append(replace(update, digest=stored.digest))
+    order = replace(round_.order, updates=tuple(updates))
+    assert (
+        fold(round_, order, spec, 3) == fold(round_, order, spec, 1) != fold(round_, round_.order, Grant(model="m"), 1)
+    )
+
+
+def _read(round_: Round, digest: str) -> Tensors:
+    return tensors.load(round_.node.blobs().path(digest))
 
 
 def test_as_many_parts_are_made_as_there_are_nodes_and_something_to_divide(
