@@ -186,8 +186,8 @@ class Federation:
 
     def connect(self, kit: Path | None = None) -> Session:
         """Open the coordinator with a kit, the owner's unless another is given: an owner may name any path."""
-        address = self._machine.open(self.address) if self._machine else self.address
-        return connect(address, identity=kit or self.owner, patience_s=60)
+        opened = self._machine.open if self._machine else str
+        return connect(",".join(map(opened, self.address.split(","))), identity=kit or self.owner, patience_s=60)
 
     def spec(self, **changes: Any) -> RunSpec:
         """A short run on the tiny model."""

@@ -1,4 +1,4 @@
-"""A run over two machines that share no folder, from PostgreSQL and S3, ends in the bytes of one machine."""
+"""A run over machines that share no folder, from PostgreSQL and S3, ends in the bytes of one machine."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +10,7 @@ from offsite.client import Run
 
 from ..conftest import S3
 from .clusters import Cluster
-from .conftest import Federation, federated, wait_until, write_material
-from .machines import machines
+from .conftest import Federation, alone, federated, wait_until, write_material
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +24,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that does no step, and two workers."""
     for name, value in KEY.items():
         monkeypatch.setenv(name, value)
-    with machines("head", "left", "right") as made:
+    with alone("head", "left", "right") as made:
         cluster = Cluster(made, wait_until)
         for machine in made:
             cluster.start(machine, cpus=0 if machine is cluster.head else 1)
@@ -67,13 +66,14 @@ def finished(federation: Federation, folder: Path, during: Callable[[Run], objec
     return [[file.read_bytes() for file in files], report["overall"], report["sites"]]
 
 
-def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_one_of_them_dies(
+def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_a_node_and_then_a_gateway_dies(
     cluster: Cluster, far: Federation, federation: Federation, tmp_path: Path
 ) -> None:
     federation.coordinate()
     wanted = finished(federation, tmp_path / "one")
     federation.stop()
-    far.coordinate("--ray-address", cluster.address, executor="ray")
+    join = ("--ray-address", cluster.address)
+    far.address = ",".join([far.coordinate(*join, name=name, home=name, executor="ray") for name in ("north", "south")])
     assert finished(far, tmp_path / "two") == wanted
     for machine in cluster.workers:
         (node,) = (machine.folder / ".cache" / "offsite" / "nodes").iterdir()
@@ -82,7 +82,11 @@ def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_one_of_them_
         assert not NOT_THEIRS & {path.name for path in machine.folder.rglob("*")}
 
     def kill(run: Run) -> None:
-        next(event for event in run.watch() if event.kind == "round")
+        watched = run.watch()
+        next(event for event in watched if event.kind == "update")
         cluster.workers[1].kill()
+        next(event for event in watched if event.kind == "round")
+        far.kill("north")
+        far.expect("south", "dispatches")
 
     assert finished(far, tmp_path / "three", kill) == wanted
