@@ -100,14 +100,16 @@ class Renewal:
         kit = self._identity.folder
         newest = Identity.load(kit, expect=self._identity.role)
         if newest.certificate == self._identity.certificate:  # else another process has renewed it
+            key = next_key(kit)
             reply = self._membership.renew(wait_s=wait_s)
             self._take(reply.revocations)
             if not reply.certificate:
                 return newest
-            own = Identity.of(kit, reply.certificate, private(next_key(kit)), newest.authority, expect=newest.role)
+            own = Identity.of(kit, reply.certificate, private(key), newest.authority, expect=newest.role)
             if own.name != newest.name:
                 raise IdentityError(f"{kit}: the certificate that came is of {own.name!r}")
-            replace_pair(kit, reply.certificate)
+            if Identity.load(kit).certificate == newest.certificate:  # else another process was faster
+                replace_pair(kit, reply.certificate)
             newest = Identity.load(kit, expect=newest.role)
             self._say(f"renewed the certificate of {newest.name}, which holds until {newest.expires:%Y-%m-%d}")
         self._identity = newest

@@ -180,7 +180,8 @@ class Authority(Register):
                 valid = {entry.name for entry in index.certificates if entry.status == "valid"}
                 known = ", ".join(sorted(valid)) or "none"
                 raise NotFoundError(f"{self.folder}: no valid certificate of {name!r} to revoke (valid: {known})")
-            after = index.having(*(replace(one, revoked_at=now()) for one in held))
+            used = [one for one in index.tokens if one.name == name and one.status == "used"]  # they give nothing again
+            after = index.having(*(replace(one, revoked_at=now()) for one in (*held, *used)))
             lists = self.publish(after)
             # The index last: a revocation that was cut short can then be asked for again.
             write(self.folder / "index.json", to_json(after))

@@ -233,6 +233,30 @@ def test_two_who_have_one_certificate_cannot_both_renew_it(federation: Any, tmp_
     channel.close()
 
 
+def test_two_processes_with_one_kit_renew_it_together(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = aged(federation, "both")
+    said: list[str] = []
+    channels = [Channel(federation.address, Identity.load(kit), patience_s=5) for _ in range(2)]
+    one, two = (Renewal(channel, Identity.load(kit), say=said.append) for channel in channels)
+    renew = Membership.renew
+
+    def slowly(self: Membership, *, wait_s: float) -> Any:
+        reply = renew(self, wait_s=wait_s)
+        monkeypatch.setattr(Membership, "renew", renew)
+        one.look()  # meanwhile
+        return reply
+
+    monkeypatch.setattr(Membership, "renew", slowly)
+    two.look()
+    assert len(said) == 2 and all("renewed the certificate of both" in words for words in said)
+    assert len([entry for entry in federation.authority.entries() if entry.name == "both"]) == 2
+    assert not (kit / "next.key").exists()
+    for channel in channels:
+        fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+        assert channel.call(fleet.Enrol, pb.EnrolRequest()).site == "both"
+        channel.close()
+
+
 def test_many_join_at_once(federation: Any, tmp_path: Path) -> None:
     names = [f"many-{number}" for number in range(8)]
     made = [federation.authority.token("site", name, address=federation.address) for name in names]

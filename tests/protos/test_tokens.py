@@ -134,6 +134,7 @@ def test_a_revoked_party_gets_nothing_by_what_it_had(authority: Authority) -> No
     token, key = authority.token("site", "berlin", address=ADDRESS), new_key()
     certificate = granted(ask(authority, serial(token), key))
     authority.revoke("berlin")
+    assert {serial(token), certificate.serial_number} <= listed(authority).revoked
     assert "revoked" in ask(authority, serial(token), key).refusal
     assert "revoked" in ask(authority, certificate.serial_number, new_key()).refusal
     granted(ask(authority, serial(authority.token("site", "berlin", address=ADDRESS)), new_key()))
