@@ -38,9 +38,10 @@ def status(
         print(json.dumps({"gateways": gateways, "runs": unfinished}, indent=2))
     else:
         for one in gateways:
-            up = (time.time() - one["started_at"]) / 60
+            silent = time.time() - one["seen_at"]  # one that was killed is here for some seconds more
             role = "dispatches" if one["dispatches"] else "stands by"
-            print(f"gateway {one['name']} at {one['address']}: {role}, up for {up:.0f} min, offsite {one['version']}")
+            contact = f"heard {silent:.0f} s ago, offsite {one['version']}"
+            print(f"gateway {one['name']} at {one['address']}: {role}, {contact}")
         for run in runs:
             print(f"run {run.id}: {run.state}{': ' * bool(run.note)}{run.note}")
         if not runs:
