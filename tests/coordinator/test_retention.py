@@ -12,6 +12,7 @@ from offsite.coordinator.retention import DAY_S, Retention, collect
 from offsite.coordinator.runs.grant import Input
 from offsite.coordinator.runs.steps.results import GATHER, Inputs
 from offsite.coordinator.store.blobs import Stored
+from offsite.coordinator.store.gateways import mark
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.protos.documents import to_plain
 from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
@@ -118,3 +119,12 @@ def test_of_many_events_the_oldest_training_steps_go_and_no_other(home: Home) ->
     assert collect(home, Retention(most_events=5)).events == 3
     told = [(event.kind, event.data.get("step")) for event in journal.events("r")]
     assert told == [("site", 0), ("site", 3), ("site", 4), ("site", 5), ("round", None)]
+
+
+def test_what_tells_other_gateways_that_the_blobs_are_the_same_stays(home: Home) -> None:
+    journal = home.journal()
+    journal.announce("north", address="north:1", version="1", started_at=1.0, policy="p", owner="o")
+    marks = {name: store(home, mark(name).decode()) for name in ("north", "gone")}
+    collect(home, Retention())
+    assert left(home, marks) == {"north"}
+    journal.close()
