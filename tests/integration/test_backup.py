@@ -28,12 +28,13 @@ def test_a_run_that_is_restored_elsewhere_gives_the_bytes_of_one_that_was_left_a
         journal, blobs = request.getfixturevalue("postgresql").empty(), request.getfixturevalue("s3").url()
         return {"OFFSITE_JOURNAL": journal, "OFFSITE_BLOBS": blobs}
 
+    here, elsewhere = stores(source), stores(target)
     coordinated.have("hospital")
     spec = {"rounds": 2, "sites": ("hospital",)}
     with coordinated.connect() as session:
         wanted = published(session.submit(coordinated.spec(**spec)), tmp_path / "whole")
 
-    with federations(tmp_path, **stores(source)) as first:
+    with federations(tmp_path, **here) as first:
         first.coordinate()
         first.join("hospital")
         with first.connect() as session:
@@ -51,12 +52,11 @@ def test_a_run_that_is_restored_elsewhere_gives_the_bytes_of_one_that_was_left_a
             process.resume()
         shutil.rmtree(first.folder / "home")  # and nobody goes on in the old stores
 
-        elsewhere = stores(target)
         urls = [word for name, url in elsewhere.items() for word in (f"--{name.partition('_')[2].lower()}", url)]
         command = ("coordinator", "restore", str(tmp_path / "backup"), *kit, "--home", str(first.folder / "other"))
         said = offsite(*command, *urls)
         assert said.returncode == 0, said.stderr
-        for name in stores(source):
+        for name in here:
             del first._environment[name]
         first.coordinate(home="other")
         with first.connect() as session:
