@@ -16,10 +16,10 @@ from pathlib import Path
 
 from offsite.coordinator.cluster.admission import admitted, made
 from offsite.coordinator.cluster.looking import fitting
-from offsite.coordinator.cluster.view import VERSION_LABEL, View, label
+from offsite.coordinator.cluster.view import View
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
-from offsite.protos.errors import InputError, MismatchError, OffsiteError, ResourceError, UnreachableError
+from offsite.protos.errors import InputError, OffsiteError, ResourceError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -171,18 +171,12 @@ def _listen(reading: int, words: "queue.Queue[str]") -> None:
 
 
 def _check(view: View) -> None:
-    """Refuse a cluster that this machine is not in, or none of whose machines can do our steps."""
-    alive = [machine for machine in view.machines if machine.alive]
-    if not any(_own(machine.address) for machine in alive):
+    """Refuse a cluster that this machine is not in."""
+    alive = [machine.address for machine in view.machines if machine.alive]
+    if not any(map(_own, alive)):
         raise InputError(
-            f"this machine is not in the Ray cluster at {view.address} (of {', '.join(one.address for one in alive)}); "
-            f"let it join first: `offsite cluster up --join {view.address}`"
-        )
-    if not any(machine.fit for machine in alive):
-        unfit = [f"{one.address} has {f'Offsite {one.offsite}' if one.offsite else 'none'}" for one in alive]
-        raise MismatchError(
-            f"no machine of the Ray cluster at {view.address} says that it has Offsite {label()} ({'; '.join(unfit)}): "
-            f"start Ray there with `offsite cluster up`, or with the label {VERSION_LABEL}={label()}"
+            f"this machine is not in the Ray cluster at {view.address} (of {', '.join(alive)}); let it join first: "
+            f"`offsite cluster up --join {view.address}`"
         )
 
 

@@ -81,9 +81,14 @@ def _join(address: str, root: str) -> None:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """Return the nodes that can do steps: of the machines that have this version."""
+    """Return the nodes that can do steps."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node for node in nodes if node["Alive"] and node["Labels"].get(VERSION_LABEL) == label()]
+    return [node for node in nodes if node["Alive"] and _fits(node)]
+
+
+def _fits(node: dict[str, Any]) -> bool:
+    """Tell whether a node has this version: it is the one that this process is on, or says so by its label."""
+    return bool(node["NodeID"] == _node() or node["Labels"].get(VERSION_LABEL) == label())
 
 
 def _node() -> str:
@@ -125,11 +130,10 @@ def _news(node: dict[str, Any], gone: bool) -> str:
     if gone:
         why = plain(node["DeathReasonMessage"].strip() or "it ended", most=100)
         return f"{where} has left the cluster ({why}); steps that were under way there begin again on another"
-    if (version := node["Labels"].get(VERSION_LABEL, "")) != label():
-        return (
-            f"{where} has {f'Offsite {version}' if version else 'no Offsite that it tells of'}; no step is done there"
-        )
-    return ""
+    if _fits(node):
+        return ""
+    version = node["Labels"].get(VERSION_LABEL)
+    return f"{where} has {f'Offsite {version}' if version else 'no Offsite that it tells of'}; no step is done there"
 
 
 def _connect(what: str, address: str) -> None:
@@ -211,7 +215,7 @@ class _Supervisor:
             num_gpus=asked["GPU"],
             memory=asked["memory"] or None,
             scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else anywhere,
-            label_selector={VERSION_LABEL: label()},
+            label_selector=None if home else {VERSION_LABEL: label()},
         )
 
         def do(orders: Sequence[Order]) -> list[bytes]:
