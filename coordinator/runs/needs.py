@@ -91,8 +91,8 @@ def ask(needs: Needs, nodes: Iterable[Mapping[str, float]], *, cpus: int, step: 
             return one
     largest = sorted(nodes, key=lambda node: -node.get("memory", 0))[:NAMED]
     raise NoRoom(
-        f"step {step} needs a node with {_shown(asked)}, and the largest of {len(nodes)} have "
-        f"{'; '.join(map(_shown, largest)) or 'nothing'}; add a larger one to the cluster, or take a smaller model"
+        f"step {step} needs a node with {shown(asked)}, and the largest of {len(nodes)} have "
+        f"{'; '.join(map(shown, largest)) or 'nothing'}; add a larger one to the cluster, or take a smaller model"
     )
 
 
@@ -101,6 +101,7 @@ def room(asked: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> in
     return sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes)
 
 
-def _shown(resources: Mapping[str, float]) -> str:
+def shown(resources: Mapping[str, float]) -> str:
+    """Write what a node has, or a step asks for."""
     memory = f"{resources.get('memory', 0) / 1e9:.1f} GB of memory"
     return f"{resources.get('CPU', 0):g} CPU{'s' * (resources.get('CPU', 0) != 1)} and {memory}"

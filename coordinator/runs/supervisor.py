@@ -200,6 +200,10 @@ class Supervisor:
             self._rest(AGAIN_S)
             self._heed()
 
+    def waits(self, note: str) -> None:
+        """Have the run say what a step of it waits for; empty once it has begun."""
+        self._journal.set_run(self._run, note=note)
+
     def _heed(self) -> None:
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled

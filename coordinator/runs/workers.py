@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +29,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.needs import Needs, ask, room
+from offsite.coordinator.runs.needs import Needs, ask, room, shown
 from offsite.coordinator.runs.shards import count, in_parts
 from offsite.coordinator.runs.steps.orders import Order, read
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
@@ -39,6 +39,7 @@ from offsite.protos.documents import from_json, plain, to_json
 BEAT_S = 2.0
 PROBE_S = 5.0
 SWEEP_EVERY_S = 6 * 3600.0  # a node's folder, of what kills left there
+WAITS_S = 5.0  # that a step waits for its node without a word
 AGAIN_S = 2.0  # before a supervisor that could not go on is started again
 
 
@@ -188,7 +189,8 @@ class _Supervisor:
 
     def _work(self) -> None:
         try:
-            Supervisor(self._home, self._run, perform=self._perform).run()
+            self._supervisor = Supervisor(self._home, self._run, perform=self._perform)
+            self._supervisor.run()
         except BaseException:  # not the run's end: Ray starts this actor again, and it reads the journal
             logging.getLogger(__name__).exception("the supervisor starts again")
             time.sleep(AGAIN_S)
@@ -220,9 +222,20 @@ class _Supervisor:
 
         def do(orders: Sequence[Order]) -> list[bytes]:
             here = (self._threads, self._home.node, _node())
-            return list(ray.get([task.remote(*here, one.step, spec, to_json(one)) for one in orders]))
+            streams: list[Any] = [task.remote(*here, one.step, spec, to_json(one)) for one in orders]
+            self._begin(streams, f"step {order.step} waits until a node has {shown(asked)} free")
+            return [bytes(ray.get(next(stream))) for stream in streams]
 
         return in_parts(order, grant, parts, do)
+
+    def _begin(self, streams: list[Any], note: str) -> None:
+        """Wait until each of some tasks has begun; if that takes a while, the run says so."""
+        if ray.wait(streams, num_returns=len(streams), timeout=WAITS_S)[1]:
+            self._supervisor.waits(note)
+            ray.wait(streams, num_returns=len(streams))
+            self._supervisor.waits("")
+        for stream in streams:
+            ray.get(next(stream))
 
 
 @ray.remote
@@ -239,12 +252,14 @@ class _Steps:
             self._swept = time.monotonic()
 
 
-@ray.remote(max_retries=0)  # the supervisor tries again, and counts
-def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: bytes) -> bytes:
+@ray.remote(max_retries=0, num_returns="streaming")  # the supervisor tries again, and counts
+def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: bytes) -> Iterator[bytes]:
+    """Yield nothing as soon as a node does the step, then its result."""
+    yield b""
     node = home if at == _node() else _elsewhere(home.url)
     ray.get(_steps(node).start.remote())
     gpus = ",".join(map(str, ray.get_gpu_ids()))  # that are this step's, and no other's
-    return forking.perform(threads, node, step, spec, order, CUDA_VISIBLE_DEVICES=gpus)
+    yield forking.perform(threads, node, step, spec, order, CUDA_VISIBLE_DEVICES=gpus)
 
 
 def _elsewhere(url: str) -> Node:

@@ -28,6 +28,15 @@ try:
 except urllib.error.HTTPError as error:
     print(error.code)
 """
+# Holds all cores of a cluster of one machine until it is killed, and would like as many again.
+BUSY = """
+import ray, sys, time
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=2)
+def hold():
+    time.sleep(600)
+ray.get([hold.remote(), hold.remote()])
+"""
 # Has the head of a cluster say that it was started with another Ray, and prints with which.
 AGED = """
 import json, sys
@@ -161,3 +170,24 @@ def test_a_head_that_dies_costs_what_was_under_way_and_the_run_ends_as_ever(fede
             assert files and all((again / file).read_bytes() == (undisturbed / file).read_bytes() for file in files)
             said = federation.log("coordinator").read_text()
             assert "is gone (Connection refused); the runs wait until it is started again" in said and "is back" in said
+
+
+@pytest.mark.slow
+def test_a_step_that_waits_for_a_machine_says_so_in_its_run_and_in_the_cluster(
+    federations: Any, tmp_path: Path
+) -> None:
+    with alone("head") as (head,):
+        cluster = Cluster([head], wait_until)
+        cluster.start(head)
+        with federations(head.folder / "owner", machine=head, **cluster.environment(head)) as federation:
+            federation.coordinate("--ray-address", cluster.address, executor="ray")
+            federation.join("hospital")
+            environment = os.environ | cluster.environment(head)
+            busy = head.popen([sys.executable, "-c", BUSY, cluster.address], env=environment)
+            wait_until(lambda: cluster.status()["machines"][0]["free"]["CPU"] == 0, "a machine without a free core")
+            with federation.connect() as session:
+                run = session.submit(federation.spec())
+                wait_until(lambda: "waits until a node has 1 CPU" in run.refresh().note, "a word of it")
+                assert [demand["resources"] for demand in cluster.status()["waiting"]] == [{"CPU": 2.0}]
+                busy.kill()
+                assert run.wait().state == "completed" and not run.note
