@@ -89,4 +89,14 @@ def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_a_node_and_t
         far.kill("north")
         far.expect("south", "dispatches")
 
-    assert finished(far, tmp_path / "three", kill) == wanted
+    def end_ray(run: Run) -> None:
+        next(event for event in run.watch() if event.kind == "bundle")
+        next(one for one in cluster.workers[1].processes if one.name() == "raylet").kill()
+
+    assert finished(far, tmp_path / "three", end_ray) == wanted
+    said = cluster.workers[1].folder / "up.log"
+    wait_until(lambda: "Ray on this machine has ended (raylet [exit code=-9])" in said.read_text(), "a word of it")
+    cluster.start(cluster.workers[1], cpus=1)
+    assert finished(far, tmp_path / "four", kill) == wanted
+    left = f"machine {cluster.workers[1].address} has left the cluster"
+    wait_until(lambda: far.log("coordinator").read_text().count(left) == 2, "a word of each")
