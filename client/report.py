@@ -23,6 +23,7 @@ KINDS = {
     "aggregation": "#b5473f",
     "evaluation": "#3f6fb5",
 }
+TOLD_APART = 12  # sites that have a line and a name each in a plot
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -96,7 +97,7 @@ def _losses(figure: Figure, report: dict[str, Any]) -> None:
             width = 1 / len(losses)
             curves.setdefault(site, []).extend((begin + (at + 0.5) * width, loss) for at, loss in enumerate(losses))
         axes.axvline(round_["round"], color="#d5dbe2", linewidth=1)
-    if len(curves) <= MOST:
+    if len(curves) <= TOLD_APART:
         for site, points in sorted(curves.items()):
             axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=site)
     else:

@@ -3,11 +3,14 @@
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation.folding import Sent, fold
@@ -92,7 +95,7 @@ class Rounds:
         with TemporaryDirectory(dir=self._home.node.scratch) as scratch:
             with timeline.span("training"):
                 replies = self._train(history, number, visits, Path(scratch))
-            with timeline.span("aggregation"):
+            with timeline.span("aggregation"), _one_thread():
                 folded = self._fold(history, number, visits, replies, Path(scratch))
         self._record(history, number, visits, replies, began_s, time.time() - begun)
         return Folded(**{**vars(folded), "spans": tuple(timeline)})
@@ -247,6 +250,17 @@ class Rounds:
             users_per_s=len(replies) / seconds,
         )
         history.record(moment(number + 1), done)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in this thread alone: for small tensors others cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def clear(home: Home) -> None:
