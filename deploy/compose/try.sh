@@ -28,6 +28,11 @@ mkdir -m 777 "$MODEL"
 say "authority, coordinator and sites"
 "${compose[@]}" up --detach authority coordinator bank hospital
 
+until "${compose[@]}" run -T --rm --no-deps researcher run sites; do
+    ((SECONDS < 300)) || exit 9
+    sleep 2
+done
+
 say "a run"
 "${compose[@]}" run -T --rm --no-deps researcher run submit /srv/offsite/run.toml --watch
 
