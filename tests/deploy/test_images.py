@@ -47,7 +47,8 @@ def test_what_the_wheel_is_built_from_goes_in_and_nothing_else(deploy) -> None:
     sent = set((deploy.parent / ".dockerignore").read_text().splitlines())
     project = tomllib.loads((deploy.parent / "pyproject.toml").read_text())["project"]
     packages = {path.name for path in (deploy.parent / ".src" / "offsite").iterdir() if path.is_symlink()}
-    needed = {*packages - {"deploy"}, ".src", "pyproject.toml", project["readme"], *project["license-files"]}
+    modules = {"deploy/*.py", *(f"deploy/{init.parent.name}" for init in deploy.glob("*/__init__.py"))}
+    needed = {*packages - {"deploy"}, *modules, ".src", "pyproject.toml", project["readme"], *project["license-files"]}
     assert {f"!{name}" for name in needed} <= sent and "*" in sent
     assert not {"!.git", "!tests", "!docs"} & sent
 
