@@ -28,19 +28,19 @@ def test_shellcheck_finds_nothing_in_any_script(deploy, program) -> None:
 
 def test_the_base_is_pinned_and_all_else_comes_from_it(deploy) -> None:
     lines = instructions(deploy)
-    assert re.fullmatch(r"ARG BASE=docker\.io/\S+:\S+@sha256:[0-9a-f]{64}", lines[0])
+    assert re.fullmatch(r"ARG BASE=debian:\S+@sha256:[0-9a-f]{64}", lines[0])
     stages = {"${BASE}"}
     for _, source, _, name in (line.split() for line in lines if line.startswith("FROM")):
         assert source in stages
         stages.add(name)
 
 
-def test_nobody_is_root_and_no_cuda_comes_unasked(deploy) -> None:
+def test_nobody_is_root_and_torch_comes_from_the_index_that_is_named(deploy) -> None:
     text = "\n".join(instructions(deploy))
     for role in ("coordinator", "site"):
         stage = re.search(rf"FROM python AS {role}\n(.*?)(?=\nFROM|\Z)", text, re.DOTALL)
         assert stage and "USER 10001:10001\n" in stage[1] and "RUN " not in stage[1] and "HEALTHCHECK" in stage[1]
-    assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu\n" in text
+    assert "ARG TORCH_INDEX=\n" in text and '${TORCH_INDEX:+--index-url "${TORCH_INDEX}"}' in text
 
 
 def test_what_the_wheel_is_built_from_goes_in_and_nothing_else(deploy) -> None:
