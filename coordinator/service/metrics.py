@@ -15,6 +15,7 @@ from offsite.coordinator.service.meter import Gauged, Meter
 from offsite.coordinator.store.journal import LIVE, OPEN
 from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError
+from offsite.protos.figures import BASE_TUNED
 from offsite.protos.telemetry.exposition import Exposition
 
 BEAT_S = 0.5
@@ -23,7 +24,7 @@ FRESH_S = 2.0  # an answer about the stores holds for so long, however often is 
 ENDS = ("completed", "failed", "cancelled")
 SECONDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-STEPS = {"bundle": "realign", "attack": "attack", "publish": "publish", "base_tuned": "tune"}  # by name in the journal
+STEPS = {"bundle": "realign", "attack": "attack", "publish": "publish", BASE_TUNED: "tune"}  # by name in the journal
 
 
 class Metrics(Meter):
