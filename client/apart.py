@@ -4,6 +4,7 @@ A signal's exception is raised wherever the main thread is just then. Amid gRPC'
 the process, or leave a channel whose end never comes; while one waits for a thread it does no harm.
 """
 
+import sys
 import threading
 import time
 from collections import deque
@@ -78,7 +79,10 @@ def many(call: Callable[[], Any], *, stall_s: float | None = None) -> Iterator[A
             yield answer
     finally:
         over.set()
-        one(stream.cancel)
+        if sys.is_finalizing():  # of a stream that was left open: no thread can begin any more
+            stream.cancel()
+        else:
+            one(stream.cancel)
 
 
 def _begin(call: Callable[[], Any]) -> Future[Any]:

@@ -1,6 +1,8 @@
 """Calls apart from the thread that asks: what they give, what they raise, and what an interrupt leaves of them."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -106,3 +108,22 @@ def test_an_interrupt_while_waiting_is_raised_and_ends_the_stream() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert stream.cancelled.is_set()
+
+
+def test_a_stream_that_an_error_leaves_open_does_not_keep_python_from_ending() -> None:
+    program = "\n".join(
+        (
+            "from offsite.client.apart import many",
+            "class Stream:",
+            "    def __iter__(self):",
+            "        while True: yield 1",
+            "    def cancel(self): print('cancelled', flush=True)",
+            "def work():",
+            "    answers = many(Stream)",
+            "    next(answers)",
+            "    raise SystemError",
+            "work()",
+        )
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "cancelled\n")
