@@ -10,6 +10,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import grpc
 from blake3 import blake3
 
 from offsite.coordinator.service.limits import check_request
@@ -98,6 +99,8 @@ async def send(
             except TimeoutError:
                 where = f"resume at byte {piece.offset}"
                 raise UnreachableError(f"nothing was read for {STALL_S:.0f} s; {where}") from None
+            except grpc.aio.InternalError:  # gRPC's word for a caller that has just gone, and that it has not noticed
+                raise asyncio.CancelledError from None
     finally:
         await asyncio.gather(coming, return_exceptions=True)
         source.close()

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from blake3 import blake3
 
@@ -44,7 +45,7 @@ class Blob:
     blobs: Folder
     digest: str
 
-    def sent(self, reader: Reader | None = None, **asked: Any) -> list[Piece]:
+    def sent(self, reader: Any = None, **asked: Any) -> list[Piece]:
         reader = reader or Reader()
         request = DownloadRequest(digest=self.digest, **asked)
         asyncio.run(transfers.send(self.blobs, request, reader, lambda: None))
@@ -115,6 +116,15 @@ def test_a_transfer_that_gets_no_further_is_given_up(blob: Blob, monkeypatch: py
 
     with pytest.raises(UnreachableError, match="nothing came for 0 s; resume"):
         asyncio.run(taken(silence()))
+
+
+def test_a_caller_that_is_gone_ends_a_transfer_without_a_word(blob: Blob) -> None:
+    class Gone:
+        async def write(self, piece: Piece) -> None:
+            raise grpc.aio.InternalError
+
+    with pytest.raises(asyncio.CancelledError):
+        blob.sent(Gone())
 
 
 async def taken(stream: AsyncIterator[Part], recheck: Any = lambda: None) -> list[Part]:
