@@ -54,6 +54,7 @@ def listening(machine: Machine) -> set[int]:
     return {int(line.split()[3].rpartition(":")[2]) for line in machine.run("ss", "-Hltn").stdout.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_head_listens_where_it_says_lets_nobody_in_without_the_token_and_ends_with_what_it_started() -> None:
     with alone("head", "other") as made:
         head, other = made

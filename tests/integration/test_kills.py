@@ -93,6 +93,7 @@ def story(home: Home) -> dict[str, Any]:
     return {"state": journal.run("r").state, "report": report, "events": told, "files": files}
 
 
+@pytest.mark.slow
 def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_and_figures(
     tmp_path: Path, material: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
