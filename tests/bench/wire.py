@@ -11,7 +11,8 @@ What the product does beyond the stream: it hashes the blob that it sends and th
 writes files, sums up how far the update is from its broadcast, and waits for the disk. On a virtual machine each page
 of memory that it uses for the first time, or again after it was given back, costs more than the network (2 s per GB of
 a new file here, 0.4 s where the memory was in use before). So as much memory as both files take is used and freed
-beforehand, as on a machine that has been at work for a while; --untouched leaves that out.
+beforehand, as on a machine that has been at work for a while; --untouched leaves that out. It need not suffice: a
+system may hand out other pages than those that were freed last.
 
 Both are measured in turns, and the medians printed as a JSON line: seconds; their ratio, and that of the seconds of CPU
 of both ends together, which a busy machine disturbs less; and the most memory that each end had resident beyond what
