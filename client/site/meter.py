@@ -3,7 +3,7 @@
 from typing import Any
 
 from offsite.protos.addresses import Address, parse
-from offsite.protos.errors import ResourceError
+from offsite.protos.extras import extra
 
 
 class Meter:
@@ -28,9 +28,6 @@ def meter_at(address: str) -> Meter:
     """Return a meter that can be asked at HOST:PORT, and one that counts nothing where none is given."""
     if not address:
         return Meter()
-    where = parse(address, listening=True)
-    try:
+    with extra("metrics", option="--metrics"):
         from offsite.client.site.metrics import Metrics
-    except ModuleNotFoundError as error:
-        raise ResourceError(f"--metrics: {error.name} is not installed; pip install 'offsite[metrics]'") from None
-    return Metrics(where)
+    return Metrics(parse(address, listening=True))

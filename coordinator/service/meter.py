@@ -9,7 +9,7 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
 from offsite.protos.addresses import Address, parse
-from offsite.protos.errors import ResourceError
+from offsite.protos.extras import extra
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ def meter_at(address: str) -> Meter:
     """Return a meter that can be asked at HOST:PORT, and one that counts nothing where none is given."""
     if not address:
         return Meter()
-    where = parse(address, listening=True)
-    try:
+    with extra("metrics", option="--metrics"):
         from offsite.coordinator.service.metrics import Metrics
-    except ModuleNotFoundError as error:
-        raise ResourceError(f"--metrics: {error.name} is not installed; pip install 'offsite[metrics]'") from None
-    return Metrics(where)
+    return Metrics(parse(address, listening=True))

@@ -6,7 +6,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from offsite.coordinator.store.blobs import Blobs, Folder
 from offsite.coordinator.store.journal import Journal
-from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.errors import InputError
+from offsite.protos.extras import extra
 from offsite.protos.ranges import readable
 
 JOURNALS = {  # an example of each scheme
@@ -24,12 +25,8 @@ def open_journal(url: str) -> Journal:
         from offsite.coordinator.store.sqlite import Sqlite
 
         return Journal(Sqlite(_path(url)))
-    try:
+    with extra("postgresql", option="--journal"):
         from offsite.coordinator.store.postgresql import Postgresql
-    except ModuleNotFoundError as error:
-        raise ResourceError(
-            f"--journal: {error.name} is not installed; PostgreSQL needs: pip install 'offsite[postgresql]'"
-        ) from None
     return Journal(Postgresql(where=shown(url), url=url))
 
 
@@ -41,12 +38,8 @@ def open_blobs(url: str, *, cache: Path) -> Blobs:
     check(url, BLOBS, "blobs")
     if url.startswith("file:"):
         return Folder(_path(url))
-    try:
+    with extra("s3", option="--blobs"):
         from offsite.coordinator.store.bucket import Bucket
-    except ModuleNotFoundError as error:
-        raise ResourceError(
-            f"--blobs: {error.name} is not installed; a bucket needs: pip install 'offsite[s3]'"
-        ) from None
     return Bucket(url, cache)
 
 
