@@ -1,7 +1,6 @@
 """Which runs are worked on: here all wait, without a thread of their own, until their sites and a place are there."""
 
 import asyncio
-import logging
 import time
 
 from offsite.coordinator.runs.executor import Executor
@@ -19,8 +18,6 @@ SUPERVISE_EVERY_S = 5.0  # one that has ended without its run, as after a short 
 PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
 PLACES = 8  # runs worked on at once: on Ray each has a process of its own
 
-log = logging.getLogger(__name__)
-
 
 class Dispatcher:
     """Gives runs their sites and their supervisors, the oldest first."""
@@ -30,7 +27,7 @@ class Dispatcher:
         self._leader = journal.leader()
         self._specs: dict[str, RunSpec] = {}
         self._fault: str | None = None  # why the executor could not work at the last look; None: there was none
-        self._hindrance = ""  # why the journal could not be used at the last look
+        self._hindered = False  # whether the journal could not be used at the last look
         self._supervised = float("-inf")
         self._started = time.time()
 
@@ -40,14 +37,12 @@ class Dispatcher:
         while True:
             number = await changes.after(number, timeout_s=LOOK_S)
             try:
-                if self._hindrance:
+                if self._hindered:
                     self._supervised = float("-inf")  # supervisors have ended of the same
                 await asyncio.to_thread(self.look)
-                self._hindrance = ""
-            except Unwritable as error:
-                if str(error) != self._hindrance:
-                    log.error("%s; the runs go on once that is done", error)
-                self._hindrance = str(error)
+                self._hindered = False
+            except Unwritable:  # the gateway says so, once
+                self._hindered = True
             await asyncio.sleep(REST_S)
 
     def look(self) -> None:

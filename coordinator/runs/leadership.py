@@ -71,7 +71,7 @@ class Leadership:
                 elif self.leads and not mine:
                     await self._step_down()
                     moved(False)
-            except Unwritable as error:  # nobody can take over now; whoever dispatches says so
+            except Unwritable as error:  # nobody can take over now; the gateway says so
                 log.debug("%s", error)
             except (InputError, ResourceError, UnreachableError) as error:
                 log.error("this gateway cannot dispatch, another one may: %s", error)

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from offsite.coordinator.service.limits import Limits, check_request
 from offsite.coordinator.service.meter import Meter
 from offsite.coordinator.store import Unusable
+from offsite.coordinator.store.database import Unwritable
 from offsite.protos.documents import plain
 from offsite.protos.errors import OffsiteError, RefusedError, from_system
 from offsite.protos.security.certificates import Peer, Role, either
@@ -36,6 +37,11 @@ class Gate:
         self.meter = meter or Meter()
         self._limits = Limits()
         self._hindrance = ""  # why a store could not be used, as it was logged last
+
+    def _say(self, hindrance: str) -> None:
+        if hindrance != self._hindrance:
+            log.error("%s", hindrance)
+        self._hindrance = hindrance
 
     def recheck(self, caller: Peer) -> None:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
@@ -76,9 +82,8 @@ class Gate:
                     check_request(request)
                 yield caller
             except Unusable as error:  # where the owner's files lie is for the log
-                if str(error) != self._hindrance:
-                    log.error("%s", error)
-                self._hindrance = str(error)
+                if not isinstance(error, Unwritable):  # of which the gateway speaks, once
+                    self._say(str(error))
                 message = "the coordinator cannot use its stored files just now; ask again"
                 await context.abort(grpc.StatusCode[error.status], message)
             except OffsiteError as error:

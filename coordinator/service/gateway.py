@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import socket
 import time
@@ -20,6 +21,9 @@ from offsite.protos.documents import to_json
 from offsite.protos.errors import ConflictError
 
 BEAT_S = 5.0
+AGAIN_S = 1.0  # after the journal could not be used
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -48,11 +52,23 @@ class Gateway:
         self._journal.announce(self.name, policy=self._policy, owner=self._owner, **about)
 
     async def work(self) -> None:
-        """Go on saying that it is here; raises ConflictError where one that is unlike it has come."""
+        """Go on saying that it is here; raises ConflictError where one that is unlike it has come.
+
+        So it finds out when the journal cannot be used, and logs that for all of this process: when it begins, and when
+        it is over.
+        """
+        away: float | None = None  # since when
         while True:
-            await asyncio.sleep(BEAT_S)
-            with contextlib.suppress(Unwritable):  # whoever has something to write says so
+            await asyncio.sleep(BEAT_S if away is None else AGAIN_S)
+            try:
                 await in_thread(self._announce)
+                if away is not None:
+                    log.warning("the journal can be used again, after %.0f s", time.monotonic() - away)
+                away = None
+            except Unwritable as error:
+                if away is None:
+                    away = time.monotonic()
+                    log.error("%s; the runs go on once that is done", error)
 
     def leave(self) -> None:
         """Be no longer one of them."""

@@ -58,7 +58,7 @@ class Lists:
             try:
                 await self.exchange()
                 hindrance = ""
-            except Unwritable:  # the dispatcher says so
+            except Unwritable:  # the gateway says so
                 pass
             except OffsiteError as error:
                 if str(error) != hindrance:

@@ -45,7 +45,7 @@ class Signer:
                     await in_thread(self._answer, rows)
                 await asyncio.sleep(REST_S)
             except (OffsiteError, OSError) as error:
-                if not isinstance(error, Unwritable):  # of which the dispatcher speaks
+                if not isinstance(error, Unwritable):  # of which the gateway speaks
                     log.error("certificates that are asked for are not signed: %s", error)
                 number = -1
                 await asyncio.sleep(AGAIN_S)

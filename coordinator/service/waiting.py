@@ -1,7 +1,7 @@
 """Sites that wait for a task: one query for all of them when the journal has changed, none while nothing happens."""
 
 import asyncio
-import logging
+from contextlib import suppress
 
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import Batch, in_thread
@@ -13,8 +13,6 @@ from offsite.protos.security.certificates import Peer
 
 BEAT_S = 2.0
 AGAIN_S = 1.0  # after the journal could not be used
-
-log = logging.getLogger(__name__)
 
 
 class WaitingRoom:
@@ -72,8 +70,7 @@ class WaitingRoom:
                     for task in await in_thread(self._journal.next_tasks, list(names)):
                         if task is not None:
                             self._tell(task)
-            except Unwritable as error:
-                log.error("%s", error)
+            except Unwritable:  # the gateway says so, once
                 await asyncio.sleep(AGAIN_S)
                 number = -1  # what was not read is still to be told
 
@@ -89,11 +86,9 @@ class WaitingRoom:
                 for call, site in calls.items():
                     self._recheck(call, site)
             present, self._heard = self._calls.keys() | self._heard, set()
-            try:
+            with suppress(Unwritable):
                 if present:
                     await in_thread(self._journal.see, *present)
-            except Unwritable as error:
-                log.error("%s", error)
 
     def _recheck(self, call: "asyncio.Future[Row | None]", site: Peer) -> None:
         try:

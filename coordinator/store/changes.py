@@ -6,7 +6,6 @@ finds what they wrote; nobody else polls. Where the database is a server, it has
 
 import asyncio
 import contextlib
-import logging
 
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal
@@ -14,8 +13,6 @@ from offsite.coordinator.store.journal import Journal
 LOOK_S = 0.05  # for what other processes write
 REST_S = 0.02  # after a change: writers that write without pause wake nobody more often
 AGAIN_S = 1.0  # after the journal could not be read
-
-log = logging.getLogger(__name__)
 
 
 class Changes:
@@ -50,8 +47,7 @@ class Changes:
                     if watch.changed():
                         self._wake()
                         await asyncio.sleep(REST_S)
-                except Unwritable as error:
-                    log.error("%s", error)
+                except Unwritable:  # the gateway says so, once
                     await asyncio.sleep(AGAIN_S)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
