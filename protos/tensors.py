@@ -6,16 +6,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from offsite.kernels.schema import INTEGERS, Field, Schema, Tensors, size_bytes
+from offsite.kernels.schema import INTEGERS, Field, Schema, TensorMap, Tensors, size_bytes
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
@@ -36,8 +34,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALONE = 1 << 14  # values that torch works on in the thread that asks; on a busy machine others cost more than they do
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Shape and dtype of one tensor, as the header of a file states them."""
 
     dtype: str
@@ -194,15 +191,22 @@ def distance(path: Path, start: Path) -> float:
 
 def gap(source: Source, start: Source) -> float:
     """Return the same distance, whatever the tensors are read from."""
-    if isinstance(source, Held) and isinstance(start, Held) and source.flat is not None and start.flat is not None:
-        pieces = zip(torch.split(source.flat, ALONE), torch.split(start.flat, ALONE), strict=True)
-        return math.sqrt(sum(norm(piece - beside) ** 2 for piece, beside in pieces))
     squares = (
         norm(piece - beside) ** 2
         for name in sorted(source)
         for piece, beside in zip(source.pieces(name), start.pieces(name), strict=True)
     )
     return math.sqrt(sum(squares))
+
+
+def gaps(columns: TensorMap, start: TensorMap) -> list[float]:
+    """Return the same distance of n at once, each tensor of which is (n, *shape); that of one depends on no other."""
+    squares = torch.zeros(len(next(iter(columns.values()))), dtype=torch.float64)
+    for name in sorted(columns):
+        flat = columns[name].flatten(1), start[name].flatten()
+        for rows, beside in zip(*(torch.split(one, ALONE, dim=-1) for one in flat), strict=True):
+            squares += (rows - beside).double().square_().sum(1)
+    return [math.sqrt(square) for square in squares.tolist()]
 
 
 def norm(piece: torch.Tensor) -> float:
@@ -213,13 +217,6 @@ def norm(piece: torch.Tensor) -> float:
 
 class Held(dict[str, torch.Tensor]):
     """Tensors of this process, on the CPU, read as those of a file are; they do not change once they are read."""
-
-    @cached_property
-    def flat(self) -> torch.Tensor | None:
-        """All values in the order of the names, where they are of one dtype: one long tensor is faster than many."""
-        if len({tensor.dtype for tensor in self.values()}) != 1:
-            return None
-        return torch.cat([self[name].detach().flatten() for name in sorted(self)])
 
     @property
     def entries(self) -> Mapping[str, Entry]:

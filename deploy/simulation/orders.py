@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from offsite.client.site.policy import Policy
+from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import document
 from offsite.protos.ranges import (
     TEXT,
@@ -12,12 +13,15 @@ from offsite.protos.ranges import (
     Amount,
     AtLeastZero,
     Count,
+    Digest,
     Finite,
     Flag,
     Name,
     Place,
+    Positive,
     Seed,
     Sentence,
+    Share,
     Tier,
 )
 from offsite.protos.spec import Choice, Manifest, TaskSpec
@@ -32,7 +36,8 @@ class Setup:
 
     socket: Place  # where it is told the rest
     number: Count  # of the worker
-    spool: Place  # file for its updates
+    workers: Count
+    spool: Place  # folder of all workers' updates
     data: Place
     sites: Count  # into how many the data is cut; 0: it is a folder with one for each
     partition: Choice
@@ -54,42 +59,71 @@ class RoundOrder:
 
 
 @document
-class SiteOrder:
-    """A site that trains."""
+class Batch:
+    """Updates that lie together in a spool: of some sites of one tier, in the order of their names."""
 
-    site: Name
+    worker: Count
+    offset: Amount  # in its spool
     tier: Tier
-    previous: Count | None = None  # the last round in which the run took its update, where stages feed back
+    sites: tuple[Name, ...]
+
+
+@document
+class FoldOrder:
+    """Fold some groups of tensors of a round's updates."""
+
+    strategy: Choice
+    upload: tuple[Choice, ...]
+    last: Version
+    schema: Digest
+    tiers: tuple[Tier, ...]  # of the sites that may train next
+    blobs: Place  # URL, of what it reads
+    kept: Place  # URL, of what it gives
+    scratch: Place  # folder
+    batches: tuple[Batch, ...]
+    weights: tuple[tuple[Share | None, ...], ...]  # of the updates of each batch; None: it is left out
+    parts: Positive
+    part: Count
 
 
 @document
 class Order:
-    """Sites to train, and before them a round to begin with."""
+    """Sites to train, and before them a round to begin with; or a part of its fold."""
 
     round: RoundOrder | None = None
-    sites: tuple[SiteOrder, ...] = ()
+    tier: Tier = ""
+    sites: tuple[Name, ...] = ()
+    previous: tuple[Count | None, ...] = ()  # where stages feed back, of each the last round that took its update
+    fold: FoldOrder | None = None
+
+
+@document
+class Failure:
+    """Why a site gave no update."""
+
+    site: Name
+    refused: Flag
+    message: Sentence
+
+
+@document
+class Work:
+    """What the work of an order's sites came to. What it says of updates is of those of its batch, in their order."""
+
+    batch: Batch
+    metrics: tuple[Text, ...]  # UpdateMetrics as JSON, for the journal; the next three are of them, too
+    examples: tuple[Positive, ...]
+    tokens: tuple[Amount, ...]
+    loss: tuple[Finite, ...]
+    norm: tuple[AtLeastZero, ...]  # of the change
+    failures: tuple[Failure, ...] = ()
 
 
 @document
 class Reply:
-    """What a site's work came to: an update in the spool, or why there is none."""
+    """What an order came to, or what is wrong with all of it."""
 
-    site: Name
-    metrics: Text = ""  # UpdateMetrics as JSON, for the journal; empty: there is no update
-    examples: Count = 0  # these three are also of the metrics
-    tokens: Amount = 0
-    loss: Finite = 0.0
-    norm: AtLeastZero = 0.0  # of the change
-    worker: Count = 0
-    offset: Amount = 0  # in its spool
-    refused: Flag = False
-    message: Sentence = ""
-
-
-@document
-class Replies:
-    """What the sites of an order came to, or what is wrong with all of them."""
-
-    sites: tuple[Reply, ...] = ()
+    work: Work | None = None
+    version: Version | None = None  # of the groups that were folded
     fault: Sentence = ""
     resource: Flag = False  # whether it is memory or disk that is missing, and not the run's fault

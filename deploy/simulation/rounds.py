@@ -4,8 +4,9 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation.folding import Sent, fold
+from offsite.coordinator.aggregation import Separable
+from offsite.coordinator.aggregation.folding import Sent, Weighing, weigh
 from offsite.coordinator.bundles.stored import lay_out
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
@@ -23,13 +25,13 @@ from offsite.coordinator.runs.steps.results import BUILD, SELECT, Folded, Part, 
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.supervisor import Lost
-from offsite.coordinator.runs.versions import read_schema
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.journal import Journal, Key
+from offsite.coordinator.store.opening import open_blobs, url_of
 from offsite.deploy.simulation.clock import Clock, Load, Visit
-from offsite.deploy.simulation.orders import Reply, RoundOrder, SiteOrder
-from offsite.deploy.simulation.pool import Pool
-from offsite.deploy.simulation.spool import Layout
-from offsite.kernels.schema import settle
+from offsite.deploy.simulation.orders import FoldOrder, RoundOrder, Work
+from offsite.deploy.simulation.pool import Asked, Pool
+from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import document
 from offsite.protos.errors import ResourceError, RunError
@@ -92,13 +94,25 @@ class Rounds:
         begun, began_s = time.time(), self._clock.now
         visits = self._pass(history, number)
         timeline = Timeline()
-        with TemporaryDirectory(dir=self._home.node.scratch) as scratch:
+        with TemporaryDirectory(dir=self._home.node.scratch) as folder:
+            scratch = Path(folder)
             with timeline.span("training"):
-                replies = self._train(history, number, visits, Path(scratch))
-            with timeline.span("aggregation"), _one_thread():
-                folded = self._fold(history, number, visits, replies, Path(scratch))
-        self._record(history, number, visits, replies, began_s, time.time() - begun)
-        return Folded(**{**vars(folded), "spans": tuple(timeline)})
+                works = self._train(history, number, visits, scratch)
+            with timeline.span("aggregation"), _losing():
+                weighing = self._weigh(number, visits, works)
+                parts = self._begin_fold(history, number, works, weighing, scratch)
+                done = self._record(history, number, visits, works, began_s)  # meanwhile
+                version = self._join([part.result() for part in parts], scratch)
+        if self._feeds_back:
+            self._newest |= dict.fromkeys((site for work in works for site in work.batch.sites), number)
+        trained = sum(len(work.batch.sites) + len(work.failures) for work in works)
+        history.record(moment(number + 1), replace(done, users_per_s=trained / (time.time() - begun)))
+        return Folded(
+            version=version,
+            lineage={site: Part(update=None, weight=weight) for site, weight in weighing.weights.items()},
+            left_out=weighing.left_out,
+            spans=tuple(timeline),
+        )
 
     # who is asked, and what becomes of it in virtual time
 
@@ -133,22 +147,21 @@ class Rounds:
 
     # training
 
-    def _train(self, history: History, number: int, visits: dict[str, Visit], scratch: Path) -> dict[str, Reply]:
+    def _train(self, history: History, number: int, visits: dict[str, Visit], scratch: Path) -> list[Work]:
+        """Have everybody train whose update is to come; return what came of it."""
         built = history[BUILD]
         order = self._order(history, number, scratch)
-        sites = [
-            SiteOrder(site=site, tier=built.tiers[site], previous=self._newest.get(site))
-            for site, visit in visits.items()
-            if visit.state == "uploaded"
-        ]
-        replies: dict[str, Reply] = {}
-        try:
-            for reply in self._pool.work(order, sites):
-                replies[reply.site] = reply
-                self._tell(number, len(replies), len(sites))
-        except ResourceError as error:  # a worker was lost: nothing is wrong with the run, which can go on
-            raise Lost(str(error)) from error
-        return replies
+        sites: dict[Tier, list[str]] = {}
+        for site in sorted(site for site, visit in visits.items() if visit.state == "uploaded"):
+            sites.setdefault(built.tiers[site], []).append(site)
+        asked = [Asked(tier, some, built.update_sizes[tier], self._newest) for tier, some in sorted(sites.items())]
+        works, done, total = list[Work](), 0, sum(map(len, sites.values()))
+        with _losing():
+            for work in self._pool.work(order, asked):
+                works.append(work)
+                done += len(work.batch.sites) + len(work.failures)
+                self._tell(number, done, total)
+        return works
 
     def _order(self, history: History, number: int, scratch: Path) -> RoundOrder:
         blobs, built, bundle = self._home.node.blobs(), history[BUILD], history.bundle(number)
@@ -176,68 +189,90 @@ class Rounds:
 
     # folding
 
-    def _fold(
-        self, history: History, number: int, visits: dict[str, Visit], replies: dict[str, Reply], scratch: Path
-    ) -> Folded:
-        built, blobs = history[BUILD], self._home.node.blobs()
-        last, schema = load_version(blobs, history.version(number)), read_schema(blobs, built.schema)
-        settled, layouts = {}, {}
-        for tier, start in last.broadcast.items():
-            settled[tier] = settle(schema, {name: tensor.shape for name, tensor in start.items()})
-            layouts[tier] = Layout(upload.schema_of(self._stages, settled[tier]))
-        sent = []
-        for site, reply in sorted(replies.items()):
-            if reply.metrics:
-                tier = built.tiers[site]
-                place = (reply.worker, reply.offset, layouts[tier], last.broadcast[tier], settled[tier], self._stages)
-                open_ = partial(self._pool.spool.opened, *place)
-                sent.append(Sent(site, tier, reply.examples, reply.norm, open_))
+    def _weigh(self, number: int, visits: dict[str, Visit], works: Sequence[Work]) -> Weighing:
+        sent = [
+            Sent(site, work.batch.tier, examples, norm)
+            for work in works
+            for site, examples, norm in zip(work.batch.sites, work.examples, work.norm, strict=True)
+        ]
         if len(sent) < self._spec.min_sites:
             why = {site: f"{visit.state}: {visit.message}" for site, visit in visits.items() if visit.message}
-            why |= {site: f"failed: {reply.message}" for site, reply in replies.items() if reply.message}
+            why |= {one.site: f"failed: {one.message}" for work in works for one in work.failures}
             reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(why.items())[:NAMED])
             more = f"; and {len(why) - NAMED} more" if len(why) > NAMED else ""
             raise RunError(
                 f"round {number + 1} got {len(sent)} of at least {self._spec.min_sites} updates ({reasons}{more})"
             )
-        strategy = aggregation.make(self._spec.strategy.name, self._spec.strategy.settings)
-        outcome = fold(strategy, last, schema, sent, spec=self._spec, tiers={*built.tiers.values()})
-        if self._feeds_back:
-            self._newest |= dict.fromkeys((one.site for one in sent), number)
-        return Folded(
-            version=store_version(blobs, scratch, outcome.version),
-            lineage={site: Part(update=None, weight=weight) for site, weight in outcome.weights.items()},
-            left_out=outcome.left_out,
+        return weigh(sent, spec=self._spec)
+
+    def _begin_fold(
+        self, history: History, number: int, works: Sequence[Work], weighing: Weighing, scratch: Path
+    ) -> "list[Future[Version]]":
+        """Have the workers fold some groups of tensors each."""
+        built = history[BUILD]
+        parts = min(self._pool.setup.workers, built.groups)
+        whole = FoldOrder(
+            strategy=self._spec.strategy,
+            upload=self._spec.upload,
+            last=history.version(number),
+            schema=built.schema,
+            tiers=tuple(sorted({*built.tiers.values()})),
+            blobs=self._home.node.url,
+            kept=self._home.node.url if parts == 1 else url_of("file", scratch / "parts"),
+            scratch="",
+            batches=tuple(work.batch for work in works),
+            weights=tuple(tuple(map(weighing.weights.get, work.batch.sites)) for work in works),
+            parts=parts,
+            part=0,
         )
+        orders = []
+        for part in range(parts):
+            folder = scratch / f"part-{part}"
+            folder.mkdir()
+            orders.append(replace(whole, part=part, scratch=str(folder)))
+        return self._pool.fold(orders)
+
+    def _join(self, parts: Sequence[Version], scratch: Path) -> Version:
+        """Put the parts of a version together."""
+        if len(parts) == 1:
+            return parts[0]
+        blobs = open_blobs(url_of("file", scratch / "parts"), cache=scratch)
+        strategy = aggregation.make(self._spec.strategy.name, self._spec.strategy.settings)
+        assert isinstance(strategy, Separable), "or there is one group"
+        with _one_thread():
+            joined = strategy.join([load_version(blobs, part) for part in parts])
+        return store_version(self._home.node.blobs(), scratch, joined)
 
     def _record(
-        self,
-        history: History,
-        number: int,
-        visits: dict[str, Visit],
-        replies: dict[str, Reply],
-        begin_s: float,
-        seconds: float,
-    ) -> None:
-        """Write how each site's task ended, as the report of any run reads it, and the round on the clock."""
+        self, history: History, number: int, visits: dict[str, Visit], works: Sequence[Work], began_s: float
+    ) -> Moment:
+        """Write how each site's task ended, as the report of any run reads it; return what the clock says of a round.
+
+        Its speed is not known yet.
+        """
         sizes, tiers = history[BUILD].update_sizes, history[BUILD].tiers
+        sent: dict[str, tuple[str, int, float]] = {}
+        for work in works:
+            sent |= zip(work.batch.sites, zip(work.metrics, work.tokens, work.loss, strict=True), strict=True)
+        failures = {one.site: one for work in works for one in work.failures}
         rows: list[tuple[Key, dict[str, Any]]] = []
         counts = dict.fromkeys(("uploaded", "stalled", "failed", "refused"), 0)
-        up, tokens, loss = 0, 0, 0.0
+        up, all_tokens, all_loss = 0, 0, 0.0
         for site, visit in visits.items():
-            reply = replies.get(site)
-            values: dict[str, Any] = {"state": visit.state, "message": visit.message, "bytes_up": 0, "metrics": ""}
-            if reply is not None and not reply.metrics:
-                values |= {"state": "refused" if reply.refused else "failed", "message": reply.message}
-            elif reply is not None:
-                values |= {"bytes_up": sizes[tiers[site]], "metrics": reply.metrics}
-                tokens, loss = tokens + reply.tokens, loss + reply.loss * reply.tokens
-            counts[values["state"]] += 1
-            up += values["bytes_up"]
+            state, message, size, metrics = visit.state, visit.message, 0, ""
+            if failure := failures.get(site):
+                state, message = "refused" if failure.refused else "failed", failure.message
+            elif site in sent:
+                metrics, tokens, loss = sent[site]
+                size = sizes[tiers[site]]
+                all_tokens, all_loss = all_tokens + tokens, all_loss + loss * tokens
+            counts[state] += 1
+            up += size
+            values = {"state": state, "message": message, "bytes_up": size, "metrics": metrics}
             rows.append((Key(RUN, number, site, visit.attempt), {**values, "bytes_down": self._down[site]}))
         self._journal.record_tasks(rows)
-        done = Moment(
-            begin_s=begin_s,
+        return Moment(
+            begin_s=began_s,
             end_s=self._clock.now,
             asked=len(visits),
             updates=counts["uploaded"],
@@ -246,10 +281,18 @@ class Rounds:
             refused=counts["refused"],
             bytes_down=sum(self._down.values()),
             bytes_up=up,
-            loss=loss / tokens if tokens else None,
-            users_per_s=len(replies) / seconds,
+            loss=all_loss / all_tokens if all_tokens else None,
+            users_per_s=0.0,
         )
-        history.record(moment(number + 1), done)
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    """Tell that a worker was lost: nothing is wrong with the run, which can go on."""
+    try:
+        yield
+    except ResourceError as error:
+        raise Lost(str(error)) from error
 
 
 @contextmanager

@@ -138,6 +138,7 @@ def simulate(
         setup = Setup(
             socket="",
             number=0,
+            workers=1,
             spool="",
             data=settings.data,
             sites=settings.sites,

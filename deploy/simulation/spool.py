@@ -1,82 +1,166 @@
 """Packed updates that wait for the end of their round: on disk, so that memory does not grow with the sites.
 
 Live ones wait in files of their own that outlive a power cut. These have one file for each worker, and no header, for
-all updates of a tier are alike. A round writes over the last one, whose pages the system has at hand: new ones take it
-ten times as long. A round that was killed is done again.
+all updates of a tier are alike. Those that one order asked for lie together, each tensor of all of them one after the
+other, so that a few calls write them, and whoever folds some of the tensors reads no others. A round writes over the
+last one, whose pages the system has at hand: new ones take it ten times as long. A round that was killed is done again.
 """
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from offsite.kernels.schema import Schema, TensorMap, Tensors, size_bytes
-from offsite.protos import tensors, upload
-from offsite.protos.upload import Stage
+from offsite.protos import tensors
 
 VECTORS = 512  # of one call, at most 1024
 
 
 class Layout:
-    """Where the tensors of a settled schema are in one stretch of bytes: large values first, so all are aligned."""
+    """Where the tensors of a settled schema are in a stretch of bytes: large values first, so that all are aligned."""
 
     def __init__(self, schema: Schema) -> None:
         """Lay them out."""
-        self.schema, self.size = schema, size_bytes(schema)
-        self._places: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
+        self.size = size_bytes(schema)  # of one update
+        self._fields: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
         end = 0
         for name, field in sorted(schema.items(), key=lambda item: (-tensors.DTYPES[item[1].dtype].itemsize, item[0])):
             shape = tuple(size for size in field.shape if size is not None)
             begin, end = end, end + field.size_bytes
-            self._places.append((name, tensors.DTYPES[field.dtype], shape, begin, end))
+            self._fields[name] = tensors.DTYPES[field.dtype], shape, begin, end
 
-    def write(self, file: int, offset: int, update: tensors.Held) -> None:
-        """Write an update to a place in a file."""
-        if update.flat is not None:  # of one dtype, so the order is that of the names
-            _write(file, offset, [update.flat.view(torch.uint8).numpy().data])
-            return
-        for at in range(0, len(self._places), VECTORS):
-            part = self._places[at : at + VECTORS]
-            views = [update[name].detach().contiguous().flatten().view(torch.uint8).numpy().data for name, *_ in part]
-            _write(file, offset + part[0][3], views)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
 
-    def read(self, file: int, offset: int) -> Tensors:
-        """Read an update back, into memory of its own."""
-        whole = torch.empty(self.size, dtype=torch.uint8)
-        if os.preadv(file, [whole.numpy().data], offset) != self.size:
-            raise OSError(errno.EIO, "the spool has become shorter while it was read")
-        return {name: whole[begin:end].view(dtype).view(shape) for name, dtype, shape, begin, end in self._places}
+    def place(self, name: str, rows: int) -> tuple[int, int]:
+        """Return where a tensor of so many updates begins and ends."""
+        _, _, begin, end = self._fields[name]
+        return begin * rows, end * rows
+
+    def view(self, name: str, memory: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the bytes of a tensor of so many updates as what they are, (rows, *shape)."""
+        dtype, shape, _, _ = self._fields[name]
+        return memory.view(dtype).view(rows, *shape)
 
 
-def _write(file: int, offset: int, views: list[memoryview]) -> None:
-    if os.pwritev(file, views, offset) != sum(len(view) for view in views):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+class Block:
+    """Memory for updates of one layout that will lie together, used again and again; its first `count` rows are one."""
+
+    def __init__(self, layout: Layout, rows: int) -> None:
+        """Make room for so many."""
+        self._layout, self._rows, self.count = layout, rows, 0
+        memory = torch.empty(rows * layout.size, dtype=torch.uint8)
+        self._bytes = memory.numpy().data
+        self._columns = {name: layout.view(name, memory[slice(*layout.place(name, rows))], rows) for name in layout}
+        parted = {name: tensor.unbind() for name, tensor in self._columns.items()}
+        self.rows = [tensors.Held({name: parts[row] for name, parts in parted.items()}) for row in range(rows)]
+
+    @property
+    def columns(self) -> Tensors:
+        """Each tensor of all updates that there are, (count, *shape)."""
+        return {name: tensor[: self.count] for name, tensor in self._columns.items()}
+
+    def add(self, update: TensorMap) -> None:
+        """Take a copy of an update, whose tensors are those of the layout."""
+        for name, place in self.rows[self.count].items():
+            place.copy_(update[name].detach())
+        self.count += 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let go of all updates but some, in ascending order."""
+        for to, row in enumerate(rows):
+            if to != row:
+                for name, place in self.rows[to].items():
+                    place.copy_(self.rows[row][name])
+        self.count = len(rows)
+
+    def write(self, file: int, offset: int) -> int:
+        """Write what there is to a place in a file; return how many bytes that is."""
+        views = []
+        for name in self._layout:
+            begin, _ = self._layout.place(name, self._rows)
+            size = len(range(*self._layout.place(name, self.count)))
+            views.append(self._bytes[begin : begin + size])
+        views = [self._bytes] if self.count == self._rows else [view for view in views if view]
+        end = offset
+        while views:
+            written = os.pwritev(file, views[:VECTORS], end)
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            end += written
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if written:
+                views[0] = views[0][written:]
+        return end - offset
+
+
+class Stretch:
+    """Updates that lie together in a file; each tensor of all of them is read when it is first asked for."""
+
+    def __init__(self, file: int, offset: int, layout: Layout, rows: int) -> None:
+        """Take how many there are, and where they begin."""
+        self._file, self._offset, self._layout, self._count = file, offset, layout, rows
+        self._parted: dict[str, Sequence[torch.Tensor]] = {}
+
+    def row(self, number: int) -> TensorMap:
+        """Return one of the updates."""
+        return _Row(self, number)
+
+    def parted(self, name: str) -> Sequence[torch.Tensor]:
+        """Return a tensor of each update."""
+        if name not in self._parted:
+            begin, end = self._layout.place(name, self._count)
+            memory = torch.empty(end - begin, dtype=torch.uint8)
+            left, at = memory.numpy().data, self._offset + begin
+            while left:
+                read = os.preadv(self._file, [left], at)
+                if not read:
+                    raise OSError(errno.EIO, "the spool has become shorter while it was read")
+                left, at = left[read:], at + read
+            self._parted[name] = self._layout.view(name, memory, self._count).unbind()
+        return self._parted[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+
+class _Row(Mapping[str, torch.Tensor]):
+    def __init__(self, stretch: Stretch, number: int) -> None:
+        self._stretch, self._number = stretch, number
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stretch.parted(name)[self._number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stretch)
+
+    def __len__(self) -> int:
+        return len([*self._stretch])
 
 
 class Spool:
-    """The updates of one round, as the process that folds them sees them."""
+    """The files of one round's updates, one for each worker; any worker may read them."""
 
     def __init__(self, folder: Path, workers: int) -> None:
-        """Name the files, one for each worker."""
-        self.paths = [folder / f"worker-{number}.spool" for number in range(workers)]
+        """Name them."""
+        self._paths = [folder / f"worker-{number}.spool" for number in range(workers)]
 
     def clear(self) -> None:
         """Make the files, empty."""
-        for path in self.paths:
+        for path in self._paths:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_bytes(b"")
 
-    @cached_property
-    def _files(self) -> list[int]:
-        return [os.open(path, os.O_RDONLY) for path in self.paths]
+    def open(self, worker: int) -> int:
+        """Open the file of a worker to write it."""
+        return os.open(self._paths[worker], os.O_WRONLY)
 
-    @contextmanager
-    def opened(
-        self, worker: int, offset: int, layout: Layout, broadcast: TensorMap, schema: Schema, stages: Sequence[Stage]
-    ) -> Iterator[TensorMap]:
-        """Open an update as the adapter that it stands for."""
-        yield upload.unpack(stages, layout.read(self._files[worker], offset), broadcast, schema)
+    @cached_property
+    def files(self) -> list[int]:
+        """All of them, to read."""
+        return [os.open(path, os.O_RDONLY) for path in self._paths]

@@ -1,6 +1,6 @@
 """A virtual site at work: a live site's training, policy, stages and checks, on what this process holds already."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -16,7 +16,7 @@ from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
 from offsite.deploy.simulation.data import Data
 from offsite.deploy.simulation.orders import RoundOrder
-from offsite.deploy.simulation.spool import Layout
+from offsite.deploy.simulation.spool import Block, Layout
 from offsite.emulator import methods
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
@@ -25,7 +25,7 @@ from offsite.protos import tensors
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.tensors import Held
-from offsite.protos.upload.admission import admit_metrics, described, judge
+from offsite.protos.upload.admission import admit_metrics, described, judge_values
 
 ENGINE = EngineSpec(name="plain")
 NOWHERE = "virtual"  # a path that nothing is read from or written to
@@ -107,6 +107,7 @@ class TierRound:
             self._task, methods.make(self._task.method.name, self._task.method.settings), self.broadcast
         )
         self.layout = Layout(self.packing.leaves)
+        self._block: Block | None = None
         self._job = TrainerJob(
             bundle=order.bundle,
             manifest=order.manifest,
@@ -132,21 +133,33 @@ class TierRound:
             raise RefusedError(str(self._refusal), reason=self._refusal.reason)
         return Visit(site, self.broadcast, source, self._job, models)
 
-    def pack(self, visit: Visit, adapter: Adapter, secret: bytes, residual: Tensors) -> tuple[Held, Held]:
+    def block(self, rows: int) -> Block:
+        """Return an empty block for the updates of so many sites."""
+        if self._block is None or len(self._block.rows) < rows:
+            self._block = Block(self.layout, rows)
+        self._block.count = 0
+        return self._block
+
+    def pack(self, visit: Visit, adapter: Adapter, secret: bytes, residual: Tensors) -> tuple[Tensors, Tensors]:
         """Return what leaves a site, and what stays there; raises MismatchError for another adapter than was sent."""
-        tensors.check_entries(Held(adapter).entries, self.packing.schema, what=described(self._task, visit.site))
-        task = visit.task if self.packing.stages else self._task  # without any, it says nothing of the site
-        leaves, stays = Held(), Held()
-        for packed in self.packing.pack(adapter, self.broadcast, task, secret=secret, residual=residual):
+        what = described(self._task, visit.site)
+        tensors.check_entries(Held(adapter).entries, self.packing.schema, what=what)
+        if not self.packing.stages:
+            return adapter, {}
+        leaves, stays = Held(), Tensors()
+        for packed in self.packing.pack(adapter, self.broadcast, visit.task, secret=secret, residual=residual):
             leaves.update(packed.update)
             stays.update(packed.residual)
+        tensors.check_entries(leaves.entries, self.packing.leaves, what=what)
         return leaves, stays
 
-    def admit(self, site: str, update: Held, metrics: UpdateMetrics) -> float:
+    def norms(self, block: Block) -> Sequence[float | None]:
+        """Return how far each update of a block went, where that is told of all at once: no stage has packed them."""
+        return [None] * block.count if self.packing.stages else tensors.gaps(block.columns, self.broadcast)
+
+    def admit(self, site: str, update: Held, norm: float | None, metrics: UpdateMetrics) -> float:
         """Let an update in as a coordinator does, and return how far it went; raises MismatchError."""
         admit_metrics(metrics, self._task, site=site)
         packing, what = self.packing, described(self._task, site)
-        most = self._max_norm
-        return judge(
-            *(update, self.broadcast, packing.schema, packing.stages), max_norm=most, what=what, packed=packing.leaves
-        )
+        given = update, self.broadcast, packing.schema, packing.stages, packing.leaves
+        return judge_values(*given, max_norm=self._max_norm, what=what, seen=norm)

@@ -1,9 +1,9 @@
 """What a worker process of a simulation does, once it has been forked (`offsite.protos.processes`)."""
 
-import os
 import socket
 import traceback
 from io import BufferedRWPair
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from offsite.client.site import training
 from offsite.client.site.trainer import explain
 from offsite.deploy.simulation.data import open_data
-from offsite.deploy.simulation.orders import Order, Replies, Reply, RoundOrder, Setup, SiteOrder
+from offsite.deploy.simulation.folding import fold_part
+from offsite.deploy.simulation.orders import Batch, Failure, Order, Reply, RoundOrder, Setup, Work
+from offsite.deploy.simulation.spool import Block, Spool
 from offsite.deploy.simulation.visit import Models, TierRound, trainer
 from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES
 from offsite.kernels.schema import Tensors, Tier
@@ -19,6 +21,7 @@ from offsite.protos import tensors
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import RefusedError, ResourceError
 from offsite.protos.security.draws import derive
+from offsite.protos.spec import UpdateMetrics
 
 
 def preload() -> None:
@@ -43,15 +46,13 @@ def _answer(setup: Setup, lines: BufferedRWPair) -> None:
         order = from_json(Order, line, where="order")
         try:
             worker = worker or Worker(setup)
-            if order.round:
-                worker.begin(order.round)
-            replies = Replies(sites=tuple(worker.work(site) for site in order.sites))
+            reply = worker.answer(order)
         except Exception as fault:  # of what all sites have in common
             traceback.print_exc()
             error = explain(fault)
             missing = isinstance(error, ResourceError)
-            replies = Replies(fault=plain(str(error), most=2000), resource=missing)
-        lines.write(to_json(replies) + b"\n")
+            reply = Reply(fault=plain(str(error), most=2000), resource=missing)
+        lines.write(to_json(reply) + b"\n")
         lines.flush()
 
 
@@ -69,7 +70,16 @@ class Worker:
         self._train = trainer(setup.train)
         self._secret = derive(str(setup.seed).encode(), "virtual sites")
         self._tiers: dict[Tier, TierRound] = {}
-        self._spool, self._end = os.open(setup.spool, os.O_WRONLY), 0
+        self._spool = Spool(Path(setup.spool), setup.workers)
+        self._file, self._end = self._spool.open(setup.number), 0
+
+    def answer(self, order: Order) -> Reply:
+        """Do what is asked for; raises OffsiteError where that cannot be done for any site."""
+        if order.fold:
+            return Reply(version=fold_part(order.fold, self._spool))
+        if order.round:
+            self.begin(order.round)
+        return Reply(work=self.work(order))
 
     def begin(self, order: RoundOrder) -> None:
         """Begin a round, which writes over the last one's updates; raises OffsiteError."""
@@ -77,52 +87,67 @@ class Worker:
         self._residuals = Path(order.residuals) if order.residuals else None
         self._number, self._end = next(iter(order.tasks.values())).round, 0
 
-    def work(self, order: SiteOrder) -> Reply:
-        """Do a site's task as far as its update is let in; why there is none is told as a live site's log has it.
+    def work(self, order: Order) -> Work:
+        """Do the tasks of sites, as far as their updates are let in, and why there is none of some.
 
         Raises ResourceError where memory or disk is missing.
         """
-        try:
-            return self._work(order)
-        except Exception as fault:
-            error = explain(fault)
-            if isinstance(error, ResourceError):  # is missing to all
-                raise error from fault
-            if str(error).startswith(type(fault).__name__):  # a fault of ours, or of what trains
-                traceback.print_exc()
-            refused = isinstance(error, RefusedError)
-            return Reply(site=order.site, refused=refused, message=plain(str(error), most=2000))
+        tier, failures = self._tiers[order.tier], list[Failure]()
+        block = tier.block(len(order.sites))
+        trained: list[tuple[str, UpdateMetrics]] = []
+        for site, previous in zip_longest(order.sites, order.previous):
+            try:
+                trained.append((site, self._train_one(tier, block, site, previous)))
+            except Exception as fault:
+                failures.append(_failure(site, fault))
+        norms: dict[int, float] = {}
+        for row, ((site, metrics), norm) in enumerate(zip(trained, tier.norms(block), strict=True)):
+            try:
+                norms[row] = tier.admit(site, block.rows[row], norm, metrics)
+            except Exception as fault:
+                failures.append(_failure(site, fault))
+        block.keep([*norms])
+        offset, self._end = self._end, self._end + block.write(self._file, self._end)
+        let_in = [trained[row] for row in norms]
+        return Work(
+            batch=Batch(
+                worker=self._setup.number, offset=offset, tier=order.tier, sites=tuple(site for site, _ in let_in)
+            ),
+            metrics=tuple(to_json(metrics).decode() for _, metrics in let_in),
+            examples=tuple(metrics.examples for _, metrics in let_in),
+            tokens=tuple(metrics.tokens for _, metrics in let_in),
+            loss=tuple(metrics.loss for _, metrics in let_in),
+            norm=tuple(norms.values()),
+            failures=tuple(failures),
+        )
 
-    def _work(self, order: SiteOrder) -> Reply:
-        tier = self._tiers[order.tier]
-        visit = tier.visit(order.site, self._data, self._models)
+    def _train_one(self, tier: TierRound, block: Block, site: str, previous: int | None) -> UpdateMetrics:
+        """Do a site's task, and add its update to a block."""
+        visit = tier.visit(site, self._data, self._models)
         adapter, metrics = self._train(visit)
-        residual = self._residual(order.site, order.previous)
-        update, stays = tier.pack(
-            visit, adapter, derive(self._secret, order.site) if tier.packing.stages else b"", residual
-        )
-        norm = tier.admit(order.site, update, metrics)
+        secret = derive(self._secret, site) if tier.packing.stages else b""
+        update, stays = tier.pack(visit, adapter, secret, self._residual(site, previous))
         if self._residuals:
-            tensors.save(self._file(order.site, self._number), stays)
-        tier.layout.write(self._spool, self._end, update)
-        offset, self._end = self._end, self._end + tier.layout.size
-        return Reply(
-            site=order.site,
-            metrics=to_json(metrics).decode(),
-            examples=metrics.examples,
-            tokens=metrics.tokens,
-            loss=metrics.loss,
-            norm=norm,
-            worker=self._setup.number,
-            offset=offset,
-        )
+            tensors.save(self._residual_file(site, self._number), stays)
+        block.add(update)
+        return metrics
 
     def _residual(self, site: str, previous: int | None) -> Tensors:
         """Return what stages left out of the last update of a site that the run took."""
         if self._residuals is None or previous is None:
             return {}
-        return tensors.load(self._file(site, previous))
+        return tensors.load(self._residual_file(site, previous))
 
-    def _file(self, site: str, number: int) -> Path:
+    def _residual_file(self, site: str, number: int) -> Path:
         assert self._residuals is not None, "a stage feeds back"
         return self._residuals / f"{site}.{number}.safetensors"
+
+
+def _failure(site: str, fault: Exception) -> Failure:
+    """Tell why a site gave no update, as a live site's log has it; raises ResourceError for what is missing to all."""
+    error = explain(fault)
+    if isinstance(error, ResourceError):
+        raise error from fault
+    if str(error).startswith(type(fault).__name__):  # a fault of ours, or of what trains
+        traceback.print_exception(fault)
+    return Failure(site=site, refused=isinstance(error, RefusedError), message=plain(str(error), most=2000))

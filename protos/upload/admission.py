@@ -50,7 +50,6 @@ def judge(
     max_norm: float,
     what: str,
     seen: float | None = None,
-    packed: Schema | None = None,
 ) -> float:
     """Return how far an update has changed, wherever it is read from; raises MismatchError unless it may be let in.
 
@@ -62,10 +61,24 @@ def judge(
         max_norm: L2 norm of the largest change that is let in.
         what: names it in messages.
         seen: the norm, if it is known already.
-        packed: what the stages make of the schema, if that is known already.
     """
-    packed = packed or upload.schema_of(stages, schema)
+    packed = upload.schema_of(stages, schema)
     tensors.check_entries(update.entries, packed, what=what)
+    return judge_values(update, broadcast, schema, stages, packed, max_norm=max_norm, what=what, seen=seen)
+
+
+def judge_values(
+    update: tensors.Source,
+    broadcast: tensors.Source,
+    schema: Schema,
+    stages: Sequence[Stage],
+    packed: Schema,
+    *,
+    max_norm: float,
+    what: str,
+    seen: float | None = None,
+) -> float:
+    """Do the same for an update whose tensors are those of `packed`, which the stages make of the schema."""
     fixed = {name: broadcast[name] for name, field in packed.items() if field.rule is Rule.FIXED}
     if stages:
         tensors.check_values(update, packed, fixed=fixed, what=what)

@@ -5,14 +5,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation.folding import Sent, fold
+from offsite.coordinator.aggregation import Origin
+from offsite.coordinator.aggregation.folding import Sent, fold, part_of, weigh
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.steps.orders import Aggregate, Join
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.versions import Version, read_schema
-from offsite.kernels.schema import groups
 from offsite.protos import upload
 from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
@@ -30,22 +30,22 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     with timeline.span("aggregation"), TemporaryDirectory(dir=node.scratch) as scratch:
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.path(sent.digest) for tier, sent in order.last.broadcast.items()}
-        sent = []
+        sent, opens = [], {}
         for update in order.updates:
             file, tier = blobs.path(update.digest), order.tiers[update.site]
             norm = distance(file, starts[tier], schema, stages)
-            open_ = partial(opened, file, starts[tier], schema, stages)
-            sent.append(Sent(update.site, tier, update.examples, norm, open_))
-        last = load_version(blobs, order.last)
-        mine = sorted(groups(schema).items())[order.part :: order.parts]
-        part = {key: schema[key] for _, keys in mine for key in keys}
-        outcome = fold(strategy, last, part, sent, spec=spec, tiers={*order.tiers.values()})
-        stored = store_version(blobs, Path(scratch), outcome.version, part=order.parts > 1)
+            sent.append(Sent(update.site, tier, update.examples, norm))
+            opens[update.site] = partial(opened, file, starts[tier], schema, stages)
+        last, part = load_version(blobs, order.last), part_of(schema, order.part, order.parts)
+        weighing = weigh(sent, spec=spec)
+        updates = ((Origin(site, order.tiers[site], weight), opens[site]) for site, weight in weighing.weights.items())
+        version = fold(strategy, last, part, updates, tiers={*order.tiers.values()})
+        stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     digests = {update.site: update.digest for update in order.updates}
     return Folded(
         version=stored,
-        lineage={site: Part(update=digests[site], weight=weight) for site, weight in outcome.weights.items()},
-        left_out=outcome.left_out,
+        lineage={site: Part(update=digests[site], weight=weight) for site, weight in weighing.weights.items()},
+        left_out=weighing.left_out,
         spans=tuple(timeline),
     )
 

@@ -1,8 +1,9 @@
 """Simulations whose virtual sites work in the test's own process, one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from offsite.client import Choice, RunSpec, TrainingSpec
 from offsite.client.site.policy import Policy
 from offsite.deploy.simulation import simulate as module
-from offsite.deploy.simulation.orders import Reply, RoundOrder, SiteOrder
+from offsite.deploy.simulation.orders import Order, Reply
 from offsite.deploy.simulation.pool import Pool
 from offsite.deploy.simulation.simulate import Simulation, simulate
+from offsite.deploy.simulation.spool import Spool
 from offsite.deploy.simulation.worker import Worker
 
 from ...integration.conftest import write_material
@@ -21,18 +23,20 @@ Do = Callable[..., Simulation]
 
 
 class Here(Pool):
-    """A pool of no process."""
+    """A pool of no process: its workers take turns."""
 
     def __enter__(self) -> Self:
-        self.spool.clear()
-        self._worker = Worker(replace(self._setup, spool=str(self.spool.paths[0])))
+        Spool(Path(self.setup.spool), self.setup.workers).clear()
+        self._here = [Worker(replace(self.setup, number=number)) for number in range(self.setup.workers)]
+        self._turn = Lock()
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
 
-    def work(self, order: RoundOrder, sites: Sequence[SiteOrder]) -> Iterator[Reply]:
-        self._worker.begin(order)
-        yield from map(self._worker.work, sites)
+    def _ask(self, number: int, order: Order) -> Reply:
+        with self._turn:
+            return self._here[number].answer(order)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +68,11 @@ def do(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Do:
         own = {name: value for name, value in changes.items() if name not in RunSpec.__dataclass_fields__}
         fields |= {name: value for name, value in changes.items() if name not in own}
         lax = Policy(bases=("any",), data=("/",), max_passes=1e9, min_rows=1)
-        options: dict[str, Any] = {"sites": sites, "partition": Choice(name="iid", settings={"rows": 16})} | own
+        options: dict[str, Any] = {
+            "sites": sites,
+            "partition": Choice(name="iid", settings={"rows": 16}),
+            "workers": 2,
+        } | own
         return simulate(
             RunSpec(**fields), data=material / "hospital.jsonl", out=tmp_path / out, policy=policy or lax, **options
         )
