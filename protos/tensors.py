@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from offsite.kernels.schema import INTEGERS, Field, Schema, TensorMap, Tensors, size_bytes
+from offsite.protos.chunks import hasher, read_chunks
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
@@ -52,35 +53,55 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[s
 
 @contextmanager
 def writing(
-    path: Path, schema: Schema, *, metadata: Mapping[str, str] | None = None
+    path: Path, schema: Schema, *, metadata: Mapping[str, str] | None = None, digest: Path | None = None
 ) -> Iterator[Callable[[Tensors], None]]:
     """Write the tensors of a settled schema as they come, in any order; the file is whole and on disk, or not there.
 
-    Its bytes depend on no order, and are those of `save` where all tensors have one dtype. Raises ValueError for a
-    tensor that is not of the schema, and at the end if one is missing.
+    Its bytes depend on no order, and are those of `save` where all tensors have one dtype. The file `digest` is given
+    its digest, before it is there itself; what comes in the order of the file is not read again for that. Raises
+    ValueError for a tensor that is not of the schema or comes twice, and at the end if one is missing.
     """
     head, begins = _head(schema, metadata or {})
     partial = path.with_name(path.name + ".partial")
-    missing = set(schema)
+    missing, whole, seen = set(schema), hasher(), len(head)
     with partial.open("wb") as file:
 
         def write(tensors: Tensors) -> None:
+            nonlocal seen
             for name, tensor in tensors.items():
                 field = schema.get(name)
                 if field is None or (tensor.dtype, tuple(tensor.shape)) != (DTYPES[field.dtype], field.shape):
                     raise ValueError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, agreed was {field}")
+                if name not in missing:
+                    raise ValueError(f"tensor {name} was written before")
+                data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
                 file.seek(len(head) + begins[name])
-                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-                missing.discard(name)
+                file.write(data)
+                if digest and seen == file.tell() - len(data):
+                    whole.update(data)
+                    seen += len(data)
+                missing.remove(name)
 
         file.write(head)
+        whole.update(head)
         file.truncate(len(head) + size_bytes(schema))
         yield write
         if missing:
             raise ValueError(f"{path.name}: tensor {min(missing)} is missing ({len(missing)} of {len(schema)} are)")
         file.flush()
         os.fsync(file.fileno())
+    if digest:
+        for _, data in read_chunks(partial, offset=seen):
+            whole.update(data)
+        _keep(digest, f"blake3:{whole.hexdigest()}")
     partial.replace(path)
+
+
+def _keep(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _head(schema: Schema, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

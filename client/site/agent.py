@@ -23,7 +23,7 @@ from offsite.client.site.reasons import because, reason
 from offsite.client.site.reporter import Reporter
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc
-from offsite.protos.chunks import STALL_S, digest_bytes, digest_file
+from offsite.protos.chunks import STALL_S, digest_bytes
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import (
     IdentityError,
@@ -176,12 +176,12 @@ class Agent:
         self._say("task", about | {"upload": render(task.upload) or "plain"})
         folder = self._work.task(task)
         folder.mkdir(parents=True, exist_ok=True)
-        update, metrics = folder / "update.safetensors", folder / "metrics.json"
-        if not (update.exists() and metrics.exists()):
+        update, digest, metrics = (folder / name for name in ("update.safetensors", "update.digest", "metrics.json"))
+        if not (update.exists() and digest.exists() and metrics.exists()):
             self._train(task, folder, reporter)
         reporter.now(pb.UPLOADING)
         header = pb.UploadHeader(
-            key=reporter.key, digest=digest_file(update), size=update.stat().st_size, metrics=metrics.read_text()
+            key=reporter.key, digest=digest.read_text(), size=update.stat().st_size, metrics=metrics.read_text()
         )
         self._config.policy.check_update(header.size)
         self._work.keep_residual(task, header.digest)  # by its name it counts once the coordinator has the update

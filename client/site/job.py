@@ -49,4 +49,4 @@ class TrainerJob:
     engine: EngineSpec = EngineSpec()
     secret: Place  # file of the site's secret, from which stages of an upload draw
     residual: Place = ""  # file of what stages left out of the site's last update; empty: none of them did
-    out: Place  # folder, made by the trainer: update.safetensors, metrics.json, perhaps residual.safetensors
+    out: Place  # folder, made by the trainer: the update and its digest, metrics.json, perhaps what stages left out

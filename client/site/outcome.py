@@ -48,7 +48,8 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: Train
     with ExitStack() as files:
         # One entry, because safetensors writes several in random order and the same work must give the same bytes.
         about = {"offsite": canonical(_about(task)).decode()}
-        send = files.enter_context(tensors.writing(out / "update.safetensors", packing.leaves, metadata=about))
+        file, digest = out / "update.safetensors", out / "update.digest"
+        send = files.enter_context(tensors.writing(file, packing.leaves, metadata=about, digest=digest))
         keep = None
         if packing.stays:
             keep = files.enter_context(tensors.writing(out / "residual.safetensors", packing.stays))

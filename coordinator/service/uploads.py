@@ -1,17 +1,15 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
-import os
-import sys
-from io import BufferedWriter
 from typing import TYPE_CHECKING
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.steps.results import BUILD
 from offsite.coordinator.runs.versions import read_schema
+from offsite.coordinator.service.spool import SpoolFile
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
-from offsite.protos.chunks import WINDOW_BYTES, algorithm_of, hasher, hex_of, is_digest, read_chunks
+from offsite.protos.chunks import algorithm_of, hasher, hex_of, is_digest, read_chunks
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
 from offsite.protos.events import UpdateAccepted
@@ -21,7 +19,6 @@ from offsite.protos.spec import RunSpec, TaskSpec, UpdateMetrics
 if TYPE_CHECKING:
     from offsite.protos.upload.change import Change
 
-BEHIND_BYTES = WINDOW_BYTES  # an update is told to the disk whenever it is so much longer
 HEADER_BYTES = 1 << 20  # more than any safetensors header of an update takes
 
 
@@ -38,7 +35,7 @@ class Upload:
         self._stem = f"{header.key.run}-{header.key.round}-{site}-{header.key.attempt}-"
         self._file = home.spool / (self._stem + hex_of(header.digest))
         self._run = journal.run(header.key.run)
-        self._output: BufferedWriter | None = None
+        self._output: SpoolFile | None = None
         self._change: Change | None = None
         self._whole, self._kept = hasher(algorithm_of(header.digest)), 0
 
@@ -73,7 +70,7 @@ class Upload:
             from offsite.protos.upload.change import Change  # torch: a server that only waits needs none
 
             self._change = Change(self._blobs.served(self._spec.adapter))
-        self._output = self._file.open("ab")
+        self._output = SpoolFile(self._file)
         for _, data in read_chunks(self._file):
             self._see(data)
         return self._kept
@@ -90,13 +87,7 @@ class Upload:
             raise MismatchError(f"{self._what()}: more bytes than the {self._header.size} announced")
         assert self._output is not None, "begin() opens it"
         self._output.write(data)
-        self._output.flush()
         self._see(data)
-        if self._change and self._kept % BEHIND_BYTES < len(data):
-            # Begin to write what has come, and keep nothing in memory of what is written: it is read when the round is
-            # folded, which can be hours away, and what sites download again and again should not make room for it.
-            if sys.platform == "linux":  # macOS has no such call
-                os.posix_fadvise(self._output.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return self._kept
 
     def _see(self, data: bytes | memoryview) -> None:

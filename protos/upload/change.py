@@ -20,11 +20,13 @@ class Change:
 
     def __init__(self, broadcast: Path) -> None:
         self._start, self._entries = broadcast.open("rb", buffering=0), tensors.header(broadcast)
+        self._size = os.fstat(self._start.fileno()).st_size
         sizes = [math.prod(entry.shape) * FLOATS.get(entry.dtype, 0) for entry in self._entries.values()]
         self._ends = list(itertools.accumulate(sizes))
         self._left = list(zip(self._ends, self._entries.values(), strict=True))[::-1]  # the next one is the last
         self._at: int | None = None  # how many bytes of tensors have come; None before the header
         self._squares, self._odd = 0.0, 0 in sizes
+        self._part, self._beside = (memoryview(bytearray(tensors.PIECE_BYTES)) for _ in range(2))
 
     def norm(self, update: Path) -> float | None:
         """Return the norm for the file that has come, not finite where a tensor is not; None if it is to be read."""
@@ -43,20 +45,20 @@ class Change:
         """Add what there is of the tensor that comes next; return how many bytes of the data that is."""
         assert self._at is not None, "the header has come"
         end, entry = self._left[-1] if self._left else (self._at, None)
-        part = bytearray(data[: end - self._at])
-        beside = bytearray(len(part))
-        begin = os.fstat(self._start.fileno()).st_size - self._ends[-1]
-        if entry is None or len(part) % FLOATS[entry.dtype]:
+        size = min(len(data), end - self._at, len(self._part))
+        if entry is None or size % FLOATS[entry.dtype]:
             self._odd = True
             return len(data)
+        begin, part, beside = self._size - self._ends[-1], self._part[:size], self._beside[:size]
+        part[:] = data[:size]  # where its values are aligned, and can be written over
         os.preadv(self._start.fileno(), [beside], begin + self._at)
         here, there = (torch.frombuffer(one, dtype=tensors.DTYPES[entry.dtype]) for one in (part, beside))
         for piece, start in zip(torch.split(here, tensors.ALONE), torch.split(there, tensors.ALONE), strict=True):
-            self._squares += tensors.norm(piece - start) ** 2
-        self._at += len(part)
+            self._squares += tensors.norm(piece.sub_(start)) ** 2
+        self._at += size
         if self._at == end:
             self._left.pop()
-        return len(part)
+        return size
 
     def close(self) -> None:
         """Close the broadcast."""

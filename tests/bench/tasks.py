@@ -9,7 +9,8 @@ from typing import Any
 
 
 def open_task(home: Any, folder: Path, run: str, *, site: str, size: int) -> None:
-    """Add a run with one task for a site, and leave the task and its update in the folder, as RUN.json and RUN.
+    """Add a run with one task for a site, and leave the task and its update in the folder, as RUN.json and RUN,
+    with the digest as RUN.digest.
 
     `size` is that of the adapter that the task starts from, in bytes of its tensors.
     """
@@ -65,5 +66,7 @@ def open_task(home: Any, folder: Path, run: str, *, site: str, size: int) -> Non
     for tensor in adapter.values():
         tensor += 1e-3
     origin = {"broadcast": task.adapter, "method_hash": task.method_hash}
-    tensors.save(folder / run, adapter, metadata={"offsite": json.dumps(origin)})
+    about, digest = {"offsite": json.dumps(origin)}, folder / f"{run}.digest"
+    with tensors.writing(folder / run, schema, metadata=about, digest=digest) as write:
+        write(adapter)
     (folder / f"{run}.json").write_bytes(to_json(task))

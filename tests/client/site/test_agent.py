@@ -154,7 +154,9 @@ def fed_back(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             before = Path(self.job.residual).read_text() if self.job.residual else ""
             self.numbers.append(before)
             for name in ("update", "residual"):
-                (Path(self.job.out) / f"{name}.safetensors").write_text(f"{before}{self.job.task.round}")
+                text = f"{before}{self.job.task.round}"
+                (Path(self.job.out) / f"{name}.safetensors").write_text(text)
+                (Path(self.job.out) / f"{name}.digest").write_text(digest_bytes(text.encode()))
             yield from super().events()
 
         numbers: list[str] = []

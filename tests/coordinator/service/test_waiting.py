@@ -197,12 +197,13 @@ def test_all_who_wait_or_were_heard_are_recorded_in_one_write(
         await coordinator.waits(*names)
         coordinator.room.hear("busy")
         monkeypatch.setattr(waiting, "BEAT_S", 0.0)
-        while len(writes) < 2:
+        while not any("busy" in write for write in writes[:-1]):
             await asyncio.sleep(0)
 
     monkeypatch.setattr(waiting, "BEAT_S", 0.05)
     coordinator.run(main())
-    assert writes[0] == ["busy", *names] and writes[1] == names, "who was heard once is recorded once"
+    beat = next(number for number, write in enumerate(writes) if "busy" in write)  # on a slow machine not the first
+    assert writes[beat] == ["busy", *names] and writes[beat + 1] == names, "who was heard once is recorded once"
     assert journal.present(since=1.0) == ["busy", *names]
 
 
