@@ -2,17 +2,19 @@
 
 A run's row, report and events stay. Its published files stay until a policy says otherwise; what it worked with (its
 bundles, broadcasts, updates and averages) goes some days after its end. A run that is not over keeps everything.
+A manifest that is lost keeps nobody from the rest: what it may have named stays.
 """
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.gateways import OLD_S, mark
 from offsite.coordinator.store.journal import LIVE, Journal, Row
 from offsite.protos.chunks import DIGEST, digest_bytes
+from offsite.protos.errors import MismatchError, NotFoundError, OffsiteError
 
 DAY_S = 24 * 3600.0
 
@@ -35,6 +37,7 @@ class Freed:
     bytes: int
     runs: tuple[str, ...]  # whose published files are forgotten
     events: int
+    lost: tuple[str, ...] = ()  # of each manifest that cannot be read, whose it is and why
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -42,22 +45,38 @@ class Freed:
         return f"{self.files} files, {self.bytes / 1e6:.1f} MB{runs}, and {self.events} events"
 
 
+@dataclass
+class Needed:
+    """What a run works with, by digest."""
+
+    digests: set[str]
+    lost: list[OffsiteError] = field(default_factory=list)  # why manifests that it names could not be read
+    known: bool = True  # whether the digests are all, though manifests were lost
+
+
 def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed:
     """Remove what need not be kept; raises OffsiteError."""
     journal, blobs, now = home.journal(), home.blobs(), time.time()
+    lost: list[str] = []
     try:
         runs = journal.runs()
         over = [run for run in reversed(runs) if run.state not in LIVE]
         live = len(over) < len(runs)
+        before = now - DAY_S if live else now
         forgotten = [run for at, run in enumerate(over) if not _published_is_kept(run, at, retention, now)]
-        lost = {run.id for run in forgotten}
+        unpublished = {run.id for run in forgotten}
         keep = {digest_bytes(mark(gateway.name)) for gateway in journal.gateways(within_s=OLD_S)}
         for run in runs:
             if run.state in LIVE:
                 keep |= goes_on_from(journal, run.id)
-            if run.state in LIVE or (run.id not in lost and now - run.finished_at < retention.working_days * DAY_S):
-                keep |= worked_with(journal, blobs, run.id)
-            if run.id not in lost:
+            recent = run.id not in unpublished and now - run.finished_at < retention.working_days * DAY_S
+            if run.state in LIVE or recent:
+                needed = worked_with(journal, blobs, run.id, live=run.state in LIVE)
+                keep |= needed.digests
+                lost += [f"run {run.id}: {why}" for why in needed.lost]
+                if not needed.known:  # what it works with was stored, or stored again, after it was submitted
+                    before = min(before, run.submitted_at - DAY_S)
+            if run.id not in unpublished:
                 keep |= {file.digest for file in journal.artifacts(run.id)}
         named = tuple(run.id for run in forgotten if journal.artifacts(run.id))
         events = sum(journal.thin(run.id, most=retention.most_events, dry_run=dry_run) for run in runs)
@@ -65,10 +84,10 @@ def collect(home: Home, retention: Retention, *, dry_run: bool = False) -> Freed
             for run in named:
                 journal.forget_artifacts(run)
         # A step stores its files before the journal names them: while one may be at work, the young ones stay.
-        files, size = blobs.sweep(keep, before=now - DAY_S if live else now, dry_run=dry_run)
+        files, size = blobs.sweep(keep, before=before, dry_run=dry_run)
         if not dry_run and not live:
             home.sweep()
-        return Freed(files=files, bytes=size, runs=named, events=events)
+        return Freed(files=files, bytes=size, runs=named, events=events, lost=tuple(lost))
     finally:
         journal.close()
 
@@ -87,17 +106,24 @@ def goes_on_from(journal: Journal, run: str) -> set[str]:
     return _named(json.dumps(folded.get("version", {})))
 
 
-def worked_with(journal: Journal, blobs: Blobs, run: str) -> set[str]:
-    """Return every digest that a run's steps and tasks name, and that the manifests among them name."""
+def worked_with(journal: Journal, blobs: Blobs, run: str, *, live: bool = False) -> Needed:
+    """Return every digest that a run's steps and tasks name, and that the manifests among them name.
+
+    A manifest that is not there is lost to a live run; of one that is over it may have been removed.
+    """
     steps = journal.steps(run)
     tasks = journal.tasks(run)
-    digests = _named(json.dumps(steps)) | {task.update for task in tasks if task.update}
-    digests |= {digest for task in tasks for digest in _named(task.spec.decode())}
-    manifests = {value["manifest"] for value in steps.values() if "manifest" in value}
-    for manifest in manifests:
-        if manifest in blobs:
-            digests |= _named(blobs.path(manifest).read_text())
-    return digests
+    needed = Needed(_named(json.dumps(steps)) | {task.update for task in tasks if task.update})
+    needed.digests |= {digest for task in tasks for digest in _named(task.spec.decode())}
+    for bundle in (value for value in steps.values() if "manifest" in value):
+        try:
+            needed.digests |= _named(blobs.path(bundle["manifest"]).read_text())
+        except (NotFoundError, MismatchError) as error:
+            if isinstance(error, NotFoundError) and not live:
+                continue
+            needed.lost.append(error)
+            needed.known &= "files" in bundle.get("bundle", {})  # else an earlier version kept it
+    return needed
 
 
 def _named(text: str) -> set[str]:

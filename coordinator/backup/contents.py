@@ -15,13 +15,16 @@ def named(journal: Journal, blobs: Blobs) -> tuple[set[str], set[str]]:
     """Return the blobs that a journal's runs need, and what else of theirs may still be there.
 
     Needed are published files and, of a run that is not over, all that it goes on with. Manifests are read where they
-    are among the blobs given.
+    are among the blobs given. Raises MismatchError for one that has changed there.
     """
     needed: set[str] = set()
     useful: set[str] = set()
     for run in journal.runs():
         needed |= {file.digest for file in journal.artifacts(run.id)}
-        useful |= worked_with(journal, blobs, run.id)
+        works = worked_with(journal, blobs, run.id)
+        if works.lost:
+            raise works.lost[0]
+        useful |= works.digests
         if run.state in LIVE:
             needed |= {task.update for task in journal.tasks(run.id) if task.update}
             needed |= _digests(journal.steps(run.id)) | goes_on_from(journal, run.id)

@@ -164,10 +164,13 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
     format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
 ) -> None:
-    """Remove files that no run needs; a coordinator may be up. Rows, reports and events of runs stay."""
+    """Remove files that no run needs; a coordinator may be up. Rows, reports and events of runs stay.
+
+    Where a manifest is lost, what it may have named stays, the rest goes, and the exit code is 7.
+    """
     from offsite.coordinator.home import Home
     from offsite.coordinator.retention import Retention, collect
-    from offsite.protos.errors import NotFoundError
+    from offsite.protos.errors import MismatchError, NotFoundError
 
     root = home.resolve()
     if not (at := Home(root, root)).begun:
@@ -178,6 +181,10 @@ def gc(
         print(json.dumps({"dry_run": dry_run, **vars(freed)}))
     else:
         print(f"{'would remove' if dry_run else 'removed'} {freed}")
+    if freed.lost:
+        raise MismatchError(
+            f"{len(freed.lost)} manifests cannot be read; what they may name was kept: {'; '.join(freed.lost)}"
+        )
 
 
 app.command()(backup)

@@ -101,7 +101,9 @@ class Leadership:
         """Remove what need not be kept, now and again every few hours."""
         while True:
             try:
-                await asyncio.to_thread(collect, self._home, self._retention)
+                freed = await asyncio.to_thread(collect, self._home, self._retention)
+                for lost in freed.lost:
+                    log.error("a manifest is lost, and what it may have named is kept: %s", lost)
             except (OSError, OffsiteError) as error:  # of a damaged journal the dispatcher makes an end
                 log.error("old files are not collected: %s", error)
             await asyncio.sleep(COLLECT_EVERY_S)

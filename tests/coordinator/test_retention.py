@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,15 +36,19 @@ def store(home: Home, content: str, *, age_s: float = 2 * DAY_S) -> str:
     return digest
 
 
-def make_run(home: Home, journal: Journal, name: str, *, ended_days_ago: float | None) -> dict[str, str]:
-    """A run with one file of every sort; returns their digests."""
+def make_run(
+    home: Home, journal: Journal, name: str, *, ended_days_ago: float | None, listed: bool = True
+) -> dict[str, str]:
+    """A run with one file of every sort; returns their digests. Its journal lists a bundle's files, or did not yet."""
     journal.add_run(name, token=name, owner="alice", spec=b"{}")
     layer = store(home, f"layer {name}")
     files = {"layer": layer, "manifest": store(home, json.dumps({"files": [{"digest": layer}], "of": name}))}
     files |= {kind: store(home, f"{kind} {name}") for kind in ("input", "start", "update", "published")}
     given = Input(source="/model", files=(FileEntry(path="config.json", digest=files["input"], size=1),))
     journal.add_step(name, GATHER.name, to_plain(Inputs(places={"model": given})))
-    built = {"manifest": files["manifest"], "broadcast": {"ward": {"digest": files["start"]}}}
+    built: dict[str, Any] = {"manifest": files["manifest"], "broadcast": {"ward": {"digest": files["start"]}}}
+    if listed:
+        built["bundle"] = {"files": [{"path": "layer", "digest": layer, "size": 1}]}
     journal.add_step(name, "version:0", built)
     journal.add_task(Key(name, 0, "ward", 0), spec=b"{}", signature=b"s")
     journal.set_task(Key(name, 0, "ward", 0), state="uploaded", update=files["update"])
@@ -107,6 +112,27 @@ def test_the_version_that_a_waiting_run_goes_on_from_is_kept(home: Home) -> None
     journal.end_run("new", Cancelled(error="no more"))
     collect(home, Retention(keep_runs=0))
     assert left(home, files) == set()
+
+
+@pytest.mark.parametrize("harm", ["rotten", "missing"])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "older"])
+def test_a_manifest_that_is_lost_is_named_and_costs_none_of_what_it_may_have_named(
+    home: Home, harm: str, listed: bool, offsite: Any
+) -> None:
+    journal = home.journal()
+    old = make_run(home, journal, "old", ended_days_ago=30)
+    live = make_run(home, journal, "live", ended_days_ago=None, listed=listed)
+    with journal._write() as connection:
+        then = time.time() - 10 * DAY_S
+        connection.exec_driver_sql("UPDATE runs SET submitted_at = ? WHERE id = 'live'", (then,))
+    before, since = store(home, "before the run", age_s=12 * DAY_S), store(home, "since it was submitted")
+    place = home.blobs().path(live["manifest"])
+    place.write_text("rotten") if harm == "rotten" else place.unlink()
+    gc = offsite("coordinator", "gc", "--home", str(home.root), "--format", "json")
+    assert gc.returncode == 7 and f"run live: {home.root}" in gc.stderr and live["manifest"][9:11] in gc.stderr
+    assert len(json.loads(gc.stdout)["lost"]) == 1 and left(home, live) >= {"layer", "start", "update"}
+    assert before not in home.blobs() and (since in home.blobs()) is not listed
+    assert left(home, old) == ({"published"} if listed else old.keys()), "the rest is collected"
 
 
 def test_of_many_events_the_oldest_training_steps_go_and_no_other(home: Home) -> None:
