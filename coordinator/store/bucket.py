@@ -6,8 +6,9 @@ and retries are obstore's.
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ import obstore
 
 from offsite.coordinator.store.blobs import Blobs, log, room
 from offsite.coordinator.store.cache import Cache
-from offsite.coordinator.store.s3 import client, in_words, parse
+from offsite.coordinator.store.removals import Removals
+from offsite.coordinator.store.s3 import HURRIED_S, PATIENT_S, SKEW_S, client, in_words, parse
 from offsite.protos.chunks import CHUNK_BYTES, algorithm_of, digest_file, hasher, hex_of, is_digest
 from offsite.protos.errors import InputError, MismatchError, NotFoundError
 
@@ -23,9 +25,8 @@ T = TypeVar("T")
 
 PART_BYTES, PARTS_AT_ONCE = 8 << 20, 4  # of an upload: what of it is in memory
 MOST_PARTS = 10_000  # that S3 takes
-PATIENT_S, HURRIED_S = 60.0, 0.5  # with a server that is away: of a transfer, and of a question
-YOUNG_S = 12 * 3600.0  # what a run may name that is so young, no collection has in view
-SKEW_S = 900.0  # S3 answers nobody whose clock differs by more, so by no more are its times off
+YOUNG_S = 12 * 3600.0  # what is so young is not put again, and no collection removes it
+BATCH = 64  # blobs that are removed together
 
 
 class Bucket(Blobs):
@@ -33,6 +34,7 @@ class Bucket(Blobs):
 
     def __init__(self, url: str, cache: Path) -> None:
         self._at = parse(url)
+        self._removals = Removals(self._at)
         self._cache = Cache(cache, most=self._at.cache)
 
     def check(self) -> None:
@@ -92,23 +94,32 @@ class Bucket(Blobs):
     def __contains__(self, digest: str) -> bool:
         return self._stored_at(digest) is not None
 
-    def _stored_at(self, digest: str) -> float | None:
+    def _stored_at(self, digest: str, patience_s: float = HURRIED_S) -> float | None:
         """Return when a blob was stored, in seconds since the epoch by the server's clock; None: it is not there."""
         try:
             with in_words(self._at):
-                return obstore.head(client(self._at, HURRIED_S), _key(digest))["last_modified"].timestamp()
+                return obstore.head(client(self._at, patience_s), _key(digest))["last_modified"].timestamp()
         except NotFoundError:
             return None
 
     def keep(self, file: Path, digest: str, *, soon: bool = True) -> int:
         """See `Blobs`; it is put even where it is already, so that it is young, and whole if it was not."""
-        with self._alone(digest), in_words(self._at):
-            self._put(digest, file, file.stat().st_size)
+        size = file.stat().st_size
+        with in_words(self._at):
+            self._store(digest, lambda: self._put(digest, file, size))
         if soon:
             return self._cache.keep(file, digest)
-        size = file.stat().st_size
         file.unlink()
         return size
+
+    def _store(self, digest: str, put: Callable[[], None]) -> None:
+        """Put a blob, again if a collection has removed it meanwhile, on whichever machine."""
+        put()
+        while True:
+            self._removals.heed(digest)
+            if self._stored_at(digest, PATIENT_S) is not None:
+                return
+            put()
 
     def _put(self, digest: str, content: Path | Iterator[bytes], size: int) -> None:
         part = max(PART_BYTES, size // MOST_PARTS + 1)
@@ -117,40 +128,54 @@ class Bucket(Blobs):
     def share(self, file: Path) -> tuple[str, int]:
         """See `Blobs`; it is put from where it is, and not into the cache."""
         digest, size = digest_file(file), file.stat().st_size
-        whole = hasher(algorithm_of(digest))
 
         def read() -> Iterator[bytes]:
+            whole = hasher(algorithm_of(digest))
             with file.open("rb") as source:
                 while data := source.read(PART_BYTES):
                     whole.update(data)
                     yield data
+            if digest != f"{algorithm_of(digest)}:{whole.hexdigest()}":  # and nothing is stored
+                raise MismatchError(f"{file}: it changes while it is read; submit the run again when it is at rest")
 
-        with self._alone(digest), in_words(self._at):
+        with in_words(self._at):
             stored_at = self._stored_at(digest)
             if stored_at is None or stored_at < time.time() - YOUNG_S:
-                self._put(digest, read(), size)
-                if digest != f"{algorithm_of(digest)}:{whole.hexdigest()}":
-                    obstore.delete(client(self._at, PATIENT_S), _key(digest))
-                    raise MismatchError(f"{file}: it changes while it is read; submit the run again when it is at rest")
+                self._store(digest, lambda: self._put(digest, read(), size))
         return digest, size
 
     def sweep(self, keep: set[str], *, before: float, dry_run: bool = False) -> tuple[int, int]:
-        """See `Blobs`; what was stored less than SKEW_S before that time stays, too."""
+        """See `Blobs`; what was stored within YOUNG_S, or less than SKEW_S before that time, stays, too."""
+        before = min(before, time.time() - YOUNG_S) - SKEW_S
         files = size = 0
         with in_words(self._at):
-            for about in (one for page in obstore.list(client(self._at, PATIENT_S)) for one in page):
-                digest = about["path"].replace("/", ":")
-                if not is_digest(digest) or digest in keep or about["last_modified"].timestamp() >= before - SKEW_S:
-                    continue
-                with self._alone(digest):  # nobody puts it meanwhile
-                    stored_at = self._stored_at(digest)
-                    if stored_at is None or stored_at >= before - SKEW_S:
-                        continue
-                    if not dry_run:
-                        obstore.delete(client(self._at, PATIENT_S), _key(digest))
-                files, size = files + 1, size + about["size"]
+            if not dry_run:
+                self._removals.clear()
+            old = self._old(keep, before)
+            while batch := dict(islice(old, BATCH)):
+                removed = batch.keys() if dry_run else self._remove(batch.keys(), before)
+                files, size = files + len(removed), size + sum(batch[digest] for digest in removed)
         self._cache.sweep(keep, before=before, dry_run=dry_run)
         return files, size
+
+    def _old(self, keep: set[str], before: float) -> Iterator[tuple[str, int]]:
+        """Yield each blob that is not to be kept and was stored before a time by the server's clock, and its bytes."""
+        for page in obstore.list(client(self._at, PATIENT_S)):
+            for about in page:
+                digest = about["path"].replace("/", ":")
+                if is_digest(digest) and digest not in keep and about["last_modified"].timestamp() < before:
+                    yield digest, about["size"]
+
+    def _remove(self, digests: Collection[str], before: float) -> list[str]:
+        """Remove those that nobody has stored since, as far as there is time, and return them."""
+        removed = []
+        with self._removals.announced(digests) as in_time:
+            for digest in digests:
+                stored_at = self._stored_at(digest)
+                if stored_at is not None and stored_at < before and in_time():
+                    obstore.delete(client(self._at, HURRIED_S), _key(digest))
+                    removed.append(digest)
+        return removed
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[None]:

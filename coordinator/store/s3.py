@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # obstore has these for type checkers only
 CACHE = "50G"
 UNITS = {"M": 20, "G": 30, "T": 40}  # powers of two
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+PATIENT_S, HURRIED_S = 60.0, 0.5  # with a server that is away: of a transfer, and of a question
+SKEW_S = 900.0  # S3 answers nobody whose clock differs by more, so by no more are its times off
 REPLY_S = 300  # a server may be silent for so long while it puts a large object together
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from offsite.coordinator.store import Unusable, bucket
+from offsite.coordinator.store import Unusable, bucket, removals
 from offsite.coordinator.store import blobs as blobs_module
 from offsite.coordinator.store.blobs import Blobs, Folder, room
 from offsite.coordinator.store.bucket import Bucket
@@ -89,6 +89,7 @@ def test_digests_of_an_older_journal_are_read_and_collected_like_new_ones(kept: 
     new = kept.take(b"new")
     assert new.startswith("blake3:") and kept.take(b"old", digest=old) == old
     assert kept.blobs.path(old).read_bytes() == b"old" and kept.blobs.path(new).read_bytes() == b"new"
+    kept.age(old, new)
     assert kept.blobs.sweep({old}, before=time.time() + DAY_S) == (1, 3)
     assert old in kept.blobs and new not in kept.blobs
 
@@ -172,7 +173,7 @@ def test_a_file_that_changes_while_it_is_shared_is_not_taken(kept: Kept, monkeyp
 
 
 def test_what_is_stored_again_while_it_is_collected_stays(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest, hold = kept.take(b"one"), "_alone" if isinstance(kept.blobs, Bucket) else "_locked"
+    digest, hold = kept.take(b"one"), "_remove" if isinstance(kept.blobs, Bucket) else "_locked"
     kept.age(digest)
     whole = getattr(type(kept.blobs), hold)
 
@@ -187,18 +188,58 @@ def test_what_is_stored_again_while_it_is_collected_stays(kept: Kept, monkeypatc
     assert kept.blobs.path(digest).read_bytes() == b"one"
 
 
-def test_a_collection_waits_for_what_is_being_put(stored: Kept) -> None:
+@pytest.mark.parametrize("late", ["while it is removed", "once it has been"])
+def test_what_another_machine_stores_just_as_it_is_collected_is_there_in_the_end(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    url, remove, put = s3.url(), bucket.obstore.delete, bucket.obstore.put
+    one, other = (
+        Kept(open_blobs(url, cache=tmp_path / name), tmp_path, lambda one: s3.object(url, one), s3) for name in "ab"
+    )
+    digest = one.take(b"one")
+    writer = threading.Thread(target=other.take, args=(b"one",))
+    stored, removed = threading.Event(), threading.Event()
+    one.age(digest)
+
+    def put_then(store: Any, name: str, *arguments: Any, **more: Any) -> None:
+        put(store, name, *arguments, **more)
+        if digest[7:] in name:
+            stored.set()
+            assert late != "once it has been" or removed.wait(60)
+
+    def remove_then(store: Any, name: str) -> None:
+        if digest[7:] in name:  # it was old when it was looked at last
+            writer.start()
+            assert stored.wait(60)
+        remove(store, name)
+        if digest[7:] not in name:  # the list of what was to be removed
+            removed.set()
+
+    monkeypatch.setattr(bucket.obstore, "put", put_then)
+    monkeypatch.setattr(bucket.obstore, "delete", remove_then)
+    assert one.blobs.sweep(set(), before=time.time() - DAY_S) == (1, 3)
+    writer.join()
+    assert digest in one.blobs and digest in other.blobs
+
+
+def test_a_collection_that_was_killed_holds_nobody_up(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = s3.url()
+    stored = Kept(open_blobs(url, cache=tmp_path / "cache"), tmp_path, lambda digest: s3.object(url, digest), s3)
     assert isinstance(stored.blobs, Bucket)
-    digest = stored.take(b"one")
-    stored.age(digest)
-    sweep = threading.Thread(target=stored.blobs.sweep, args=(set(),), kwargs={"before": time.time() - DAY_S})
-    with stored.blobs._alone(digest):  # as a put does
-        sweep.start()
-        sweep.join(0.3)
-        assert sweep.is_alive() and digest in stored.blobs
-        stored.age(digest, days=0)
-    sweep.join()
-    assert digest in stored.blobs
+    digest, place = digest_bytes(b"one"), stored.file("removals:left")
+    with stored.blobs._removals.announced([digest]):
+        (announced,) = place.parent.iterdir()
+        assert announced.read_text() == digest
+        announced.rename(place)
+    monkeypatch.setattr(removals, "GONE_S", 0.3)
+    s3.look()
+    assert stored.take(b"one") == digest, "after a while"
+    os.utime(place, (time.time() - 2 * removals.STALE_S,) * 2)
+    s3.look()
+    monkeypatch.setattr(removals, "GONE_S", 600.0)
+    assert stored.take(b"one") == digest, "at once"
+    stored.blobs.sweep({digest}, before=time.time())
+    assert not place.exists() and digest in stored.blobs
 
 
 def test_what_is_read_is_here_and_is_fetched_when_it_is_not_or_has_rotted(
