@@ -22,6 +22,7 @@ def start() -> Tensors:
         "a": torch.randn(3, 7, generator=generator).double(),
         "c": torch.randn(50_000, generator=generator).bfloat16(),
         "d": torch.zeros(1),
+        "e": torch.randn(9, generator=generator).half(),
     }
 
 
@@ -46,7 +47,7 @@ def moved(adapter: Tensors) -> Tensors:
 @pytest.mark.parametrize("size", [4096, 1 << 16, 1 << 20])
 def test_it_is_what_reading_both_files_gives(tmp_path: Path, size: int) -> None:
     broadcast, update = files(tmp_path, moved)
-    assert seen(broadcast, update, size=size) == pytest.approx(tensors.distance(update, broadcast), rel=1e-12)
+    assert seen(broadcast, update, size=size) == pytest.approx(tensors.distance(update, broadcast), rel=1e-9)
     assert seen(broadcast, broadcast, size=size) == 0.0
 
 
@@ -60,9 +61,9 @@ def test_a_value_that_is_not_finite_shows(tmp_path: Path) -> None:
     [
         (lambda adapter: adapter | {"d": torch.zeros(2)}, 4096),  # another shape
         (lambda adapter: {**adapter, "b": adapter["d"], "d": adapter["b"]}, 4096),  # another order of the same sizes
-        (lambda adapter: {("e" if name == "d" else name): tensor for name, tensor in adapter.items()}, 4096),
-        (lambda adapter: {name: adapter[name] for name in "abc"}, 4096),
-        (lambda adapter: adapter | {"e": torch.zeros(1)}, 4096),
+        (lambda adapter: {("x" if name == "d" else name): tensor for name, tensor in adapter.items()}, 4096),
+        (lambda adapter: {name: adapter[name] for name in "abce"}, 4096),
+        (lambda adapter: adapter | {"x": torch.zeros(1)}, 4096),
         (lambda adapter: adapter | {"b": adapter["b"].view(torch.int32)}, 4096),
         (moved, 4097),  # pieces that split values
         (moved, 64),  # nor is the header whole in the first
