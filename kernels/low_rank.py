@@ -71,7 +71,7 @@ def distance(first: Pair, second: Pair) -> float:
 
 
 class Total:
-    """A running sum of products: their factors, or the matrix once these are wider than it.
+    """A running weighted sum of products: their factors, or the matrix once these are wider than it.
 
     The matrix is held in float64 then, at most twice the memory of the factors that it replaces, and the cost of one
     more product no longer depends on how many there were.
@@ -79,37 +79,73 @@ class Total:
 
     def __init__(self, *, tolerance: float = 1e-7) -> None:
         """Begin with nothing; `tolerance` is that of `compress`."""
-        self._pairs: list[Pair] = []
-        self._width = 0
+        self._waiting: list[tuple[Pair, float]] = []  # with their weights
+        self._pair: Pair | None = None
+        self._width = 0  # of all that is held as factors
         self._dense: Tensor | None = None
+        self._factors: Pair | None = None
+        self._even = True  # whether all have had one rank
         self._tolerance = tolerance
 
-    def add(self, pair: Pair) -> None:
-        """Add a product."""
-        self._pairs.append(pair)
+    def add(self, pair: Pair, weight: float = 1.0) -> None:
+        """Add a product, times a weight."""
+        self._waiting.append((pair, weight))
         self._width += pair[0].shape[1]
         if self._width > (BLOCK if self._dense is not None else min(pair[0].shape[0], pair[1].shape[1])):
             self._multiply()
 
+    def _stack(self) -> Pair | None:
+        """Put what waits beside what is held as factors, and return that."""
+        if self._waiting:
+            pairs, weights = [pair for pair, _ in self._waiting], [weight for _, weight in self._waiting]
+            self._waiting = []
+            left, right = pairs[0] if len(pairs) == 1 else stack(pairs)
+            ranks = [pair[0].shape[1] for pair in pairs]
+            exact = torch.promote_types(left.dtype, torch.float32)  # 16 bits would round the weights
+            scale = torch.tensor(weights, dtype=exact, device=left.device)
+            if any(weight != 1.0 for weight in weights):
+                left = (left * scale.repeat_interleave(torch.tensor(ranks, device=left.device))).to(left.dtype)
+            self._add_factors(left, right, {*ranks}, scale.to(left.dtype))
+            self._pair = (left, right) if self._pair is None else stack([self._pair, (left, right)])
+        return self._pair
+
+    def _add_factors(self, left: Tensor, right: Tensor, ranks: set[int], weights: Tensor) -> None:
+        """Add to the sums of the factors, if all have one rank; the left ones are weighted already."""
+        ranks = ranks if self._factors is None else ranks | {self._factors[0].shape[1]}
+        self._even = self._even and len(ranks) == 1
+        if self._even:
+            count, (rank,) = len(weights), ranks
+            lefts = left.reshape(len(left), count, rank).sum(1)
+            rights = (weights @ right.reshape(count, -1)).view(rank, -1)
+            before = self._factors or (torch.zeros_like(lefts), torch.zeros_like(rights))
+            self._factors = before[0] + lefts, before[1] + rights
+
     def _multiply(self) -> Tensor:
-        """Bring what waits into the matrix, and return that."""
-        if self._pairs:
-            left, right = stack(self._pairs)
+        """Bring what is held as factors into the matrix, and return that."""
+        if (pair := self._stack()) is not None:
+            left, right = pair
             self._dtype = left.dtype
             if self._dense is None:
                 self._dense = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float64, device=left.device)
             self._dense += left @ right  # of a block in the factors' precision, which is that of the outcome
-            self._pairs, self._width = [], 0
+            self._pair, self._width = None, 0
         assert self._dense is not None, "something was added"
         return self._dense
 
     def pair(self) -> Pair:
         """Return the sum as one product, of the least rank that holds it if it is held as a matrix."""
         if self._dense is None:
-            self._pairs = [stack(self._pairs)] if len(self._pairs) > 1 else self._pairs
-            return self._pairs[0]
+            pair = self._stack()
+            assert pair is not None, "something was added"
+            return pair
         u, s, vh = torch.linalg.svd(self._multiply(), full_matrices=False)
         return _balanced(u, s, vh, tolerance=self._tolerance, dtype=self._dtype)
+
+    def factors(self) -> Pair:
+        """Return the sums of the lefts and of the rights, each by itself, of products of one rank."""
+        self._stack()
+        assert self._even and self._factors is not None, "all that was added has one rank"
+        return self._factors
 
     def square(self) -> float:
         """Return the square of the Frobenius norm."""

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
-
 from offsite.coordinator.aggregation.base import Origin, Sums, Version, joined
 from offsite.coordinator.aggregation.mean import TensorMean
 from offsite.kernels.low_rank import Pair, Total, inner, split
@@ -50,23 +48,14 @@ class _Fold:
         self._keys = dict(sorted(factors(schema).items()))
         self._others = TensorMean({key: field for key, field in schema.items() if field.rule is not Rule.PRODUCT})
         self._share: dict[Tier, float] = {}  # weight of the sites that trained at it
-        self._totals: dict[str, Total] = {}
-        self._factors: Products = {}
+        self._totals = {group: Total(tolerance=tolerance) for group in self._keys}
         self._tolerance = tolerance
 
     def add(self, update: TensorMap, origin: Origin) -> None:
         self._others.add(update, origin)
         self._share[origin.tier] = self._share.get(origin.tier, 0.0) + origin.weight
         for group, pair in self._keys.items():
-            b, a = update[pair.B], update[pair.A]
-            weighted = origin.weight * b
-            self._totals.setdefault(group, Total(tolerance=self._tolerance)).add((weighted, a))
-            if len(self._share) == 1:  # the means of the factors exist only among equal ranks
-                if group not in self._factors:
-                    self._factors[group] = (torch.zeros_like(b), torch.zeros_like(a))
-                mean_b, mean_a = self._factors[group]
-                mean_b += weighted
-                mean_a += origin.weight * a
+            self._totals[group].add((update[pair.B], update[pair.A]), origin.weight)
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
         sums = self._sums()
@@ -105,12 +94,12 @@ class _Fold:
         return sent, left
 
     def _sums(self) -> Sums:
-        """Return how far factor-by-factor averaging would have been off; it cannot be done among several tiers."""
+        """Return how far factor-by-factor averaging would have been off; only equal ranks can be averaged so."""
         if len(self._share) > 1:
             return {}
         return {
             "product": {group: total.square() for group, total in self._totals.items()},
-            "off": {group: total.distance(self._factors[group]) ** 2 for group, total in self._totals.items()},
+            "off": {group: total.distance(total.factors()) ** 2 for group, total in self._totals.items()},
         }
 
 

@@ -90,3 +90,29 @@ def test_a_total_of_many_products_is_their_sum_at_the_rank_of_the_matrix(count: 
     assert running.square() == pytest.approx(float(exact.square().sum()), rel=1e-5)
     far = pair(20, 2, 12, seed=999)
     assert running.distance(far) == pytest.approx(float((exact - dense(far)).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [4, 2 * BLOCK // 3 + 1])
+def test_a_weighted_total_has_the_bits_of_one_of_weighted_products(count: int, dtype: torch.dtype) -> None:
+    products = [tuple(factor.to(dtype) for factor in pair(20, 3, 12, seed=seed)) for seed in range(count)]
+    weights = [(seed + 1) / (7 * count) for seed in range(count)]
+    running = Total()
+    for (left, right), weight in zip(products, weights, strict=True):
+        running.add((left, right), weight)
+    apart = total(*((weight * left, right) for (left, right), weight in zip(products, weights, strict=True)))
+    assert all(torch.equal(mine, its) for mine, its in zip(running.pair(), apart.pair(), strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 4, 2 * BLOCK // 3 + 1])
+def test_a_total_knows_the_sums_of_the_factors_of_equal_rank(count: int) -> None:
+    products, weights = [pair(20, 3, 12, seed=seed) for seed in range(count)], [1 / (seed + 2) for seed in range(count)]
+    running = Total()
+    for product, weight in zip(products, weights, strict=True):
+        running.add(product, weight)
+    for mine, factors in zip(running.factors(), zip(*products, strict=True), strict=True):
+        exact = sum(weight * factor.double() for weight, factor in zip(weights, factors, strict=True))
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+    running.add(pair(20, 2, 12, seed=1))
+    with pytest.raises(AssertionError, match="one rank"):
+        running.factors()
