@@ -42,6 +42,8 @@ def _readable(text: str) -> str:
 
 def readable(text: str) -> bool:
     """Tell whether a text holds nothing that steers a terminal: controls, line ends, marks of direction, surrogates."""
+    if text.isascii():
+        return text.isprintable()
     return all(unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text)
 
 

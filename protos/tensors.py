@@ -222,9 +222,10 @@ def gap(source: Source, start: Source) -> float:
 
 def gaps(columns: TensorMap, start: TensorMap) -> list[float]:
     """Return the same distance of n at once, each tensor of which is (n, *shape); that of one depends on no other."""
-    squares = torch.zeros(len(next(iter(columns.values()))), dtype=torch.float64)
+    count = len(next(iter(columns.values())))
+    squares = torch.zeros(count, dtype=torch.float64)
     for name in sorted(columns):
-        flat = columns[name].flatten(1), start[name].flatten()
+        flat = columns[name].reshape(count, start[name].numel()), start[name].flatten()
         for rows, beside in zip(*(torch.split(one, ALONE, dim=-1) for one in flat), strict=True):
             squares += (rows - beside).double().square_().sum(1)
     return [math.sqrt(square) for square in squares.tolist()]

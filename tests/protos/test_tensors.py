@@ -141,6 +141,15 @@ def test_a_distance_is_the_norm_of_the_change_over_all_tensors(tmp_path: Path) -
     assert in_memory == pytest.approx(float(flat.norm()), rel=1e-12)
     mixed = tensors.gap(tensors.Held(update | {"x": INDEX}), tensors.Held(start | {"x": INDEX}))
     assert mixed == tensors.distance(tmp_path / "update", tmp_path / "start"), "bit for bit"
+    others = [{name: start[name] + scale for name in start} for scale in (0.25, 3.0, float("nan"))]
+    columns = {name: torch.stack([one[name] for one in (update, *others)]) for name in start}
+    at_once = tensors.gaps(columns | {"x": INDEX.expand(4, -1)}, start | {"x": INDEX})
+    assert at_once[:3] == pytest.approx(
+        [tensors.gap(tensors.Held(one), tensors.Held(start)) for one in (update, *others[:2])]
+    )
+    assert math.isnan(at_once[3])
+    for row, norm in enumerate(at_once[:3]):
+        assert tensors.gaps({name: column[row : row + 1] for name, column in columns.items()}, start) == [norm]
 
 
 def test_a_fault_in_the_last_value_of_a_tensor_of_many_pieces_is_seen(tmp_path: Path) -> None:
