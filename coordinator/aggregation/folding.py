@@ -1,6 +1,6 @@
 """One round's updates become the next version, wherever they are kept: in files, or in a simulation's spool."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from offsite.kernels.schema import Schema, TensorMap, Tier, groups
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import RunSpec
 
-Open = Callable[[], AbstractContextManager[TensorMap]]  # an update, as the adapter that it stands for
+Update = tuple[Origin, AbstractContextManager[TensorMap]]  # opened as the adapter that it stands for
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ def part_of(schema: Schema, part: int, parts: int) -> Schema:
 
 
 def fold(
-    strategy: Strategy, last: Version, schema: Schema, updates: Iterable[tuple[Origin, Open]], *, tiers: Iterable[Tier]
+    strategy: Strategy, last: Version, schema: Schema, updates: Iterable[Update], *, tiers: Iterable[Tier]
 ) -> Version:
     """Fold updates, which come in the order of the sites' names, on top of the last version.
 
     `tiers` are those of the sites that may train next. Raises MismatchError for an average that is not finite.
     """
     running = strategy.begin(last, schema)
-    for origin, open_ in updates:
-        with open_() as adapter:
+    for origin, update in updates:
+        with update as adapter:
             running.add(adapter, origin)
     version = running.finish(sorted(tiers))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in version.adapter.values()):

@@ -39,7 +39,10 @@ class History:
 
     def record(self, step: Step[R], result: R, *news: Event) -> R:
         """Keep what a step gave, with the events that tell it, in one transaction; the first result stands."""
-        self._values[step.name] = self._journal.add_step(self._run, step.name, to_plain(result), *news)
+        value = to_plain(result)
+        self._values[step.name] = self._journal.add_step(self._run, step.name, value, *news)
+        if self._values[step.name] == value:  # of many sites it takes long to read
+            self._results[step.name] = result
         return self[step]
 
     def bundle(self, number: int) -> Bundle:

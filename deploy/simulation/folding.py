@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin
-from offsite.coordinator.aggregation.folding import Open, fold, part_of
+from offsite.coordinator.aggregation.folding import Update, fold, part_of
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.coordinator.store.opening import open_blobs
@@ -43,7 +42,7 @@ class _Updates:
         }
         self._newest: dict[Tier, tuple[int, Stretch]] = {}
 
-    def __iter__(self) -> Iterator[tuple[Origin, Open]]:
+    def __iter__(self) -> Iterator[Update]:
         batches, weights = self._order.batches, self._order.weights
         places = [
             (site, weight, number, row)
@@ -52,7 +51,7 @@ class _Updates:
             if weight is not None
         ]
         for site, weight, number, row in sorted(places):
-            yield Origin(site, batches[number].tier, weight), partial(self._open, number, row)
+            yield Origin(site, batches[number].tier, weight), self._open(number, row)
 
     def _open(self, number: int, row: int) -> AbstractContextManager[TensorMap]:
         """Open an update as the adapter that it stands for."""

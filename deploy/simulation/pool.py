@@ -44,7 +44,7 @@ class Asked:
         return Order(tier=self.tier, sites=sites, previous=tuple(map(self.newest.get, sites)) if self.newest else ())
 
 
-class _Todo:
+class Todo:
     """What is left of what is asked for; any thread may take some of it."""
 
     def __init__(self, asked: Sequence[Asked], *, workers: int) -> None:
@@ -143,7 +143,7 @@ class Pool:
 
         Raises RunError, and ResourceError.
         """
-        todo, left = _Todo(asked, workers=self._count), sum(len(one.sites) for one in asked)
+        todo, left = Todo(asked, workers=self._count), sum(len(one.sites) for one in asked)
         works: queue.SimpleQueue[Work | Exception] = queue.SimpleQueue()
 
         def serve(number: int) -> None:

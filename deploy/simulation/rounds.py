@@ -1,5 +1,6 @@
 """A round of virtual sites: the clock says who is in time, workers train, and what they give is folded as live."""
 
+import gc
 import random
 import shutil
 import time
@@ -94,7 +95,7 @@ class Rounds:
         begun, began_s = time.time(), self._clock.now
         visits = self._pass(history, number)
         timeline = Timeline()
-        with TemporaryDirectory(dir=self._home.node.scratch) as folder:
+        with TemporaryDirectory(dir=self._home.node.scratch) as folder, _uncollected():
             scratch = Path(folder)
             with timeline.span("training"):
                 works = self._train(history, number, visits, scratch)
@@ -293,6 +294,16 @@ def _losing() -> Iterator[None]:
         yield
     except ResourceError as error:
         raise Lost(str(error)) from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep what there is from being looked at for garbage: for what was imported that takes longer than some rounds."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -66,8 +66,9 @@ class Block:
 
     def add(self, update: TensorMap) -> None:
         """Take a copy of an update, whose tensors are those of the layout."""
-        for name, place in self.rows[self.count].items():
-            place.copy_(update[name].detach())
+        with torch.no_grad():
+            for name, place in self.rows[self.count].items():
+                place.copy_(update[name])
         self.count += 1
 
     def keep(self, rows: Sequence[int]) -> None:

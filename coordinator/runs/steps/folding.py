@@ -38,7 +38,9 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
             opens[update.site] = partial(opened, file, starts[tier], schema, stages)
         last, part = load_version(blobs, order.last), part_of(schema, order.part, order.parts)
         weighing = weigh(sent, spec=spec)
-        updates = ((Origin(site, order.tiers[site], weight), opens[site]) for site, weight in weighing.weights.items())
+        updates = (
+            (Origin(site, order.tiers[site], weight), opens[site]()) for site, weight in weighing.weights.items()
+        )
         version = fold(strategy, last, part, updates, tiers={*order.tiers.values()})
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     digests = {update.site: update.digest for update in order.updates}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offsite.client import Choice
 from offsite.client.site.policy import Policy
@@ -42,6 +43,14 @@ def hostile(one: visit.Visit) -> Any:
     return adapter, metrics
 
 
+def odd(one: visit.Visit) -> Any:
+    """Do as `hostile`, but each in a direction of its own."""
+    adapter, metrics = hostile(one)
+    draw = torch.Generator().manual_seed(int(one.site[-4:]))
+    steps = {name: 1e-3 * torch.randn(tensor.shape, generator=draw) for name, tensor in adapter.items()}
+    return {name: tensor + steps[name] for name, tensor in adapter.items()}, metrics
+
+
 def test_the_report_is_that_of_a_run_and_more(do: Do, tmp_path: Path) -> None:
     told: list[tuple[int, int, int]] = []
     done = do(rounds=2, train=f"{__name__}:moving", tell=lambda *how: told.append(how), sample=5)
@@ -72,6 +81,24 @@ def test_every_check_of_a_coordinator_is_made(do: Do) -> None:
     for site, pattern in expected.items():
         assert re.match(pattern, why[site]), why[site]
     assert set(done.report["rounds"][0]["sites"]) == {f"site-000{number}" for number in (4, 6, 7, 8)}
+
+
+@pytest.mark.parametrize("strategy", ["low-rank", "factor-mean"])
+def test_who_works_on_what_changes_no_byte(do: Do, strategy: str) -> None:
+    """Though some sites' updates are not let in or left out, there are more sites than columns, and two tiers."""
+    how: dict[str, Any] = {"train": f"{__name__}:odd", "sites": 50, "rounds": 2, "max_update_norm": 1e5}
+    how["strategy"] = Choice(name=strategy)
+    if strategy == "low-rank":
+        ranks = {f"site-00{number:02}": 1 for number in range(3, 50, 3)}
+        how["method"] = Choice(name="lora", settings={"rank": 2, "modules": ["q_proj", "o_proj"], "ranks": ranks})
+    done = {workers: do(f"by-{workers}", workers=workers, **how) for workers in (1, 3)}
+    one, three = ((result.out / ADAPTER).read_bytes() for result in done.values())
+    assert one == three
+    for mine, its in zip(done[1].report["rounds"], done[3].report["rounds"], strict=True):
+        assert mine["figures"] == its["figures"] and len(mine["sites"]) == 46
+        weight = {name: site["weight"] for name, site in mine["sites"].items()}
+        assert weight == {name: site["weight"] for name, site in its["sites"].items()}
+        assert weight["site-0004"] == 0 and sum(weight.values()) == pytest.approx(1)
 
 
 def test_a_sites_policy_refuses_what_a_live_one_refuses(do: Do) -> None:

@@ -1,0 +1,21 @@
+"""Who works on what: each site once, in orders that are neither too long nor too large."""
+
+import pytest
+
+from offsite.deploy.simulation.pool import BATCH_BYTES, Asked, Todo
+
+
+@pytest.mark.parametrize("size", [1, BATCH_BYTES // 3, 2 * BATCH_BYTES])
+def test_every_site_is_asked_once_and_orders_are_bounded(size: int) -> None:
+    names = [f"site-{number:03}" for number in range(200)]
+    todo = Todo([Asked("r4", names[:150], size), Asked("r8", names[150:], size, {"site-199": 2})], workers=2)
+    orders = []
+    while (order := todo.take(16)) is not None:
+        orders.append(order)
+    assert [site for order in orders for site in order.sites] == names
+    assert {order.tier for order in orders if order.sites[0] < "site-150"} == {"r4"}
+    assert max(len(order.sites) for order in orders) == max(1, min(16, BATCH_BYTES // size))
+    assert len(orders[-1].sites) == 1, "the last ones are dealt out singly, so that no worker waits long"
+    assert orders[-1].previous == (2,) and orders[0].previous == ()
+    todo.clear()
+    assert todo.take(1) is None
