@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,10 @@ class Arrays(StatefulModel):
         return Metrics()
 
     def save(self, dir_path: str) -> None:
-        raise NotImplementedError
+        np.savez(Path(dir_path) / "arrays.npz", **self.arrays)
 
     def load(self, dir_path: str) -> None:
-        raise NotImplementedError
+        self.set_parameters(np.load(Path(dir_path) / "arrays.npz"))
 
 
 class Moving(FederatedAveraging):

@@ -1,18 +1,20 @@
-"""How fast virtual sites are simulated, and in how much memory, beside pfl-research on the same machine.
+"""How fast virtual sites are simulated, and in how much memory, beside pfl-research and Flower on the same machine.
 
-    python tests/bench/simulate.py [--pfl PYTHON] [--part rate|step|real|memory]
+    python tests/bench/simulate.py [--pfl PYTHON] [--flower PYTHON] [--part rate|step|real|memory]
 
-`PYTHON` is the interpreter of an environment with pfl 0.6 (pip install pfl==0.6.0 numpy); without it nothing is
-compared. What is simulated are LoRA runs on small random models, with the default strategy, which averages products
-exactly. The parts:
+Each `PYTHON` is the interpreter of an environment with the peer: pip install pfl==0.6.0 numpy, and
+pip install 'flwr[simulation]==1.42.0' psutil; one that is left out is not compared with. What is simulated are LoRA
+runs on small random models: by the mean of each factor, which is what the peers do with their arrays, and by the
+default strategy, which averages products exactly. The parts:
 
 rate     trivial training (a constant is added) and updates of 40 kB: sites a second, 2,000 and 10,000 of them
 step     updates of 1 MB, and a step that waits for 10 ms, as for an accelerator
 real     real training, against a bare loop of torch over the same steps on the same model
-memory   of the process that folds, in five rounds of 10 and of 1,000 sites with updates of 1 MB
+memory   of all processes together, and of the largest, in five rounds of 10 and of 1,000 sites with updates of 1 MB
 
 A rate is of a round from its begin to the begin of the next, so all that a round costs is in it; the first, in which
-workers begin, is not counted. Each figure is of a process of its own, peers in the same run.
+workers begin, is not counted, and of the others the fastest is shown. Each figure is of a process of its own, peers in
+the same run.
 """
 
 import argparse
@@ -35,14 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
     "real": {"hidden": 128, "rank": 8, "modules": "all-linear", "ends": 2},
 }
 STEPS, BATCH, LENGTH = 20, 4, 64
+EXACT, MEAN = "low-rank", "factor-mean"
+STEP_S = float(os.environ.get("BENCH_STEP_S", "0"))
 
 
 def moving(visit: Any) -> Any:
     """Stand for training: move each value by a constant, after a pause."""
     from offsite.protos.spec import UpdateMetrics
 
-    if pause := float(os.environ.get("BENCH_STEP_S", "0")):
-        time.sleep(pause)
+    if STEP_S:
+        time.sleep(STEP_S)
     return {name: tensor + 1e-3 for name, tensor in visit.broadcast.items()}, UpdateMetrics(**METRICS)
 
 
@@ -74,7 +78,7 @@ def material(folder: Path, case: dict[str, Any]) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
-def spec(folder: Path, case: dict[str, Any], *, rounds: int) -> Any:
+def spec(folder: Path, case: dict[str, Any], *, rounds: int, strategy: str = EXACT) -> Any:
     """Return the run of a case; its emulator is the whole model."""
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
@@ -86,6 +90,7 @@ def spec(folder: Path, case: dict[str, Any], *, rounds: int) -> Any:
         method=Choice(name="lora", settings=settings),
         training=TrainingSpec(steps=STEPS, batch_size=BATCH, learning_rate=1e-4, max_length=LENGTH),
         rounds=rounds,
+        strategy=Choice(name=strategy),
         max_update_norm=1e6,
     )
 
@@ -104,7 +109,7 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
         threading.Thread(target=watch, args=(peak,), daemon=True).start()
         more = {} if asked["real"] else {"train": "simulate:moving"}
         result = simulate(
-            spec(folder, CASES[asked["case"]], rounds=asked["rounds"]),
+            spec(folder, CASES[asked["case"]], rounds=asked["rounds"], strategy=asked["strategy"]),
             data=folder / "rows.jsonl",
             out=folder / "out",
             sites=asked["users"],
@@ -117,23 +122,25 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     folds = [span["end"] - span["start"] for span in result.report["spans"] if span["kind"] == "aggregation"]
     rates = [asked["users"] / (after - before) for before, after in zip(begins, begins[1:], strict=False)]
     sizes = {one["bytes_up"] for one in next(iter(result.report["rounds"]))["sites"].values()}
-    own, all_ = peak
-    return {"users_per_s": rates, "memory_mb": own, "all_mb": all_, "folding_s": folds, "update_kb": max(sizes) / 1000}
+    largest, all_ = peak
+    return {
+        **{"users_per_s": rates, "largest_mb": largest, "memory_mb": all_},
+        **{"folding_s": folds, "update_kb": max(sizes) / 1000},
+    }
 
 
 def watch(peak: list[int]) -> None:
-    """Note the most memory of this process, and of it with all that it started, counting what they share once."""
+    """Note the most memory that one of all processes has resident, and all together, counting what they share once."""
     process = psutil.Process()
     while True:
-        family = [process, *process.children(recursive=True)]
-        with_all = 0
-        for one in family:
+        largest, together = 0, 0
+        for one in [process, *process.children(recursive=True)]:
             try:
-                with_all += one.memory_full_info().pss
+                memory = one.memory_full_info()
             except psutil.Error:
                 continue
-        peak[0] = max(peak[0], process.memory_info().rss >> 20)
-        peak[1] = max(peak[1], with_all >> 20)
+            largest, together = max(largest, memory.rss), together + memory.pss
+        peak[0], peak[1] = max(peak[0], largest >> 20), max(peak[1], together >> 20)
         time.sleep(0.25)
 
 
@@ -186,31 +193,47 @@ def apart(how: str, asked: dict[str, Any], *, step_s: float = 0.0) -> dict[str, 
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def pfl(python: str, case: str, *, users: int, rounds: int, step_s: float = 0.0) -> dict[str, Any]:
-    """Have pfl-research do the same with arrays of the same shapes."""
+def peer(name: str, python: str, case: str, *, users: int, step_s: float = 0.0) -> dict[str, Any]:
+    """Have a peer do the same with arrays of the same shapes."""
     one = CASES[case]
     layers, hidden, rank = 2 * one["ends"], one["hidden"], one["rank"]
     shapes = [[rank, hidden], [hidden, rank]] * layers * len(one["modules"])
-    asked = json.dumps({"shapes": shapes, "users": users, "rounds": rounds, "step_s": step_s})
-    command = [python, str(Path(__file__).parent / "peer_pfl.py"), asked]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"PYTHONPATH": ""})
+    asked = json.dumps({"shapes": shapes, "users": users, "rounds": 3, "step_s": step_s})
+    command = [python, str(Path(__file__).parent / f"peer_{name}.py"), asked]
+    environment = os.environ | {"PYTHONPATH": ""}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 def show(what: str, result: dict[str, Any]) -> float:
     """Print a line; return the best rate."""
     rate = max(result["users_per_s"])
-    memory = f"{result['memory_mb']:.0f} MB" if "memory_mb" in result else ""
-    more = f", {result['all_mb']} MB with its workers" if "all_mb" in result else ""
-    fold = f", folding {min(result['folding_s']):.2f} s a round" if "folding_s" in result else ""
-    print(f"  {what:42} {rate:8,.0f} sites a second  {memory}{more}{fold}", flush=True)
+    memory = f"{result['memory_mb']:6,.0f} MB" if "memory_mb" in result else ""
+    fold = f", {min(result['folding_s']):.2f} s of a round for the fold" if "folding_s" in result else ""
+    print(f"  {what:42} {rate:8,.0f} sites a second  {memory}{fold}", flush=True)
     return rate
+
+
+def beside(peers: dict[str, str], case_: str, *, users: int, few: int, step_s: float = 0.0) -> None:
+    """Show what sites cost here and at the peers, of which Flower is asked for few."""
+    rates = {
+        strategy: show(
+            f"offsite, {strategy}, {users:,} sites",
+            apart("ours", case(case_, users=users, rounds=4, strategy=strategy), step_s=step_s),
+        )
+        for strategy in (MEAN, EXACT)
+    }
+    for name, python in peers.items():
+        theirs = few if name == "flower" else users
+        rate = show(f"{name}, {theirs:,} users", peer(name, python, case_, users=theirs, step_s=step_s))
+        print(*(f"  {strategy}: {mine / rate:.2f} times {name}'s" for strategy, mine in rates.items()), sep="")
 
 
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pfl", default="", metavar="PYTHON")
+    parser.add_argument("--flower", default="", metavar="PYTHON")
     parser.add_argument("--part", choices=["rate", "step", "real", "memory"], action="append")
     parser.add_argument("--only", nargs=2, metavar=("HOW", "CASE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -218,19 +241,15 @@ def main() -> None:
         print(json.dumps({"ours": ours, "bare": bare}[asked.only[0]](json.loads(asked.only[1]))))
         return
     parts = asked.part or ["rate", "step", "real", "memory"]
+    peers = {name: python for name, python in (("pfl", asked.pfl), ("flower", asked.flower)) if python}
     if "rate" in parts:
         print("trivial training, updates of 40 kB")
         for users in (2000, 10_000):
-            mine = show(f"offsite, {users:,} sites", apart("ours", case("40 kB", users=users, rounds=3)))
-            if asked.pfl:
-                its = show(f"pfl, {users:,} users", pfl(asked.pfl, "40 kB", users=users, rounds=2))
-                print(f"  {mine / its:.2f} times pfl's")
+            beside(peers, "40 kB", users=users, few=200)
+            peers = {name: python for name, python in peers.items() if name != "flower"}  # as fast with more
     if "step" in parts:
         print("updates of 1 MB, a step of 10 ms")
-        mine = show("offsite, 600 sites", apart("ours", case("1 MB", users=600, rounds=3), step_s=0.01))
-        if asked.pfl:
-            its = show("pfl, 600 users", pfl(asked.pfl, "1 MB", users=600, rounds=2, step_s=0.01))
-            print(f"  {mine / its:.2f} times pfl's")
+        beside(peers | ({"flower": asked.flower} if asked.flower else {}), "1 MB", users=600, few=100, step_s=0.01)
     if "real" in parts:
         print(f"real training of {STEPS} steps, one worker")
         mine = show("offsite, 30 sites", apart("ours", case("real", users=30, rounds=3, real=True, workers=1)))
@@ -241,12 +260,18 @@ def main() -> None:
         few, many = (apart("ours", case("1 MB", users=users, rounds=5)) for users in (10, 1000))
         show("offsite, 10 sites", few)
         show("offsite, 1,000 sites", many)
-        print(f"  {many['memory_mb'] - few['memory_mb']:.0f} MB more in the process that folds")
+        for what, key in (("all processes together", "memory_mb"), ("the largest process", "largest_mb")):
+            print(f"  {many[key] - few[key]:.0f} MB more in {what}")
 
 
-def case(name: str, *, users: int, rounds: int, real: bool = False, workers: int | None = None) -> dict[str, Any]:
+def case(
+    name: str, *, users: int, rounds: int, real: bool = False, workers: int | None = None, strategy: str = EXACT
+) -> dict[str, Any]:
     """Return what is asked of a process."""
-    return {"case": name, "users": users, "rounds": rounds, "real": real, "workers": workers}
+    return {
+        **{"case": name, "users": users, "rounds": rounds},
+        **{"real": real, "workers": workers, "strategy": strategy},
+    }
 
 
 if __name__ == "__main__":
