@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import os
 import pwd
 import shutil
@@ -145,6 +146,17 @@ def text(tokenizer: Any) -> list[Any]:
         for number, row in enumerate(drawn)
     ]
     return evaluation_batches(encode(examples, tokenizer, max_length=24), batch_size=4)
+
+
+@pytest.fixture
+def logging_untouched() -> Iterator[None]:
+    """What a test does to this process's log is undone."""
+    root, ours = logging.getLogger(), logging.getLogger("offsite")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture

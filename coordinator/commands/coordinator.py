@@ -118,7 +118,7 @@ def up(
             return InProcess(home)
         from offsite.coordinator.runs.cluster import OnRay
 
-        return OnRay(home, address=ray_address or None, token=ray_token, threads=threads)
+        return OnRay(home, address=ray_address or None, token=ray_token, threads=threads, log_form=log_format)
 
     def steps() -> str:
         alone = ray_address and not at.node.shared

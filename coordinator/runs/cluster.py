@@ -20,6 +20,7 @@ from offsite.coordinator.cluster.view import View
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, UnreachableError
+from offsite.protos.telemetry.logs import Form
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,18 @@ ENDED = "ended"
 class OnRay:
     """Supervisors as detached actors of a Ray cluster, or of one started for this process on loopback."""
 
-    def __init__(self, home: Home, *, address: str | None = None, token: Path | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        home: Home,
+        *,
+        address: str | None = None,
+        token: Path | None = None,
+        threads: int = 0,
+        log_form: Form = "text",
+    ) -> None:
         """Name the cluster's address and the file of its token; without an address, one is started."""
         self._home, self._address, self._token, self._threads = home, address, token, threads
+        self._log_form = log_form  # of what supervisors and steps log, into Ray's files
         self._where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         self._hope = "; the runs wait until it is started again" if address else "; it is started again"
         self._child: subprocess.Popen[bytes] | None = None
@@ -107,6 +117,7 @@ class OnRay:
             log_file.replace(log_file.with_suffix(".log.1"))
         reading, writing = os.pipe()
         arguments = [str(self._home.root), str(self._home.identity), self._address or "", str(self._threads)]
+        arguments.append(self._log_form)
         try:
             with log_file.open("ab") as output:
                 child = subprocess.Popen(

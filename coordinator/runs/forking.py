@@ -5,6 +5,7 @@ import os
 import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
 
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.supervisor import Lost
@@ -25,14 +26,16 @@ def address(root: Path) -> Path:
     return Path(gettempdir()) / f"offsite-{os.getuid()}" / hex_of(digest_bytes(str(root).encode()), most=16)
 
 
-def perform(threads: int, node: Node, step: str, spec: bytes, order: bytes, **environment: str) -> bytes:
+def perform(
+    threads: int, node: Node, step: str, spec: bytes, order: bytes, *, log: dict[str, Any], **environment: str
+) -> bytes:
     """Do a step in a process forked for it, which ends with this one at the latest; return its result.
 
-    `environment` is set in it, before it touches a GPU.
+    `log` has the form of what it logs, and what that is about; `environment` is set before it touches a GPU.
     Raises the step's own error, or Lost if its process could not begin or was killed.
     """
     scratch = node.prepare().scratch
-    job = {"threads": threads, "root": str(node.root), "blobs": node.url}
+    job: dict[str, Any] = {"threads": threads, "root": str(node.root), "blobs": node.url, "log": log}
     job |= {"step": step, "spec": spec.decode(), "order": order.decode()}
     (stdin, leash), (output, stdout) = os.pipe(), os.pipe()
     with os.fdopen(leash, "wb"), os.fdopen(output, "rb") as pipe, TemporaryDirectory(dir=scratch) as folder:

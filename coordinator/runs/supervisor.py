@@ -52,6 +52,7 @@ from offsite.protos.events import (
     Warned,
 )
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
+from offsite.protos.telemetry.logs import about
 
 R = TypeVar("R")
 Perform = Callable[[str, bytes, bytes, Needs], bytes]  # step, run spec, order, what that needs -> result
@@ -107,6 +108,10 @@ class Supervisor:
 
         Raises Lost or Unusable, and leaves the run open.
         """
+        with about(run=self._run):
+            self._bring()
+
+    def _bring(self) -> None:
         try:
             self._rounds()
         except (Lost, Unusable):
@@ -141,7 +146,8 @@ class Supervisor:
         order = Build(sites=self._history[SELECT].names, continued=origin)
         self._do(BUILD, order, _built, accept=self._accept)
         for number in range(self._spec.rounds):
-            self._round(number)
+            with about(round=number + 1):
+                self._round(number)
         self._outcome()
 
     # what is done once
@@ -169,7 +175,8 @@ class Supervisor:
                 "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
             )
         self._journal.add_event(self._run, StepBegun(step=step.name))
-        result = accept(from_json(step.gives, self._work(order), where=f"step {step.name}"))
+        with about(step=order.step):
+            result = accept(from_json(step.gives, self._work(order), where=f"step {step.name}"))
         self._heed()
         return self._history.record(step, result, *tell(result))
 

@@ -35,6 +35,7 @@ from offsite.coordinator.runs.steps.orders import Order, read
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import from_json, plain, to_json
+from offsite.protos.telemetry.logs import Form, begin, subject
 
 BEAT_S = 2.0
 PROBE_S = 5.0
@@ -45,13 +46,13 @@ AGAIN_S = 2.0  # before a supervisor that could not go on is started again
 
 def main() -> None:
     """Join Ray and serve until stdin is closed or Ray is gone."""
-    root, identity, address, threads, pipe = sys.argv[1:]
+    root, identity, address, threads, form, pipe = sys.argv[1:]
     with os.fdopen(int(pipe), "w", buffering=1) as channel:
         try:
             print("imported", file=channel)
             _join(address, root)
             _steps(Home(Path(root), Path(identity)).node)
-            threading.Thread(target=_obey, args=(channel, root, identity, int(threads)), daemon=True).start()
+            threading.Thread(target=_obey, args=(channel, root, identity, int(threads), form), daemon=True).start()
             print("ready", file=channel)
             _beat(channel)
         except Exception as error:  # whatever it is, it must be said: nobody reads this process's output
@@ -145,12 +146,12 @@ def _connect(what: str, address: str) -> None:
         raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error})") from None
 
 
-def _obey(channel: TextIO, root: str, identity: str, threads: int) -> None:
+def _obey(channel: TextIO, root: str, identity: str, threads: int, form: Form) -> None:
     """Start the supervisors that are asked for, until nobody can ask any more."""
     try:
         for line in sys.stdin:
             run = line.strip()
-            _here(_Supervisor, f"run-{run}", root, identity, run, threads)  # beside the journal
+            _here(_Supervisor, f"run-{run}", root, identity, run, threads, form)  # beside the journal
         ray.shutdown()
         os._exit(0)
     except Exception as error:
@@ -182,8 +183,9 @@ def _steps(node: Node) -> Any:
 
 @ray.remote
 class _Supervisor:
-    def __init__(self, root: str, identity: str, run: str, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, root: str, identity: str, run: str, threads: int, form: Form) -> None:
+        begin(form, run=run)
+        self._threads, self._form = threads, form
         self._home, self._run = Home(Path(root), Path(identity)), run
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -221,7 +223,7 @@ class _Supervisor:
         )
 
         def do(orders: Sequence[Order]) -> list[bytes]:
-            here = (self._threads, self._home.node, _node())
+            here = (self._threads, self._home.node, _node(), {"form": self._form, "about": subject()})
             streams: list[Any] = [task.remote(*here, one.step, spec, to_json(one)) for one in orders]
             self._begin(streams, f"step {order.step} waits until a node has {shown(asked)} free")
             return [bytes(ray.get(next(stream))) for stream in streams]
@@ -253,13 +255,15 @@ class _Steps:
 
 
 @ray.remote(max_retries=0, num_returns="streaming")  # the supervisor tries again, and counts
-def _perform(threads: int, home: Node, at: str, step: str, spec: bytes, order: bytes) -> Iterator[bytes]:
+def _perform(
+    threads: int, home: Node, at: str, log: dict[str, Any], step: str, spec: bytes, order: bytes
+) -> Iterator[bytes]:
     """Yield nothing as soon as a node does the step, then its result."""
     yield b""
     node = home if at == _node() else _elsewhere(home.url)
     ray.get(_steps(node).start.remote())
     gpus = ",".join(map(str, ray.get_gpu_ids()))  # that are this step's, and no other's
-    yield forking.perform(threads, node, step, spec, order, CUDA_VISIBLE_DEVICES=gpus)
+    yield forking.perform(threads, node, step, spec, order, log=log, CUDA_VISIBLE_DEVICES=gpus)
 
 
 def _elsewhere(url: str) -> Node:

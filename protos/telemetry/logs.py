@@ -24,7 +24,7 @@ FRAMES = 12  # of a fault, the innermost
 _about: ContextVar[dict[str, Any]] = ContextVar("about", default={})  # noqa: B039 (never changed)
 
 
-def begin(form: Form, **always: str) -> None:
+def begin(form: Form, **always: Any) -> None:
     """Log on standard error from now on; in JSON what goes well, too, each line with what it is always about."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(**always) if form == "json" else logging.Formatter(TEXT))
@@ -43,10 +43,15 @@ def about(**fields: Any) -> Iterator[None]:
             _about.reset(token)
 
 
+def subject() -> dict[str, Any]:
+    """Return what is logged here is about, for work of it that another process does."""
+    return dict(_about.get())
+
+
 class Lines(logging.Formatter):
     """Writes a record as a JSON object in a line."""
 
-    def __init__(self, **always: str) -> None:
+    def __init__(self, **always: Any) -> None:
         super().__init__()
         self._always = always
 

@@ -122,7 +122,9 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
     server = forking.fork_server(undisturbed.node)
     server.start()
     with closing(server):
-        live(undisturbed, site, partial(forking.perform, 1, undisturbed.node))  # its steps in processes of their own
+        live(
+            undisturbed, site, partial(forking.perform, 1, undisturbed.node, log={"form": "text", "about": {}})
+        )  # its steps in processes of their own
     whole, writes, moments = Database._write, itertools.count(1), itertools.cycle(("before", "after"))
 
     @contextmanager

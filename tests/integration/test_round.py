@@ -135,7 +135,7 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
 
 
 def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(federation: Any, wait: Any) -> None:
-    federation.coordinate(executor="ray")
+    federation.coordinate("--log-format", "json", executor="ray")
     federation.join("hospital", engine="deepspeed")
     with federation.connect() as session:
         run = session.submit(whole(federation))
@@ -146,6 +146,10 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
         assert {at for at in listening if "127.0.0.1:" not in at} == set()
         next(process for process in tree if process.name() == "raylet").kill()
         folder = run.result(federation.folder / "out")
+        of_steps = logged_by_ray(federation.tree("coordinator"), run.id)
+        assert {("build", None), ("aggregate", 1), ("publish", None)} <= {
+            (one["step"], one.get("round")) for one in of_steps
+        }
         heavy = [" ".join(process.cmdline()) for process in federation.tree("coordinator") if has_torch(process)]
     assert ["coordinator up" in heavy[0], "coordinator.runs.steps.process" in heavy[-1], len(heavy)] == [True, True, 2]
     federation.stop()
@@ -155,9 +159,19 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
     for key, given, wanted in trained(federation, folder):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
     assert (federation.folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
-    said = [line for line in federation.log("coordinator").read_text().splitlines() if not line.startswith("{")]
+    lines = [json.loads(line) for line in federation.log("coordinator").read_text().splitlines()]
+    said = [line["message"] for line in lines if line.get("level") in ("warning", "error")]
     assert "its raylet on this machine" in said[0] and "is back; the runs go on" in said[-1]
     assert len(said) == 2, "nothing of Ray's own is in the coordinator's output"
+
+
+def logged_by_ray(tree: list[psutil.Process], run: str) -> list[dict[str, Any]]:
+    """What a run's steps have logged since Ray was started last: lines of Ray's files that are JSON."""
+    raylet = next(process for process in tree if process.name() == "raylet")
+    folder = next(part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--log_dir="))
+    lines = [line for file in Path(folder).glob("worker-*.err") for line in file.read_text().splitlines()]
+    said = [json.loads(line) for line in lines if line.startswith("{")]
+    return [one for one in said if one.get("run") == run and "step" in one]
 
 
 def listens(process: psutil.Process) -> list[Any]:

@@ -1,12 +1,13 @@
 """What the process of a step does, once it has been forked (`offsite.protos.processes`).
 
-Its job is a JSON object {"threads", "root", "blobs", "step", "spec", "order"}. On standard output it tells "result"
-or "error", with {"status", "reason", "message", "unusable"}: a full disk must not keep it from that.
+Its job is a JSON object {"threads", "root", "blobs", "step", "spec", "order", "log"}. On standard output it tells
+"result" or "error", with {"status", "reason", "message", "unusable"}: a full disk must not keep it from that.
 """
 
 import json
+import logging
 import os
-import traceback
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from offsite.coordinator.store import Unusable
 from offsite.emulator.catalogue import BUILDERS, FORMATS, METHODS, MODALITIES
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError
+from offsite.protos.telemetry.logs import begin
+
+log = logging.getLogger(__name__)
 
 
 def preload() -> None:
@@ -38,13 +42,18 @@ def main(path: Path) -> int:
 
 def outcome(job: dict[str, Any]) -> dict[str, Any]:
     """Do a step and return what is told of it."""
+    begin(job["log"]["form"], **job["log"]["about"])
     torch.set_num_threads(job["threads"] or os.cpu_count() or 1)
+    start = time.monotonic()
+    log.info("the step begins")
     spec, order = job["spec"].encode(), job["order"].encode()
     try:
-        return {"result": perform(Node(Path(job["root"]), job["blobs"]), job["step"], spec, order).decode()}
+        result = perform(Node(Path(job["root"]), job["blobs"]), job["step"], spec, order).decode()
+        log.info("the step is done, after %.1f s", time.monotonic() - start)
+        return {"result": result}
     except Exception as fault:  # the process's border
-        traceback.print_exc()
         grant = from_json(Grant, spec, where="run spec")
         error = fault if isinstance(fault, OffsiteError) else OffsiteError(grant.fault(fault))
+        log.exception("step %s: %s", job["step"], error)
         fields = {"status": error.status, "reason": error.reason, "message": str(error)}
         return {"error": fields | {"unusable": isinstance(error, Unusable)}}

@@ -1,5 +1,6 @@
 """Steps in processes of their own: what comes back, and what does not."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
     server.start()
 
     def perform(step: str) -> bytes:
-        return forking.perform(3, stand.home.node, step, b"{}", b"order")
+        return forking.perform(3, stand.home.node, step, b"{}", b"order", log={})
 
     yield perform
     server.close()
@@ -66,12 +67,21 @@ def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform:
     with pytest.raises(Lost, match="step killed: its process ended with exit code -9"):
         perform("killed")
     with pytest.raises(Lost, match="step build: what it is forked from has ended"):
-        forking.perform(1, Node(tmp_path / "another", "file:///nowhere"), "build", b"{}", b"{}")
+        forking.perform(1, Node(tmp_path / "another", "file:///nowhere"), "build", b"{}", b"{}", log={})
 
 
-def test_a_fault_of_ours_comes_back_in_words(stand: Any) -> None:
+def test_a_fault_of_ours_comes_back_in_words_and_the_log_says_of_what_step(
+    stand: Any, capsys: pytest.CaptureFixture[str], logging_untouched: None
+) -> None:
     spec = to_json(RunSpec(model="m")).decode()
-    job = {"threads": torch.get_num_threads(), "step": "none", "order": "{}", "spec": spec}
+    subject = {"run": "r", "round": 2, "step": "aggregate"}
+    log = {"form": "json", "about": subject}
+    job = {"threads": torch.get_num_threads(), "log": log, "step": "none", "order": "{}", "spec": spec}
     where = {"root": str(stand.home.root), "blobs": stand.home.node.url}
     fault = {"status": "INTERNAL", "reason": "", "message": "internal error: KeyError: 'none'"}
     assert process.outcome(job | where) == {"error": fault | {"unusable": False}}
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "error"] and all(
+        line.items() >= subject.items() for line in lines
+    )
+    assert lines[1]["fault"]["kind"] == "KeyError"

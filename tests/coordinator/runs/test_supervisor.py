@@ -20,6 +20,7 @@ from offsite.protos.errors import ResourceError
 from offsite.protos.events import Cancelled
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import Choice, TaskSpec
+from offsite.protos.telemetry.logs import subject
 
 EXAM = {"exam": "held-out.jsonl"}
 SITES = ("bank", "ward")
@@ -324,3 +325,18 @@ def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(stand
     assert lost.state == "failed" and "was lost at the coordinator" in lost.message and lost.update == ""
     assert asked(stand, Aggregate)[0].updates == (Update(site="ward", digest=kept.update, examples=3),)
     assert stand.home.blobs().path(kept.update).is_file()
+
+
+def test_what_a_step_is_about_is_known_to_whatever_does_it(stand: Any) -> None:
+    perform, subjects = stand.perform, []
+
+    def note(*order: Any) -> bytes:
+        subjects.append(subject())
+        return bytes(perform(*order))
+
+    stand.perform = note
+    stand.submit("school", rounds=2)
+    assert stand.run().state == "completed" and subject() == {}
+    told = [(one["run"], one.get("round"), one["step"]) for one in subjects]
+    assert told[:1] + told[-1:] == [("r", None, "build"), ("r", None, "publish")]
+    assert ("r", 1, "aggregate") in told and ("r", 2, "aggregate") in told

@@ -3,24 +3,13 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from offsite.protos.telemetry.logs import Lines, about, begin
 
 
-@pytest.fixture
-def untouched() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("offsite")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-
-
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("logging_untouched")
 def test_a_line_says_what_it_is_about_wherever_it_is_awaited(capsys: pytest.CaptureFixture[str]) -> None:
     begin("json", site="ward")
     log = logging.getLogger("offsite.test")
@@ -55,7 +44,7 @@ def test_of_a_fault_the_place_is_told_and_no_value() -> None:
     assert json.loads(line)["fault"]["at"][-1].startswith("test_logs.py:")
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("logging_untouched")
 def test_for_people_it_is_a_line_of_text_and_of_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     begin("text")
     logging.getLogger("offsite.test").info("nothing")
