@@ -41,28 +41,46 @@ def init(
 @app.command()
 def token(
     folder: Folder,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who the token is for.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Who the tokens are for.")] = None,
     *,
     role: Annotated[Literal["site", "owner", "researcher", "auditor"], typer.Option(help="What they may do.")],
     address: Annotated[str, typer.Option(help="HOST:PORT at which they reach the coordinator.")],
     hours: Annotated[int, typer.Option(help="Hours until the token expires.")] = 24,
     days: Annotated[int, typer.Option(help="Days that their certificates hold; each is renewed in time.")] = 30,
+    names_file: Annotated[
+        typer.FileText | None, typer.Option("--names", help="A file of more names, one a line; - reads the input.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="A folder for the tokens, NAME.token each; else the one is printed.")
+    ] = None,
 ) -> None:
-    """Print a token: one line by which one party joins, once, with a private key that it makes itself.
+    """Make a token: one line by which one party joins, once, with a private key that it makes itself.
 
-    It is a secret until it is used. A new token for a name ends the one before.
+    It is a secret until it is used. A new token for a name ends the one before. Of many, as with --names, all are made
+    at once, or none.
     """
+    from offsite.protos.errors import InputError
+    from offsite.protos.security.kit import write
     from offsite.protos.security.pki import Authority
 
-    made = Authority.open(folder).token(role, name, address=address, hours=hours, days=days)
-    typer.echo(str(made))
+    everybody = [*(names or ()), *(line for line in map(str.strip, names_file or ()) if line)]
+    if not everybody:
+        raise InputError("nobody is named; name who the token is for, or a file of names with --names")
+    if len(everybody) > 1 and to is None:
+        raise InputError(f"{len(everybody)} tokens are to be made; name a folder for them with --to")
+    made = Authority.open(folder).tokens(role, everybody, address=address, hours=hours, days=days)
     command = "site" if role == "site" else "identity"
-    typer.echo(
-        f"Hand this line to {name} over a channel you trust, before {made.expires:%Y-%m-%d %H:%M} UTC. There: "
-        f"offsite {command} enrol - --identity {name}",
-        err=True,
-    )
-    typer.echo(f"A coordinator that does not see {folder} lets {name} in once it has the new crl.pem.", err=True)
+    end = f"over a channel you trust, before {made[0].expires:%Y-%m-%d %H:%M} UTC. There: offsite {command} enrol"
+    if to is None:
+        typer.echo(str(made[0]))
+        typer.echo(f"Hand this line to {everybody[0]} {end} - --identity {everybody[0]}", err=True)
+    else:
+        for one in made:
+            write(to / f"{one.name}.token", f"{one}\n".encode(), secret=True)
+        typer.echo(
+            f"Hand each of {len(made)} files in {to} to whom it is named after, {end} NAME.token --identity NAME"
+        )
+    typer.echo(f"A coordinator that does not see {folder} lets them in once it has the new crl.pem.", err=True)
 
 
 @app.command()

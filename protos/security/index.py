@@ -64,23 +64,46 @@ class Index:
         """All certificates, then all tokens."""
         return (*self.certificates, *self.tokens)
 
+
+class Ledger:
+    """The same to be looked up and added to: neither takes longer the more there are."""
+
+    def __init__(self, index: Index) -> None:
+        self._rows: dict[str, Entry | Invitation] = {}  # by serial number
+        self._names: dict[str, list[str]] = {}  # serial numbers by name, without its case
+        self._answers: dict[str, str] = {}  # serial numbers by that of who asked
+        self.put(*index.all)
+
+    def put(self, *rows: Entry | Invitation) -> None:
+        """Have these take the place of those with the same serial numbers; new ones come last."""
+        for row in rows:
+            if row.serial not in self._rows:
+                self._names.setdefault(row.name.casefold(), []).append(row.serial)
+            self._rows[row.serial] = row
+            if isinstance(row, Entry) and row.asked_by:
+                self._answers.setdefault(row.asked_by, row.serial)
+
+    def index(self) -> Index:
+        """Return all of it."""
+        rows = self._rows.values()
+        return Index(
+            certificates=tuple(row for row in rows if isinstance(row, Entry)),
+            tokens=tuple(row for row in rows if isinstance(row, Invitation)),
+        )
+
     def asker(self, serial: str) -> Entry | Invitation | None:
         """Return the certificate or the token of a serial number."""
-        return next((one for one in self.all if one.serial == serial), None)
+        return self._rows.get(serial)
 
     def answer(self, serial: str) -> Entry | None:
         """Return the certificate that was given to whoever asked with this serial number's."""
-        return next((entry for entry in self.certificates if entry.asked_by == serial), None)
+        row = self._rows.get(self._answers.get(serial, ""))
+        return row if isinstance(row, Entry) else None
+
+    def alike(self, name: str) -> list[Entry | Invitation]:
+        """Return all certificates and tokens of a name, and of those that differ from it only in case."""
+        return [self._rows[serial] for serial in self._names.get(name.casefold(), ())]
 
     def of(self, name: str) -> list[Entry | Invitation]:
         """Return what holds of a name: certificates that are valid, and tokens that are open."""
-        return [one for one in self.all if one.name == name and one.status in ("valid", "open")]
-
-    def having(self, *others: Entry | Invitation) -> "Index":
-        """Return an index in which these take the place of those with the same serial numbers; new ones come last."""
-        new = {one.serial: one for one in others}
-        certificates = [new.pop(one.serial, one) for one in self.certificates]
-        tokens = [new.pop(one.serial, one) for one in self.tokens]
-        certificates += [one for one in new.values() if isinstance(one, Entry)]
-        tokens += [one for one in new.values() if isinstance(one, Invitation)]
-        return Index(certificates=tuple(certificates), tokens=tuple(tokens))  # type: ignore[arg-type]
+        return [row for row in self.alike(name) if row.name == name and row.status in ("valid", "open")]

@@ -45,6 +45,15 @@ def write(path: Path, data: bytes, *, secret: bool = False) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what is another one once a file was written anew; None where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino
+
+
 def private(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, *, form: Encoding = Encoding.PEM) -> bytes:
     """Write a private key."""
     return key.private_bytes(form, PrivateFormat.PKCS8, NoEncryption())

@@ -15,6 +15,7 @@ folder alone; of what is asked for, only the key counts.
 
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -26,10 +27,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from offsite.protos.addresses import parse_all
-from offsite.protos.documents import to_json
 from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError, OffsiteError, RefusedError
 from offsite.protos.security.certificates import MEMBERS, ROLES, Role, check_name, either, hosts_of, new_certificate
-from offsite.protos.security.index import Entry, Index, Invitation
+from offsite.protos.security.index import Entry, Invitation, Ledger
 from offsite.protos.security.kit import private, write
 from offsite.protos.security.register import FILES, LIST_DAYS, Register, check_days, now
 from offsite.protos.security.signing_requests import fingerprint, requested_key
@@ -60,7 +60,7 @@ class Authority(Register):
         """
         _check_request(role, name, hosts=hosts, days=days)
         with self.locked():
-            self._check_free(self.index(), name)
+            self._check_free(self.ledger(), name)
             return self._issue(role, name, hosts or (LOCAL_HOSTS if role == "coordinator" else ()), days=days, at=_at)
 
     def renew(self, name: str, *, days: int = 365) -> Path:
@@ -71,7 +71,7 @@ class Authority(Register):
         """
         check_days(days)
         with self.locked():
-            entry = next((one for one in self.index().of(name) if isinstance(one, Entry)), None)
+            entry = next((one for one in self.ledger().of(name) if isinstance(one, Entry)), None)
             try:
                 old = x509.load_pem_x509_certificate((self.folder / name / "tls.crt").read_bytes())
             except (OSError, ValueError):
@@ -89,27 +89,41 @@ class Authority(Register):
         `address` is HOST:PORT of the coordinator, or of several gateways to it, with commas; `days` is how long the
         party's certificates hold. Raises InputError for an argument, ConflictError while the name has a valid one.
         """
+        return self.tokens(role, [name], address=address, hours=hours, days=days)[0]
+
+    def tokens(
+        self, role: Role, names: Sequence[str], *, address: str, hours: int = TOKEN_HOURS, days: int = JOINED_DAYS
+    ) -> list[Token]:
+        """Make a token for each of some names, or for none if one of them can have none; see `token`."""
         if role not in MEMBERS:
             raise InputError(
                 f"a {role} does not join by a token, expected {either(MEMBERS)}: a coordinator's kit holds the model "
                 "owner's key, and is made with `offsite pki issue`"
             )
-        _check_request(role, name, hosts=(), days=days)
+        for name in names:
+            _check_request(role, name, hosts=(), days=days)
+        twice = [name for name, count in Counter(name.casefold() for name in names).items() if count > 1]
+        if twice:
+            raise InputError(f"{twice[0]!r} is named twice; name each once, whatever its case")
         if not 1 <= hours <= 24 * 365:
             raise InputError(f"hours must be in 1..8760, got {hours}")
         parse_all(address)
         with self.locked():
-            index = self.index()
-            self._check_free(index, name)
+            ledger = self.ledger()
             start, end = self.life(now(), timedelta(hours=hours))
-            key = ec.generate_private_key(ec.SECP256R1())
-            certificate = new_certificate(self.issuer, key.public_key(), "joining", name, start=start, end=end)
-            earlier = [replace(one, revoked_at=start) for one in index.of(name) if isinstance(one, Invitation)]
-            made = Invitation(serial=f"{certificate.serial_number:x}", role=role, name=name, expires=end, days=days)
-            self.keep(index.having(*earlier, made))
+            pairs = []
+            for name in names:
+                self._check_free(ledger, name)
+                key = ec.generate_private_key(ec.SECP256R1())
+                certificate = new_certificate(self.issuer, key.public_key(), "joining", name, start=start, end=end)
+                earlier = [replace(one, revoked_at=start) for one in ledger.of(name) if isinstance(one, Invitation)]
+                serial = f"{certificate.serial_number:x}"
+                ledger.put(*earlier, Invitation(serial=serial, role=role, name=name, expires=end, days=days))
+                pairs.append({"tls.crt": certificate.public_bytes(Encoding.PEM), "tls.key": private(key)})
+            self.keep(ledger)
             files = {file: (self.folder / file).read_bytes() for file in ("ca.crt", "owner.pub")}
-            files |= {"tls.crt": certificate.public_bytes(Encoding.PEM), "tls.key": private(key)}
-            return Token(address, role, name, end, files | {"crl.pem": self.coordinators()})
+            files["crl.pem"] = self.coordinators()
+            return [Token(address, role, name, end, files | pair) for name, pair in zip(names, pairs, strict=True)]
 
     def sign(self, requests: Sequence[tuple[int, bytes]]) -> list[Answer]:
         """Answer signing requests, each with the serial number of the certificate that it came with.
@@ -117,23 +131,24 @@ class Authority(Register):
         One who asks again for the same key is answered alike. Every certificate is on the list once this returns.
         """
         with self.locked():
-            index = before = self.index()
+            ledger, before = self.ledger(), self.index()
             answers = []
             for serial, request in requests:
                 try:
-                    index, answer = self._sign(index, f"{serial:x}", request)
+                    answer = self._sign(ledger, f"{serial:x}", request)
                 except OffsiteError as error:
-                    index = index.having(error.asker) if isinstance(error, _Contested) else index
+                    if isinstance(error, _Contested):
+                        ledger.put(error.asker)
                     answer = Answer(b"", str(error), "")
                 answers.append(answer)
-            if index != before:
-                self.keep(index)
+            if ledger.index() != before:
+                self.keep(ledger)
             return answers
 
-    def _sign(self, index: Index, serial: str, request: bytes) -> tuple[Index, Answer]:
+    def _sign(self, ledger: Ledger, serial: str, request: bytes) -> Answer:
         """Certify a key for whoever has a token or a certificate."""
         key = requested_key(request)
-        asker, entry = index.asker(serial), index.answer(serial)
+        asker, entry = ledger.asker(serial), ledger.answer(serial)
         if asker is None or asker.role == "coordinator":
             raise RefusedError("this authority has made no token or certificate that this may be asked for with")
         whose = f"{asker.role} {asker.name!r}"
@@ -146,8 +161,8 @@ class Authority(Register):
             raise IdentityError(f"what {whose} holds has expired; ask the model owner for a new token")
         if entry is None:
             if isinstance(asker, Invitation):
-                self._check_free(index, asker.name)
-                index = index.having(replace(asker, used_at=start))
+                self._check_free(ledger, asker.name)
+                ledger.put(replace(asker, used_at=start))
             entry = Entry(
                 serial=f"{x509.random_serial_number():x}",
                 role=asker.role,
@@ -157,7 +172,7 @@ class Authority(Register):
                 asked_by=serial,
                 key=fingerprint(key),
             )
-            index = index.having(entry)
+            ledger.put(entry)
         certificate = new_certificate(
             self.issuer,
             key,
@@ -167,7 +182,7 @@ class Authority(Register):
             start=entry.issued_at or start,
             end=entry.expires,
         )
-        return index, Answer(certificate.public_bytes(Encoding.PEM), "", whose)
+        return Answer(certificate.public_bytes(Encoding.PEM), "", whose)
 
     def revoke(self, name: str) -> tuple[Path, ...]:
         """Revoke all that holds of a name and return the lists written: the authority's and those of its kits.
@@ -175,16 +190,17 @@ class Authority(Register):
         These are its certificates and its open tokens. Raises NotFoundError where there is none.
         """
         with self.locked():
-            index = self.index()
-            if not (held := index.of(name)):
-                valid = {entry.name for entry in index.certificates if entry.status == "valid"}
+            ledger = self.ledger()
+            if not (held := ledger.of(name)):
+                valid = {entry.name for entry in self.entries() if entry.status == "valid"}
                 known = ", ".join(sorted(valid)) or "none"
                 raise NotFoundError(f"{self.folder}: no valid certificate of {name!r} to revoke (valid: {known})")
-            used = [one for one in index.tokens if one.name == name and one.status == "used"]  # they give nothing again
-            after = index.having(*(replace(one, revoked_at=now()) for one in (*held, *used)))
-            lists = self.publish(after)
-            # The index last: a revocation that was cut short can then be asked for again.
-            write(self.folder / "index.json", to_json(after))
+            used = [
+                one for one in ledger.alike(name) if one.name == name and one.status == "used"
+            ]  # give nothing again
+            ledger.put(*(replace(one, revoked_at=now()) for one in (*held, *used)))
+            lists = self.publish(ledger.index())
+            self.remember(ledger.index())  # last: a revocation that was cut short can then be asked for again
             return lists
 
     def refresh(self, *, days: int = LIST_DAYS) -> tuple[Path, ...]:
@@ -198,12 +214,14 @@ class Authority(Register):
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = new_certificate(self.issuer, key.public_key(), role, name, hosts=hosts, start=start, end=end)
         serial = f"{certificate.serial_number:x}"
-        self.keep(self.index().having(Entry(serial=serial, role=role, name=name, issued_at=start, expires=end)))
+        ledger = self.ledger()
+        ledger.put(Entry(serial=serial, role=role, name=name, issued_at=start, expires=end))
+        self.keep(ledger)
         return self._write_kit(role, name, certificate.public_bytes(Encoding.PEM), private(key))
 
-    def _check_free(self, index: Index, name: str) -> None:
+    def _check_free(self, ledger: Ledger, name: str) -> None:
         # Names that differ only in case share a folder on some file systems.
-        same = [entry for entry in index.certificates if entry.name.casefold() == name.casefold()]
+        same = [entry for entry in ledger.alike(name) if isinstance(entry, Entry)]
         for entry in same:
             if entry.status == "valid":
                 raise ConflictError(

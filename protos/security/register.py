@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import ConflictError, IdentityError, InputError, NotFoundError
 from offsite.protos.security.certificates import Issuer, check_name, new_issuer
-from offsite.protos.security.index import Entry, Index, Invitation
-from offsite.protos.security.kit import private, write
+from offsite.protos.security.index import Entry, Index, Invitation, Ledger
+from offsite.protos.security.kit import private, stamp, write
 from offsite.protos.security.revocation import RevocationList, list_number, new_revocation_list
 
 FILES = ("ca.crt", "ca.key", "crl.pem", "index.json", "owner.key", "owner.pub")
@@ -31,6 +31,7 @@ class Register:
         """Use `create` or `open`."""
         self.folder = folder
         self.issuer = issuer
+        self._read: tuple[tuple[int, int, int] | None, Index] = None, Index()
 
     @classmethod
     def create(cls, folder: Path, *, name: str = "offsite", days: int = 3650) -> Self:
@@ -81,7 +82,19 @@ class Register:
     def index(self) -> Index:
         """Return all certificates and tokens ever made, oldest first."""
         path = self.folder / "index.json"
-        return from_json(Index, path.read_bytes(), where=str(path))
+        if (now := stamp(path)) is None or now != self._read[0]:
+            self._read = now, from_json(Index, path.read_bytes(), where=str(path))
+        return self._read[1]
+
+    def ledger(self) -> Ledger:
+        """Return the same, to be looked up and added to."""
+        return Ledger(self.index())
+
+    def remember(self, index: Index) -> None:
+        """Write what was made."""
+        path = self.folder / "index.json"
+        write(path, to_json(index))
+        self._read = stamp(path), index
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,9 +113,10 @@ class Register:
             )
         return start, end
 
-    def keep(self, index: Index) -> None:
+    def keep(self, ledger: Ledger) -> None:
         """Remember what was made, then let it in: a certificate that is not in the index could never be revoked."""
-        write(self.folder / "index.json", to_json(index))
+        index = ledger.index()
+        self.remember(index)
         self.publish(index)
 
     def publish(self, index: Index, *, days: int = LIST_DAYS) -> tuple[Path, ...]:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from offsite.protos.errors import IdentityError, ResourceError
 from offsite.protos.security.certificates import BACKDATED, UNREADABLE, Issuer, Peer, authority_key_identifier
-from offsite.protos.security.kit import write
+from offsite.protos.security.kit import stamp, write
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class Revocations:
                 raise ResourceError(f"{error}; nobody is let in until then") from None
 
     def _stamp(self) -> list[tuple[int, int, int] | None]:
-        return [_stamp(path) for path in (self._path, *self._others)]
+        return [stamp(path) for path in (self._path, *self._others)]
 
     def _read(self) -> RevocationList:
         self._version = self._stamp()
@@ -210,14 +210,6 @@ class Revocations:
             write(self._seen, str(revocations.number).encode(), secret=True)
         self._highest = revocations.number
         return revocations
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _number(path: Path) -> int:

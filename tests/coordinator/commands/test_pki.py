@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offsite.coordinator.commands.pki import app
-from offsite.protos.errors import ConflictError
+from offsite.protos.errors import ConflictError, InputError
 from offsite.protos.security import tokens
 from offsite.protos.security.identity import Identity
 
@@ -53,6 +53,34 @@ def test_a_token_is_printed_by_itself_and_listed(tmp_path: Path) -> None:
     listed = json.loads(run("list", folder, "--format", "json"))
     assert [(entry["kind"], entry["status"]) for entry in listed] == [("token", "revoked"), ("token", "open")]
     assert "Revoked what 'berlin' has" in run("revoke", folder, "berlin")
+
+
+def test_tokens_for_many_are_made_at_once_or_not_at_all(tmp_path: Path) -> None:
+    folder, names = tmp_path / "pki", tmp_path / "names"
+    run("init", folder)
+    names.write_text("paris\n\n  oslo \n")
+    token = ("token", folder, "berlin", "--role", "site", "--address", "a.org:8443", "--names", names)
+    with pytest.raises(InputError, match="3 tokens are to be made; name a folder for them with --to"):
+        run(*token)
+    assert "Hand each of 3 files" in run(*token, "--to", tmp_path / "tokens")
+    for name in ("berlin", "paris", "oslo"):
+        file = tmp_path / "tokens" / f"{name}.token"
+        assert tokens.read(file.read_text()).name == name and file.stat().st_mode & 0o077 == 0
+    names.write_text("rome\nBerlin\n")
+    with pytest.raises(InputError, match="'berlin' is named twice"):
+        run(*token, "--to", tmp_path / "tokens")
+    run("issue", folder, "athens", "--role", "site")
+    names.write_text("rome\nathens\n")
+    with pytest.raises(ConflictError, match="'athens' has a certificate"):
+        run(*token, "--to", tmp_path / "tokens")
+    listed = json.loads(run("list", folder, "--format", "json"))
+    assert [(one["name"], one["status"]) for one in listed if one["kind"] == "token"] == [
+        ("berlin", "open"),
+        ("paris", "open"),
+        ("oslo", "open"),
+    ]
+    with pytest.raises(InputError, match="nobody is named"):
+        run("token", folder, "--role", "site", "--address", "a.org:8443")
 
 
 def test_a_coordinators_kit_is_renewed(tmp_path: Path) -> None:
