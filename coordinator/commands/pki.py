@@ -131,7 +131,7 @@ def renew(
 
     kit = Authority.open(folder).renew(name, days=days)
     typer.echo(f"Wrote the kit {kit} anew; it is valid until {Identity.load(kit).expires:%Y-%m-%d}.")
-    typer.echo("Copy it to where it is used, and start again what uses it.")
+    typer.echo("Copy it to where it is used: a coordinator shows it from the next connection on, without a restart.")
 
 
 @app.command()

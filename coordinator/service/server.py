@@ -25,6 +25,7 @@ from offsite.coordinator.runs.dispatch import PLACES
 from offsite.coordinator.runs.executor import Executor
 from offsite.coordinator.runs.leadership import Leadership
 from offsite.coordinator.service.admission import Admission
+from offsite.coordinator.service.certificate import OwnCertificate
 from offsite.coordinator.service.fleet import FleetService
 from offsite.coordinator.service.gateway import Gateway
 from offsite.coordinator.service.limits import CALLS
@@ -36,7 +37,6 @@ from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.frames import lean
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
-from offsite.protos.security.identity import Identity
 from offsite.protos.security.tls import server_credentials
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,7 @@ class Server:
     ) -> None:
         self._authority, self._meter = authority, meter or Meter()
         self._home = home.prepare()
-        self._identity = Identity.load(home.identity, expect="coordinator")
-        if self._identity.warning:
-            log.warning(self._identity.warning)
+        self._certificate = OwnCertificate(home.identity, authority=authority)
         self._lead: Callable[..., Leadership] | None = None
         if make_executor is not None:
             self._lead = partial(Leadership, make_executor=make_executor, places=places, retention=retention)
@@ -153,7 +151,7 @@ class Server:
                 self._meter.begin(Gauged(self._home, journal, blobs, lambda: len(fleet.waiting), leads))
                 ready(port, leads())
                 jobs = [changes.follow(), fleet.waiting.work(), gateway.work(), self._meter.work()]
-                jobs += admission.jobs(changes)
+                jobs += [*admission.jobs(changes), self._certificate.work()]
                 jobs += [leadership.work(moved)] if leadership else []
                 work = [asyncio.create_task(job) for job in jobs]
                 await asyncio.wait({*work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
@@ -170,9 +168,12 @@ class Server:
             gateway.leave()
             journal.close()
 
+    def _credentials(self) -> grpc.ServerCredentials:
+        return server_credentials(self._certificate.identity, self._certificate.newest)
+
     def _bind(self, server: grpc.aio.Server, address: Address) -> int:
         try:
-            return server.add_secure_port(str(address), server_credentials(self._identity))
+            return server.add_secure_port(str(address), self._credentials())
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {address}: {error}") from None
 

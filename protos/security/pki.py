@@ -173,16 +173,51 @@ class Authority(Register):
                 key=fingerprint(key),
             )
             ledger.put(entry)
-        certificate = new_certificate(
+        return Answer(self._certify(entry, key), "", whose)
+
+    def recertify(self, certificate: bytes, key: ec.EllipticCurvePublicKey) -> bytes:
+        """Certify another key for a coordinator whose certificate (PEM) holds, with its hosts and for as long.
+
+        Each key gets one of its own, as several gateways may have copies of one kit, and the same key the same one.
+        Raises RefusedError for a certificate that was made for nobody's coordinator, IdentityError for one that has
+        ended or is revoked.
+        """
+        old = x509.load_pem_x509_certificate(certificate)
+        with self.locked():
+            ledger = self.ledger()
+            before, entry = ledger.asker(f"{old.serial_number:x}"), ledger.answer(f"{old.serial_number:x}")
+            if not isinstance(before, Entry) or before.role != "coordinator":
+                raise RefusedError(f"{self.folder}: this authority has made no such certificate for a coordinator")
+            if before.status != "valid":
+                raise IdentityError(f"the certificate of coordinator {before.name!r} is {before.status}; issue a kit")
+            if entry is None or entry.key != fingerprint(key):
+                start, end = self.life(now(), _days(before))
+                entry = Entry(
+                    serial=f"{x509.random_serial_number():x}",
+                    role=before.role,
+                    name=before.name,
+                    issued_at=start,
+                    expires=end,
+                    asked_by=before.serial,
+                    key=fingerprint(key),
+                )
+                ledger.put(entry)
+                self.keep(ledger)
+            return self._certify(entry, key, hosts_of(old))
+
+    def _certify(self, entry: Entry, key: ec.EllipticCurvePublicKey, hosts: Sequence[str] = ()) -> bytes:
+        """Return the certificate (PEM) of an entry, the same whenever it is asked for."""
+        assert entry.issued_at is not None, "whoever asks for one is certified by a version that writes it down"
+        return new_certificate(
             self.issuer,
             key,
             entry.role,
             entry.name,
+            hosts=hosts,
             serial=int(entry.serial, 16),
-            start=entry.issued_at or start,
+            start=entry.issued_at,
             end=entry.expires,
-        )
-        return Answer(certificate.public_bytes(Encoding.PEM), "", whose)
+        ).public_bytes(Encoding.PEM)
 
     def revoke(self, name: str) -> tuple[Path, ...]:
         """Revoke all that holds of a name and return the lists written: the authority's and those of its kits.

@@ -1,7 +1,7 @@
 """Mutual TLS over gRPC: credentials from a kit, who the other end is, and why no connection came about."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import grpc
@@ -14,10 +14,27 @@ from offsite.protos.security.identity import Identity
 __all__ = ["Identity", "Peer", "channel_credentials", "explain", "peer", "server_credentials"]
 
 
-def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Credentials of a server that lets in only those its own authority has certified."""
-    pair = (identity.key, identity.certificate)
-    return grpc.ssl_server_credentials([pair], root_certificates=identity.authority, require_client_auth=True)
+def server_credentials(identity: Identity, newest: Callable[[], Identity] | None = None) -> grpc.ServerCredentials:
+    """Credentials of a server that lets in only those its own authority has certified.
+
+    `newest` is asked at each handshake, in a thread of gRPC's, for what is shown from then on; it must not raise.
+    """
+    shown = identity
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        pair = (shown.key, shown.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=shown.authority)
+
+    def change() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        before, shown = shown, newest() if newest else shown
+        return configuration() if shown.certificate != before.certificate else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(),
+        change,  # type: ignore[arg-type]  # None changes nothing
+        require_client_authentication=True,
+    )
 
 
 def channel_credentials(identity: Identity, *, pinned: bytes = b"") -> grpc.ChannelCredentials:

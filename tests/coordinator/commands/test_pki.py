@@ -88,7 +88,7 @@ def test_a_coordinators_kit_is_renewed(tmp_path: Path) -> None:
     run("issue", tmp_path, "hub", "--role", "coordinator", "--days", "20")
     before = Identity.load(tmp_path / "hub")
     assert before.warning is None or "hub" in before.warning
-    assert "start again what uses it" in run("renew", tmp_path, "hub")
+    assert "without a restart" in run("renew", tmp_path, "hub")
     assert Identity.load(tmp_path / "hub").expires > before.expires
 
 
