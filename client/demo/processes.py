@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,14 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold interrupts back until a child that begins to run is also on the list of those to end."""
+    """Hold interrupts back, which come in the main thread.
+
+    Until a child that begins to run is also on the list of those to end, and while one is looked at: an interrupt could
+    leave Popen's lock taken, and whoever waits for that child would wait forever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
     previous = {one: signal.signal(one, lambda number, _: came.append(number)) for one in INTERRUPTS}
     try:
@@ -74,7 +82,7 @@ class Processes:
         with self._log(name).open(encoding="utf-8", errors="replace") as log:
             rest = ""
             while True:
-                ended = self._children[name].poll() is not None  # before reading: what it said last is not missed
+                ended = self._code(name) is not None  # before reading: what it said last is not missed
                 *lines, rest = (rest + log.read()).split("\n")
                 yield from (json.loads(line) for line in lines if line.startswith("{") and line.endswith("}"))
                 if ended:
@@ -85,13 +93,17 @@ class Processes:
     def check(self, *names: str) -> None:
         """Raise an error with a child's last words if it has ended in failure."""
         for name in names or tuple(self._children):
-            code = self._children[name].poll()
-            if code:
+            if code := self._code(name):
                 words = self._log(name).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 kind = next((kind for kind in KINDS if kind.exit_code == code), OffsiteError)
                 raise kind(
                     f"{name} ended with exit code {code}: {words[0].removeprefix('offsite: ')} (log: {self._log(name)})"
                 )
+
+    def _code(self, name: str) -> int | None:
+        """The exit code of a child, or None while it runs."""
+        with _undisturbed():
+            return self._children[name].poll()
 
     def stop(self) -> None:
         """End all children: politely, then with force, with everything they started."""

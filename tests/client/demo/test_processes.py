@@ -3,11 +3,14 @@
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from offsite.client.demo.processes import Processes
 
 STUBBORN = """
 import json, signal, subprocess, sys, time
@@ -63,3 +66,26 @@ def test_an_interrupt_leaves_nothing_behind(demo: subprocess.Popen[str], moment:
     assert demo.returncode == -signal.SIGINT and errors.strip().endswith("KeyboardInterrupt")
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+class Unlucky:
+    """A lock that is taken just as a Ctrl-C comes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.release, self.locked = self._lock.release, self._lock.locked
+
+    def acquire(self, blocking: bool = True) -> bool:
+        taken = self._lock.acquire(blocking)
+        signal.raise_signal(signal.SIGINT)
+        return taken
+
+
+def test_an_interrupt_while_a_child_is_looked_at_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        processes.start("child", "-h", module="json.tool")
+        lock = processes._children["child"]._waitpid_lock = Unlucky()  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            processes.check("child")
+        assert not lock.locked()
+        processes._children["child"]._waitpid_lock = threading.Lock()  # type: ignore[attr-defined]
