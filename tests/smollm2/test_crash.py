@@ -43,7 +43,7 @@ def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
         return hook
 
     def text() -> list[Batch]:
-        return evaluation_batches(bench.public[:32], batch_size=8)
+        return evaluation_batches(bench.few, batch_size=8)
 
     once = text()
     states = crash.pooled(bench.base, once)[2:28]
