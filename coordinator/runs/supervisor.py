@@ -131,6 +131,10 @@ class Supervisor:
             self._journal.close()
 
     def _fail(self, error: str) -> None:
+        """End the run, unless it is another gateway's by now: what is wrong here may not be wrong there."""
+        if self._journal.leader() != self._leader:
+            log.info("run %s: left to another gateway, after: %s", self._run, error)
+            return
         self._journal.end_run(self._run, Failed(error=plain(error, most=10_000)))
 
     def _rounds(self) -> None:

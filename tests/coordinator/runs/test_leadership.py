@@ -16,7 +16,7 @@ from offsite.coordinator.runs.leadership import Leadership
 from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.store.changes import Changes
 from offsite.protos.documents import to_json
-from offsite.protos.errors import UnreachableError
+from offsite.protos.errors import ResourceError, UnreachableError
 from offsite.protos.spec import RunSpec
 
 DEADLINE_S = 60.0  # of what takes milliseconds: a test that hangs must fail
@@ -129,6 +129,48 @@ def test_a_gateway_whose_executor_does_not_start_leaves_the_runs_to_another(home
         north.end()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("late", ["it is done", "it cannot be done"])
+def test_a_step_of_who_dispatched_before_counts_for_nothing_though_it_ends_last(stand: Any, late: str) -> None:
+    stand.submit("school", rounds=2)
+    journal, perform, twice = stand.journal, stand.perform, []
+    journal.lead("north")
+
+    def slowly(step: str, *order: Any) -> bytes:
+        result = bytes(perform(step, *order))
+        if step == "aggregate" and not twice:
+            twice.append(result)
+            journal.lead("south")
+            stand.perform = perform
+            assert stand.run().state == "completed", "by a supervisor of the other gateway"
+            stand.ended = journal.steps("r"), journal.events("r"), journal.tasks("r")
+            if late == "it cannot be done":
+                raise ResourceError("the disk of north is full")
+        return result
+
+    stand.perform = slowly
+    assert stand.run().state == "completed" and len(twice) == 1
+    assert (journal.steps("r"), journal.events("r"), journal.tasks("r")) == stand.ended
+    assert sorted(one.kind for one in journal.events("r") if one.kind in ("completed", "failed", "round")) == [
+        "completed",
+        "round",
+        "round",
+    ]
+
+
+def test_a_step_that_fails_where_a_gateway_dispatched_before_does_not_end_the_run(stand: Any) -> None:
+    stand.submit("school")
+    stand.journal.lead("north")
+
+    def fail(*_: Any) -> bytes:
+        stand.journal.lead("south")
+        raise ResourceError("the disk of north is full")
+
+    perform, stand.perform = stand.perform, fail
+    assert stand.run().state == "running"
+    stand.perform = perform
+    assert stand.run().state == "completed"
 
 
 def test_who_dispatched_before_starts_no_supervisor_and_those_it_started_end(stand: Any) -> None:
