@@ -23,6 +23,7 @@ from offsite.protos.events import (
     Selected,
     SiteState,
     StepBegun,
+    StepLost,
     UpdateAccepted,
     Waiting,
     Warned,
@@ -85,6 +86,9 @@ class RunView:
         figure = FIGURES.get(name)
         self.phase = figure.phase if figure else PHASES.get(event.step, PHASES.get(name, "averaging the updates"))
         return self.phase
+
+    def _on_lost(self, event: StepLost) -> str:
+        return f"begins again: {event.message}"
 
     def _on_bundle(self, event: EmulatorBuilt) -> str:
         size, share = event.bytes / 1e6, event.disclosed

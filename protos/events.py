@@ -42,6 +42,15 @@ class StepBegun:
 
 
 @document
+class StepLost:
+    """What did a step of the coordinator's went away under it; the step begins again."""
+
+    kind: ClassVar[str] = "lost"
+    step: Word
+    message: Message  # how
+
+
+@document
 class EmulatorBuilt:
     """What sites will train on is built."""
 
@@ -136,6 +145,7 @@ Event = (
     Waiting
     | Selected
     | StepBegun
+    | StepLost
     | EmulatorBuilt
     | Measured
     | Warned

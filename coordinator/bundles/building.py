@@ -100,23 +100,45 @@ def build(
                 called=called,
                 owner_key=owner_key,
             )
-        base, tokenizer = zoo.load_base(source, dtype="auto")
-        stored = quicken(base)
+        base = load(source)
         text = material(
             public,
-            tokenizer,
+            base.tokenizer,
             calibration=calibration,
             folders=folders,
             scratch=scratch,
-            longest=positions(base),
+            longest=positions(base.model),
             tell=tell,
         )
-        draft = builders.run(makers, placement, base, text)
-        named = ref(source, base, called=called)
-        built = write(draft, tokenizer, folder, dtype=stored, base=named, chain=chain, owner_key=owner_key)
-        return replace(built, computed=explained(base))
+        draft = builders.run(makers, placement, base.model, text)
+        return write_loaded(draft, base, folder, called=called, chain=chain, owner_key=owner_key)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base in memory, in the dtype that this machine computes in, and the one that its files have."""
+
+    source: Path
+    model: nn.Module
+    tokenizer: Any
+    stored: torch.dtype
+
+
+def load(source: Path) -> Base:
+    """Read a base from its folder, to build of it; raises ValueError."""
+    model, tokenizer = zoo.load_base(source, dtype="auto")
+    return Base(source, model, tokenizer, quicken(model))
+
+
+def write_loaded(
+    draft: Draft, base: Base, folder: Path, *, called: str, chain: Sequence[Choice], owner_key: Path | None
+) -> Built:
+    """Write an emulator that was built of a base into a folder, and say in which precision; raises ValueError."""
+    named = ref(base.source, base.model, called=called)
+    built = write(draft, base.tokenizer, folder, dtype=base.stored, base=named, chain=chain, owner_key=owner_key)
+    return replace(built, computed=explained(base.model))
 
 
 def write(
@@ -210,7 +232,7 @@ def _seal(
         shared=layout.outline.shared,
         packed=packed,
         narrow=layout.narrow,
-        grounds=_told(layout.outline.grounds),
+        grounds=grounds_told(layout.outline.grounds),
         parameters=counts[0],
         verbatim=counts[1],
         lossy=counts[2],
@@ -224,7 +246,7 @@ def _seal(
     return Built(folder, manifest, recovery, portions=portions)
 
 
-def _told(grounds: Grounds | None) -> spec.Grounds | None:
+def grounds_told(grounds: Grounds | None) -> spec.Grounds | None:
     """Write down on what layers were chosen, in few digits, so that equal choices have equal manifests."""
     if grounds is None:
         return None
@@ -235,6 +257,13 @@ def _told(grounds: Grounds | None) -> spec.Grounds | None:
         ways=grounds.ways,
         lead=None if grounds.lead is None else round(grounds.lead, 2),
     )
+
+
+def grounds_of(told: spec.Grounds | None) -> Grounds | None:
+    """Return what was written down so; written down again it is the same."""
+    if told is None:
+        return None
+    return Grounds(told.links, math.inf if told.gap is None else told.gap, told.margin, told.ways, told.lead)
 
 
 def ref(source: Path, base: nn.Module, *, called: str = "") -> BaseRef:

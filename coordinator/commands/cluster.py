@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from offsite.coordinator.commands.sizes import size
+
 if TYPE_CHECKING:
     from offsite.coordinator.cluster.view import Demand, View
     from offsite.protos.addresses import Address
@@ -56,7 +58,9 @@ def up(
             "coordinator up` starts what it needs"
         )
     address = _address(listen) if listen else Address(own(head), PORT)
-    member = Member(home.resolve(), address, head, cpus=cpus, gpus=gpus, memory=_bytes(memory))
+    member = Member(
+        home.resolve(), address, head, cpus=cpus, gpus=gpus, memory=size(memory, "--memory") if memory else None
+    )
 
     def ready(view: "View") -> None:
         if format == "json":
@@ -119,18 +123,6 @@ def _address(text: str) -> "Address":
 
     alone = text.startswith("[") and text.endswith("]") or text.count(":") == 0
     return parse(f"{text}:{PORT}" if alone else text)
-
-
-def _bytes(size: str) -> int | None:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from offsite.protos.documents import quoted
-    from offsite.protos.errors import InputError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(size)) if size else None
-    except ValidationError:
-        raise InputError(f"--memory {quoted(size)} is no size; expected one such as 16GB or 8GiB") from None
 
 
 def _show(view: "View") -> None:

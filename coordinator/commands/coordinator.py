@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from offsite.coordinator.commands.backup import backup, restore
+from offsite.coordinator.commands.sizes import size
 from offsite.coordinator.commands.status import status
 from offsite.protos.telemetry.logs import Form, begin
 
@@ -51,6 +52,10 @@ def up(
     ] = None,
     places: Annotated[int, typer.Option("--runs", min=1, help="Runs worked on at once; others stay queued.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a step; 0 takes all.")] = 0,
+    part: Annotated[
+        str,
+        typer.Option(help="A step is divided among nodes only into parts of so much, of updates or of the base."),
+    ] = "64MiB",
     keep_runs: KeepRuns = None,
     keep_days: KeepDays = None,
     working_days: WorkingDays = 7.0,
@@ -104,7 +109,7 @@ def up(
     from offsite.protos.addresses import Address, parse
     from offsite.protos.documents import to_plain
 
-    address = parse(listen, listening=True)
+    address, least = parse(listen, listening=True), max(1, size(part, "--part"))
     meter = meter_at(metrics)
     rules = OwnerPolicy.load(policy) if policy else OwnerPolicy()
     if format == "json":
@@ -118,7 +123,9 @@ def up(
             return InProcess(home)
         from offsite.coordinator.runs.cluster import OnRay
 
-        return OnRay(home, address=ray_address or None, token=ray_token, threads=threads, log_form=log_format)
+        return OnRay(
+            home, address=ray_address or None, token=ray_token, threads=threads, part=least, log_form=log_format
+        )
 
     def steps() -> str:
         alone = ray_address and not at.node.shared

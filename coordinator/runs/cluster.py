@@ -19,6 +19,7 @@ from offsite.coordinator.cluster.looking import fitting
 from offsite.coordinator.cluster.view import View
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
+from offsite.coordinator.runs.shards import PART_BYTES
 from offsite.protos.errors import InputError, OffsiteError, ResourceError, UnreachableError
 from offsite.protos.telemetry.logs import Form
 
@@ -42,10 +43,14 @@ class OnRay:
         address: str | None = None,
         token: Path | None = None,
         threads: int = 0,
+        part: int = PART_BYTES,
         log_form: Form = "text",
     ) -> None:
-        """Name the cluster's address and the file of its token; without an address, one is started."""
-        self._home, self._address, self._token, self._threads = home, address, token, threads
+        """Name the cluster's address and the file of its token; without an address, one is started.
+
+        `part` is how many bytes a part of a step has at least.
+        """
+        self._home, self._address, self._token, self._threads, self._part = home, address, token, threads, part
         self._log_form = log_form  # of what supervisors and steps log, into Ray's files
         self._where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         self._hope = "; the runs wait until it is started again" if address else "; it is started again"
@@ -117,7 +122,7 @@ class OnRay:
             log_file.replace(log_file.with_suffix(".log.1"))
         reading, writing = os.pipe()
         arguments = [str(self._home.root), str(self._home.identity), self._address or "", str(self._threads)]
-        arguments.append(self._log_form)
+        arguments += [str(self._part), self._log_form]
         try:
             with log_file.open("ab") as output:
                 child = subprocess.Popen(

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -11,14 +12,27 @@ from offsite.coordinator.node import Node
 from offsite.coordinator.runs.supervisor import Lost
 from offsite.coordinator.store import Unusable
 from offsite.protos.chunks import digest_bytes, hex_of
+from offsite.protos.documents import plain
 from offsite.protos.errors import from_status
 from offsite.protos.processes.forks import ForkServer, fork
 
 
 def fork_server(node: Node) -> ForkServer:
     """Return what the steps of a node are forked from, for whoever knows its folder."""
-    log = node.root / f"steps-{socket.gethostname()}.log"
-    return ForkServer("offsite.coordinator.runs.steps.process", environment={}, log=log, address=address(node.root))
+    work = "offsite.coordinator.runs.steps.process"
+    return ForkServer(work, environment={}, log=_log(node), address=address(node.root))
+
+
+def _log(node: Node) -> Path:
+    return node.root / f"steps-{socket.gethostname()}.log"
+
+
+def _words(node: Node) -> str:
+    """Return the last words of what steps are forked from, and where more of them are; empty if it had none."""
+    with suppress(OSError):
+        if words := _log(node).read_text(errors="replace").strip():
+            return f": {plain(words.splitlines()[-1], most=300)} (see {_log(node)})"
+    return ""
 
 
 def address(root: Path) -> Path:
@@ -46,13 +60,15 @@ def perform(
                 try:
                     server.connect(str(address(node.root)))
                 except OSError as gone:
-                    raise Lost(f"step {step}: what it is forked from has ended") from gone
+                    raise Lost(f"step {step}: what it is forked from has ended{_words(node)}") from gone
                 process = fork(server, path, environment, stdin=stdin, stdout=stdout, stderr=2)
         finally:
             os.close(stdin)
             os.close(stdout)
         document = pipe.read()
         if code := process.wait():
+            if process.lost:
+                raise Lost(f"step {step}: what it is forked from ended under it{_words(node)}")
             raise Lost(f"step {step}: its process ended with exit code {code}")
     outcome = json.loads(document)
     if error := outcome.get("error"):

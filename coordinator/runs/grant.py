@@ -33,6 +33,12 @@ class Grant(RunSpec):
     base_name: Place = ""  # what sites and reports call the base; empty: as its folder is called
     inputs: dict[Place, Input] = Field(default_factory=dict)  # its model and texts by place, once they were gathered
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the base's weights, once its files were gathered; 0 before."""
+        model = self.inputs.get(self.model)
+        return sum(file.size for file in model.files if file.path.endswith(".safetensors")) if model else 0
+
     def wording(self, error: BaseException, sentence: str = "") -> str:
         """Return an error's sentence, or the one given for it.
 

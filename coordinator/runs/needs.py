@@ -4,7 +4,8 @@ The memory is that of the tensors a step surely holds, P parameters of the base 
 as the run computes (4 in fp32, 2 in bf16):
 
     gather     nothing            aggregate  4 x what goes to the sites, of all tiers; join the same
-    build      2 x the files of the base, unless one builder works alone: that may read layer by layer
+    build      2 x the files of the base, unless one builder works alone: that may read layer by layer; divide the same
+    encode     the files of the base
     realign    2 (P + E)          evaluate   w P, or w E of the emulator
     tune       w P                attack     16 E: weights, gradients and two moments; w E where a GPU has these
     publish    2 P, and as much again for a merged model
@@ -20,6 +21,8 @@ from offsite.coordinator.runs.steps.orders import (
     Aggregate,
     Attack,
     Build,
+    Divide,
+    Encode,
     Evaluate,
     Gather,
     Join,
@@ -50,17 +53,21 @@ class Needs:
 
 def of(order: Order, spec: Grant, built: Built | None) -> Needs:
     """Say what a step needs; `built` is known once the run's emulator is."""
-    if isinstance(order, Gather):
-        return Needs(home=True)
-    if isinstance(order, Build):
-        source = spec.inputs.get(spec.model)
-        weights = sum(file.size for file in source.files if file.path.endswith(".safetensors")) if source else 0
-        return Needs(2 * weights if len(spec.builders) > 1 else 0)
-    if isinstance(order, Aggregate | Join):
-        versions = order.parts if isinstance(order, Join) else (order.last,)
-        return Needs(4 * sum(sent.size for version in versions for sent in version.broadcast.values()))
-    if built is None:
-        return Needs()
+    match order:
+        case Gather():
+            return Needs(home=True)
+        case Build() | Divide():
+            return Needs(2 * spec.weights if len(spec.builders) > 1 else 0)
+        case Encode():
+            return Needs(spec.weights)
+        case Aggregate() | Join():
+            versions = order.parts if isinstance(order, Join) else (order.last,)
+            return Needs(4 * sum(sent.size for version in versions for sent in version.broadcast.values()))
+    return Needs() if built is None else _once_built(order, spec, built)
+
+
+def _once_built(order: Order, spec: Grant, built: Built) -> Needs:
+    """Say what a step needs that is about an emulator."""
     base, emulator = built.base.parameters, built.bundle.parameters
     width = 4 if spec.training.precision == "fp32" else 2
     match order:

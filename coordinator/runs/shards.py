@@ -1,29 +1,31 @@
 """A step done in parts on several nodes: the bytes do not depend on how many there are. Imports no tensor library.
 
-Sets of held-out data are measured apart, and groups of tensors folded apart: each by one node from beginning to end, so
-that no sum is taken in another order. What is put together is sorted by name.
+Sets of held-out data are measured apart, groups of tensors folded apart, and layers of an emulator encoded apart: each
+by one node from beginning to end, so that no sum is taken in another order. What is put together is sorted by name.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.orders import Aggregate, Evaluate, Join, Order
-from offsite.coordinator.runs.steps.results import Evaluation, Folded
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Divide, Encode, Encodings, Evaluate, Join, Order
+from offsite.coordinator.runs.steps.results import Built, Division, Encoded, Evaluation, Folded
 from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import from_json, to_json
 
-PART_BYTES = 64 << 20  # of updates: to fold less is done before another node has begun
+PART_BYTES = 64 << 20  # of updates, or of the base: less is done before another node has begun
 
 
-def count(order: Order, spec: Grant, *, nodes: int) -> int:
-    """Return in how many parts an order is done by so many nodes."""
+def count(order: Order, spec: Grant, *, nodes: int, part: int = PART_BYTES) -> int:
+    """Return in how many parts an order is done by so many nodes, each of at least `part` bytes."""
     match order:
         case Evaluate():
             return max(1, min(nodes, len(spec.evaluation)))
+        case Build(encoded=None):
+            return max(1, min(nodes, spec.weights // part))
         case Aggregate():
             size = sum(order.last.broadcast[order.tiers[update.site]].size for update in order.updates)
-            return max(1, min(nodes, order.groups, size // PART_BYTES))
+            return max(1, min(nodes, order.groups, size // part))
     return 1
 
 
@@ -44,4 +46,22 @@ def in_parts(order: Order, spec: Grant, parts: int, do: Callable[[Sequence[Order
             version = from_json(Version, whole, where="step join")
             spans = tuple(span for one in folded for span in one.spans)
             return to_json(replace(folded[0], version=version, spans=spans))
+        case Build(encoded=None) if parts > 1:
+            return _built(order, parts, do)
     return do([order])[0]
+
+
+def _built(order: Build, parts: int, do: Callable[[Sequence[Order]], list[bytes]]) -> bytes:
+    (begun,) = do([Divide(build=order)])
+    division = from_json(Division, begun, where="step divide")
+    if division.outline is None or division.weights is None:
+        return to_json(division.built)
+    parts = min(parts, division.places)
+    encode = Encode(outline=division.outline, weights=division.weights, parts=parts, part=0)
+    results = do([replace(encode, part=part) for part in range(parts)])
+    encoded = [from_json(Encoded, result, where="step encode") for result in results]
+    encodings = Encodings(outline=division.outline, parts=tuple(one.file for one in encoded))
+    (whole,) = do([replace(order, encoded=encodings)])
+    built = from_json(Built, whole, where="step build")
+    spans = (*division.spans, *(span for one in encoded for span in one.spans), *built.spans)
+    return to_json(replace(built, spans=spans))

@@ -49,6 +49,7 @@ from offsite.protos.events import (
     RoundDone,
     SiteState,
     StepBegun,
+    StepLost,
     Warned,
 )
 from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
@@ -68,7 +69,10 @@ log = logging.getLogger(__name__)
 
 
 class Lost(Exception):
-    """What does the steps went away under one; nothing is wrong with the run, and another supervisor takes it up."""
+    """What does the steps went away under one, how if it is known.
+
+    Nothing is wrong with the run, and another supervisor takes it up.
+    """
 
 
 class Cancelled(Exception):
@@ -171,18 +175,31 @@ class Supervisor:
         done = self._history.get(step)
         if done is not None:
             return done
-        self._heed()
+        self.heed()
         begun = [event for event in self._journal.events(self._run, kind=StepBegun.kind)]
         if sum(event.data["step"] == step.name for event in begun) >= TRIES:
-            raise ResourceError(
-                f"step {step.name} was begun {TRIES} times and ended its process each time, so it is not tried again; "
-                "most likely memory is missing: look at the system's log, and give it more memory or a smaller model"
-            )
+            raise ResourceError(self._hopeless(step))
         self._journal.add_event(self._run, StepBegun(step=step.name))
-        with about(step=order.step):
-            result = accept(from_json(step.gives, self._work(order), where=f"step {step.name}"))
-        self._heed()
+        try:
+            with about(step=order.step):
+                result = accept(from_json(step.gives, self._work(order), where=f"step {step.name}"))
+        except Lost as lost:
+            if words := plain(self._spec.wording(lost), most=1000):
+                self._journal.add_event(self._run, StepLost(step=step.name, message=words))
+            raise
+        self.heed()
         return self._history.record(step, result, *tell(result))
+
+    def _hopeless(self, step: Step[R]) -> str:
+        """Say why a step is not tried again."""
+        lost = [event.data for event in self._journal.events(self._run, kind=StepLost.kind)]
+        last = next((data["message"] for data in reversed(lost) if data["step"] == step.name), "")
+        return (
+            f"step {step.name} was begun {TRIES} times and came to no end, so it is not tried again; "
+            f"{f'the last time: {last}; ' if last else ''}"
+            "where a process was killed, most likely memory is missing: look at the system's log, and give it more "
+            "memory or a smaller model"
+        )
 
     def _work(self, order: Order) -> bytes:
         """Have a step done and return what it gives.
@@ -209,13 +226,14 @@ class Supervisor:
             warned = True
             self._journal.set_run(self._run, note=waits)
             self._rest(AGAIN_S)
-            self._heed()
+            self.heed()
 
     def waits(self, note: str) -> None:
         """Have the run say what a step of it waits for; empty once it has begun."""
         self._journal.set_run(self._run, note=note)
 
-    def _heed(self) -> None:
+    def heed(self) -> None:
+        """Raise Cancelled if the run is over, Superseded if it is another gateway's by now."""
         if self._journal.run(self._run).state not in LIVE:
             raise Cancelled
         if self._journal.leader() != self._leader:
@@ -282,7 +300,7 @@ class Supervisor:
             while True:
                 if not current.look(since=self._started) and (updates := current.updates()) is not None:
                     return updates
-                self._heed()
+                self.heed()
                 self._wait(watch)
 
     def _wait(self, watch: Watch) -> None:

@@ -29,12 +29,13 @@ from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.needs import Needs, ask, room, shown
+from offsite.coordinator.runs.needs import Needs, ask, of, room, shown
 from offsite.coordinator.runs.shards import count, in_parts
 from offsite.coordinator.runs.steps.orders import Order, read
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.documents import from_json, plain, to_json
+from offsite.protos.errors import ResourceError, from_system
 from offsite.protos.telemetry.logs import Form, begin, subject
 
 BEAT_S = 2.0
@@ -46,13 +47,14 @@ AGAIN_S = 2.0  # before a supervisor that could not go on is started again
 
 def main() -> None:
     """Join Ray and serve until stdin is closed or Ray is gone."""
-    root, identity, address, threads, form, pipe = sys.argv[1:]
+    root, identity, address, threads, part, form, pipe = sys.argv[1:]
     with os.fdopen(int(pipe), "w", buffering=1) as channel:
         try:
             print("imported", file=channel)
             _join(address, root)
             _steps(Home(Path(root), Path(identity)).node)
-            threading.Thread(target=_obey, args=(channel, root, identity, int(threads), form), daemon=True).start()
+            obeyed = (channel, root, identity, int(threads), int(part), form)
+            threading.Thread(target=_obey, args=obeyed, daemon=True).start()
             print("ready", file=channel)
             _beat(channel)
         except Exception as error:  # whatever it is, it must be said: nobody reads this process's output
@@ -146,12 +148,12 @@ def _connect(what: str, address: str) -> None:
         raise RuntimeError(f"{what}, at {address}, is gone ({error.strerror or error})") from None
 
 
-def _obey(channel: TextIO, root: str, identity: str, threads: int, form: Form) -> None:
+def _obey(channel: TextIO, root: str, identity: str, threads: int, part: int, form: Form) -> None:
     """Start the supervisors that are asked for, until nobody can ask any more."""
     try:
         for line in sys.stdin:
             run = line.strip()
-            _here(_Supervisor, f"run-{run}", root, identity, run, threads, form)  # beside the journal
+            _here(_Supervisor, f"run-{run}", root, identity, run, threads, part, form)  # beside the journal
         ray.shutdown()
         os._exit(0)
     except Exception as error:
@@ -183,9 +185,9 @@ def _steps(node: Node) -> Any:
 
 @ray.remote
 class _Supervisor:
-    def __init__(self, root: str, identity: str, run: str, threads: int, form: Form) -> None:
+    def __init__(self, root: str, identity: str, run: str, threads: int, part: int, form: Form) -> None:
         begin(form, run=run)
-        self._threads, self._form = threads, form
+        self._threads, self._part, self._form = threads, part, form
         self._home, self._run = Home(Path(root), Path(identity)), run
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -203,51 +205,68 @@ class _Supervisor:
         try:
             return self._placed(read(step, order), spec, needs)
         except RayTaskError as error:
-            raise Lost if isinstance(error.cause, RayError) else error.cause from None
+            raise _lost(error.cause) if isinstance(error.cause, RayError) else error.cause from None
         except RayError as error:  # a worker or the cluster went away, not the step
-            raise Lost from error
+            raise _lost(error) from error
 
     def _placed(self, order: Order, spec: bytes, needs: Needs) -> bytes:
         """Do a step on a node that has what it needs, or in parts on several; raises NoRoom if there is none."""
         grant, home = from_json(Grant, spec, where="run spec"), needs.home or not self._home.node.shared
         nodes = [node["Resources"] for node in _nodes() if not home or node["NodeID"] == _node()]
-        asked = ask(needs, nodes, cpus=self._threads or 1, step=order.step)
-        parts = count(order, grant, nodes=room(asked, nodes))
+        whole = ask(needs, nodes, cpus=self._threads or 1, step=order.step)
+        parts = count(order, grant, nodes=room(whole, nodes), part=self._part)
         anywhere = "SPREAD" if parts > 1 else "DEFAULT"
-        task = _perform.options(
-            num_cpus=asked["CPU"],
-            num_gpus=asked["GPU"],
-            memory=asked["memory"] or None,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else anywhere,
-            label_selector=None if home else {VERSION_LABEL: label()},
-        )
 
         def do(orders: Sequence[Order]) -> list[bytes]:
-            here = (self._threads, self._home.node, _node(), {"form": self._form, "about": subject()})
-            streams: list[Any] = [task.remote(*here, one.step, spec, to_json(one)) for one in orders]
-            self._begin(streams, f"step {order.step} waits until a node has {shown(asked)} free")
+            """Do orders of one kind, side by side."""
+            step, asked = orders[0].step, whole
+            if step != order.step:
+                asked = ask(of(orders[0], grant, None), nodes, cpus=self._threads or 1, step=step)
+            task = _perform.options(
+                num_cpus=asked["CPU"],
+                num_gpus=asked["GPU"],
+                memory=asked["memory"] or None,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(_node(), soft=False) if home else anywhere,
+                label_selector=None if home else {VERSION_LABEL: label()},
+            )
+            here = (self._threads, self._home.node, _node(), {"form": self._form, "about": subject() | {"step": step}})
+            streams: list[Any] = [task.remote(*here, step, spec, to_json(one)) for one in orders]
+            self._begin(streams, f"step {step} waits until a node has {shown(asked)} free")
             return [bytes(ray.get(next(stream))) for stream in streams]
 
         return in_parts(order, grant, parts, do)
 
     def _begin(self, streams: list[Any], note: str) -> None:
-        """Wait until each of some tasks has begun; if that takes a while, the run says so."""
-        if ray.wait(streams, num_returns=len(streams), timeout=WAITS_S)[1]:
+        """Wait until each of some tasks has begun; if that takes a while, the run says so.
+
+        A run that is cancelled meanwhile raises Cancelled; its tasks end with this actor.
+        """
+        waits = ray.wait(streams, num_returns=len(streams), timeout=WAITS_S)[1]
+        if waits:
             self._supervisor.waits(note)
-            ray.wait(streams, num_returns=len(streams))
+            while waits:
+                self._supervisor.heed()
+                waits = ray.wait(streams, num_returns=len(streams), timeout=WAITS_S)[1]
             self._supervisor.waits("")
         for stream in streams:
             ray.get(next(stream))
 
 
+def _lost(error: RayError) -> Lost:
+    """Say what went away: Ray's first sentence of it, without where it was raised."""
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return Lost(f"{type(error).__name__}: {plain(first.strip(), most=300)}")
+
+
 @ray.remote
 class _Steps:
     def __init__(self, node: Node) -> None:
-        self._node, self._swept = node.prepare(), 0.0
+        self._node, self._swept = node, 0.0
         self._server = forking.fork_server(node)
-        self.start()
 
     def start(self) -> None:
+        """Have steps find what they are forked from; raises OSError, or ResourceError, which an actor outlives."""
+        self._node.prepare()
         self._server.start()  # unless it runs
         if time.monotonic() - self._swept > SWEEP_EVERY_S:
             self._node.sweep()
@@ -261,9 +280,21 @@ def _perform(
     """Yield nothing as soon as a node does the step, then its result."""
     yield b""
     node = home if at == _node() else _elsewhere(home.url)
-    ray.get(_steps(node).start.remote())
+    _ready(node)
     gpus = ",".join(map(str, ray.get_gpu_ids()))  # that are this step's, and no other's
     yield forking.perform(threads, node, step, spec, order, log=log, CUDA_VISIBLE_DEVICES=gpus)
+
+
+def _ready(node: Node) -> None:
+    """Have a node ready to do steps; raises ResourceError with what keeps this machine from it."""
+    try:
+        ray.get(_steps(node).start.remote())
+    except RayTaskError as error:
+        if not isinstance(error.cause, OSError | ResourceError):
+            raise
+        fault = from_system(error.cause) if isinstance(error.cause, OSError) else error.cause
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        raise ResourceError(f"machine {address} can do no steps: {fault}") from None
 
 
 def _elsewhere(url: str) -> Node:

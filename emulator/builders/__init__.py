@@ -7,15 +7,29 @@ from torch import nn
 
 from offsite.emulator import catalogue
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
-from offsite.emulator.builders.base import STAGES, Builder, DepthBuilder, Material
-from offsite.emulator.outline import Draft
+from offsite.emulator.builders.base import STAGES, Builder, DepthBuilder, Material, Separable
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.placements import Placement
 from offsite.kernels.plugins import Plugins
 
 BUILDERS: Plugins[Builder] = catalogue.BUILDERS
 make = BUILDERS.make
 
-__all__ = ["BUILDERS", "Builder", "Material", "check", "first", "make", "of", "provided", "providers", "run"]
+__all__ = [
+    "BUILDERS",
+    "Builder",
+    "Material",
+    "Separable",
+    "check",
+    "first",
+    "make",
+    "of",
+    "outlined",
+    "provided",
+    "providers",
+    "run",
+    "separable",
+]
 
 
 def check(chain: Sequence[Builder]) -> None:
@@ -53,14 +67,27 @@ def first(chain: Sequence[Builder]) -> DepthBuilder:
 def run(chain: Sequence[Builder], placement: Placement, base: nn.Module, material: Material) -> Draft:
     """Build an emulator of a base, which stays as it is; raises ValueError."""
     check(chain)
-    outline = first(chain).outline(base, material.batches, placement)
-    refuse_mixture(base, [outline.layers[place] for place in outline.own])
-    draft = Draft(base, restack(base, outline.layers, outline.shared), outline)
+    draft = outlined(base, first(chain).outline(base, material.batches, placement))
     for builder in chain:
         if builder.stage != "depth":
             change: Any = builder
             draft = change.change(draft, material)
     return draft
+
+
+def outlined(base: nn.Module, outline: Outline) -> Draft:
+    """Begin an emulator with the layers that were chosen; raises ValueError if a base's layers cannot be moved so."""
+    refuse_mixture(base, [outline.layers[place] for place in outline.own])
+    return Draft(base, restack(base, outline.layers, outline.shared), outline)
+
+
+def separable(chain: Sequence[Builder]) -> Separable | None:
+    """Return the builder of a chain whose work can be divided by places, once its layers are chosen; None: all is one.
+
+    Before it nothing may have changed a layer, as others would then need that and not the base alone.
+    """
+    *before, last = chain
+    return last if isinstance(last, Separable) and all(builder.stage == "depth" for builder in before) else None
 
 
 def of(stage: str) -> str:

@@ -1,16 +1,17 @@
 """Storage in 2 bits: additive codebooks (AQLM, arXiv 2401.06118), tuned on public text (PV, arXiv 2405.14852)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from offsite.emulator.activations import Map
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers, linears, shape
 from offsite.emulator.batches import training_batches
 from offsite.emulator.builders.base import Material, Stage
-from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
+from offsite.emulator.builders.storage import Which, change, chosen, importance, refuse_shapes
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
@@ -69,33 +70,45 @@ class AdditiveCodebooks:
 
         Raises ValueError without text, or if there is no layer to pack or a map that does not fit.
         """
-        parts = self._encoded(draft, material)
-        model = pack(draft.model, parts, self._format("float32"))
+        return change(self, draft, material)
+
+    def places(self, outline: Outline) -> list[int]:
+        """Return the places to pack; raises ValueError if there is none."""
+        return chosen(outline, self.layers)
+
+    def look(self, draft: Draft, material: Material) -> dict[Map, Tensor]:
+        """Return the mean square of each map's inputs on the calibration text, by which an error counts."""
+        places = self.places(draft.outline)
+        if self.steps and not material.samples:
+            raise ValueError("tuning codebooks takes public text; give some, or say steps=0")
+        return importance(draft, places, self._format(), material.batches)
+
+    def encode(
+        self, draft: Draft, places: Sequence[int], weights: Mapping[Map, Tensor], material: Material
+    ) -> dict[Map, Parts]:
+        """Encode the maps of some places, with codebooks in fp32."""
+        format, stack = self._format("float32"), layers(draft.model)
+        parts: dict[Map, Parts] = {}
+        for step, place in enumerate(places, start=1):
+            for path in linears(stack[place]):
+                matrix = dense(stack[place].get_submodule(path))
+                drawn = generator(self.seed, f"codebooks {draft.outline.layers[place]} {path}")
+                parts[place, path] = format.encode(matrix, weights[place, path].to(matrix.device), drawn)
+            material.tell(self.name, step, len(places))
+        return parts
+
+    def finish(self, draft: Draft, encoded: Mapping[Map, Parts], material: Material) -> Draft:
+        """Return the draft with encoded maps, once they are tuned."""
+        model = pack(draft.model, encoded, self._format("float32"))
         if self.steps:
             self._tune(model, draft.base, material)
-        stored = self._format()
-        for place, path in parts:
+        stored, parts = self._format(), dict[Map, Parts]()
+        for place, path in encoded:
             linear = layers(model)[place].get_submodule(path)
             dtypes = stored.shapes(*shape(linear))
             values = cast(PackedLinear, linear).parts
             parts[place, path] = {name: part.detach().to(dtypes[name][1]) for name, part in values.items()}
         return replace(draft, model=pack(draft.model, parts, stored))
-
-    def _encoded(self, draft: Draft, material: Material) -> dict[Map, Parts]:
-        """Encode every map; an error counts by the mean square of its input on the calibration text."""
-        outline, format, stack = draft.outline, self._format("float32"), layers(draft.model)
-        places = chosen(outline, self.layers)
-        if self.steps and not material.samples:
-            raise ValueError("tuning codebooks takes public text; give some, or say steps=0")
-        squares = importance(draft, places, format, material.batches)
-        parts: dict[Map, Parts] = {}
-        for step, place in enumerate(places, start=1):
-            for path in linears(stack[place]):
-                matrix = dense(stack[place].get_submodule(path))
-                drawn = generator(self.seed, f"codebooks {outline.layers[place]} {path}")
-                parts[place, path] = format.encode(matrix, squares[place, path].to(matrix.device), drawn)
-            material.tell(self.name, step, len(places))
-        return parts
 
     def _tune(self, model: nn.Module, base: nn.Module, material: Material) -> None:
         """Bring a model's packed maps, in place, nearer to the base's distribution of the next token."""

@@ -5,13 +5,15 @@ A chain of builders makes an emulator. One of the stage "depth" decides which la
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
+from offsite.emulator.activations import Map
+from offsite.emulator.formats.base import Parts
 from offsite.emulator.methods.base import Adapter, Method
 from offsite.emulator.modality import Batch, Sample
 from offsite.emulator.outline import Draft, Outline
@@ -71,6 +73,35 @@ class ChangeBuilder(Builder, Protocol):
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the next draft; the given one stays as it was. Raises ValueError if the settings do not fit."""
+        ...
+
+
+@runtime_checkable
+class Separable(Protocol):
+    """A builder of the stage "storage" that encodes each place by itself, so that machines may do some places each.
+
+    What it does at once is `storage.change`: it looks, encodes all places, and finishes.
+    """
+
+    def places(self, outline: Outline) -> list[int]:
+        """Return the places whose maps it encodes; raises ValueError if there is none."""
+        ...
+
+    def look(self, draft: Draft, material: Material) -> dict[Map, Tensor]:
+        """Return what it must know of the whole emulator to encode a map: a weight (d_in,) fp64 for each input.
+
+        Raises ValueError without the text that it needs, and if a map does not fit.
+        """
+        ...
+
+    def encode(
+        self, draft: Draft, places: Sequence[int], weights: Mapping[Map, Tensor], material: Material
+    ) -> dict[Map, Parts]:
+        """Return what the maps of some places are stored as, each of its own matrix and weights alone."""
+        ...
+
+    def finish(self, draft: Draft, encoded: Mapping[Map, Parts], material: Material) -> Draft:
+        """Return the draft with all of its places encoded; raises ValueError if it cannot be finished so."""
         ...
 
 

@@ -4,14 +4,16 @@ What matters is where an error hurts: each column counts by the mean square of i
 SmolLM2-135M that takes two thirds off what clustering costs which counts all columns alike.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from offsite.emulator.activations import Map
 from offsite.emulator.anatomy.structure import layers, linears
 from offsite.emulator.builders.base import Material, Stage
-from offsite.emulator.builders.storage import Which, chosen, importance, refuse_shapes
+from offsite.emulator.builders.storage import Which, change, chosen, importance, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
@@ -54,19 +56,37 @@ class Sketched:
 
         Raises ValueError without calibration text, or if there is no layer to sketch or a map that does not fit.
         """
-        outline, format, stack = draft.outline, Sketch(self.groups), layers(draft.model)
-        places = chosen(outline, self.layers)
-        squares = importance(draft, places, format, material.batches)
-        parts: dict[tuple[int, str], Parts] = {}
-        recovery = dict(draft.recovery)
+        return change(self, draft, material)
+
+    def places(self, outline: Outline) -> list[int]:
+        """Return the places to sketch; raises ValueError if there is none."""
+        return chosen(outline, self.layers)
+
+    def look(self, draft: Draft, material: Material) -> dict[Map, Tensor]:
+        """Return the mean square of each map's inputs on the calibration text, by which a column counts."""
+        return importance(draft, self.places(draft.outline), Sketch(self.groups), material.batches)
+
+    def encode(
+        self, draft: Draft, places: Sequence[int], weights: Mapping[Map, Tensor], material: Material
+    ) -> dict[Map, Parts]:
+        """Sketch the maps of some places."""
+        stack = layers(draft.model)
+        parts: dict[Map, Parts] = {}
         for step, place in enumerate(places, start=1):
             for path in linears(stack[place]):
                 matrix = dense(stack[place].get_submodule(path))
-                weights = squares[place, path].to(matrix.device)
-                grid, codes = sketch(matrix, weights, groups=self.groups, iterations=self.iterations)
+                counts = weights[place, path].to(matrix.device)
+                grid, codes = sketch(matrix, counts, groups=self.groups, iterations=self.iterations)
                 parts[place, path] = {"codes": codes, "grid": grid}
-                if place in outline.places:
-                    name = f"{outline.layers[place]}.{path}"
-                    recovery |= {f"{name}.codes": codes.cpu(), f"{name}.grid": grid.to("cpu", copy=True)}
             material.tell(self.name, step, len(places))
-        return replace(draft, model=pack(draft.model, parts, format), recovery=recovery)
+        return parts
+
+    def finish(self, draft: Draft, encoded: Mapping[Map, Parts], material: Material) -> Draft:
+        """Return the draft with sketched maps; what brings grids that train to the base goes into `recovery`."""
+        outline, recovery = draft.outline, dict(draft.recovery)
+        for (place, path), parts in encoded.items():
+            if place in outline.places:
+                name = f"{outline.layers[place]}.{path}"
+                codes, grid = parts["codes"].cpu(), parts["grid"].to("cpu", copy=True)
+                recovery |= {f"{name}.codes": codes, f"{name}.grid": grid}
+        return replace(draft, model=pack(draft.model, encoded, Sketch(self.groups)), recovery=recovery)

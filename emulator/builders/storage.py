@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.activations import Map, mean_squares
 from offsite.emulator.anatomy.structure import layers, linears, shape
+from offsite.emulator.builders.base import Material, Separable
 from offsite.emulator.formats import Format
 from offsite.emulator.modality import Batch
 from offsite.emulator.outline import Draft, Outline
@@ -23,6 +24,12 @@ def chosen(outline: Outline, which: Which) -> list[int]:
             "as QLoRA does, or let fewer layers train"
         )
     return places
+
+
+def change(builder: Separable, draft: Draft, material: Material) -> Draft:
+    """Return the draft with all that a separable builder does, done here; raises ValueError."""
+    weights = builder.look(draft, material)
+    return builder.finish(draft, builder.encode(draft, builder.places(draft.outline), weights, material), material)
 
 
 def refuse_shapes(model: nn.Module, places: Sequence[int], format: Format) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from offsite.emulator import builders, bundle, methods
 from offsite.emulator.anatomy.structure import find, layers
-from offsite.emulator.builders import BUILDERS, Material
+from offsite.emulator.builders import BUILDERS, Material, Separable
 from offsite.emulator.modality import Batch, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
@@ -105,6 +105,25 @@ def test_an_emulator_is_repeatable_travels_whole_and_trains_nothing_but_its_adap
     path = find(base).path
     changed = {key for key, tensor in base.state_dict().items() if not torch.equal(tensor, original[key])}
     assert changed and {key.removeprefix(f"{path}.").split(".")[0] for key in changed} == {"0", "5"}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(BUILDERS) if issubclass(BUILDERS[name], Separable)])
+def test_what_encodes_places_by_themselves_gives_the_same_for_whichever_are_encoded_together(
+    name: str, tiny: Any, tokenizer: Any, material: Material, tmp_path: Path
+) -> None:
+    chain = [builders.make(step, settings) for step, settings in CHAINS.get(name) or foreign(name)]
+    whole = builders.run(chain, Ends(1, 1), tiny("gpt2"), material)
+    last: Any = builders.separable(chain)
+    draft = builders.outlined(tiny("gpt2"), whole.outline)
+    weights, encoded = last.look(draft, material), {}
+    for place in reversed(last.places(draft.outline)):
+        encoded |= last.encode(draft, [place], weights, Material())
+    apart = last.finish(draft, dict(sorted(encoded.items())), material)
+    for draft, folder in ((whole, "whole"), (apart, "apart")):
+        bundle.save(draft.model, tokenizer, tmp_path / folder, outline=draft.outline)
+    assert digest(tmp_path / "whole") == digest(tmp_path / "apart")
+    assert whole.recovery.keys() == apart.recovery.keys()
+    assert all(torch.equal(whole.recovery[name], apart.recovery[name]) for name in whole.recovery)
 
 
 @pytest.mark.parametrize(

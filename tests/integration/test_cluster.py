@@ -190,5 +190,15 @@ def test_a_step_that_waits_for_a_machine_says_so_in_its_run_and_in_the_cluster(
                 run = session.submit(federation.spec())
                 wait_until(lambda: "waits until a node has 1 CPU" in run.refresh().note, "a word of it")
                 assert [demand["resources"] for demand in cluster.status()["waiting"]] == [{"CPU": 2.0}]
+                gone = session.submit(federation.spec())
+                wait_until(lambda: "waits until a node has 1 CPU" in gone.refresh().note, "a word of the other")
+                gone.cancel()
+                supervised = [f"run-{gone.id}", f"run-{run.id}"]
+
+                def left() -> list[str]:
+                    names = [actor["name"].rpartition("-")[0] for actor in cluster.status()["actors"]]
+                    return [name for name in supervised if name in names]
+
+                wait_until(lambda: left() == supervised[1:], "the end of the supervisor of a cancelled run that waits")
                 busy.kill()
                 assert run.wait().state == "completed" and not run.note

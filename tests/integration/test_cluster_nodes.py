@@ -1,12 +1,13 @@
 """A run over machines that share no folder, from PostgreSQL and S3, ends in the bytes of one machine."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offsite.client import Run
+from offsite.client import Choice, Run
 
 from ..conftest import S3
 from .clusters import Cluster
@@ -16,6 +17,11 @@ pytestmark = pytest.mark.slow
 
 
 KEY = {"AWS_ACCESS_KEY_ID": "offsite", "AWS_SECRET_ACCESS_KEY": "confidential", "AWS_ALLOW_HTTP": "true"}
+STEPS = (("version:0", "building"), ("version:1", "aggregation"), ("version:2", "aggregation"))
+CHAIN = (
+    Choice(name="crash", settings={"keep": 5}),
+    Choice(name="additive", settings={"group": 4, "bits": 4, "steps": 1}),
+)
 NOT_THEIRS = {"owner.key", "journal.db", "policy.json", "stores.json", "hospital.jsonl"}
 
 
@@ -54,27 +60,31 @@ def far(cluster: Cluster, bucket: S3, postgresql: Any) -> Iterator[Federation]:
 
 
 def finished(federation: Federation, folder: Path, during: Callable[[Run], object] = lambda _: None) -> list[Any]:
-    """Bring a run to its end; return the bytes of what is published, and the figures."""
+    """Bring a run to its end; return the bytes of what is published, the figures, and what its steps spent time on."""
     exams = {name: str(federation.material / f"{name}.jsonl") for name in ("held-out", "public")}
     federation.have("hospital", "bank")
     with federation.connect() as session:
-        spec = federation.spec(rounds=2, sites=("bank", "hospital"), evaluation=exams, merge=True)
+        spec = federation.spec(rounds=2, sites=("bank", "hospital"), evaluation=exams, merge=True, builders=CHAIN)
         run = session.submit(spec)
         during(run)
         result, report = Path(run.result(folder)), run.report
+    spans = Counter((span["step"], span["kind"]) for span in report["spans"] if span["who"] == "coordinator")
     files = [result / name for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors")]
-    return [[file.read_bytes() for file in files], report["overall"], report["sites"]]
+    return [[file.read_bytes() for file in files], report["overall"], report["sites"], [spans[step] for step in STEPS]]
 
 
 def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_a_node_and_then_a_gateway_dies(
     cluster: Cluster, far: Federation, federation: Federation, tmp_path: Path
 ) -> None:
     federation.coordinate()
-    wanted = finished(federation, tmp_path / "one")
+    *wanted, spans = finished(federation, tmp_path / "one")
+    assert spans == [1, 1, 1]
     federation.stop()
-    join = ("--ray-address", cluster.address)
+    join = ("--ray-address", cluster.address, "--part", "1kB")
     far.address = ",".join([far.coordinate(*join, name=name, home=name, executor="ray") for name in ("north", "south")])
-    assert finished(far, tmp_path / "two") == wanted
+    assert finished(far, tmp_path / "two") == [*wanted, [4, 2, 2]], (
+        "in two parts, what is built once begun and finished"
+    )
     for machine in cluster.workers:
         (node,) = (machine.folder / ".cache" / "offsite" / "nodes").iterdir()
         assert list((node / "cache" / "blake3").glob("??/*")), "steps were done there"
@@ -93,10 +103,10 @@ def test_nodes_without_a_common_folder_give_the_bytes_of_one_though_a_node_and_t
         next(event for event in run.watch() if event.kind == "bundle")
         next(one for one in cluster.workers[1].processes if one.name() == "raylet").kill()
 
-    assert finished(far, tmp_path / "three", end_ray) == wanted
+    assert finished(far, tmp_path / "three", end_ray)[:-1] == wanted
     said = cluster.workers[1].folder / "up.log"
     wait_until(lambda: "Ray on this machine has ended (raylet [exit code=-9])" in said.read_text(), "a word of it")
     cluster.start(cluster.workers[1], cpus=1)
-    assert finished(far, tmp_path / "four", kill) == wanted
+    assert finished(far, tmp_path / "four", kill)[:-1] == wanted
     left = f"machine {cluster.workers[1].address} has left the cluster"
     assert left in far.log("north").read_text()

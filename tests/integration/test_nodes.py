@@ -1,5 +1,6 @@
 """Steps on a machine that has nothing of the owner's: they read it from the blobs, and give the same bytes."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +15,9 @@ from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.shards import in_parts
 from offsite.coordinator.runs.steps.inputs import at_desk, here
-from offsite.coordinator.runs.steps.orders import Build, Evaluate, Gather, Order, Publish, Tune
+from offsite.coordinator.runs.steps.orders import Build, Divide, Evaluate, Gather, Order, Publish, Tune
 from offsite.coordinator.runs.steps.performing import perform
-from offsite.coordinator.runs.steps.results import Built, Evaluation, Inputs, Publication
+from offsite.coordinator.runs.steps.results import Built, Division, Evaluation, Inputs, Publication
 from offsite.emulator import zoo
 from offsite.protos.documents import from_json, to_json, to_plain
 from offsite.protos.errors import InputError
@@ -123,6 +124,52 @@ def test_sets_that_are_measured_apart_have_the_figures_of_all_together(
     assert [*whole] == ["bank", "held-out", "hospital"]
     for parts in (2, 3):
         assert list(measured(parts).items()) == list(whole.items())
+
+
+ADDITIVE = Choice(name="additive", settings={"group": 4, "bits": 4, "steps": 2})
+IN_PARTS = {
+    "additive": (Choice(name="crash", settings={"keep": 5, "sharing": "on"}), ADDITIVE),
+    "sketch": (Choice(name="sketch", settings={"layers": "all"}),),
+}
+
+
+@pytest.mark.parametrize("chain", IN_PARTS.values(), ids=IN_PARTS)
+def test_an_emulator_built_in_parts_has_the_bytes_of_one_that_is_built_at_once(
+    spec: Grant, node: Callable[[str], Node], chain: tuple[Choice, ...]
+) -> None:
+    torch.set_num_threads(1)
+    spec = replace(spec, builders=chain)
+    gathered = replace(spec, inputs=do(node("home"), spec, Gather(), Inputs).places)
+    order, nodes, done = Build(sites=("ward", "bank")), itertools.count(1), list[str]()
+
+    def built(parts: int) -> Built:
+        def apart(orders: Sequence[Order]) -> list[bytes]:
+            done.extend(one.step for one in orders)
+            last_first = [
+                perform(node(f"node-{next(nodes)}"), one.step, to_json(gathered), to_json(one))
+                for one in reversed(orders)
+            ]
+            return last_first[::-1]
+
+        return from_json(Built, in_parts(order, gathered, parts, apart), where="build")
+
+    whole = built(1)
+    assert (whole.recovery is None) == (chain[-1] is ADDITIVE)
+    for parts in (2, 3):
+        done.clear()
+        divided = built(parts)
+        assert done == ["divide", *["encode"] * parts, "build"] and len(divided.spans) == parts + 2
+        assert replace(divided, spans=whole.spans) == whole
+
+
+def test_a_chain_that_changes_layers_before_it_stores_them_is_built_at_once(
+    spec: Grant, node: Callable[[str], Node]
+) -> None:
+    home = node("home")
+    tuned = replace(spec, builders=(*spec.builders, replace(ADDITIVE, settings=ADDITIVE.settings | {"steps": 0})))
+    for chain in (spec.builders, tuned.builders):
+        division = do(home, replace(spec, builders=chain), Divide(build=Build(sites=("ward",))), Division)
+        assert division.built is not None and division.outline is None
 
 
 @pytest.mark.parametrize("role", ["owner", "researcher"])

@@ -9,14 +9,14 @@ from typing import Any
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Separable
 from offsite.coordinator.attacks import check_room, of_run
-from offsite.coordinator.bundles import building
+from offsite.coordinator.bundles import building, division
 from offsite.coordinator.bundles.stored import open_bundle, recovered, store_adapter, store_bundle
 from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.beginning import first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
-from offsite.coordinator.runs.steps.orders import Build, Realign
+from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
 from offsite.coordinator.runs.steps.storage import store_schema, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
@@ -24,7 +24,7 @@ from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
 from offsite.emulator.methods import Adapter, Method
-from offsite.emulator.outline import Draft
+from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
 from offsite.kernels.schema import Schema, groups, settle, size_bytes
@@ -41,18 +41,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
     blobs = node.blobs()
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
     with TemporaryDirectory(dir=node.scratch) as scratch, timeline.span("building"):
-        built = building.build(
-            here(node, spec, spec.model),
-            spec.builders,
-            spec.trainable,
-            Path(scratch) / "bundle",
-            public=text(node, spec, spec.public),
-            calibration=text(node, spec, spec.calibration),
-            owner_key=None,  # what is signed is each task, which names the manifest
-            called=spec.base_name,
-            folders=folders(spec),
-            scratch=unfinished(node, spec, "build"),
-        )
+        built = _emulator(node, spec, order.encoded, Path(scratch) / "bundle")
         manifest = built.manifest
         method = methods.make(spec.method.name, spec.method.settings)
         layout = bundle.described(manifest)
@@ -94,6 +83,48 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         spans=tuple(timeline),
     )
     return replace(result, version=go_on(blobs, result, order.continued)) if order.continued else result
+
+
+def _emulator(node: Node, spec: Grant, encoded: Encodings | None, folder: Path) -> building.Built:
+    """Build the emulator, or finish one whose maps were encoded in parts.
+
+    Nothing signs it here: what is signed is each task, which names the manifest.
+    """
+    model, read, scratch = here(node, spec, spec.model), texts(node, spec), unfinished(node, spec, "build")
+    if encoded is None:
+        return building.build(
+            model,
+            spec.builders,
+            spec.trainable,
+            folder,
+            public=read.public,
+            calibration=read.calibration,
+            owner_key=None,
+            called=spec.base_name,
+            folders=read.folders,
+            scratch=scratch,
+        )
+    parts = [tensors.load(node.blobs().path(part)) for part in encoded.parts]
+    return division.finish(
+        model,
+        spec.builders,
+        outline(encoded.outline),
+        {name: tensor for part in parts for name, tensor in part.items()},
+        folder,
+        read,
+        called=spec.base_name,
+        scratch=scratch,
+    )
+
+
+def texts(node: Node, spec: Grant) -> division.Texts:
+    """Return where the texts that a build reads are on this machine."""
+    return division.Texts(text(node, spec, spec.public), text(node, spec, spec.calibration), folders(spec))
+
+
+def outline(outlined: Outlined) -> Outline:
+    """Return the layers of an emulator as builders have them."""
+    return Outline(outlined.layers, outlined.trainable, outlined.shared, building.grounds_of(outlined.grounds))
 
 
 def _update_size(spec: Grant, schema: Schema, start: Adapter) -> int:

@@ -5,7 +5,7 @@ from typing import ClassVar, get_args
 from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import document, from_json
 from offsite.protos.ranges import Count, Digest, Name, Positive, Tier
-from offsite.protos.spec import Layers
+from offsite.protos.spec import Grounds, Layers, Shared
 
 
 @document
@@ -26,12 +26,50 @@ class Gather:
 
 
 @document
+class Outlined:
+    """The layers of an emulator that is being built, as its manifest will have them."""
+
+    layers: Layers
+    trainable: Layers
+    shared: Shared
+    grounds: Grounds | None
+
+
+@document
+class Encodings:
+    """An emulator whose maps were encoded in parts."""
+
+    outline: Outlined
+    parts: tuple[Digest, ...]  # files of what its maps are stored as
+
+
+@document
 class Build:
     """Build a run's emulator, and the version that it begins from."""
 
     step: ClassVar[str] = "build"
     sites: tuple[Name, ...]
     continued: Continued | None = None  # None: begin from what changes nothing
+    encoded: Encodings | None = None  # what of it was done in parts
+
+
+@document
+class Divide:
+    """Begin a build for several nodes to go on with; what cannot be divided is built at once."""
+
+    step: ClassVar[str] = "divide"
+    build: Build
+
+
+@document
+class Encode:
+    """Encode the maps of some places of an emulator."""
+
+    step: ClassVar[str] = "encode"
+    outline: Outlined
+    weights: Digest  # how much each input of the maps counts
+    parts: Positive  # in how many they are encoded
+    part: Count  # which of them this is
 
 
 @document
@@ -116,7 +154,7 @@ class Publish:
     recovery: Digest | None
 
 
-Order = Gather | Build | Aggregate | Join | Realign | Evaluate | Attack | Tune | Publish
+Order = Gather | Build | Divide | Encode | Aggregate | Join | Realign | Evaluate | Attack | Tune | Publish
 ORDERS: dict[str, type[Order]] = {kind.step: kind for kind in get_args(Order)}  # by the step's name
 
 

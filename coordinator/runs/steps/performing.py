@@ -11,6 +11,7 @@ from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
+from offsite.coordinator.runs.steps.dividing import divide, encode
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate, join
 from offsite.coordinator.runs.steps.gathering import gather
@@ -24,6 +25,8 @@ from offsite.protos.errors import InputError, OffsiteError, ResourceError, from_
 STEPS: dict[str, Callable[[Node, Grant, Any], object]] = {
     "gather": gather,
     "build": build,
+    "divide": divide,
+    "encode": encode,
     "realign": realign,
     "aggregate": aggregate,
     "join": join,

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Input
+from offsite.coordinator.runs.steps.orders import Outlined
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.emulator.evaluation.portion import Portion
@@ -44,6 +45,25 @@ class Built(Bundle):
     vocabulary: Count | None = None
     recovery: Digest | None  # what brings an adapter back to the base; None: nothing is needed
     portions: dict[str, Portion] = Field(default_factory=dict)  # of the base's layers; kept with all disclosures
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Division:
+    """A build for several nodes to go on with, or one that could not be divided."""
+
+    built: Built | None = None  # which it is then
+    outline: Outlined | None = None
+    weights: Digest | None = None  # the file of how much each input of a map counts
+    places: Positive = 1  # that can be encoded apart
+    spans: tuple[Span, ...] = ()
+
+
+@document
+class Encoded:
+    """What the maps of some places are stored as."""
+
+    file: Digest
     spans: tuple[Span, ...] = ()
 
 

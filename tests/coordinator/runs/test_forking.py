@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,20 @@ def main(path):
 
 
 @pytest.fixture
-def perform(stand: Any, tmp_path: Path) -> Iterator[Any]:
-    """Steps done by processes that only look like them, and are forked at once."""
+def server(stand: Any, tmp_path: Path) -> Iterator[ForkServer]:
+    """What processes that only look like steps are forked from, at once."""
     (tmp_path / "looks.py").write_text(WORK)
     paths = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    server = ForkServer("looks", environment=paths, log=tmp_path / "log", address=forking.address(stand.home.root))
-    server.start()
+    made = ForkServer("looks", environment=paths, log=tmp_path / "log", address=forking.address(stand.home.root))
+    made.start()
+    yield made
+    made.close()
 
-    def perform(step: str) -> bytes:
-        return forking.perform(3, stand.home.node, step, b"{}", b"order", log={})
 
-    yield perform
-    server.close()
+@pytest.fixture
+def perform(server: ForkServer, stand: Any) -> Any:
+    """Steps done by such processes."""
+    return lambda step: forking.perform(3, stand.home.node, step, b"{}", b"order", log={})
 
 
 def test_a_step_gives_its_result_or_raises_its_own_error_and_leaves_nothing(perform: Any, stand: Any) -> None:
@@ -68,6 +71,24 @@ def test_a_step_that_is_killed_is_lost_and_so_is_one_that_nobody_begins(perform:
         perform("killed")
     with pytest.raises(Lost, match="step build: what it is forked from has ended"):
         forking.perform(1, Node(tmp_path / "another", "file:///nowhere"), "build", b"{}", b"{}", log={})
+
+
+def test_a_step_that_nothing_is_forked_for_says_what_that_said_last(stand: Any) -> None:
+    node = stand.home.node
+    (node.root / f"steps-{socket.gethostname()}.log").write_text(
+        "Traceback\nModuleNotFoundError: No module named 'x'\n"
+    )
+    with pytest.raises(Lost, match=r"has ended: ModuleNotFoundError: No module named 'x' \(see .*/steps-"):
+        forking.perform(1, node, "build", b"{}", b"{}", log={})
+
+
+def test_steps_go_on_though_somebody_swept_the_address_away(perform: Any, server: ForkServer) -> None:
+    assert server.address is not None
+    server.address.unlink()
+    with pytest.raises(Lost, match="has ended"):
+        perform("build")
+    server.start()
+    assert perform("build") == b"build order 3"
 
 
 def test_a_fault_of_ours_comes_back_in_words_and_the_log_says_of_what_step(

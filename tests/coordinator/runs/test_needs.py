@@ -7,7 +7,17 @@ import pytest
 
 from offsite.coordinator.runs.grant import Grant, Input
 from offsite.coordinator.runs.needs import Needs, NoRoom, ask, of
-from offsite.coordinator.runs.steps.orders import Attack, Build, Evaluate, Gather, Publish, Tune
+from offsite.coordinator.runs.steps.orders import (
+    Attack,
+    Build,
+    Divide,
+    Encode,
+    Evaluate,
+    Gather,
+    Outlined,
+    Publish,
+    Tune,
+)
 from offsite.coordinator.runs.steps.results import Built
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.spec import Choice, FileEntry, TrainingSpec
@@ -44,6 +54,10 @@ def test_a_build_needs_its_base_as_it_is_stored_unless_it_may_read_that_layer_by
     assert of(build, spec, None) == Needs()
     assert of(build, replace(spec, builders=(*spec.builders, Choice(name="quantised"))), None).memory == 14
     assert of(Gather(), spec, None) == Needs(home=True)
+    several = replace(spec, builders=(*spec.builders, Choice(name="additive")))
+    assert of(Divide(build=build), several, None).memory == 14
+    chosen = Outlined(layers=(0,), trainable=(0,), shared={}, grounds=None)
+    assert of(Encode(outline=chosen, weights=SOME, parts=2, part=0), several, None).memory == 7
 
 
 def test_a_step_goes_where_there_is_room_and_to_a_gpu_where_one_is_large_enough() -> None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from offsite.coordinator.node import Node
-from offsite.coordinator.runs import shards
-from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.grant import Grant, Input
 from offsite.coordinator.runs.shards import count, in_parts
-from offsite.coordinator.runs.steps.orders import Aggregate, Evaluate, Order, Update
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Update
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import Folded
 from offsite.coordinator.runs.versions import Version
@@ -20,7 +19,7 @@ from offsite.coordinator.store.blobs import Stored
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, settle
 from offsite.protos import tensors, upload
 from offsite.protos.documents import from_json, to_json
-from offsite.protos.spec import Choice
+from offsite.protos.spec import Choice, FileEntry
 
 LAYERS = 5
 SCHEMA: Schema = {
@@ -126,13 +125,15 @@ def _read(round_: Round, digest: str) -> Tensors:
     return tensors.load(round_.node.blobs().path(digest))
 
 
-def test_as_many_parts_are_made_as_there_are_nodes_and_something_to_divide(
-    round_: Round, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_many_parts_are_made_as_there_are_nodes_and_something_to_divide(round_: Round) -> None:
     spec = Grant(model="m", evaluation={"a": "a.jsonl", "b": "b.jsonl"})
-    measure: Any = Evaluate(base="b", manifest=None, adapter=None, recovery=None)
+    measure: Any = Evaluate(base=round_.order.schema, manifest=None, adapter=None, recovery=None)
     assert [count(measure, spec, nodes=nodes) for nodes in (0, 1, 2, 9)] == [1, 1, 2, 2]
     assert count(round_.order, spec, nodes=9) == 1, "it is done before another node has begun"
-    monkeypatch.setattr(shards, "PART_BYTES", 1)
-    assert [count(round_.order, spec, nodes=nodes) for nodes in (1, 4, 9)] == [1, 4, LAYERS + 1]
-    assert count(replace(round_.order, groups=1), spec, nodes=9) == 1, "of a strategy that folds all together"
+    assert [count(round_.order, spec, nodes=nodes, part=1) for nodes in (1, 4, 9)] == [1, 4, LAYERS + 1]
+    files = (FileEntry(path="model.safetensors", digest=measure.base, size=7),)
+    gathered = replace(spec, inputs={"m": Input(source="/m", files=files)})
+    build = Build(sites=("ward",))
+    assert [count(build, gathered, nodes=9, part=part) for part in (8, 3, 1)] == [1, 2, 7]
+    assert count(build, spec, nodes=9, part=1) == 1, "of a base that only this node has"
+    assert count(replace(round_.order, groups=1), spec, nodes=9, part=1) == 1, "of a strategy that folds all together"

@@ -1,5 +1,6 @@
 """The supervisor as a function: rounds, attempts, who is left out, and what ends a run."""
 
+import itertools
 import json
 from typing import Any
 
@@ -293,6 +294,24 @@ def test_a_step_that_ends_its_process_again_and_again_ends_the_run(stand: Any) -
             stand.run()
     run = stand.run()
     assert run.state == "failed" and f"step version:0 was begun {TRIES} times" in run.error and "memory" in run.error
+    assert "the last time" not in run.error and not [*stand.journal.events("r", kind="lost")]
+
+
+def test_what_ended_a_step_is_told_and_the_last_of_it_where_it_ends_the_run(stand: Any) -> None:
+    tries = itertools.count(1)
+
+    def away(_: bytes) -> None:
+        raise Lost(f"step build: its process ended with exit code -{next(tries)}")
+
+    stand.submit("ward")
+    stand._build = away
+    for _ in range(TRIES):
+        with pytest.raises(Lost):
+            stand.run()
+    told = [event.data for event in stand.journal.events("r", kind="lost")]
+    said = "step build: its process ended with exit code -"
+    assert told == [{"step": "version:0", "message": f"{said}{number}"} for number in range(1, TRIES + 1)]
+    assert f"; the last time: {said}{TRIES}; " in stand.run().error
 
 
 def test_a_run_that_is_cancelled_is_not_worked_on_any_more(stand: Any) -> None:
