@@ -50,7 +50,7 @@ class ForkServer:
     def start(self) -> None:
         """Start the server unless it runs. It imports for seconds; what is asked of it meanwhile waits."""
         runs = self._process is not None and self._process.poll() is None
-        if runs and (self.address is None or self.address.exists()):  # others may have swept what lies in /tmp
+        if runs and (self.address is None or self.address.is_socket()):  # others may have swept what lies in /tmp
             return
         self.close()
         with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from offsite.protos.errors import RunError
 from offsite.protos.security.pki import Authority
 
 from .clusters import PORT, Cluster
@@ -174,7 +175,7 @@ def test_a_head_that_dies_costs_what_was_under_way_and_the_run_ends_as_ever(fede
 
 
 @pytest.mark.slow
-def test_a_step_that_waits_for_a_machine_says_so_in_its_run_and_in_the_cluster(
+def test_a_step_that_waits_for_a_machine_says_so_and_a_machine_that_can_do_none_says_why(
     federations: Any, tmp_path: Path
 ) -> None:
     with alone("head") as (head,):
@@ -202,3 +203,8 @@ def test_a_step_that_waits_for_a_machine_says_so_in_its_run_and_in_the_cluster(
                 wait_until(lambda: left() == supervised[1:], "the end of the supervisor of a cancelled run that waits")
                 busy.kill()
                 assert run.wait().state == "completed" and not run.note
+                (asked,) = (path for path in (head.folder / "tmp").glob("offsite-*/*") if path.is_socket())
+                asked.unlink()
+                asked.mkdir()  # so that no step can be forked there
+                with pytest.raises(RunError, match=f"machine {head.address} can do no steps: {asked}: Is a directory"):
+                    session.submit(federation.spec()).wait()
