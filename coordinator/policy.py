@@ -31,7 +31,7 @@ class OwnerPolicy:
     models: dict[Name, Place] = Field(default_factory=dict)  # name -> a folder, a hub id or a name from the zoo
     data: tuple[Place, ...] = ()  # folders whose files runs may name, by their path inside
     builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
-    methods: Words = ("grids", "lora")  # `blocks` publishes layers of the base, trained a little
+    methods: Words = ("grids", "lora", "paca", "s2ft")  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base

@@ -13,6 +13,8 @@ METHODS: Plugins[Any] = Plugins(
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "grids": "offsite.emulator.methods.grids:Grids",
         "lora": "offsite.emulator.methods.lora:Lora",
+        "paca": "offsite.emulator.methods.paca:Paca",
+        "s2ft": "offsite.emulator.methods.s2ft:S2ft",
     },
     group="offsite.methods",
 )

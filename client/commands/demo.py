@@ -26,7 +26,7 @@ def demo(
     keep: Annotated[
         int | None, typer.Option(min=5, help="Layers the emulator keeps; four fifths if not given.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
+    method: Annotated[str, typer.Option(help="What trains, such as 'lora(rank=4)' or paca.")] = "lora(rank=8)",
     learning_rate: Annotated[
         float | None, typer.Option(help="Of AdamW at the sites. (default: what suits the model)")
     ] = None,
@@ -53,7 +53,9 @@ def demo(
 
     from offsite.client.demo.play import Demo, Settings
     from offsite.client.figures import table
+    from offsite.emulator.catalogue import METHODS
     from offsite.protos.errors import InputError
+    from offsite.protos.recipes import parse_one
 
     sites: dict[str, Path] = {}
     for pair in site or []:
@@ -63,6 +65,13 @@ def demo(
         if name in RESERVED:
             raise InputError(f"--site {pair}: {name} is the name of another part of the demo; take another")
         sites[name] = Path(file).expanduser().resolve()
+    try:
+        trained = parse_one(method)
+        if not METHODS.make(trained.name, trained.settings).attaches:
+            beside = ", ".join(name for name in METHODS if METHODS[name].attaches)
+            raise InputError(f"--method {trained.name}: the demo's attack goes on from an adapter; choose of {beside}")
+    except ValueError as error:
+        raise InputError(f"--method: {error}") from None
     settings = Settings(
         out=out,
         model=model,
@@ -71,7 +80,7 @@ def demo(
         rounds=rounds,
         steps=steps,
         keep=keep,
-        rank=rank,
+        method=trained,
         learning_rate=learning_rate,
         batch_size=batch_size,
         max_length=max_length,

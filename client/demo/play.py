@@ -45,7 +45,7 @@ class Settings:
     rounds: int = 2
     steps: int = 6
     keep: int | None = None  # four fifths
-    rank: int = 8
+    method: Choice = Choice(name="lora", settings={"rank": 8})
     learning_rate: float | None = None  # what suits the model
     batch_size: int = 4
     max_length: int = 96
@@ -157,7 +157,7 @@ class Demo:
             name="offsite demo",
             model=policy.MODEL,
             builders=(Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),),
-            method=Choice(name="lora", settings={"rank": settings.rank, "alpha": 2.0 * settings.rank}),
+            method=settings.method,
             training=TrainingSpec(
                 **training,
                 learning_rate=settings.learning_rate,

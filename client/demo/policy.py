@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite.client.site.policy import Policy
+from offsite.emulator.catalogue import METHODS
 
 if TYPE_CHECKING:
     from offsite.client.demo.play import Settings
@@ -19,7 +20,6 @@ def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -
         "max_steps": max(settings.steps, 1000),
         "max_batch_size": max(settings.batch_size, 64),
         "max_length": max(settings.max_length, 4096),
-        "max_rank": max(settings.rank, 256),
         "max_disclosed": 0.9 if settings.keep is None else 1.0,
         "max_disclosed_lossy": 0.9 if settings.keep is None else 1.0,
         "max_adapter_mib": 1024.0,  # whatever model it is shown with
@@ -27,6 +27,7 @@ def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -
     }
     path.write_text(
         "# What the owner allows researchers; what is left out has its safe value.\n"
+        f"methods = [{json.dumps(settings.method.name)}]\n"
         f"data = [{json.dumps(str(texts))}]\n"
         f"merged = {json.dumps(['researcher'] if settings.merge else [])}\n"
         + "".join(f"{name} = {value}\n" for name, value in bounds.items())
@@ -36,12 +37,12 @@ def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -
 
 
 def write(path: Path, *, site: str, data: Path, settings: "Settings") -> Path:
-    """Write a site's own policy: only the folder of its data, only LoRA, small updates."""
+    """Write a site's own policy: only the folder of its data, only what the demo trains, small updates."""
     path.parent.mkdir(parents=True, exist_ok=True)
     bounds = "".join(f"{name} = {value}\n" for name, value in _bounds(settings).items())
     path.write_text(
         f"# What site {site} allows on its machines; what is left out has its safe value.\n"
-        f'bases = ["any"]\ndata = [{json.dumps(str(data))}]\n{bounds}'
+        f'bases = ["any"]\ndata = [{json.dumps(str(data))}]\nmethods = [{json.dumps(settings.method.name)}]\n{bounds}'
     )
     return path
 
@@ -49,6 +50,7 @@ def write(path: Path, *, site: str, data: Path, settings: "Settings") -> Path:
 def _bounds(settings: "Settings") -> dict[str, float]:
     safe = Policy(bases=("any",), data=())
     sequences, rows = settings.steps * settings.batch_size, 1 if settings.sites else settings.examples
+    rate = METHODS.make(settings.method.name, settings.method.settings).rate
     bounds = {
         "min_steps": min(settings.steps, safe.min_steps),
         "max_steps": max(settings.steps, safe.max_steps),
@@ -57,8 +59,8 @@ def _bounds(settings: "Settings") -> dict[str, float]:
         "min_length": min(settings.max_length, safe.min_length),
         "max_length": max(settings.max_length, safe.max_length),
         "max_rounds": max(settings.rounds, safe.max_rounds),
-        "max_learning_rate": max(settings.learning_rate or 0.0, safe.max_learning_rate),
-        "max_upload_mib": safe.max_upload_mib * max(1, settings.rank // 8),
+        "max_learning_rate": max(settings.learning_rate or rate, safe.max_learning_rate),
+        "max_upload_mib": max(1024.0, safe.max_upload_mib),  # whatever it is shown with
         "max_bundle_mib": 65536.0,  # whatever model it is shown with
         "min_rows": min(sequences, rows, safe.min_rows),
         "max_passes": max(2.0 * settings.rounds * sequences / rows, safe.max_passes),

@@ -88,16 +88,15 @@ class Pool:
         Of the whole family (`offsite emulator compare`, `attack_steps` of a run) it is the one that has most when it
         begins, and costs least.
         """
-        from offsite.emulator import bundle, methods
+        from offsite.emulator import bundle
         from offsite.emulator.evaluation.attack import Attack, Attacker
-        from offsite.emulator.methods import lora
+        from offsite.emulator.methods import peft_format
 
         job, training = self._job, self._job.training
         with self._span("loading"):
             layout = bundle.described(job.manifest)
             emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
-            method = methods.make(job.spec.method.name, job.spec.method.settings)
-            tuned = method.attach(emulator, layout.outline.places, lora.read(Path(job.adapter)))
+            tuned = peft_format.attach(emulator, layout.outline.places, *peft_format.read(Path(job.adapter)))
             samples = self._samples(job.data.values(), tokenizer)
         scores: dict[str, dict[str, Score]] = {}
         with self._span("training"):

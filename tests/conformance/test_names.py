@@ -44,7 +44,9 @@ OWN = {
 # What else may have a name, and why.
 ALLOWED = {
     "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
-    "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"} | {"lora", "grids"},  # what is safe to allow
+    "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
+    | {"lora", "grids", "paca", "s2ft"},  # what is safe to allow
+    "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages

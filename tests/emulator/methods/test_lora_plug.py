@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from offsite.emulator.anatomy.structure import find, layers, linears
 from offsite.emulator.methods import Adapter, make
-from offsite.emulator.methods.lora import read
+from offsite.emulator.methods.peft_format import read
 
 PLACES = {0: 0, 4: 4}
 METHOD = make("lora", {"rank": 4, "alpha": 6})
@@ -80,5 +80,6 @@ def test_peft_loads_the_export_on_the_base(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/base"
     assert config["fan_in_fan_out"] == (family == "gpt2")
-    again = read(tmp_path)
+    again, scale = read(tmp_path)
+    assert scale == METHOD.scale
     assert again.keys() == adapter.keys() and all(torch.equal(again[key], adapter[key]) for key in adapter)

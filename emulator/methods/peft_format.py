@@ -1,0 +1,124 @@
+"""Low-rank adapters as peft has them: attached to a model, and as files that others load.
+
+The one file that opens peft.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.methods.base import Adapter, Factors, Place, factors
+from offsite.emulator.quiet import quiet
+
+_ADAPTER = "default"  # peft's own name for the only adapter
+
+
+def attach(model: nn.Module, places: Mapping[int, int], adapter: Adapter, scale: float) -> nn.Module:
+    """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""
+    pairs = factors(adapter)
+    if {place.layer for place in pairs} != set(places.values()):
+        ids = sorted({place.layer for place in pairs})
+        raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
+    position = {layer: at for at, layer in places.items()}
+    config = config_of(model, {Place(position[p.layer], p.path): pair for p, pair in pairs.items()}, scale)
+    with quiet():
+        attached: nn.Module = get_peft_model(model, config)
+    parameters = live(attached, places)
+    if parameters.keys() != adapter.keys():
+        raise ValueError(f"the model does not take the adapter's keys {sorted(parameters.keys() ^ adapter.keys())[:3]}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(adapter[key])
+    return attached
+
+
+def live(model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
+    """Return the live parameters of an attached model by adapter key."""
+    stack = find(model).layers
+    parameters: dict[str, nn.Parameter] = {}
+    for position, layer in places.items():
+        for path, module in stack[position].named_modules():
+            if isinstance(module, LoraLayer):
+                wrapped: Any = module
+                parameters[Place(layer, path).key("A")] = wrapped.lora_A[_ADAPTER].weight
+                parameters[Place(layer, path).key("B")] = wrapped.lora_B[_ADAPTER].weight
+    return parameters
+
+
+def write(directory: Path, pairs: Mapping[Place, Factors], scale: float, *, base: nn.Module, base_name: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
+    config = config_of(base, pairs, scale)
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    config.save_pretrained(directory)
+    # peft keeps names in a set, whose order differs from process to process; equal adapters get equal files.
+    file = directory / "adapter_config.json"
+    document = json.loads(file.read_text())
+    document["target_modules"] = sorted(document["target_modules"])
+    file.write_text(json.dumps(document, indent=2, sort_keys=True))
+    path = find(base).path
+    tensors: Adapter = {}
+    for place, (A, B) in pairs.items():
+        name = f"base_model.model.{path}.{place.layer}.{place.path}"
+        tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read(directory: Path) -> tuple[Adapter, float]:
+    """Read an adapter back that `write` wrote, and its scale."""
+    adapter: Adapter = {}
+    for name, tensor in load_file(directory / "adapter_model.safetensors").items():
+        layer, path, part = re.fullmatch(r".*?\.(\d+)\.(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        adapter[Place(int(layer), path).key(part)] = tensor
+    config = json.loads((directory / "adapter_config.json").read_text())
+    return adapter, config["lora_alpha"] / config["r"]
+
+
+def experts(model: Any, maps: Mapping[int, list[str]]) -> set[str]:
+    """Return the paths that peft would take for those of experts, by names that a mixture's old checkpoints had."""
+    paths = {path for listed in maps.values() for path in listed}
+    config = LoraConfig(target_modules=paths)
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return paths - set(config.target_modules or ())
+
+
+def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scale: float) -> Any:
+    """Return peft's configuration of adapters at a model's own layer numbers; raises ValueError if they do not fit."""
+    anatomy = find(model)
+    transposed = False
+    ranks: dict[str, int] = {}
+    for place, pair in pairs.items():
+        if not 0 <= place.layer < len(anatomy.layers):
+            raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(anatomy.layers)} layers")
+        layer = anatomy.layers[place.layer]
+        if place.path not in linears(layer):
+            raise ValueError(f"the layers have no linear map {place.path!r}; there are {', '.join(linears(layer))}")
+        module = layer.get_submodule(place.path)
+        if shape(module) != (pair.B.shape[0], pair.A.shape[1]):
+            raise ValueError(
+                f"{place.key('A')!r}: A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} do not fit a linear map "
+                f"of (d_out, d_in) = {shape(module)}"
+            )
+        transposed = transposed or is_transposed(module)
+        ranks[f"{anatomy.path}.{place.layer}.{place.path}"] = pair.rank
+    usual = max(ranks.values())
+    unusual = {name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != usual}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=usual,
+        lora_alpha=scale * usual,
+        target_modules=sorted(ranks),
+        rank_pattern=unusual,
+        alpha_pattern={name: scale * rank for name, rank in unusual.items()},  # keeps the scale whatever the rank
+        fan_in_fan_out=transposed,
+    )

@@ -1,0 +1,27 @@
+"""Which linear maps a method trains: those that its setting `modules` names, of the layers that train."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from offsite.emulator.anatomy.structure import adaptable, find, linears
+
+Modules: TypeAlias = Literal["all-linear"] | tuple[str, ...]  # or the endings of the maps' paths
+
+
+def targets(model: nn.Module, places: Mapping[int, int], modules: Modules) -> dict[int, list[str]]:
+    """Return the paths of the maps at each place, perhaps none; raises ValueError for an ending that no map has."""
+    stack = find(model).layers
+    if modules == "all-linear":
+        return {at: adaptable(stack[at]) for at in places}
+    every = {at: linears(stack[at]) for at in places}
+    known = dict.fromkeys(path for paths in every.values() for path in paths)
+    for ending in modules:
+        if not any(_ends(path, ending) for path in known):
+            raise ValueError(f"no linear map of a layer ends in {ending!r}; there are {', '.join(known)}")
+    return {at: [path for path in paths if any(_ends(path, end) for end in modules)] for at, paths in every.items()}
+
+
+def _ends(path: str, ending: str) -> bool:
+    return f".{path}".endswith(f".{ending}")
