@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+Svd = tuple[Tensor, Tensor, Tensor]  # u (d_out, S), s (S), vh (S, d_in), thin, in float64
 
 BLOCK = 256  # columns that wait to be multiplied into a dense sum together: one wide product is faster than many narrow
 
@@ -21,8 +22,8 @@ def stack(pairs: Sequence[Pair]) -> Pair:
     return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs], dim=0)
 
 
-def decompose(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD (u (d_out, S), s (S), vh (S, d_in)) of a product, in float64."""
+def decompose(pair: Pair) -> Svd:
+    """Return the SVD of a product."""
     left, right = (factor.double() for factor in pair)
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
@@ -30,8 +31,8 @@ def decompose(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     return q_left @ u, s, vh @ q_right.T
 
 
-def split(pair: Pair, rank: int, *, tolerance: float = 1e-7) -> tuple[Pair, Pair]:
-    """Return (best rank-`rank` approximation, the rest), both in the pair's dtype.
+def split(pair: Pair, rank: int, *, tolerance: float = 1e-7, svd: Svd | None = None) -> tuple[Pair, Pair]:
+    """Return (best rank-`rank` approximation, the rest), both in the pair's dtype; `svd` is the pair's, if it is known.
 
     The approximation is optimal in the Frobenius norm (Eckart-Young) and is balanced: both factors carry the square
     root of the singular values, so that an optimiser sees factors of equal norm. Singular values under `tolerance`
@@ -39,7 +40,7 @@ def split(pair: Pair, rank: int, *, tolerance: float = 1e-7) -> tuple[Pair, Pair
     fresh LoRA: a pair of zeros would never get a gradient.
     """
     dtype = pair[0].dtype
-    u, s, vh = decompose(pair)
+    u, s, vh = svd or decompose(pair)
     root = s.sqrt()
     left, right = u * root, root[:, None] * vh
     held = int((s > tolerance * s.max()).sum()) if len(s) and s.max() > 0 else 0
@@ -83,12 +84,14 @@ class Total:
         self._pair: Pair | None = None
         self._width = 0  # of all that is held as factors
         self._dense: Tensor | None = None
+        self._svd: Svd | None = None
         self._factors: Pair | None = None
         self._even = True  # whether all have had one rank
         self._tolerance = tolerance
 
     def add(self, pair: Pair, weight: float = 1.0) -> None:
         """Add a product, times a weight."""
+        self._svd = None
         self._waiting.append((pair, weight))
         self._width += pair[0].shape[1]
         if self._width > (BLOCK if self._dense is not None else min(pair[0].shape[0], pair[1].shape[1])):
@@ -138,8 +141,15 @@ class Total:
             pair = self._stack()
             assert pair is not None, "something was added"
             return pair
-        u, s, vh = torch.linalg.svd(self._multiply(), full_matrices=False)
-        return _balanced(u, s, vh, tolerance=self._tolerance, dtype=self._dtype)
+        return _balanced(*self.svd(), tolerance=self._tolerance, dtype=self._dtype)
+
+    def svd(self) -> Svd:
+        """Return the SVD of the sum."""
+        if self._svd is None:
+            dense = self._dense is not None
+            u, s, vh = torch.linalg.svd(self._multiply(), full_matrices=False) if dense else decompose(self.pair())
+            self._svd = u, s, vh
+        return self._svd
 
     def factors(self) -> Pair:
         """Return the sums of the lefts and of the rights, each by itself, of products of one rank."""

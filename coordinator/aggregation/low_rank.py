@@ -64,34 +64,32 @@ class _Fold:
             for group, (b, a) in _products(self._last.state.get(_residual(tier), {}), self._keys).items():
                 if b.shape[1]:
                     self._totals[group].add((share * b, a))
-        totals = {group: total.pair() for group, total in self._totals.items()}
+        ranks = {tier: self._ranks(tier) for tier in tiers}
+        totals, sent, left = Products(), {tier: Products() for tier in ranks}, {tier: Products() for tier in ranks}
+        for group in self._keys:
+            total = self._totals.pop(group)  # one at a time, for its decomposition takes more memory than it does
+            totals[group] = total.pair()
+            for tier in ranks:
+                sent[tier][group], left[tier][group] = self._project(total, totals[group], ranks[tier][group])
         others = self._others.finish(()).adapter
-        broadcast: dict[Tier, Tensors] = {}
-        state: dict[str, Tensors] = {}
         sums["all"] = {group: inner(pair, pair) for group, pair in totals.items()}
-        for tier in tiers:
-            ranks = {
-                group: pair[0].shape[1] for group, pair in _products(self._last.broadcast[tier], self._keys).items()
-            }
-            sent, left = self._project(totals, ranks)
-            sums[f"rank {tier}"] = {group: float(rank) for group, rank in ranks.items()}
+        for tier in ranks:
+            sums[f"rank {tier}"] = {group: float(rank) for group, rank in ranks[tier].items()}
             sums[f"kept {tier}"] = {
-                group: inner(pair, pair) if pair[0].shape[1] else 0.0 for group, pair in left.items()
+                group: inner(pair, pair) if pair[0].shape[1] else 0.0 for group, pair in left[tier].items()
             }
-            broadcast[tier] = others | _tensors(sent, self._keys)
-            if left:
-                state[_residual(tier)] = _tensors(left, self._keys)
+        broadcast = {tier: others | _tensors(products, self._keys) for tier, products in sent.items()}
+        state = {_residual(tier): _tensors(products, self._keys) for tier, products in left.items() if products}
         return Version(others | _tensors(totals, self._keys), broadcast, state, _figures(sums), sums)
 
-    def _project(self, totals: Products, ranks: dict[str, int]) -> tuple[Products, Products]:
-        """Return the best approximations at these ranks, and what they leave out."""
-        sent, left = Products(), Products()
-        for group, total in totals.items():
-            if total[0].shape[1] == ranks[group]:
-                sent[group], left[group] = total, (total[0][:, :0], total[1][:0])
-            else:
-                sent[group], left[group] = split(total, ranks[group], tolerance=self._tolerance)
-        return sent, left
+    def _ranks(self, tier: Tier) -> dict[str, int]:
+        return {group: b.shape[1] for group, (b, _) in _products(self._last.broadcast[tier], self._keys).items()}
+
+    def _project(self, total: Total, pair: Pair, rank: int) -> tuple[Pair, Pair]:
+        """Return the best approximation at a rank, and what it leaves out."""
+        if pair[0].shape[1] == rank:
+            return pair, (pair[0][:, :0], pair[1][:0])
+        return split(pair, rank, tolerance=self._tolerance, svd=total.svd())
 
     def _sums(self) -> Sums:
         """Return how far factor-by-factor averaging would have been off; only equal ranks can be averaged so."""

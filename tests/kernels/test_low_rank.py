@@ -116,3 +116,16 @@ def test_a_total_knows_the_sums_of_the_factors_of_equal_rank(count: int) -> None
     running.add(pair(20, 2, 12, seed=1))
     with pytest.raises(AssertionError, match="one rank"):
         running.factors()
+
+
+@pytest.mark.parametrize("count", [3, 2 * BLOCK // 3 + 1])
+def test_a_total_is_split_by_the_decomposition_that_it_has(count: int) -> None:
+    running = total(*(pair(20, 3, 12, seed=seed) for seed in range(count)))
+    apart, known = split(running.pair(), 4), split(running.pair(), 4, svd=running.svd())
+    for mine, its in zip(known, apart, strict=True):
+        torch.testing.assert_close(dense(mine), dense(its), rtol=1e-4, atol=1e-4)
+    if count > 3:  # it is held as a matrix: then the two are the columns of the whole, bit for bit
+        assert torch.equal(torch.cat([known[0][0], known[1][0]], 1), running.pair()[0])
+    before = running.svd()[1]
+    running.add(pair(20, 3, 12, seed=999))
+    assert not torch.equal(running.svd()[1], before), "of what it has become"
