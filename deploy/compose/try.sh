@@ -29,7 +29,7 @@ say "authority, coordinator and sites"
 "${compose[@]}" up --detach authority coordinator bank hospital
 
 until "${compose[@]}" run -T --rm --no-deps researcher run sites; do
-    ((SECONDS < 300)) || exit 9
+    ((SECONDS < 600)) || exit 9
     sleep 2
 done
 
