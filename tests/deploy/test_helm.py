@@ -87,6 +87,20 @@ def test_no_secret_but_the_blobs_and_the_token_of_ray_reaches_a_node_without_a_g
     assert "offsite-blobs" in text and "offsite-journal" not in text and "offsite-kit" not in text
 
 
+def test_a_redis_keeps_the_head_s_state_and_gateways_wait_for_the_head_as_kuberay_has_workers_do(helm) -> None:
+    def rendered(values):
+        return list(yaml.safe_load_all(helm("offsite-coordinator", "template", values=values).stdout))
+
+    waits = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    assert waits not in json.dumps(rendered(None)) and "gcsFaultTolerance" not in json.dumps(rendered(None))
+    manifests = {manifest["kind"]: manifest for manifest in rendered(HERE / "large.yaml")}
+    options = manifests["RayCluster"]["spec"]["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == "redis.example.org:6379"
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "password"}
+    for container in manifests["StatefulSet"]["spec"]["template"]["spec"]["containers"]:
+        assert {"name": waits, "value": "600"} in container["env"]
+
+
 def test_the_product_takes_what_containers_run(manifests, takes) -> None:
     ran = []
     for pod in pods(manifests):

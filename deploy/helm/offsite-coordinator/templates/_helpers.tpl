@@ -50,6 +50,9 @@ env:
     valueFrom:
       secretKeyRef: {name: {{ $values.ray.tokenSecret | default .root.Release.Name }}, key: auth_token}
   {{- end }}
+  {{- if and .journal $values.ray.enabled $values.ray.redis.address }}
+  - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: "600"}  # as KubeRay has workers wait for the head
+  {{- end }}
   {{- with $values.env }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- $secrets := list $values.stores.blobsSecret }}
 {{- if .journal }}{{ $secrets = prepend $secrets $values.stores.journalSecret }}{{ end }}
