@@ -10,7 +10,7 @@ first round the machine that does a step is killed, in the second the gateway th
 the death of a machine, which is that of its processes and of its cable.
 
 It prints a JSON line: whether adapter and figures are those of the demo, and what each of the two took. Exit code 1
-says that they are not. It takes about five minutes on four cores that have nothing else to do.
+says that they are not. It takes some ten minutes on two cores.
 """
 
 import argparse
