@@ -36,6 +36,7 @@ from offsite.protos.errors import (
     UnreachableError,
     from_system,
 )
+from offsite.protos.processes.memory import keep_freed
 from offsite.protos.recipes import render
 from offsite.protos.security.identity import Identity
 from offsite.protos.security.signing import verify
@@ -86,6 +87,7 @@ class Agent:
         Raises IdentityError or MismatchError when the coordinator will not have this site, or offers what its owner has
         not signed: at once when the site has not been let in yet, else once it has been so for PATIENCE_S.
         """
+        keep_freed()
         self._enrol()
         if warning := self._config.identity.warning:
             self._say("warning", {"message": warning})

@@ -36,6 +36,7 @@ from offsite.protos.addresses import Address
 from offsite.protos.errors import OffsiteError, ResourceError
 from offsite.protos.fleet_pb2_grpc import add_FleetServicer_to_server
 from offsite.protos.frames import lean
+from offsite.protos.processes.memory import keep_freed
 from offsite.protos.runs_pb2_grpc import add_RunsServicer_to_server
 from offsite.protos.security.tls import server_credentials
 
@@ -120,6 +121,7 @@ class Server:
 
         `ready` is told the port once sites may call, and whether this gateway dispatches; `moved` when that changes.
         """
+        keep_freed()
         journal, blobs = self._home.journal(), self._home.blobs()
         journal.check()
         admission = Admission(self._home, journal, authority=self._authority, meter=self._meter)

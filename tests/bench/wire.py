@@ -164,7 +164,9 @@ def site(folder: Path, pipe: Connection, port: int) -> None:
     from offsite.client.channel import Channel
     from offsite.protos import fleet_pb2 as pb
     from offsite.protos import fleet_pb2_grpc
+    from offsite.protos.processes.memory import keep_freed
 
+    keep_freed()  # as a site's agent does
     channel = Channel(f"127.0.0.1:{port}", Identity.load(folder / "pki" / SITE))
     fleet: Any = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
     channel.call(fleet.Enrol, pb.EnrolRequest(version="0", examples=1))
