@@ -48,7 +48,7 @@ class Size:
     few: int  # public texts to read with and without rounding
 
 
-SHORT, FULL = Size(8, 2.0, 64, 8, 16, 16), Size(20, 1.0, 96, 16, 24, 32)
+SHORT, FULL = Size(12, 2.0, 64, 8, 16, 16), Size(20, 1.0, 96, 16, 24, 32)
 SIZE = FULL if os.environ.get("OFFSITE_FULL") else SHORT
 
 

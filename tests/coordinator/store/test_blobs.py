@@ -316,8 +316,9 @@ def test_a_server_that_is_killed_in_the_middle_leaves_nothing_half_and_goes_on(
 
 
 def test_what_hinders_a_bucket_is_a_sentence_without_its_key(s3: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(bucket, "PATIENT_S", 0.1)
-    monkeypatch.setattr(bucket, "HURRIED_S", 0.1)
+    for module in (bucket, removals):
+        monkeypatch.setattr(module, "PATIENT_S", 0.1)
+        monkeypatch.setattr(module, "HURRIED_S", 0.1)
 
     def hindrance(url: str) -> str:
         blobs = open_blobs(url, cache=tmp_path / "cache")
