@@ -163,15 +163,7 @@ class Authority(Register):
             if isinstance(asker, Invitation):
                 self._check_free(ledger, asker.name)
                 ledger.put(replace(asker, used_at=start))
-            entry = Entry(
-                serial=f"{x509.random_serial_number():x}",
-                role=asker.role,
-                name=asker.name,
-                issued_at=start,
-                expires=end,
-                asked_by=serial,
-                key=fingerprint(key),
-            )
+            entry = _entry(asker, key, start, end)
             ledger.put(entry)
         return Answer(self._certify(entry, key), "", whose)
 
@@ -192,15 +184,7 @@ class Authority(Register):
                 raise IdentityError(f"the certificate of coordinator {before.name!r} is {before.status}; issue a kit")
             if entry is None or entry.key != fingerprint(key):
                 start, end = self.life(now(), _days(before))
-                entry = Entry(
-                    serial=f"{x509.random_serial_number():x}",
-                    role=before.role,
-                    name=before.name,
-                    issued_at=start,
-                    expires=end,
-                    asked_by=before.serial,
-                    key=fingerprint(key),
-                )
+                entry = _entry(before, key, start, end)
                 ledger.put(entry)
                 self.keep(ledger)
             return self._certify(entry, key, hosts_of(old))
@@ -296,6 +280,19 @@ def _days(asker: Entry | Invitation) -> timedelta:
     if isinstance(asker, Invitation):
         return timedelta(days=asker.days)
     return asker.expires - asker.issued_at if asker.issued_at else timedelta(days=JOINED_DAYS)
+
+
+def _entry(asker: Entry | Invitation, key: ec.EllipticCurvePublicKey, start: datetime, end: datetime) -> Entry:
+    """Return what the index has of a certificate for who asks for it by a token, or by the certificate before."""
+    return Entry(
+        serial=f"{x509.random_serial_number():x}",
+        role=asker.role,
+        name=asker.name,
+        issued_at=start,
+        expires=end,
+        asked_by=asker.serial,
+        key=fingerprint(key),
+    )
 
 
 def _check_request(role: str, name: str, *, hosts: Sequence[str], days: int) -> None:
