@@ -121,6 +121,7 @@ def test_what_trains_is_counted(tiny: Any) -> None:
     d_out, d_in = shape(stack[0].get_submodule("mlp.down_proj"))
     start = make("s2ft", {"channels": 0.25}).start(model, PLACES, seed=0)
     assert sum(t.numel() for key, t in start.items() if key.endswith(".change")) == 2 * d_out * round(0.25 * d_in)
+    assert not torch.equal(*(start[f"{at}.mlp.down_proj.columns"] for at in PLACES)), "each layer draws its own"
     other = make("s2ft", {"channels": 0.25}).start(model, {4: 4}, seed=0)
     assert all(torch.equal(start[key], tensor) for key, tensor in other.items()), "whichever other layers train"
 
