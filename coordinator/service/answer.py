@@ -1,6 +1,7 @@
 """The one place where errors become gRPC answers, and certificates become names."""
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from offsite.protos.security.certificates import Peer, Role, either
 from offsite.protos.security.revocation import Revocations, Unlisted
 from offsite.protos.security.tls import peer
 from offsite.protos.telemetry.logs import about
+
+RECHECK_S = 1.0  # between looks at whether a caller whose transfer goes on still holds
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,18 @@ class Gate:
     def recheck(self, caller: Peer) -> None:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
         self._revocations.check(caller)
+
+    def rechecks(self, caller: Peer) -> Callable[[], None]:
+        """Return the same for a transfer, which asks at each piece: it is done each RECHECK_S."""
+        due = time.monotonic() + RECHECK_S
+
+        def recheck() -> None:
+            nonlocal due
+            if (now := time.monotonic()) >= due:
+                due = now + RECHECK_S
+                self.recheck(caller)
+
+        return recheck
 
     async def _check(self, caller: Peer) -> None:
         """Check a caller, who may have joined just now, at another gateway."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -89,7 +89,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         async with self._gate(context, "site", request=request, transfer=True) as site:
             if request.digest not in await in_thread(self._granted, site.name):
                 raise NotFoundError(f"{plain(request.digest)} is not part of a task of {site.name}")
-            await send(self._blobs, request, context, partial(self._gate.recheck, site), self._gate.meter.sent)
+            await send(self._blobs, request, context, self._gate.rechecks(site), self._gate.meter.sent)
 
     def _granted(self, site: str) -> set[str]:
         granted: set[str] = set()
@@ -112,7 +112,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     ) -> AsyncIterator[pb.UploadState]:
         """Take an update; the receipt follows once it is checked and durable."""
         async with self._gate(context, "site", transfer=True) as site:
-            stream = parts(request_iterator, partial(self._gate.recheck, site))
+            stream = parts(request_iterator, self._gate.rechecks(site))
             first = await anext(stream, None)
             if not isinstance(first, pb.UploadHeader):
                 raise InputError("upload: the first part must be the header")

@@ -5,7 +5,6 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
@@ -126,7 +125,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                 raise NotFoundError(f"{plain(request.digest)} is not a published file")
             if not any(self._policy.may_fetch(row.name, role=person.role, person=person.name) for row in seen):
                 raise RefusedError("the owner's policy (merged) does not let you have a merged model; ask the owner")
-            await send(self._blobs, request, context, partial(self._gate.recheck, person), self._gate.meter.sent)
+            await send(self._blobs, request, context, self._gate.rechecks(person), self._gate.meter.sent)
 
     async def Sites(self, request: pb.SitesRequest, context: Any) -> pb.SitesReply:
         """Return the enrolled sites."""

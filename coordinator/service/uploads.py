@@ -70,15 +70,16 @@ class Upload:
             from offsite.protos.upload.change import Change  # torch: a server that only waits needs none
 
             self._change = Change(self._blobs.served(self._spec.adapter))
-        self._output = SpoolFile(self._file)
+        self._output = SpoolFile(self._file, self._header.size)
         for _, data in read_chunks(self._file):
             self._see(data)
         return self._kept
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
-        """Append a chunk and return what is kept; raises UnreachableError, to resume, unless the chunk goes on there.
+        """Append a chunk and return what came; raises UnreachableError, to resume, unless the chunk goes on there.
 
-        Its hash is taken on the way, and how far it is from its broadcast: a complete update is not read again.
+        While it is written, its hash is taken, and how far it is from its broadcast: a complete update is not read
+        again.
         """
         if offset != self._kept:
             # Of a stream that lost the race with its own successor: the site asks again where to go on.
@@ -107,6 +108,8 @@ class Upload:
         """Check the whole update, make it durable, close the task."""
         if self._kept < self._header.size:
             raise InputError(f"{self._what()}: {self._kept} of {self._header.size} bytes came; resume the upload")
+        assert self._output is not None, "begin() opens it"
+        self._output.flush()
         from offsite.protos.upload.admission import admit, admit_metrics  # torch: a server that only waits needs none
 
         try:

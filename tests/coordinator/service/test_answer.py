@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from offsite.coordinator.service.answer import Gate
+from offsite.coordinator.service.answer import RECHECK_S, Gate
 from offsite.coordinator.store import Unusable
 from offsite.protos.security.pki import Authority
 from offsite.protos.security.revocation import Revocations
@@ -42,3 +44,21 @@ def test_a_store_that_is_away_is_asked_for_again_and_only_the_log_says_where_it_
     said = "the coordinator cannot use its stored files just now; ask again"
     assert context.answers == [(grpc.StatusCode.RESOURCE_EXHAUSTED, said)] * 3
     assert caplog.messages == ["s3://bucket: http://s3.example.org does not answer"]
+
+
+def test_a_caller_whose_transfer_goes_on_is_looked_at_again_but_not_at_each_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, looks = [100.0], list[str]()
+
+    class List:
+        def check(self, caller: str) -> None:
+            looks.append(caller)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stub: Any = List()
+    recheck = Gate(stub).rechecks("ward")  # type: ignore[arg-type]
+    for _ in range(1000):  # pieces within 2.5 s
+        now[0] += 0.0025 * RECHECK_S
+        recheck()
+    assert looks == ["ward", "ward"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.coordinator.service.spool import BLOCK, SpoolFile
+from offsite.coordinator.service.spool import BLOCK, BUFFER_BYTES, SpoolFile
 from offsite.protos.chunks import CHUNK_BYTES
 
 DATA = os.urandom(2 * CHUNK_BYTES + 3 * BLOCK + 7)
@@ -14,7 +14,7 @@ DATA = os.urandom(2 * CHUNK_BYTES + 3 * BLOCK + 7)
 
 def write(path: Path, *sizes: int) -> None:
     """Write DATA in pieces of these sizes, the last of what is left, from where the file ends."""
-    file, at = SpoolFile(path), path.stat().st_size
+    file, at = SpoolFile(path, len(DATA)), path.stat().st_size
     for size in (*sizes, CHUNK_BYTES, CHUNK_BYTES, CHUNK_BYTES):
         file.write(DATA[at : at + size])
         at += len(DATA[at : at + size])
@@ -43,9 +43,34 @@ def test_a_file_system_in_memory_will_do(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux's own")
 def test_pieces_pass_the_cache_but_for_a_last_one(tmp_path: Path) -> None:
-    file = SpoolFile(tmp_path / "update")
+    file = SpoolFile(tmp_path / "update", len(DATA))
     file.write(DATA[:CHUNK_BYTES])
+    file.flush()
     assert fcntl.fcntl(file._file, fcntl.F_GETFL) & os.O_DIRECT
     file.write(DATA[CHUNK_BYTES : CHUNK_BYTES + 5])
+    file.flush()
     assert not fcntl.fcntl(file._file, fcntl.F_GETFL) & os.O_DIRECT
+    file.close()
+
+
+def test_what_was_taken_is_written_when_its_sender_goes(tmp_path: Path) -> None:
+    file = SpoolFile(tmp_path / "update", len(DATA))
+    file.write(DATA[: BLOCK + 5])
+    file.close()
+    assert (tmp_path / "update").read_bytes() == DATA[: BLOCK + 5]
+
+
+@pytest.mark.parametrize("size", [1, BLOCK, BUFFER_BYTES, BUFFER_BYTES + 1])
+def test_a_small_update_takes_no_more_memory_than_it_is_large(tmp_path: Path, size: int) -> None:
+    file = SpoolFile(tmp_path / "update", size)
+    assert len(file._free) == len(file._busy) == min(BUFFER_BYTES, -(-size // BLOCK) * BLOCK)
+    file.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's own")
+def test_a_full_disk_is_heard_of_before_an_update_is_taken_for_whole() -> None:
+    file = SpoolFile(Path("/dev/full"), BLOCK)
+    file.write(b"x" * 5)
+    with pytest.raises(OSError, match="No space"):
+        file.flush()
     file.close()

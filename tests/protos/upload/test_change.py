@@ -47,7 +47,7 @@ def moved(adapter: Tensors) -> Tensors:
 @pytest.mark.parametrize("size", [4096, 1 << 16, 1 << 20])
 def test_it_is_what_reading_both_files_gives(tmp_path: Path, size: int) -> None:
     broadcast, update = files(tmp_path, moved)
-    assert seen(broadcast, update, size=size) == pytest.approx(tensors.distance(update, broadcast), rel=1e-9)
+    assert seen(broadcast, update, size=size) == pytest.approx(tensors.distance(update, broadcast), rel=1e-7)
     assert seen(broadcast, broadcast, size=size) == 0.0
 
 
