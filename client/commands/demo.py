@@ -67,9 +67,12 @@ def demo(
         sites[name] = Path(file).expanduser().resolve()
     try:
         trained = parse_one(method)
-        if not METHODS.make(trained.name, trained.settings).attaches:
+        chosen = METHODS.make(trained.name, trained.settings)
+        if not chosen.attaches:
             beside = ", ".join(name for name in METHODS if METHODS[name].attaches)
             raise InputError(f"--method {trained.name}: the demo's attack goes on from an adapter; choose of {beside}")
+        if merge and not chosen.mergeable:
+            raise InputError(f"--merge: what {trained.name} trains is no change of the base's weights; leave it out")
     except ValueError as error:
         raise InputError(f"--method: {error}") from None
     settings = Settings(

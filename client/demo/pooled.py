@@ -34,7 +34,7 @@ class PooledJob:
     training: LocalTraining  # as the sites trained
     manifest: Manifest
     bundle: str  # a site's copy of the emulator
-    adapter: str  # the folder of the run's outcome, in peft format
+    adapter: str  # the folder of the run's outcome
     data: dict[Name, str]  # every site's training examples
     steps: Positive  # those of all sites and rounds together
 
@@ -90,13 +90,13 @@ class Pool:
         """
         from offsite.emulator import bundle
         from offsite.emulator.evaluation.attack import Attack, Attacker
-        from offsite.emulator.methods import peft_format
+        from offsite.emulator.plug import load
 
         job, training = self._job, self._job.training
         with self._span("loading"):
             layout = bundle.described(job.manifest)
             emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
-            tuned = peft_format.attach(emulator, layout.outline.places, *peft_format.read(Path(job.adapter)))
+            tuned = load(emulator, Path(job.adapter), layout.outline.places)
             samples = self._samples(job.data.values(), tokenizer)
         scores: dict[str, dict[str, Score]] = {}
         with self._span("training"):

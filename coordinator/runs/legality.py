@@ -27,6 +27,12 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     try:
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec, method, whole=whole)
+        if spec.merge and not method.mergeable:
+            raise ValueError(
+                f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
+                "kind has it merged; leave merge out, and put the adapter that the run publishes beside the base "
+                "(offsite.emulator.plug.load)"
+            )
         if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
             judge_fit(spec, folder)
         paths = {*spec.evaluation.values(), spec.public, spec.calibration, spec.attack_text} - {""}

@@ -74,6 +74,7 @@ class Method(Protocol):
     rate: ClassVar[float]  # the learning rate that `tuning.rates` begins with
     rules: ClassVar[frozenset[Rule]]  # those of its schema
     attaches: ClassVar[bool]  # whether a plug-in is measured beside the base's weights, which rounding would change
+    mergeable: ClassVar[bool]  # whether weights can take it in; what they cannot attaches, and nobody merges it
     withheld: ClassVar[frozenset[str]]  # settings that sites are not told, for they say who else takes part
 
     def tier_at(self, site: str) -> Tier:
@@ -116,7 +117,7 @@ class Method(Protocol):
         ...
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
-        """Add a recovered adapter to the base's weights, in place; raises ValueError if it does not fit."""
+        """Add a recovered adapter to the base's weights, in place; raises ValueError if it does not fit or cannot."""
         ...
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
@@ -129,6 +130,7 @@ class Averaged:
 
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
     attaches: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset()
 
     def tier_at(self, site: str) -> Tier:

@@ -34,6 +34,7 @@ class Lora:
     rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT})
     attaches: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset({"ranks"})
 
     def __post_init__(self) -> None:

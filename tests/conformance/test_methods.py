@@ -14,7 +14,7 @@ from offsite.emulator.modality import Batch, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
-from offsite.emulator.plug import plug
+from offsite.emulator.plug import load, plug
 from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.kernels.schema import Rule, rules, settle
 from offsite.protos import tensors
@@ -118,21 +118,39 @@ def test_what_was_trained_comes_back_to_the_layers_of_the_base_that_train_and_to
     method: Method, draft: Draft, trained: Any, tiny: Any, ids: torch.Tensor
 ) -> None:
     recovered = method.recover(method.state(trained, draft.outline.places), draft.recovery)
-    base = tiny()
+    base, other = tiny(), tiny()
     original = copied(base)
-    method.merge(base, recovered)
-    names = changed(base, original)
+    if method.mergeable:
+        method.merge(base, recovered)
+        names = changed(base, original)
+    else:  # what the emulator learned, it learned on layers that are the base's
+        base, names = trained.eval(), copied(plug(other, method, recovered)).keys() - original.keys()
     assert names and {name.partition("layers.")[2].partition(".")[0] for name in names} == TRAINED
     with torch.no_grad():
         plugged = plug(tiny(), method, recovered)(ids).logits
         torch.testing.assert_close(plugged, base(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_start_that_comes_back_changes_nothing(method: Method, draft: Draft, start: Adapter, tiny: Any) -> None:
-    base = tiny()
+def test_a_start_that_comes_back_changes_nothing(
+    method: Method, draft: Draft, start: Adapter, tiny: Any, ids: torch.Tensor
+) -> None:
+    base, recovered = tiny(), method.recover(start, draft.recovery)
     original = copied(base)
-    method.merge(base, method.recover(start, draft.recovery))
-    assert not changed(base, original)
+    if method.mergeable:
+        method.merge(base, recovered)
+        assert not changed(base, original)
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(plug(base, method, recovered)(ids).logits, tiny()(ids).logits)
+
+
+def test_what_weights_cannot_take_in_stays_beside_them_and_is_never_merged(
+    method: Method, draft: Draft, start: Adapter, tiny: Any
+) -> None:
+    if not method.mergeable:
+        assert method.attaches
+        with pytest.raises(ValueError, match=f"{method.name}.*beside"):
+            method.merge(tiny(), method.recover(start, draft.recovery))
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_its_key(method: Method, draft: Draft, start: Adapter) -> None:
@@ -142,10 +160,14 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_key(method: Method, draf
         method.attach(draft.model, draft.outline.places, moved)
 
 
-def test_an_export_is_safetensors_and_words(
-    method: Method, draft: Draft, start: Adapter, tiny: Any, tmp_path: Path
+def test_an_export_is_safetensors_and_words_and_is_put_beside_the_base_again(
+    method: Method, draft: Draft, trained: Any, tiny: Any, ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    recovered = method.recover(start, draft.recovery)
+    recovered = method.recover(method.state(trained, draft.outline.places), draft.recovery)
     method.export(tmp_path / "out", recovered, base=tiny(), base_name="base")
     files = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert ".safetensors" in files and files <= {".safetensors", ".json", ".md"}
+    if method.attaches:
+        with torch.no_grad():
+            loaded = load(tiny(), tmp_path / "out")(ids).logits
+            torch.testing.assert_close(loaded, plug(tiny(), method, recovered)(ids).logits)

@@ -44,6 +44,7 @@ class Sparse:
     rate: ClassVar[float] = 1e-2
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     attaches: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset()
 
     def tier_at(self, site: str) -> Tier:

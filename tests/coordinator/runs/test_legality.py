@@ -1,6 +1,7 @@
 """Which stages of an upload a run may ask for."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,3 +96,15 @@ def test_a_stage_that_cannot_pack_what_sites_send_is_refused_before_anything_is_
     )
     with pytest.raises(InputError, match=words) if words else nullcontext():
         legality.judge(spec)
+
+
+def test_a_merged_model_of_what_weights_cannot_take_in_is_refused_with_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), merge=True)
+    legality.judge(spec)
+    monkeypatch.setattr(METHODS["lora"], "mergeable", False)
+    with pytest.raises(InputError, match="merge: what lora trains is no change of the base's weights.*leave merge out"):
+        legality.judge(spec)
+    legality.judge(replace(spec, merge=False))
