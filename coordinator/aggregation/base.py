@@ -53,6 +53,7 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     rules: ClassVar[frozenset[Rule]]  # those it folds by
+    exact: ClassVar[frozenset[Rule]]  # of them those whose mean it makes as they say, not one near it
     mixed_tiers: ClassVar[bool]  # whether sites may train different sizes of what is open in a schema
     needs: ClassVar[Literal["updates", "sum"]]  # whether it must see each update, or their weighted sum is enough
 

@@ -21,6 +21,7 @@ class Mean:
 
     name: ClassVar[str] = "mean"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    exact: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "sum"
 

@@ -6,14 +6,36 @@ trains is fp32. A low-rank adapter has two factors for a map y = W x, "28.self_a
 """
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
 
 Adapter = Tensors
+
+
+class Kind(StrEnum):
+    """What of a model trains, as surveys have it (Han et al., arXiv 2403.14608)."""
+
+    ADDITIVE = "additive"  # modules or values beside the weights
+    SELECTIVE = "selective"  # some of the weights
+    REPARAMETERISED = "reparameterised"  # fewer values, of which a change of the weights is made
+    HYBRID = "hybrid"  # several of these
+
+
+class Formula(NamedTuple):
+    """How many values train, as a Python expression of the method's settings and the sizes of each thing that trains.
+
+    A "map" has `d_out`, `d_in` and, if it is sketched, `grids` of a row. A "layer" has `parameters`, the hidden width
+    `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and `kv` of keys and values, and
+    `width`, that of a head.
+    """
+
+    each: Literal["map", "layer"]
+    values: str
 
 
 class Place(NamedTuple):
@@ -76,6 +98,11 @@ class Method(Protocol):
     attaches: ClassVar[bool]  # whether a plug-in is measured beside the base's weights, which rounding would change
     mergeable: ClassVar[bool]  # whether weights can take it in; what they cannot attaches, and nobody merges it
     withheld: ClassVar[frozenset[str]]  # settings that sites are not told, for they say who else takes part
+    paper: ClassVar[str]  # where it is from, such as "arXiv 2106.09685"
+    kind: ClassVar[Kind]
+    formula: ClassVar[Formula]
+    linear: ClassVar[bool]  # whether the mean of adapters, value by value, changes W by the mean of their changes
+    seeded: ClassVar[bool]  # whether its start is drawn from the run's seed, which all sites must have in common
 
     def tier_at(self, site: str) -> Tier:
         """The tier of a site: what it trains of the adapter, or at which size; "" for methods with only one."""

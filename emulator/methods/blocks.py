@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.formats.packed import PackedLinear
-from offsite.emulator.methods.base import Adapter, Averaged
+from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind
 from offsite.kernels.schema import Tier
 
 
@@ -22,6 +22,11 @@ class Blocks(Averaged):
     name: ClassVar[str] = "blocks"
     needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 2e-4
+    paper: ClassVar[str] = "arXiv 2302.04870"
+    kind: ClassVar[Kind] = Kind.SELECTIVE
+    formula: ClassVar[Formula] = Formula("layer", "parameters")
+    linear: ClassVar[bool] = True
+    seeded: ClassVar[bool] = False
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Any layer can train whole."""

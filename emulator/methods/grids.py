@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.methods.base import Adapter, Averaged
+from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind
 from offsite.emulator.outline import CENTROIDS
 from offsite.kernels.schema import Tier
 from offsite.kernels.sketch import decode
@@ -31,6 +31,11 @@ class Grids(Averaged):
     name: ClassVar[str] = "grids"
     needs: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
     rate: ClassVar[float] = 3e-4
+    paper: ClassVar[str] = "arXiv 2410.06364"
+    kind: ClassVar[Kind] = Kind.REPARAMETERISED
+    formula: ClassVar[Formula] = Formula("map", "16 * d_out * grids")
+    linear: ClassVar[bool] = True
+    seeded: ClassVar[bool] = False
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Any layer whose maps are sketched can train, and shapes do not tell which are."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods import peft_format
-from offsite.emulator.methods.base import Adapter, Place, factors
+from offsite.emulator.methods.base import Adapter, Formula, Kind, Place, factors
 from offsite.emulator.methods.recovery import widen
 from offsite.emulator.methods.targets import Modules, targets
 from offsite.emulator.seeds import generator
@@ -36,6 +36,11 @@ class Lora:
     attaches: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset({"ranks"})
+    paper: ClassVar[str] = "arXiv 2106.09685"
+    kind: ClassVar[Kind] = Kind.REPARAMETERISED
+    formula: ClassVar[Formula] = Formula("map", "rank * (d_in + d_out)")
+    linear: ClassVar[bool] = False
+    seeded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

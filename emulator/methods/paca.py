@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offsite.emulator.anatomy.structure import find, linears, shape
-from offsite.emulator.methods.base import Place
+from offsite.emulator.methods.base import Formula, Place
 from offsite.emulator.methods.selection import COLUMNS, SelectedEntries, Selection
 from offsite.emulator.methods.targets import Modules, targets
 from offsite.emulator.seeds import generator
@@ -26,6 +26,8 @@ class Paca(SelectedEntries):
 
     name: ClassVar[str] = "paca"
     rate: ClassVar[float] = 1e-2  # columns of W move less a step than products of two factors
+    paper: ClassVar[str] = "arXiv 2503.01905"
+    formula: ClassVar[Formula] = Formula("map", "rank * d_out")
 
     def __post_init__(self) -> None:
         """Check the range."""

@@ -16,7 +16,7 @@ from torch import nn
 from offsite.emulator.anatomy.narrow import Units, channels, groups
 from offsite.emulator.anatomy.roles import Heads, Roles, heads, roles
 from offsite.emulator.anatomy.structure import find, shape
-from offsite.emulator.methods.base import Place
+from offsite.emulator.methods.base import Formula, Place
 from offsite.emulator.methods.selection import COLUMNS, ROWS, SelectedEntries, Selection
 from offsite.emulator.seeds import generator
 
@@ -34,6 +34,12 @@ class S2ft(SelectedEntries):
 
     name: ClassVar[str] = "s2ft"
     rate: ClassVar[float] = 1e-2
+    paper: ClassVar[str] = "arXiv 2412.06289"
+    formula: ClassVar[Formula] = Formula(
+        "layer",
+        "d * ((channels and max(1, round(channels * d_ff))) * (1 + before * inward)"
+        " + (groups and max(1, round(groups * kv))) * width * (heads // kv + before))",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""

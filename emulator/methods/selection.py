@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods import peft_format
-from offsite.emulator.methods.base import Adapter, Averaged, Factors, Place
+from offsite.emulator.methods.base import Adapter, Averaged, Factors, Kind, Place
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 COLUMNS, ROWS = SIDES = ("columns", "rows")
@@ -84,6 +84,9 @@ class SelectedEntries(Averaged, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     attaches: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.SELECTIVE
+    linear: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
 
     @abstractmethod
     def select(self, model: nn.Module, places: Mapping[int, int], *, seed: int) -> dict[Place, Selection]:

@@ -130,6 +130,23 @@ def test_the_order_of_arrival_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_makes_the_mean_of_what_tensors_do_by_each_rule_that_it_calls_exact(name: str) -> None:
+    strategy, shares = aggregation.make(name, {}), [0.5, 0.3, 0.2]
+    version = folded(strategy, list(zip(updates(3), shares, strict=True)))
+    exact = set()
+    for rule in strategy.rules:
+        keys = [key for key, field in schema(strategy).items() if field.rule is rule]
+        each = [effects({key: update[key] for key in keys}) for update in updates(3)]
+        mean = [
+            sum(share * one for share, one in zip(shares, effect, strict=True)) for effect in zip(*each, strict=True)
+        ]
+        made = effects({key: version.adapter[key] for key in keys})
+        if all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made, mean, strict=True)):
+            exact.add(rule)
+    assert exact == strategy.exact
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_that_needs_only_the_sum_makes_the_same_of_the_sum(name: str) -> None:
     strategy = aggregation.make(name, {})
     given = list(zip(updates(3), [0.5, 0.3, 0.2], strict=True))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from offsite.emulator import builders
+from offsite.emulator.anatomy.roles import heads, roles
+from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
 from offsite.emulator.modality import Batch, encode
@@ -20,6 +22,11 @@ from offsite.kernels.schema import Rule, rules, settle
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in sorted(METHODS)),
+    ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
+    ("s2ft", {"channels": 0.0, "groups": 0.1}),
+]
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -27,12 +34,16 @@ def method(request: pytest.FixtureRequest) -> Method:
     return make(request.param, {})
 
 
-@pytest.fixture
-def draft(method: Method, tiny: Any, text: list[Batch]) -> Draft:
-    """The smallest emulator with what the method needs."""
+def emulator(method: Method, base: Any, text: list[Batch]) -> Draft:
+    """Build the smallest emulator with what a method needs."""
     names = [builders.providers(need).split()[0] for need in sorted(method.needs)] or ["whole"]
     chain = [builders.make(name, {}) for name in names]
-    return builders.run(chain, Ends(1, 1), tiny(), Material(batches=text))
+    return builders.run(chain, Ends(1, 1), base, Material(batches=text))
+
+
+@pytest.fixture
+def draft(method: Method, tiny: Any, text: list[Batch]) -> Draft:
+    return emulator(method, tiny(), text)
 
 
 @pytest.fixture
@@ -171,3 +182,70 @@ def test_an_export_is_safetensors_and_words_and_is_put_beside_the_base_again(
         with torch.no_grad():
             loaded = load(tiny(), tmp_path / "out")(ids).logits
             torch.testing.assert_close(loaded, plug(tiny(), method, recovered)(ids).logits)
+
+
+def sizes(draft: Draft, start: Adapter, each: str) -> list[dict[str, float]]:
+    """Return the sizes that a formula is of: those of each map that an adapter is of, or of each layer."""
+    stack, places = find(draft.model).layers, draft.outline.places
+    if each == "map":
+        position = {layer: place for place, layer in places.items()}
+        names = {key.rpartition(".")[0] for key in start}
+        maps = [stack[position[int(name.partition(".")[0])]].get_submodule(name.partition(".")[2]) for name in names]
+        return [dict(zip(("d_out", "d_in"), shape(one), strict=True)) | _grids(one) for one in maps]
+    found = []
+    for place in places:
+        maps = roles(draft.model, place)
+        d, d_ff = shape(stack[place].get_submodule(maps.mlp_out))
+        count, kv, width = heads(draft.model).__dict__.values()
+        parameters = sum(parameter.numel() for parameter in stack[place].parameters())
+        found.append({"d": d, "d_ff": d_ff, "inward": len(maps.mlp_in), "heads": count, "kv": kv, "width": width})
+        found[-1]["parameters"] = parameters
+    return found
+
+
+def _grids(linear: Any) -> dict[str, float]:
+    return {"grids": linear.grid.shape[1]} if hasattr(linear, "grid") else {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_as_many_values_train_as_its_formula_says(
+    name: str, settings: dict[str, Any], family: str, tiny: Any, text: list[Batch]
+) -> None:
+    method = make(name, settings)
+    draft = emulator(method, tiny(family, layers=3), text)
+    start = method.start(draft.model, draft.outline.places, seed=0)
+    schema = method.schema(start)
+    values = sum(tensor.numel() for key, tensor in start.items() if schema[key].rule is not Rule.FIXED)
+    own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    each = sizes(draft, start, method.formula.each)
+    assert each and sum(eval(method.formula.values, {}, own | one) for one in each) == values
+
+
+def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where_the_method_says_so(
+    method: Method, draft: Draft, start: Adapter, tiny: Any
+) -> None:
+    if not method.mergeable:
+        assert not method.linear  # there is no W that it changes
+        return
+    schema, drawn = method.schema(start), torch.Generator().manual_seed(0)
+    one, other = (
+        {
+            key: tensor if schema[key].rule is Rule.FIXED else tensor + 0.3 * torch.randn(tensor.shape, generator=drawn)
+            for key, tensor in start.items()
+        }
+        for _ in range(2)
+    )
+    mean = {key: tensor if schema[key].rule is Rule.FIXED else (tensor + other[key]) / 2 for key, tensor in one.items()}
+    merged = []
+    for adapter in (one, other, mean):
+        base = tiny()
+        method.merge(base, method.recover(adapter, draft.recovery))
+        merged.append(torch.cat([parameter.detach().flatten() for parameter in base.parameters()]))
+    apart = float((merged[2] - (merged[0] + merged[1]) / 2).abs().max())
+    assert apart < 1e-4 if method.linear else apart > 1e-2
+
+
+def test_a_start_is_drawn_from_the_seed_where_the_method_says_so(method: Method, draft: Draft, start: Adapter) -> None:
+    other = method.start(draft.model, draft.outline.places, seed=1)
+    assert any(not torch.equal(tensor, other[key]) for key, tensor in start.items()) == method.seeded

@@ -62,6 +62,7 @@ HOMONYMS = {  # words that are also names
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
     "emulator/modality/causal_text/__init__.py": {"mean"},  # how a loss is reduced
+    "emulator/methods/base.py": {"additive"},  # a kind of methods
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
 }
 

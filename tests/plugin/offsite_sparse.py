@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from offsite.emulator.anatomy.structure import adaptable, find
+from offsite.emulator.methods.base import Formula, Kind
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
 
@@ -46,6 +47,11 @@ class Sparse:
     attaches: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = "arXiv 2401.16405"
+    kind: ClassVar[Kind] = Kind.SELECTIVE
+    formula: ClassVar[Formula] = Formula("map", "entries")
+    linear: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
 
     def tier_at(self, site: str) -> Tier:
         return ""
