@@ -130,11 +130,12 @@ class RunView:
         return f"round {event.round}: {event.site} {upload}"
 
     def _on_round(self, event: RoundDone) -> str:
-        error = event.figures.get("factor_mean_error")
-        apart = f" (averaging factors instead of products would have been {error:.1%} off)" if error else ""
+        error, above = (event.figures.get(name) for name in ("factor_mean_error", "energy_above_smallest_rank"))
+        more = f" (averaging factors instead of products would have been {error:.1%} off)" if error else ""
+        more = f" ({above:.1%} of the mean's energy is above the smallest rank, and kept)" if above else more
         for site in self.sites.values():
             site.state, site.step = "waiting", 0
-        return f"round {event.round}: {event.sites} updates averaged{apart}"
+        return f"round {event.round}: {event.sites} updates averaged{more}"
 
     def time_left(self) -> float | None:
         """Seconds of training left at the pace so far; None before there is a pace."""

@@ -105,17 +105,22 @@ class _Fold:
 def _figures(sums: Sums) -> dict[str, float]:
     """Return what an average factor by factor would have missed, and what re-projection leaves to the owner.
 
-    The latter is told of the tier of the largest ranks.
+    The latter is told of the tier of the largest ranks. Where ranks differ, the share of the mean's energy (its squared
+    Frobenius norm) that no site of the smallest rank can hold is told, too: an average of what each site can hold
+    would lose it round by round.
     """
     total = {name: sum(values.values()) for name, values in sums.items()}
     tiers = sorted(name.removeprefix("rank ") for name in total if name.startswith("rank "))
-    largest = max(tiers, key=lambda tier: total[f"rank {tier}"])
+    smallest, largest = (pick(tiers, key=lambda tier: total[f"rank {tier}"]) for pick in (min, max))
     shares = {"factor_mean_error": ("off", "product"), "residual": (f"kept {largest}", "all")}
-    return {
+    figures = {
         figure: (total[part] / total[whole]) ** 0.5 if total[whole] else 0.0
         for figure, (part, whole) in shares.items()
         if part in total
     }
+    if total[f"rank {smallest}"] < total[f"rank {largest}"]:
+        figures["energy_above_smallest_rank"] = total[f"kept {smallest}"] / total["all"] if total["all"] else 0.0
+    return figures
 
 
 def _residual(tier: Tier) -> str:

@@ -7,6 +7,7 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
 from offsite.coordinator.aggregation.factor_mean import FactorMean
 from offsite.coordinator.aggregation.low_rank import LowRank
+from offsite.kernels.low_rank import split, stack
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos.errors import InputError
 
@@ -101,12 +102,40 @@ def test_the_residual_of_a_round_is_in_the_next() -> None:
     assert error(again.adapter, mean(first, WEIGHTS)) < 1e-5
 
 
-def test_a_round_in_which_nobody_trains_changes_nothing_whatever_the_ranks() -> None:
-    first = fold(LowRank(), [update(2, seed=1), update(4, seed=2)], [0.5, 0.5], [2, 4])
-    running = LowRank().begin(first, SCHEMA)
-    for tier in ("r2", "r4"):
-        running.add(first.broadcast[tier], Origin("ward", tier, 0.5))
-    assert error(running.finish(["r2", "r4"]).adapter, dense(first.adapter)) < 1e-5
+def flexlora(adapter: Tensors, ranks: list[int]) -> Tensors:
+    """The mean of what sites of some ranks can hold of an adapter, which is all that FlexLoRA keeps of it."""
+    held = [{m: split((adapter[f"{m}.B"], adapter[f"{m}.A"]), rank)[0] for m in MODULES} for rank in ranks]
+    stacks = {m: stack([(one[m][0] / len(ranks), one[m][1]) for one in held]) for m in MODULES}
+    return {f"{m}.{part}": factor for m, pair in stacks.items() for part, factor in zip("BA", pair, strict=True)}
+
+
+def energy_above(rank: int, given: Tensors) -> float:
+    """The share of the squared singular values after so many."""
+    squares = [torch.linalg.svdvals(matrix).square() for matrix in dense(given).values()]
+    return float(sum(one[rank:].sum() for one in squares) / sum(one.sum() for one in squares))
+
+
+def test_ten_rounds_in_which_nobody_trains_change_nothing_whatever_the_ranks() -> None:
+    ranks = [2, 4, 8]
+    first = version = fold(LowRank(), [update(rank, seed=rank) for rank in ranks], WEIGHTS, ranks)
+    theirs = first.adapter
+    for _ in range(10):
+        running = LowRank().begin(version, SCHEMA)
+        for tier, sent in version.broadcast.items():
+            running.add(sent, Origin("ward", tier, 1 / len(ranks)))
+        version = running.finish([f"r{rank}" for rank in ranks])
+        theirs = flexlora(theirs, ranks)
+    assert error(version.adapter, dense(first.adapter)) < 1e-5
+    above = energy_above(2, first.adapter)
+    assert version.figures["energy_above_smallest_rank"] == pytest.approx(above, rel=1e-4)
+    assert energy_above(2, theirs) < above / 10  # what is left to those who keep nothing of it
+
+
+@pytest.mark.parametrize("ranks", [[4], [2, 4, 8]])
+def test_the_energy_above_the_smallest_rank_is_told_where_ranks_differ(ranks: list[int]) -> None:
+    outcome = fold(LowRank(), [update(rank, seed=rank) for rank in ranks], [1 / len(ranks)] * len(ranks), ranks)
+    figure = outcome.figures.get("energy_above_smallest_rank")
+    assert figure == (None if len(ranks) == 1 else pytest.approx(energy_above(2, outcome.adapter), rel=1e-5))
 
 
 def test_memory_is_bounded_by_the_model_not_by_the_number_of_sites() -> None:
