@@ -31,7 +31,13 @@ class OwnerPolicy:
     models: dict[Name, Place] = Field(default_factory=dict)  # name -> a folder, a hub id or a name from the zoo
     data: tuple[Place, ...] = ()  # folders whose files runs may name, by their path inside
     builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
-    methods: Words = ("grids", "lora", "paca", "s2ft")  # `blocks` publishes layers of the base, trained a little
+    methods: Words = (
+        "bottleneck",
+        "grids",
+        "lora",
+        "paca",
+        "s2ft",
+    )  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
@@ -41,7 +47,7 @@ class OwnerPolicy:
     max_tuning_steps: Positive = 10_000  # of a builder, realignment, an attack, and the base itself
     max_batch_size: Positive = 64
     max_length: Positive = 4096
-    max_rank: Positive = 256  # of LoRA
+    max_rank: Positive = 256  # and width, of what is beside a map
     max_sites: Positive = 100
     max_live_runs: Positive = 4  # of one researcher
     max_adapter_mib: AboveZero = 64.0
@@ -122,7 +128,7 @@ class OwnerPolicy:
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
-            "max_rank": _largest(spec.method, "rank"),
+            "max_rank": _largest(spec.method, "rank", "width"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():
@@ -182,7 +188,7 @@ class OwnerPolicy:
                 "of a builder, a realignment, an attack or the base itself, on the owner's machine",
             ),
             ("largest batch", f"{self.max_batch_size} of {self.max_length} tokens", "sequences of one step"),
-            ("largest rank", str(self.max_rank), "of LoRA"),
+            ("largest rank", str(self.max_rank), "or width, of what is beside a map"),
             ("most sites", str(self.max_sites), "of one run"),
             ("live runs", str(self.max_live_runs), "of one researcher at a time"),
             ("largest adapter", f"{self.max_adapter_mib:g} MiB", "that sites start from and send back"),

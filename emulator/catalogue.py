@@ -11,6 +11,7 @@ METHODS: Plugins[Any] = Plugins(
     "method",
     {
         "blocks": "offsite.emulator.methods.blocks:Blocks",
+        "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
         "grids": "offsite.emulator.methods.grids:Grids",
         "lora": "offsite.emulator.methods.lora:Lora",
         "paca": "offsite.emulator.methods.paca:Paca",

@@ -26,6 +26,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in sorted(METHODS)),
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
     ("s2ft", {"channels": 0.0, "groups": 0.1}),
+    ("bottleneck", {"form": "parallel"}),
 ]
 
 

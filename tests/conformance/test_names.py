@@ -22,7 +22,19 @@ FAMILIES: list[Plugins[object]] = [
 ]
 NAMES = {name for family in FAMILIES for name in family}
 # No words of English: a sentence that has one of them speaks of the plug-in.
-COINED = NAMES - {"additive", "blocks", "ends", "grids", "kept", "mean", "sketch", "spread", "uniform", "whole"}
+COINED = NAMES - {
+    "additive",
+    "blocks",
+    "bottleneck",
+    "ends",
+    "grids",
+    "kept",
+    "mean",
+    "sketch",
+    "spread",
+    "uniform",
+    "whole",
+}
 MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {"offsite.emulator.placements"}
 FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
 
@@ -45,7 +57,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | {"lora", "grids", "paca", "s2ft"},  # what is safe to allow
+    | {"bottleneck", "lora", "grids", "paca", "s2ft"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice

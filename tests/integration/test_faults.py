@@ -1,14 +1,15 @@
 """Processes killed for real: a run ends with the bytes of an undisturbed one, and nothing is left behind."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from offsite.client import RunSpec
-from offsite.protos.errors import RunError
+from offsite.client import Choice, RunSpec
+from offsite.protos.errors import InputError, RunError
 from offsite.protos.security.pki import Authority
 from offsite.protos.spec import TrainingSpec
 
@@ -51,6 +52,39 @@ def test_a_killed_coordinator_and_a_killed_site_finish_with_the_same_bytes(feder
         steps = [event.data["step"] for event in run.watch() if event.kind == "step"]
         assert digests(run.refresh()) == undisturbed
         assert steps.count("version:0") == 1, "what was done is not done again"
+
+
+@pytest.mark.slow
+def test_an_adapter_beside_the_maps_is_trained_by_zero_2_and_a_kill_leaves_no_trace(
+    federation: Any, wait: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from offsite.emulator.plug import load
+
+    method = Choice(name="bottleneck", settings={"width": 4})
+    exam = {"exam": str(federation.material / "held-out.jsonl")}
+    spec = federation.spec(rounds=2, method=method, sites=("hospital",), evaluation=exam)
+    allowed = 'bases = ["any"]\nmethods = ["bottleneck"]\n'
+    federation.coordinate()
+    federation.join("hospital", policy=allowed, engine="deepspeed")
+    with federation.connect() as session:
+        with pytest.raises(InputError, match="merge: what bottleneck trains.*leave merge out"):
+            session.submit(replace(spec, merge=True))
+        first = session.submit(spec)
+        folder = first.result(tmp_path / "out")
+        assert first.report["overall"]["plug_in"] < first.report["overall"]["base_zero_shot"]
+        load(AutoModelForCausalLM.from_pretrained(federation.material / "model"), folder / "adapter")
+
+        run = session.submit(spec)
+        wait(lambda: [t for t in federation.events("hospital", "task") if t["run"] == run.id], "the task")
+        wait(lambda: trainers(federation), "a trainer")
+        federation.kill("hospital")
+        wait(lambda: not trainers(federation), "the end of an orphaned trainer")
+        federation.kill("coordinator")
+        federation.coordinate()
+        federation.join("hospital", policy=allowed, engine="deepspeed")
+        assert digests(run.wait()) == digests(first)
 
 
 def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(coordinated: Any, wait: Any) -> None:

@@ -216,6 +216,7 @@ def emulator_job(job: Jobs, site_files: Path, folder: Path, *, builders: str, me
         ("quantised(block=16)", "lora(rank=4)"),
         ("additive(group=4,bits=4,steps=0)", "blocks"),
         ("sketch", "grids"),
+        ("quantised(block=16)", "bottleneck(width=4)"),
     ],
 )
 def test_an_emulator_in_a_format_trains_alike_where_zero_3_spreads_every_parameter(

@@ -1,0 +1,205 @@
+"""What methods have in common that train some tensors beside each of some linear maps.
+
+An adapter has "28.self_attn.o_proj.down" for the tensor `down` beside that map. A dimension of a tensor is one of the
+map's rows (d_out), one of its columns (d_in), or as large as a setting of the method says, by whose name it goes; and
+so it is known what becomes of it where an emulator's maps were narrowed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from offsite.emulator.anatomy.structure import find, linears, shape
+from offsite.emulator.methods import own_format
+from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind, Place
+from offsite.emulator.seeds import generator
+from offsite.kernels.schema import Tier
+
+Axes: TypeAlias = Mapping[str, tuple[str, ...]]  # by tensor, what its dimensions are: "rows", "columns", "width"
+Parts: TypeAlias = dict[str, Tensor]  # what is beside one map
+
+
+class Beside(nn.Module):
+    """A linear map and what trains beside it, in fp32; each method has a forward of its own."""
+
+    def __init__(self, linear: nn.Module, parts: Mapping[str, Tensor]) -> None:
+        """Take the map, and the tensors by name."""
+        super().__init__()
+        self.linear = linear
+        for name, tensor in parts.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    @property
+    def parts(self) -> dict[str, nn.Parameter]:
+        """What trains."""
+        return dict(self.named_parameters(recurse=False))
+
+
+def grouped(adapter: Mapping[str, Tensor], axes: Axes) -> dict[Place, Parts]:
+    """Group an adapter by map; raises ValueError for a key, or a shape, that is none of these tensors'."""
+    maps: dict[Place, Parts] = {}
+    for key, tensor in adapter.items():
+        name, _, part = key.rpartition(".")
+        layer, _, path = name.partition(".")
+        if not (layer.isdecimal() and path and part in axes and tensor.ndim == len(axes[part])):
+            ways = ", ".join(f"{one} ({', '.join(dimensions)})" for one, dimensions in axes.items())
+            raise ValueError(
+                f"adapter key {key!r} {tuple(tensor.shape)}: expected '<layer>.<path>.<tensor>', of {ways}"
+            )
+        maps.setdefault(Place(int(layer), path), {})[part] = tensor
+    return maps
+
+
+class BesideMaps(Averaged, ABC):
+    """A method of this kind. Unless it says otherwise, weights cannot take in what it trains, and chance starts it."""
+
+    name: ClassVar[str]
+    rate: ClassVar[float]
+    paper: ClassVar[str]
+    kind: ClassVar[Kind]
+    formula: ClassVar[Formula]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    attaches: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    seeded: ClassVar[bool] = True
+    missing: ClassVar[Mapping[str, float]] = {}  # what of a tensor stands for rows left out of a map, where not zero
+
+    @property
+    @abstractmethod
+    def axes(self) -> Axes:
+        """What the dimensions of each tensor are."""
+
+    @abstractmethod
+    def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
+        """Return the paths of the maps at each place; raises ValueError if a layer, or an ending, has none."""
+
+    @abstractmethod
+    def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
+        """Return a tensor to start from, such that all of a map together change nothing."""
+
+    @abstractmethod
+    def beside(self, linear: nn.Module, parts: Parts) -> Beside:
+        """Return a map with its tensors beside it."""
+
+    def of_map(self, linear: nn.Module) -> Axes:
+        """Return the tensors that one map has: all of them, unless its kind of map lacks what some would change."""
+        return self.axes
+
+    def size(self, linear: nn.Module, part: str) -> tuple[int, ...]:
+        """Return the shape of a tensor beside a map."""
+        d_out, d_in = shape(linear)
+        sizes = {"rows": d_out, "columns": d_in}
+        return tuple(sizes[axis] if axis in sizes else getattr(self, axis) for axis in self.axes[part])
+
+    def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
+        """Raise ValueError if a layer has none of the maps, or an ending names none."""
+        self.maps(model, places)
+
+    def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
+        """Return tensors that change nothing, each from a CPU generator of its own."""
+        stack = find(model).layers
+        adapter: Adapter = {}
+        for at, paths in self.maps(model, places).items():
+            for place in (Place(places[at], path) for path in paths):
+                linear = stack[at].get_submodule(place.path)
+                for part in self.of_map(linear):
+                    key = place.key(part)
+                    adapter[key] = self.draw(part, self.size(linear, part), generator(seed, key))
+        return adapter
+
+    def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
+        """Put the tensors beside the maps, in place; raises ValueError if they do not fit."""
+        maps, position = grouped(adapter, self.axes), {layer: at for at, layer in places.items()}
+        if {place.layer for place in maps} != set(places.values()):
+            ids = sorted({place.layer for place in maps})
+            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
+        there = {Place(position[place.layer], place.path): parts for place, parts in maps.items()}
+        fitting = list(self.fitting(model, there))
+        model.requires_grad_(False)
+        stack = find(model).layers
+        for place, linear, parts in fitting:
+            device = next(chain(linear.parameters(), linear.buffers())).device
+            own = {name: part.detach().to(device, torch.float32, copy=True) for name, part in parts.items()}
+            stack[place.layer].set_submodule(place.path, self.beside(linear, own))
+        return model
+
+    def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
+        """Read the adapter off an attached model as CPU fp32 copies."""
+        live = self.named_parameters(model, places)
+        return {key: parameter.detach().to("cpu", torch.float32, copy=True) for key, parameter in live.items()}
+
+    def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
+        """Return the live tensors of an attached model by adapter key."""
+        stack = find(model).layers
+        return {
+            Place(layer, path).key(name): parameter
+            for at, layer in places.items()
+            for path, module in stack[at].named_modules()
+            if isinstance(module, Beside)
+            for name, parameter in module.parts.items()
+        }
+
+    def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
+        """Put what stands for rows and columns left out where the emulator's maps were narrowed.
+
+        `recovery` is as `methods.recovery.widen` has it. Raises ValueError if it does not fit.
+        """
+        wide: Adapter = {}
+        for place, parts in grouped(adapter, self.axes).items():
+            name = f"{place.layer}.{place.path}"
+            full = dict(zip(("rows", "columns"), recovery.get(f"{name}.shape", torch.empty(0)).tolist(), strict=False))
+            for part, tensor in parts.items():
+                for dim, axis in enumerate(self.axes[part]):
+                    if axis in full:
+                        kept = recovery.get(f"{name}.{axis}", torch.arange(full[axis]))
+                        if tensor.shape[dim] != len(kept):
+                            raise ValueError(
+                                f"{place.key(part)} {tuple(tensor.shape)} does not fit a map with {len(kept)} {axis}"
+                            )
+                        size = [*tensor.shape[:dim], full[axis], *tensor.shape[dim + 1 :]]
+                        rest = tensor.new_full(size, self.missing.get(part, 0.0))
+                        tensor = rest.index_copy(dim, kept, tensor)
+                wide[place.key(part)] = tensor
+        return wide
+
+    def merge(self, base: nn.Module, adapter: Adapter) -> None:
+        """Raise ValueError, for what comes between maps that is not linear is no change of a weight."""
+        raise ValueError(f"what {self.name} trains is not linear: put it beside the base (offsite.emulator.plug.load)")
+
+    def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
+        """Write `offsite_adapter.json` and `.safetensors`, for `offsite.emulator.plug.load` on the base."""
+        list(self.fitting(base, grouped(adapter, self.axes)))
+        own_format.write(directory, self, adapter, base_name=base_name)
+
+    def fitting(self, model: nn.Module, maps: Mapping[Place, Parts]) -> Iterator[tuple[Place, nn.Module, Parts]]:
+        """Yield each map of a model, at its own layer numbers, with its tensors; raises ValueError if one does not fit.
+
+        Other sizes than rows and columns are the adapter's, the same for all tensors of a map.
+        """
+        stack = find(model).layers
+        for place, parts in maps.items():
+            if not 0 <= place.layer < len(stack):
+                raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(stack)} layers")
+            if place.path not in (paths := linears(stack[place.layer])):
+                raise ValueError(f"the layers have no linear map {place.path!r}; there are {', '.join(paths)}")
+            linear = stack[place.layer].get_submodule(place.path)
+            d_out, d_in = shape(linear)
+            axes, sizes = self.of_map(linear), {"rows": d_out, "columns": d_in}
+            if parts.keys() != axes.keys():
+                raise ValueError(
+                    f"{place.layer}.{place.path} takes {', '.join(axes)}, the adapter has {', '.join(parts)}"
+                )
+            for part, tensor in parts.items():
+                for axis, size in zip(axes[part], tensor.shape, strict=True):
+                    if sizes.setdefault(axis, size) != size:
+                        raise ValueError(
+                            f"{place.key(part)!r} {tuple(tensor.shape)}, of {', '.join(axes[part])}, does not fit a "
+                            f"linear map of (d_out, d_in) = {(d_out, d_in)}"
+                        )
+            yield place, linear, parts
