@@ -7,6 +7,9 @@ from torch import Tensor, nn
 # What an emulator may have that a later builder, or a method, needs. Another package may add to these.
 REDUCTION = "reduction"  # layers or parts of layers are gone
 CENTROIDS = "centroids"  # maps whose entries are one of a few values that can train
+# What layers may be that are no longer the base's, and not all methods can train so. It may add to these, too.
+NARROWED = "narrowed"  # rows or columns of maps are gone
+PACKED = "stored in few bits"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,21 @@ class Plugins(Mapping[str, type[T]]):
             if len(self._points[name]) == 1:
                 self[name]
 
+    def sound(self) -> dict[str, type[T]]:
+        """Load all; `unsound` says why some are missing."""
+        return {name: self[name] for name in self if not self._fault(name)}
+
+    def unsound(self) -> list[str]:
+        """Return why plug-ins of other packages cannot be loaded, or which names two packages claim."""
+        return [fault for name in self if (fault := self._fault(name))]
+
+    def _fault(self, name: str) -> str:
+        try:
+            self[name]
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def make(self, name: str, settings: Mapping[str, Any]) -> T:
         """Make a plug-in; raises ValueError that says what is unknown, of another type, no number, or unfit."""
         return make(self.kind, self, name, settings)

@@ -102,20 +102,16 @@ def list_builders() -> None:
     from offsite.emulator.builders.base import STAGES
 
     table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
-    kinds, unfit = {}, []
-    for name in builders.BUILDERS:
-        try:
-            kinds[name] = builders.BUILDERS[name]
-        except ValueError as error:  # another package's
-            unfit.append(str(error))
-    for name, kind in sorted(kinds.items(), key=lambda item: (STAGES.index(item[1].stage), item[0])):
+    for name, kind in sorted(
+        builders.BUILDERS.sound().items(), key=lambda item: (STAGES.index(item[1].stage), item[0])
+    ):
         plug_in: Any = kind
         builder = plug_in()
         settings = ", ".join(f"{field.name}={getattr(builder, field.name)}" for field in fields(plug_in))
         first = (plug_in.__doc__ or "").split("\n\n")[0]
         table.add_row(kind.stage, name, settings, " ".join(first.split()))
     Console().print(table)
-    for fault in unfit:
+    for fault in builders.BUILDERS.unsound():
         Console().print(fault, soft_wrap=True, markup=False)
     Console().print("Builders of several stages are joined by '+', in this order: crash(keep=24)+distilled+quantised.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from offsite.coordinator.runs import pairs
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.anatomy.structure import layers, positions
@@ -35,11 +36,19 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
     own = [outline.layers[place] for place in outline.own]
     refuse_mixture(model, own)
     emulator = restack(model, outline.layers, outline.shared)
-    for choice in spec.builders:
-        builder: Any = builders.make(choice.name, choice.settings)
-        if builder.stage != "depth":
-            builder.fits(emulator, outline, depth=len(layers(model)))
     method = methods.make(spec.method.name, spec.method.settings)
+    chain: list[Any] = [builders.make(choice.name, choice.settings) for choice in spec.builders]
+    for builder in chain:
+        if builder.stage != "depth":
+            places = builder.fits(emulator, outline, depth=len(layers(model)))
+            altered = sorted(outline.layers[place] for place in places if place in outline.places)
+            if altered and (unfit := sorted(method.spares & builder.alters)):
+                others = pairs.trainers(builders.provided(chain), builder.alters)
+                raise ValueError(
+                    f"the method {method.name} cannot train layers that are {unfit[0]}, as the builder {builder.name} "
+                    f"leaves layers {', '.join(map(str, altered))}; have it leave those that train as they are, or use "
+                    f"one of the methods {', '.join(others) or 'none'}"
+                )
     method.fits(emulator, outline.places)
     _judge_upload(spec, method, emulator, outline.places)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
+from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.builders.base import Realigner
@@ -41,19 +42,17 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     except ValueError as error:
         raise InputError(str(error)) from error
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
-    fitting = {name: other for name, other in aggregation.STRATEGIES.items() if method.rules <= other.rules}
-    if spec.strategy.name not in fitting:
+    if not method.rules <= strategy.rules:
         raise InputError(
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
-            f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(sorted(fitting)) or 'none'}"
+            f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.strategies(method)) or 'none'}"
         )
-    _judge_upload(spec, strategy)
+    _judge_upload(spec, method, strategy)
     mixed = tiers(spec) or method.tiers()
     if len(mixed) > 1 and not strategy.mixed_tiers:
-        mixing = sorted(name for name, other in fitting.items() if other.mixed_tiers)
         raise InputError(
             f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(mixed))}; "
-            f"use one of: {', '.join(mixing) or 'none'}"
+            f"use one of: {', '.join(pairs.strategies(method, mixed=True)) or 'none'}"
         )
     if len(spec.sites) != len(set(spec.sites)):
         raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
@@ -98,13 +97,13 @@ def tiers(spec: RunSpec) -> frozenset[Tier]:
     return frozenset(method.tier_at(site) for site in spec.sites)
 
 
-def _judge_upload(spec: RunSpec, strategy: Strategy) -> None:
+def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     """Raise InputError if an upload's stages are not known, or ask more of a round than it does."""
     for stage in upload.make(spec.upload):
         why = ""
         if stage.hides and strategy.needs != "sum":
-            summing = sorted(name for name, other in aggregation.STRATEGIES.items() if other.needs == "sum")
-            why = f"hides all but a sum, and strategy {strategy.name} must see each update; use {' or '.join(summing)}"
+            summing = " or ".join(pairs.strategies(method, summing=True)) or "no such stage"
+            why = f"hides all but a sum, and strategy {strategy.name} must see each update; use {summing}"
         elif stage.hides:
             why = "hides all but a sum, and rounds unpack each update by itself so far; leave it out"
         elif stage.phases != ("train",):
@@ -131,7 +130,8 @@ def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:
     has = builders.provided(chain)
     if missing := sorted(method.needs - has):
         raise ValueError(
-            f"the method {method.name} trains {missing[0]}: put {builders.providers(missing[0])} among the builders"
+            f"the method {method.name} trains {missing[0]}: put {builders.providers(missing[0])} among the builders, "
+            f"or use one of the methods {', '.join(pairs.trainers(has))}"
         )
     if spec.realign_steps and not isinstance(chain[-1], Realigner):
         fitting = " or ".join(name for name, kind in builders.BUILDERS.items() if issubclass(kind, Realigner))

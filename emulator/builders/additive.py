@@ -15,7 +15,7 @@ from offsite.emulator.builders.storage import Which, change, chosen, importance,
 from offsite.emulator.formats.additive import Additive
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import PackedLinear, dense, pack
-from offsite.emulator.outline import Draft, Outline
+from offsite.emulator.outline import PACKED, Draft, Outline
 from offsite.emulator.seeds import generator
 from offsite.emulator.tuning import pv
 
@@ -42,6 +42,7 @@ class AdditiveCodebooks:
     stage: ClassVar[Stage] = "storage"
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
+    alters: ClassVar[frozenset[str]] = frozenset({PACKED})
     looks_at_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -61,9 +62,11 @@ class AdditiveCodebooks:
     def _format(self, precision: Literal["float16", "float32"] = "float16") -> Additive:
         return Additive(self.group, self.codebooks, self.bits, precision)
 
-    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
-        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
-        refuse_shapes(model, chosen(outline, self.layers), self._format())
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> list[int]:
+        """Return the places to pack, of a model that may have no weights; raises ValueError if a map does not fit."""
+        places = chosen(outline, self.layers)
+        refuse_shapes(model, places, self._format())
+        return places
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with packed and tuned maps.

@@ -5,7 +5,7 @@ A chain of builders makes an emulator. One of the stage "depth" decides which la
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -67,8 +67,10 @@ class DepthBuilder(Builder, Protocol):
 class ChangeBuilder(Builder, Protocol):
     """A builder of the stages "width", "tuning" and "storage"."""
 
-    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> object:
-        """Raise ValueError if an emulator of these shapes cannot be changed so."""
+    alters: ClassVar[frozenset[str]]  # what the layers that it changes are then, such as `outline.NARROWED`
+
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> Collection[int]:
+        """Return the places that it changes; raises ValueError if an emulator of these shapes cannot be changed so."""
         ...
 
     def change(self, draft: Draft, material: Material) -> Draft:

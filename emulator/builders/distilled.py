@@ -39,6 +39,7 @@ class Distilled:
     stage: ClassVar[Stage] = "tuning"
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({REDUCTION})
+    alters: ClassVar[frozenset[str]] = frozenset()
     looks_at_text: ClassVar[bool] = False
     trains_on_text: ClassVar[bool] = True
 
@@ -61,8 +62,9 @@ class Distilled:
             seed=self.seed,
         )
 
-    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
-        """Ask nothing: layers of any shapes can be tuned."""
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> list[int]:
+        """Return the frozen places: layers of any shapes can be tuned."""
+        return outline.frozen
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with its tuned layers, in the dtypes they had; raises ValueError if they cannot be tuned.

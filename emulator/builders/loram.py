@@ -17,7 +17,7 @@ from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.builders.base import Material, Stage
 from offsite.emulator.formats.packed import dense
-from offsite.emulator.outline import REDUCTION, Draft, Outline
+from offsite.emulator.outline import NARROWED, REDUCTION, Draft, Outline
 from offsite.emulator.precision import in_fp32
 
 
@@ -41,6 +41,7 @@ class Loram:
     stage: ClassVar[Stage] = "width"
     provides: ClassVar[frozenset[str]] = frozenset({REDUCTION})
     needs: ClassVar[frozenset[str]] = frozenset()
+    alters: ClassVar[frozenset[str]] = frozenset({NARROWED})
     trains_on_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

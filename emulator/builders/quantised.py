@@ -12,7 +12,7 @@ from offsite.emulator.builders.storage import Which, chosen, refuse_shapes
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.blockwise import Blockwise
 from offsite.emulator.formats.packed import dense, pack
-from offsite.emulator.outline import Draft, Outline
+from offsite.emulator.outline import PACKED, Draft, Outline
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Quantised:
     stage: ClassVar[Stage] = "storage"
     provides: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
+    alters: ClassVar[frozenset[str]] = frozenset({PACKED})
     looks_at_text: ClassVar[bool] = False
     trains_on_text: ClassVar[bool] = False
 
@@ -40,9 +41,11 @@ class Quantised:
             raise ValueError(f"format must be one of 16 levels and a scale for each block, got {self.format!r}")
         return packing
 
-    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
-        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
-        refuse_shapes(model, chosen(outline, self.layers), self._packing())
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> list[int]:
+        """Return the places to pack, of a model that may have no weights; raises ValueError if a map does not fit."""
+        places = chosen(outline, self.layers)
+        refuse_shapes(model, places, self._packing())
+        return places
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with packed maps; raises ValueError if no layer is to be packed."""

@@ -17,7 +17,7 @@ from offsite.emulator.builders.storage import Which, change, chosen, importance,
 from offsite.emulator.formats.base import Parts
 from offsite.emulator.formats.packed import dense, pack
 from offsite.emulator.formats.sketch import Sketch
-from offsite.emulator.outline import CENTROIDS, Draft, Outline
+from offsite.emulator.outline import CENTROIDS, PACKED, Draft, Outline
 from offsite.kernels.sketch import sketch
 
 
@@ -37,6 +37,7 @@ class Sketched:
     stage: ClassVar[Stage] = "storage"
     provides: ClassVar[frozenset[str]] = frozenset({CENTROIDS})
     needs: ClassVar[frozenset[str]] = frozenset()
+    alters: ClassVar[frozenset[str]] = frozenset({PACKED})
     looks_at_text: ClassVar[bool] = True
     trains_on_text: ClassVar[bool] = False
 
@@ -47,9 +48,11 @@ class Sketched:
                 f"groups must be at least 1 and iterations not negative, got {self.groups} and {self.iterations}"
             )
 
-    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> None:
-        """Raise ValueError if there is nothing to pack, or a map does not fit; the model may have no weights."""
-        refuse_shapes(model, chosen(outline, self.layers), Sketch(self.groups))
+    def fits(self, model: nn.Module, outline: Outline, *, depth: int) -> list[int]:
+        """Return the places to pack, of a model that may have no weights; raises ValueError if a map does not fit."""
+        places = chosen(outline, self.layers)
+        refuse_shapes(model, places, Sketch(self.groups))
+        return places
 
     def change(self, draft: Draft, material: Material) -> Draft:
         """Return the draft with sketched maps; what brings grids that train to the base goes into `recovery`.

@@ -93,6 +93,7 @@ class Method(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]  # what of an emulator it trains, such as `outline.CENTROIDS`; mostly nothing
+    spares: ClassVar[frozenset[str]]  # what layers that it trains must not be, such as `outline.NARROWED`
     rate: ClassVar[float]  # the learning rate that `tuning.rates` begins with
     rules: ClassVar[frozenset[Rule]]  # those of its schema
     attaches: ClassVar[bool]  # whether a plug-in is measured beside the base's weights, which rounding would change
@@ -155,6 +156,7 @@ class Method(Protocol):
 class Averaged:
     """What a method declares whose tensors are averaged each by itself and are the same at all sites."""
 
+    spares: ClassVar[frozenset[str]] = frozenset()
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN})
     attaches: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True

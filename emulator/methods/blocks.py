@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find
 from offsite.emulator.formats.packed import PackedLinear
 from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind
+from offsite.emulator.outline import NARROWED, PACKED
 from offsite.kernels.schema import Tier
 
 
@@ -21,6 +22,7 @@ class Blocks(Averaged):
 
     name: ClassVar[str] = "blocks"
     needs: ClassVar[frozenset[str]] = frozenset()
+    spares: ClassVar[frozenset[str]] = frozenset({NARROWED, PACKED})
     rate: ClassVar[float] = 2e-4
     paper: ClassVar[str] = "arXiv 2302.04870"
     kind: ClassVar[Kind] = Kind.SELECTIVE

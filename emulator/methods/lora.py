@@ -31,6 +31,7 @@ class Lora:
 
     name: ClassVar[str] = "lora"
     needs: ClassVar[frozenset[str]] = frozenset()
+    spares: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT})
     attaches: ClassVar[bool] = True

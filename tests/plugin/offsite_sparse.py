@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from offsite.emulator.anatomy.structure import adaptable, find
 from offsite.emulator.methods.base import Formula, Kind
+from offsite.emulator.outline import NARROWED, PACKED
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
 
@@ -42,6 +43,7 @@ class Sparse:
 
     name: ClassVar[str] = "sparse"
     needs: ClassVar[frozenset[str]] = frozenset()
+    spares: ClassVar[frozenset[str]] = frozenset({NARROWED, PACKED})
     rate: ClassVar[float] = 1e-2
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     attaches: ClassVar[bool] = False

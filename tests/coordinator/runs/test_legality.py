@@ -108,3 +108,30 @@ def test_a_merged_model_of_what_weights_cannot_take_in_is_refused_with_what_to_d
     with pytest.raises(InputError, match="merge: what lora trains is no change of the base's weights.*leave merge out"):
         legality.judge(spec)
     legality.judge(replace(spec, merge=False))
+
+
+@pytest.mark.parametrize(
+    ("builder", "settings", "words"),
+    [
+        (
+            "quantised",
+            {"layers": "all", "block": 16},
+            r"blocks cannot train layers that are stored in few bits, as the builder quantised leaves layers 0, 1, 3, "
+            r"4; have it leave those that train as they are, or use one of the methods .*lora",
+        ),
+        ("loram", {"first": 0, "last": 2}, r"layers that are narrowed, as the builder loram leaves layers 0, 1;"),
+        ("loram", {}, ""),  # which leaves the ends whole
+    ],
+)
+def test_a_method_that_cannot_train_what_a_builder_alters_is_refused_with_those_that_can(
+    material: Path, builder: str, settings: dict[str, Any], words: str
+) -> None:
+    spec = RunSpec(
+        model=str(material / "model"),
+        builders=(WHOLE, Choice(name=builder, settings=settings)),
+        method=Choice(name="blocks"),
+        strategy=Choice(name="mean"),
+        training=TrainingSpec(max_length=32),
+    )
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        legality.judge(spec)

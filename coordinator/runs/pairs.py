@@ -1,0 +1,35 @@
+"""Which parts of a run go together, by what each declares: what `legality` refuses by, and its alternatives."""
+
+from collections.abc import Collection
+
+from offsite.coordinator import aggregation
+from offsite.coordinator.aggregation import Strategy
+from offsite.emulator import methods
+from offsite.emulator.methods import Method
+from offsite.kernels.schema import Rule
+
+
+def strategies(method: Method | type[Method], *, mixed: bool = False, summing: bool = False) -> list[str]:
+    """Name the strategies that fold what a method trains: at `mixed` tiers, or given no more than the updates' sum."""
+    return sorted(
+        name
+        for name, kind in aggregation.STRATEGIES.sound().items()
+        if method.rules <= kind.rules and kind.mixed_tiers >= mixed and (kind.needs == "sum") >= summing
+    )
+
+
+def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:
+    """Tell whether a strategy makes of adapters the one that changes the model by the mean of their changes.
+
+    A mean of values does so only where the weights are linear in them.
+    """
+    return method.rules <= strategy.exact and (method.linear or Rule.MEAN not in method.rules)
+
+
+def trainers(provided: Collection[str], altered: Collection[str] = ()) -> list[str]:
+    """Name the methods that find in an emulator what they train, where layers that train are altered so."""
+    return sorted(
+        name
+        for name, kind in methods.METHODS.sound().items()
+        if kind.needs <= {*provided} and kind.spares.isdisjoint(altered)
+    )
