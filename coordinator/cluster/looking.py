@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from offsite.coordinator.cluster.view import View
 from offsite.protos.addresses import parse
 from offsite.protos.documents import parse as read
-from offsite.protos.errors import MismatchError, OffsiteError, UnreachableError, from_status
+from offsite.protos.errors import InputError, MismatchError, OffsiteError, UnreachableError, from_status
 
 PROBE_S = 3.0  # for a connection to a port
 IMPORT_S = 60.0  # for importing Ray, on a machine that is busy
@@ -52,6 +52,33 @@ def fitting(address: str, environment: Mapping[str, str]) -> View:
     if view.mismatch:
         raise MismatchError(view.mismatch)
     return view
+
+
+def inside(address: str, environment: Mapping[str, str]) -> View:
+    """Look at a cluster that this machine is one of; raises InputError where it is not."""
+    view = fitting(address, environment)
+    check(view)
+    return view
+
+
+def check(view: View) -> None:
+    """Refuse a cluster that this machine is not in; raises InputError."""
+    alive = [machine.address for machine in view.machines if machine.alive]
+    if not any(map(_own, alive)):
+        raise InputError(
+            f"this machine is not in the Ray cluster at {view.address} (of {', '.join(alive)}); let it join first: "
+            f"`offsite cluster up --join {view.address}`"
+        )
+
+
+def _own(address: str) -> bool:
+    """Tell whether an address is this machine's."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 def probe(address: str) -> None:

@@ -8,19 +8,17 @@ import contextlib
 import logging
 import os
 import queue
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 from offsite.coordinator.cluster.admission import admitted, made
-from offsite.coordinator.cluster.looking import fitting
-from offsite.coordinator.cluster.view import View
+from offsite.coordinator.cluster.looking import inside
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
 from offsite.coordinator.runs.shards import PART_BYTES
-from offsite.protos.errors import InputError, OffsiteError, ResourceError, UnreachableError
+from offsite.protos.errors import OffsiteError, ResourceError, UnreachableError
 from offsite.protos.telemetry.logs import Form
 
 log = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ class OnRay:
         self._end()
         environment = admitted(self._token)
         if self._address:
-            _check(fitting(self._address, environment))
+            inside(self._address, environment)
         else:
             # Read when Ray is imported: without the first it turns 127.0.0.1 into the machine's routable address. The
             # others keep its token out of the user's home, where it would be readable by everybody.
@@ -184,23 +182,3 @@ def _listen(reading: int, words: "queue.Queue[str]") -> None:
         for line in lines:
             words.put(line.rstrip("\n"))
     words.put(ENDED)
-
-
-def _check(view: View) -> None:
-    """Refuse a cluster that this machine is not in."""
-    alive = [machine.address for machine in view.machines if machine.alive]
-    if not any(map(_own, alive)):
-        raise InputError(
-            f"this machine is not in the Ray cluster at {view.address} (of {', '.join(alive)}); let it join first: "
-            f"`offsite cluster up --join {view.address}`"
-        )
-
-
-def _own(address: str) -> bool:
-    """Tell whether an address is this machine's."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from offsite.coordinator.cluster.looking import check
 from offsite.coordinator.cluster.view import Machine, View
 from offsite.coordinator.home import Home
-from offsite.coordinator.runs.cluster import OnRay, _check
+from offsite.coordinator.runs.cluster import OnRay
 from offsite.protos.errors import InputError, UnreachableError
 
 
@@ -25,10 +26,10 @@ def test_a_cluster_that_is_not_there_is_refused_before_ray_is_asked(tmp_path: Pa
 
 
 def test_a_cluster_without_this_machine_is_refused() -> None:
-    def check(*addresses: str) -> None:
+    def held(*addresses: str) -> None:
         machines = tuple(Machine(id=address, address=address, alive=True) for address in addresses)
-        _check(View(address="192.0.2.1:6379", ray="2", python="3", machines=machines))
+        check(View(address="192.0.2.1:6379", ray="2", python="3", machines=machines))
 
     with pytest.raises(InputError, match=r"not in the Ray cluster .*\(of 192.0.2.1\); let it join first"):
-        check("192.0.2.1")
-    check("192.0.2.1", "127.0.0.1")
+        held("192.0.2.1")
+    held("192.0.2.1", "127.0.0.1")
