@@ -1,4 +1,4 @@
-"""`offsite simulate`: a run with virtual sites on this machine."""
+"""`offsite simulate`: a run with virtual sites, on this machine or the machines of a Ray cluster."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,13 @@ def simulate(
         list[str] | None,
         typer.Option(help="A field of the run, NAME=VALUE, such as rounds=5; a choice's value can be a recipe."),
     ] = None,
+    ray_address: Annotated[
+        str, typer.Option(help="The head of a Ray cluster that this machine is in; the others train, too.")
+    ] = "",
+    ray_token: Annotated[
+        Path | None,
+        typer.Option(help="The file with its token. (default: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"),
+    ] = None,
     format: Annotated[Literal["text", "json"], typer.Option(help="For people, or JSON lines for programs.")] = "text",
 ) -> None:
     """Do a run with virtual sites, through the code of a live one, and report.
@@ -58,6 +65,10 @@ def simulate(
     from offsite.protos.spec import RunSpec
 
     document = parse(RunSpec, assign(set or [], read_toml(spec), RunSpec), where=str(spec))
+
+    def emit(event: str, **about: Any) -> None:
+        print(json.dumps({"event": event, **about}), flush=True)
+
     console = Console(highlight=False, quiet=format == "json")
     more: dict[str, Any] = {"train": train} if train else {}
     with Progress(console, rounds=document.rounds) as progress:
@@ -74,10 +85,13 @@ def simulate(
             workers=workers,
             tell=progress.tell,
             begin=progress.begin,
+            ray_address=ray_address,
+            ray_token=ray_token,
+            note=progress.note if format == "text" else lambda words: emit("note", message=words),
             **more,
         )
     if format == "json":
-        print(json.dumps({"event": "report", **result.report}), flush=True)
+        emit("report", **result.report)
         return
     console.print(table(result.report))
     for line in progress.lines(result.report["simulation"]):

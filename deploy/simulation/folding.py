@@ -58,7 +58,7 @@ class _Updates:
         batch = self._order.batches[number]
         newest, stretch = self._newest.get(batch.tier, (None, None))
         if stretch is None or newest != number:
-            file, layout = self._spool.files[batch.worker], self._layouts[batch.tier]
+            file, layout = self._spool.file(batch.worker), self._layouts[batch.tier]
             stretch = Stretch(file, batch.offset, layout, len(batch.sites))
             self._newest[batch.tier] = number, stretch
         packed, settled = stretch.row(row), self._settled[batch.tier]

@@ -1,5 +1,6 @@
 """What the workers of a simulation are told, and what they tell: documents, a line of JSON each."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -57,6 +58,15 @@ class RoundOrder:
     max_norm: AboveZero
     residuals: Place = ""  # folder for what stages leave out; empty: none does
 
+    @property
+    def number(self) -> int:
+        """Which round it is."""
+        return next(iter(self.tasks.values())).round
+
+    def residual(self, site: str, number: int) -> Path | None:
+        """Return the file of what stages left out of a site's update of a round; None if no stage feeds back."""
+        return Path(self.residuals) / f"{site}.{number}.safetensors" if self.residuals else None
+
 
 @document
 class Batch:
@@ -64,6 +74,7 @@ class Batch:
 
     worker: Count
     offset: Amount  # in its spool
+    size: Amount  # bytes
     tier: Tier
     sites: tuple[Name, ...]
 

@@ -1,13 +1,18 @@
-"""The processes that virtual sites work in: one a core, forked from one that has imported what they need."""
+"""The processes that virtual sites work in: one a core, forked from one that has imported what they need.
 
+Workers of other machines may take part in the training (`machines.py`).
+"""
+
+import contextlib
 import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from io import BufferedRWPair
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,57 +21,85 @@ from typing import Self
 from offsite.coordinator.runs.versions import Version
 from offsite.deploy.simulation.orders import FoldOrder, Order, Reply, RoundOrder, Setup, Work
 from offsite.deploy.simulation.spool import Spool
-from offsite.kernels.schema import Tier
+from offsite.deploy.simulation.todo import Asked, Todo
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import ResourceError, RunError
 from offsite.protos.processes.forks import Forked, ForkServer
 
 BATCH = 64  # sites of one order at most: telling takes as long as nothing much, but not as long as nothing
-BATCH_BYTES = 4 << 20  # of their updates, which are in memory together, at most, if they are several
 WORK_S = 1.0  # that an order should take, so that people see how far it is
 GROWTH = 4  # of an order beside the last one at most
 START_S = 300.0  # until a worker has imported what it needs
 END_S = 10.0
 
-
-@dataclass(frozen=True)
-class Asked:
-    """Sites of one tier that are to train."""
-
-    tier: Tier
-    sites: Sequence[str]  # in the order of their names
-    size: int  # bytes of an update
-    newest: Mapping[str, int] = field(default_factory=dict)  # where stages feed back: the round of a site's last update
-
-    def order(self, begin: int, end: int) -> Order:
-        """Return the order to some of them."""
-        sites = tuple(self.sites[begin:end])
-        return Order(tier=self.tier, sites=sites, previous=tuple(map(self.newest.get, sites)) if self.newest else ())
+Ask = Callable[[Order], Reply]
 
 
-class Todo:
-    """What is left of what is asked for; any thread may take some of it."""
+class Line:
+    """The line to a worker, on which it answers one order after the other."""
 
-    def __init__(self, asked: Sequence[Asked], *, workers: int) -> None:
-        self._asked, self._workers = list(asked), workers
-        self._at, self._lock = 0, threading.Lock()
+    def __init__(self, lines: BufferedRWPair) -> None:
+        """Take both its ends."""
+        self._lines = lines
 
-    def take(self, most: int) -> Order | None:
-        """Return the order to the next sites: to so many at most, and to fewer where few are left for all workers."""
-        with self._lock:
-            while self._asked and self._at == len(self._asked[0].sites):
-                self._asked, self._at = self._asked[1:], 0
-            if not self._asked:
-                return None
-            first, begin = self._asked[0], self._at
-            share = (len(first.sites) - begin) // (2 * self._workers)
-            self._at += max(1, min(most, share, BATCH_BYTES // max(1, first.size)))
-            return first.order(begin, self._at)
+    def ask(self, order: Order) -> Reply:
+        """Have an order done; raises EOFError where the worker was lost, RunError, and ResourceError."""
+        try:
+            self._lines.write(to_json(order) + b"\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            line = b""
+        if not line:
+            raise EOFError
+        reply = from_json(Reply, line, where="reply")
+        if reply.fault:
+            raise ResourceError(reply.fault) if reply.resource else RunError(reply.fault)
+        return reply
 
-    def clear(self) -> None:
-        """Let nobody take any more."""
-        with self._lock:
-            self._asked, self._at = [], 0
+    def close(self) -> None:
+        """Let go of it, once nobody waits for an answer any more."""
+        with contextlib.suppress(BrokenPipeError):
+            self._lines.close()
+
+
+class Training:
+    """A round's training, to which any number of workers come: each does what is left, order by order."""
+
+    def __init__(self, order: RoundOrder, asked: Sequence[Asked], *, workers: int) -> None:
+        """Take what there is to do."""
+        self._round, self.todo = order, Todo(asked, workers=workers)
+        self._left = sum(len(one.sites) for one in asked)
+        self._works: queue.SimpleQueue[Work | Exception] = queue.SimpleQueue()
+
+    def serve(self, ask: Ask) -> None:
+        """Have a worker take part until all is done, or it is lost (EOFError): then others do what it was at."""
+        first: RoundOrder | None = self._round
+        most = 1.0
+        while (some := self.todo.take(int(most))) is not None:
+            begin = time.monotonic()
+            try:
+                work = ask(replace(some, round=first)).work
+                assert work is not None, "sites were asked for"
+            except EOFError:
+                self.todo.give_back(some)
+                return
+            except Exception as error:  # goes on in the thread that asked
+                self._works.put(error)
+                return
+            self._works.put(work)
+            self.todo.end()
+            speed = len(some.sites) / (time.monotonic() - begin)
+            first, most = None, min(max(1.0, speed * WORK_S), GROWTH * most, BATCH)
+
+    def __iter__(self) -> Iterator[Work]:
+        """Yield what came of some sites as they are done."""
+        while self._left:
+            work = self._works.get()
+            if isinstance(work, Exception):
+                raise work
+            self._left -= len(work.batch.sites) + len(work.failures)
+            yield work
 
 
 class Pool:
@@ -79,14 +112,17 @@ class Pool:
         self._server = ForkServer(
             "offsite.deploy.simulation.worker", environment={"OMP_NUM_THREADS": "1"}, log=folder / "workers.log"
         )
-        self._lines: list[BufferedRWPair] = []
+        self._lines: list[Line] = []
+        self._others: list[Line] = []  # to workers of other machines
+        self._training: Training | None = None  # that they may join
+        self._lock = threading.Lock()
         self._leashes: list[int] = []
         self._workers: list[Forked] = []
         self._threads = ThreadPoolExecutor(workers)  # each waits for a worker
 
     def __enter__(self) -> Self:
         """Start the workers; raises ResourceError if one does not come."""
-        Spool(self._folder, self._count).clear()
+        Spool(self._folder).clear()
         try:
             with TemporaryDirectory(prefix="offsite-") as place, socket.socket(socket.AF_UNIX) as listener:
                 address = Path(place) / "workers"  # a short path, as that of a socket must be
@@ -100,7 +136,7 @@ class Pool:
             raise
         return self
 
-    def _start(self, number: int, address: Path, listener: socket.socket) -> BufferedRWPair:
+    def _start(self, number: int, address: Path, listener: socket.socket) -> Line:
         """Fork a worker and return the line to it."""
         job = self._folder / f"worker-{number}.json"
         setup = replace(self.setup, socket=str(address), number=number)
@@ -117,7 +153,7 @@ class Pool:
         except TimeoutError:
             raise self._lost(number) from None
         with connection:
-            return connection.makefile("rwb")
+            return Line(connection.makefile("rwb"))
 
     def __exit__(self, *_: object) -> None:
         """End the workers, whatever they are at."""
@@ -126,7 +162,7 @@ class Pool:
         for worker in self._workers:
             worker.wait(END_S)
         self._threads.shutdown()
-        for line in self._lines:  # now that nobody waits for one any more
+        for line in (*self._lines, *self._others):  # now that nobody waits for one any more
             line.close()
         self._server.close()
 
@@ -143,55 +179,52 @@ class Pool:
 
         Raises RunError, and ResourceError.
         """
-        todo, left = Todo(asked, workers=self._count), sum(len(one.sites) for one in asked)
-        works: queue.SimpleQueue[Work | Exception] = queue.SimpleQueue()
-
-        def serve(number: int) -> None:
-            try:
-                first: RoundOrder | None = order
-                most = 1.0
-                while (some := todo.take(int(most))) is not None:
-                    begin = time.monotonic()
-                    reply = self._ask(number, replace(some, round=first))
-                    assert reply.work is not None, "sites were asked for"
-                    works.put(reply.work)
-                    speed = len(some.sites) / (time.monotonic() - begin)
-                    first, most = None, min(max(1.0, speed * WORK_S), GROWTH * most, BATCH)
-            except Exception as error:  # goes on in the thread that asked
-                works.put(error)
-
+        with self._lock:
+            training = self._training = Training(order, asked, workers=self._count + len(self._others))
+            others = list(self._others)
         for number in range(self._count):
-            self._threads.submit(serve, number)
+            self._threads.submit(training.serve, partial(self.ask, number))
+        for line in others:
+            self._send(line, training)
         try:
-            while left:
-                work = works.get()
-                if isinstance(work, Exception):
-                    raise work
-                left -= len(work.batch.sites) + len(work.failures)
-                yield work
+            yield from training
         finally:
-            todo.clear()
+            self._training = None
+            training.todo.clear()
+
+    def join(self, line: Line) -> None:
+        """Have a worker of another machine take part in this round, and in all that follow until it is lost."""
+        with self._lock:
+            self._others.append(line)
+            training = self._training
+        if training:
+            training.todo.join()
+            self._send(line, training)
+
+    def _send(self, line: Line, training: Training) -> None:
+        threading.Thread(target=training.serve, args=(partial(self._ask_other, line),), daemon=True).start()
+
+    def _ask_other(self, line: Line, order: Order) -> Reply:
+        try:
+            return line.ask(order)
+        except EOFError:
+            with self._lock:
+                self._others.remove(line)
+            line.close()
+            raise
 
     def fold(self, orders: Sequence[FoldOrder]) -> list["Future[Version]"]:
         """Begin to fold a round's updates, a part in each of the first workers; raises as `work` does."""
         return [self._threads.submit(self._fold, number, order) for number, order in enumerate(orders)]
 
     def _fold(self, number: int, order: FoldOrder) -> Version:
-        version = self._ask(number, Order(fold=order)).version
+        version = self.ask(number, Order(fold=order)).version
         assert version is not None, "it was asked for"
         return version
 
-    def _ask(self, number: int, order: Order) -> Reply:
-        lines = self._lines[number]
+    def ask(self, number: int, order: Order) -> Reply:
+        """Have one of this machine's workers do an order; raises RunError, and ResourceError."""
         try:
-            lines.write(to_json(order) + b"\n")
-            lines.flush()
-            line = lines.readline()
-        except (BrokenPipeError, ConnectionResetError):
-            line = b""
-        if not line:
-            raise self._lost(number)
-        reply = from_json(Reply, line, where="reply")
-        if reply.fault:
-            raise ResourceError(reply.fault) if reply.resource else RunError(reply.fault)
-        return reply
+            return self._lines[number].ask(order)
+        except EOFError:
+            raise self._lost(number) from None

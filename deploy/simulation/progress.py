@@ -52,6 +52,10 @@ class Progress:
             f"{len(counts):,} sites, {sum(counts):,} rows: {min(counts):,} to {most:,} at a site, median {middle:,}"
         )
 
+    def note(self, words: str) -> None:
+        """Say what happened meanwhile."""
+        self._console.print(words, soft_wrap=True, markup=False)
+
     def tell(self, number: int, done: int, total: int) -> None:
         """Show how many sites of a round are done."""
         what = f"round {number + 1} of {self._rounds}"

@@ -31,7 +31,8 @@ from offsite.coordinator.store.journal import Journal, Key
 from offsite.coordinator.store.opening import open_blobs, url_of
 from offsite.deploy.simulation.clock import Clock, Load, Visit
 from offsite.deploy.simulation.orders import FoldOrder, RoundOrder, Work
-from offsite.deploy.simulation.pool import Asked, Pool
+from offsite.deploy.simulation.pool import Pool
+from offsite.deploy.simulation.todo import Asked
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import document

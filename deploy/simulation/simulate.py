@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.coordinator.store.journal import LIVE
 from offsite.deploy.simulation.clock import Clock
 from offsite.deploy.simulation.data import MOST_SITES, Data, open_data
+from offsite.deploy.simulation.machines import Machines, Note, admission
 from offsite.deploy.simulation.orders import OWN, Setup
 from offsite.deploy.simulation.plot import draw
 from offsite.deploy.simulation.pool import Pool
@@ -76,6 +78,9 @@ def simulate(
     train: str = OWN,
     tell: Tell | None = None,
     begin: Callable[[Data], None] | None = None,
+    ray_address: str = "",
+    ray_token: Path | None = None,
+    note: Note | None = None,
 ) -> Simulation:
     """Do a run with virtual sites, and write its outcome into a folder.
 
@@ -97,9 +102,15 @@ def simulate(
             and its metrics. All that comes before and after it stays.
         tell: is told of (round, sites done, of how many), the round counted from zero.
         begin: is told what data the sites have.
+        ray_address: HOST:PORT of the head of a Ray cluster that this machine is in: the others train, too, with all
+            cores that are free there. They change no byte, whichever come and go.
+        ray_token: the file with the cluster's token; None: it is in the environment.
+        note: is told in a sentence of machines that come and go.
 
-    Raises InputError, ConflictError where the folder holds another simulation, RunError where the run fails.
+    Raises InputError, ConflictError where the folder holds another simulation, RunError where the run fails; where the
+    cluster cannot be used, UnreachableError, IdentityError or MismatchError, within ten seconds.
     """
+    environment = admission(ray_address, ray_token)
     if spec.sites and sites is not None:
         raise InputError(
             f"sites: the run names its sites, and {sites} others cannot be made up; leave out one of the two"
@@ -148,12 +159,14 @@ def simulate(
             train=train,
         )
         del source  # the workers have it
-        with Pool(setup, workers or os.cpu_count() or 1, home.root / "spool") as pool:
+        pool = Pool(setup, workers or os.cpu_count() or 1, home.root / "spool")
+        others = Machines(ray_address, environment, pool, note or _silent) if ray_address else nullcontext()
+        with pool, others:
             rounds = Rounds(
                 *(home, journal, grant, pool, Clock(world, spec, seed)),
                 sample=sample,
                 seed=seed,
-                tell=tell or (lambda *_: None),
+                tell=tell or _silent,
             )
             try:
                 Supervisor(home, RUN, perform=lambda *step: perform(home.node, *step[:3]), train=rounds).run()
@@ -173,6 +186,10 @@ def simulate(
     journal.close()
     clear(home)
     return Simulation(out, report)
+
+
+def _silent(*_: object) -> None:
+    """Tell nobody."""
 
 
 def _home(out: Path, settings: Settings) -> Home:

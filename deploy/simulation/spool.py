@@ -9,7 +9,6 @@ last one, whose pages the system has at hand: new ones take it ten times as long
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -87,17 +86,7 @@ class Block:
             size = len(range(*self._layout.place(name, self.count)))
             views.append(self._bytes[begin : begin + size])
         views = [self._bytes] if self.count == self._rows else [view for view in views if view]
-        end = offset
-        while views:
-            written = os.pwritev(file, views[:VECTORS], end)
-            if not written:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            end += written
-            while views and written >= len(views[0]):
-                written -= len(views.pop(0))
-            if written:
-                views[0] = views[0][written:]
-        return end - offset
+        return write(file, views, offset)
 
 
 class Stretch:
@@ -116,13 +105,7 @@ class Stretch:
         """Return a tensor of each update."""
         if name not in self._parted:
             begin, end = self._layout.place(name, self._count)
-            memory = torch.empty(end - begin, dtype=torch.uint8)
-            left, at = memory.numpy().data, self._offset + begin
-            while left:
-                read = os.preadv(self._file, [left], at)
-                if not read:
-                    raise OSError(errno.EIO, "the spool has become shorter while it was read")
-                left, at = left[read:], at + read
+            memory = read(self._file, end - begin, self._offset + begin)
             self._parted[name] = self._layout.view(name, memory, self._count).unbind()
         return self._parted[name]
 
@@ -145,23 +128,55 @@ class _Row(Mapping[str, torch.Tensor]):
 
 
 class Spool:
-    """The files of one round's updates, one for each worker; any worker may read them."""
+    """The files of one round's updates, one for each worker; any worker may read them, once they are there."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        """Name them."""
-        self._paths = [folder / f"worker-{number}.spool" for number in range(workers)]
+    def __init__(self, folder: Path) -> None:
+        """Name the folder that they are in."""
+        self._folder = folder
+        self._files: dict[int, int] = {}
 
     def clear(self) -> None:
-        """Make the files, empty."""
-        for path in self._paths:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(b"")
+        """Make the folder, with none of them in it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self._folder.glob("*.spool"):
+            path.unlink()
 
     def open(self, worker: int) -> int:
-        """Open the file of a worker to write it."""
-        return os.open(self._paths[worker], os.O_WRONLY)
+        """Open the file of a worker to write it, and to read it."""
+        return os.open(self._path(worker), os.O_RDWR | os.O_CREAT, 0o600)
 
-    @cached_property
-    def files(self) -> list[int]:
-        """All of them, to read."""
-        return [os.open(path, os.O_RDONLY) for path in self._paths]
+    def file(self, worker: int) -> int:
+        """Return the file of a worker, open to read it."""
+        if worker not in self._files:
+            self._files[worker] = os.open(self._path(worker), os.O_RDONLY)
+        return self._files[worker]
+
+    def _path(self, worker: int) -> Path:
+        return self._folder / f"worker-{worker}.spool"
+
+
+def write(file: int, views: list[memoryview], offset: int) -> int:
+    """Write stretches of bytes, one after the other, to a place in a file; return how many bytes that is."""
+    end = offset
+    while views:
+        written = os.pwritev(file, views[:VECTORS], end)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        end += written
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+    return end - offset
+
+
+def read(file: int, size: int, offset: int) -> torch.Tensor:
+    """Read so many bytes from a place in a file."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    left = memory.numpy().data
+    while left:
+        count = os.preadv(file, [left], offset)
+        if not count:
+            raise OSError(errno.EIO, "the spool has become shorter while it was read")
+        left, offset = left[count:], offset + count
+    return memory

@@ -70,7 +70,7 @@ class Worker:
         self._train = trainer(setup.train)
         self._secret = derive(str(setup.seed).encode(), "virtual sites")
         self._tiers: dict[Tier, TierRound] = {}
-        self._spool = Spool(Path(setup.spool), setup.workers)
+        self._spool = Spool(Path(setup.spool))
         self._file, self._end = self._spool.open(setup.number), 0
 
     def answer(self, order: Order) -> Reply:
@@ -84,8 +84,7 @@ class Worker:
     def begin(self, order: RoundOrder) -> None:
         """Begin a round, which writes over the last one's updates; raises OffsiteError."""
         self._tiers = {tier: TierRound(order, tier, self._setup.policy) for tier in order.tasks}
-        self._residuals = Path(order.residuals) if order.residuals else None
-        self._number, self._end = next(iter(order.tasks.values())).round, 0
+        self._round, self._end = order, 0
 
     def work(self, order: Order) -> Work:
         """Do the tasks of sites, as far as their updates are let in, and why there is none of some.
@@ -107,11 +106,16 @@ class Worker:
             except Exception as fault:
                 failures.append(_failure(site, fault))
         block.keep([*norms])
-        offset, self._end = self._end, self._end + block.write(self._file, self._end)
+        offset, size = self._end, block.write(self._file, self._end)
+        self._end += size
         let_in = [trained[row] for row in norms]
         return Work(
             batch=Batch(
-                worker=self._setup.number, offset=offset, tier=order.tier, sites=tuple(site for site, _ in let_in)
+                worker=self._setup.number,
+                offset=offset,
+                size=size,
+                tier=order.tier,
+                sites=tuple(site for site, _ in let_in),
             ),
             metrics=tuple(to_json(metrics).decode() for _, metrics in let_in),
             examples=tuple(metrics.examples for _, metrics in let_in),
@@ -127,20 +131,15 @@ class Worker:
         adapter, metrics = self._train(visit)
         secret = derive(self._secret, site) if tier.packing.stages else b""
         update, stays = tier.pack(visit, adapter, secret, self._residual(site, previous))
-        if self._residuals:
-            tensors.save(self._residual_file(site, self._number), stays)
+        if file := self._round.residual(site, self._round.number):
+            tensors.save(file, stays)
         block.add(update)
         return metrics
 
     def _residual(self, site: str, previous: int | None) -> Tensors:
         """Return what stages left out of the last update of a site that the run took."""
-        if self._residuals is None or previous is None:
-            return {}
-        return tensors.load(self._residual_file(site, previous))
-
-    def _residual_file(self, site: str, number: int) -> Path:
-        assert self._residuals is not None, "a stage feeds back"
-        return self._residuals / f"{site}.{number}.safetensors"
+        file = None if previous is None else self._round.residual(site, previous)
+        return tensors.load(file) if file else {}
 
 
 def _failure(site: str, fault: Exception) -> Failure:

@@ -26,7 +26,7 @@ class Here(Pool):
     """A pool of no process: its workers take turns."""
 
     def __enter__(self) -> Self:
-        Spool(Path(self.setup.spool), self.setup.workers).clear()
+        Spool(Path(self.setup.spool)).clear()
         self._here = [Worker(replace(self.setup, number=number)) for number in range(self.setup.workers)]
         self._turn = Lock()
         return self
@@ -34,7 +34,7 @@ class Here(Pool):
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
 
-    def _ask(self, number: int, order: Order) -> Reply:
+    def ask(self, number: int, order: Order) -> Reply:
         with self._turn:
             return self._here[number].answer(order)
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -12,11 +13,15 @@ import torch
 from offsite.client import Choice
 from offsite.client.site.policy import Policy
 from offsite.deploy.simulation import rounds, visit
+from offsite.deploy.simulation import simulate as module
+from offsite.deploy.simulation.orders import Order, Reply
+from offsite.deploy.simulation.pool import Pool
+from offsite.deploy.simulation.worker import Worker
 from offsite.deploy.simulation.world import World
-from offsite.protos.errors import ConflictError, InputError, RunError
+from offsite.protos.errors import ConflictError, InputError, RunError, UnreachableError
 from offsite.protos.spec import UpdateMetrics
 
-from .conftest import Do
+from .conftest import Do, Here
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -105,6 +110,55 @@ def test_who_works_on_what_changes_no_byte(do: Do, strategy: str) -> None:
         examples = {name: 16 - int(name[-4:]) % 5 for name in weight}
         total = sum(examples.values())
         assert weight == {name: pytest.approx(seen / total) for name, seen in examples.items()}
+
+
+class Guest:
+    """A worker that does one order, and is lost with the next."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._worker = Worker(replace(pool.setup, number=7))
+        self.orders: list[Order] = []
+        self.lost = Event()
+
+    def ask(self, order: Order) -> Reply:
+        self.orders.append(order)
+        if len(self.orders) == 1:
+            return self._worker.answer(order)
+        self.lost.set()
+        raise EOFError
+
+    def close(self) -> None:
+        assert self.lost.is_set()
+
+
+def test_a_worker_that_joins_and_is_lost_changes_no_byte(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
+    guests: list[Guest] = []
+
+    class Host(Here):
+        def ask(self, number: int, order: Order) -> Reply:
+            if number == 0 and not guests:
+                guests.append(Guest(self))
+                self.join(guests[0])  # type: ignore[arg-type]
+                guests[0].lost.wait()
+            return super().ask(number, order)
+
+    how: dict[str, Any] = {"train": f"{__name__}:odd", "sites": 50, "rounds": 2, "workers": 1}
+    alone = do("alone", **how)
+    monkeypatch.setattr(module, "Pool", Host)
+    joined = do("joined", **how)
+    done, lost = guests[0].orders
+    assert done.round and done.sites and lost.sites and not {*done.sites} & {*lost.sites}
+    assert (joined.out / ADAPTER).read_bytes() == (alone.out / ADAPTER).read_bytes()
+
+
+def test_a_token_without_a_cluster_and_a_cluster_that_is_not_there_are_refused(do: Do, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0" * 64)
+    with pytest.raises(InputError, match="ray_token: of which cluster"):
+        do("refused", ray_token=tmp_path / "token")
+    with pytest.raises(InputError, match="no file with a cluster's token"):
+        do("refused", ray_address="127.0.0.1:9", ray_token=tmp_path / "none")
+    with pytest.raises(UnreachableError, match="nothing answers at the Ray cluster's address"):
+        do("refused", ray_address="127.0.0.1:9", ray_token=tmp_path / "token")
 
 
 def test_a_sites_policy_refuses_what_a_live_one_refuses(do: Do) -> None:
