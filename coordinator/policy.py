@@ -34,9 +34,11 @@ class OwnerPolicy:
     methods: Words = (
         "bottleneck",
         "grids",
+        "hydra",
         "lora",
         "paca",
         "s2ft",
+        "ssf",
     )  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full

@@ -13,9 +13,11 @@ METHODS: Plugins[Any] = Plugins(
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
         "grids": "offsite.emulator.methods.grids:Grids",
+        "hydra": "offsite.emulator.methods.hydra:Hydra",
         "lora": "offsite.emulator.methods.lora:Lora",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",
+        "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",
 )

@@ -29,9 +29,9 @@ class Kind(StrEnum):
 class Formula(NamedTuple):
     """How many values train, as a Python expression of the method's settings and the sizes of each thing that trains.
 
-    A "map" has `d_out`, `d_in` and, if it is sketched, `grids` of a row. A "layer" has `parameters`, the hidden width
-    `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and `kv` of keys and values, and
-    `width`, that of a head.
+    A "map" has `d_out`, `d_in`, `bias` (whether it has one) and, if it is sketched, `grids` of a row. A "layer" has
+    `parameters`, the hidden width `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and
+    `kv` of keys and values, and `width`, that of a head.
     """
 
     each: Literal["map", "layer"]

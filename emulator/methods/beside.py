@@ -14,9 +14,11 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy.structure import find, linears, shape
+from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import own_format
 from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind, Place
+from offsite.emulator.methods.targets import Modules, Outputs, targets
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Tier
 
@@ -68,16 +70,16 @@ class BesideMaps(Averaged, ABC):
     mergeable: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     seeded: ClassVar[bool] = True
-    missing: ClassVar[Mapping[str, float]] = {}  # what of a tensor stands for rows left out of a map, where not zero
 
     @property
     @abstractmethod
     def axes(self) -> Axes:
         """What the dimensions of each tensor are."""
 
+    @property
     @abstractmethod
-    def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
-        """Return the paths of the maps at each place; raises ValueError if a layer, or an ending, has none."""
+    def modules(self) -> Modules | Outputs:
+        """Which maps they are beside: a setting of each method."""
 
     @abstractmethod
     def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -86,6 +88,13 @@ class BesideMaps(Averaged, ABC):
     @abstractmethod
     def beside(self, linear: nn.Module, parts: Parts) -> Beside:
         """Return a map with its tensors beside it."""
+
+    def merged(self, W: Tensor, b: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        """Return the weight W (d_out, d_in) and the bias b (d_out,) of a map with its tensors.
+
+        Raises ValueError where a method says nothing else, for what is not linear is no change of a weight.
+        """
+        raise ValueError(f"what {self.name} trains is not linear: put it beside the base (offsite.emulator.plug.load)")
 
     def of_map(self, linear: nn.Module) -> Axes:
         """Return the tensors that one map has: all of them, unless its kind of map lacks what some would change."""
@@ -96,6 +105,15 @@ class BesideMaps(Averaged, ABC):
         d_out, d_in = shape(linear)
         sizes = {"rows": d_out, "columns": d_in}
         return tuple(sizes[axis] if axis in sizes else getattr(self, axis) for axis in self.axes[part])
+
+    def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
+        """Return the paths of the maps at each place; raises ValueError if a layer, or an ending, has none."""
+        maps = targets(model, places, self.modules)
+        for at, paths in maps.items():
+            if not paths:
+                has = ", ".join(linears(find(model).layers[at])) or "none"
+                raise ValueError(f"layer {places[at]} has no linear map of modules; name some of those it has: {has}")
+        return maps
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Raise ValueError if a layer has none of the maps, or an ending names none."""
@@ -125,8 +143,7 @@ class BesideMaps(Averaged, ABC):
         stack = find(model).layers
         for place, linear, parts in fitting:
             device = next(chain(linear.parameters(), linear.buffers())).device
-            own = {name: part.detach().to(device, torch.float32, copy=True) for name, part in parts.items()}
-            stack[place.layer].set_submodule(place.path, self.beside(linear, own))
+            stack[place.layer].set_submodule(place.path, self.beside(linear, _at(device, parts)))
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
@@ -146,7 +163,7 @@ class BesideMaps(Averaged, ABC):
         }
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
-        """Put what stands for rows and columns left out where the emulator's maps were narrowed.
+        """Put zeros for the rows and columns that were left out where the emulator's maps were narrowed.
 
         `recovery` is as `methods.recovery.widen` has it. Raises ValueError if it does not fit.
         """
@@ -163,14 +180,21 @@ class BesideMaps(Averaged, ABC):
                                 f"{place.key(part)} {tuple(tensor.shape)} does not fit a map with {len(kept)} {axis}"
                             )
                         size = [*tensor.shape[:dim], full[axis], *tensor.shape[dim + 1 :]]
-                        rest = tensor.new_full(size, self.missing.get(part, 0.0))
-                        tensor = rest.index_copy(dim, kept, tensor)
+                        tensor = tensor.new_zeros(size).index_copy(dim, kept, tensor)
                 wide[place.key(part)] = tensor
         return wide
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
-        """Raise ValueError, for what comes between maps that is not linear is no change of a weight."""
-        raise ValueError(f"what {self.name} trains is not linear: put it beside the base (offsite.emulator.plug.load)")
+        """Have the weights and biases take the tensors in, in place and in fp32; raises ValueError as `merged` does."""
+        with torch.no_grad():
+            for _, linear, parts in list(self.fitting(base, grouped(adapter, self.axes))):
+                weight = linear.get_parameter("weight")
+                bias = None if linear.bias is None else linear.get_parameter("bias")
+                own = None if bias is None else bias.float()
+                W, b = self.merged(dense(linear), own, _at(weight.device, parts))
+                weight.copy_(W.T if is_transposed(linear) else W)
+                if bias is not None and b is not None:
+                    bias.copy_(b)
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write `offsite_adapter.json` and `.safetensors`, for `offsite.emulator.plug.load` on the base."""
@@ -203,3 +227,7 @@ class BesideMaps(Averaged, ABC):
                             f"linear map of (d_out, d_in) = {(d_out, d_in)}"
                         )
             yield place, linear, parts
+
+
+def _at(device: torch.device, parts: Parts) -> Parts:
+    return {name: part.detach().to(device, torch.float32, copy=True) for name, part in parts.items()}

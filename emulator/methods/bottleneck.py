@@ -7,7 +7,7 @@
 f is not linear, so no weight takes them in, and the mean over sites is FedAvg's approximation and not exact.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offsite.emulator.anatomy.roles import roles
-from offsite.emulator.anatomy.structure import find, linears
 from offsite.emulator.methods.base import Formula, Kind
 from offsite.emulator.methods.beside import Axes, Beside, BesideMaps, Parts
-from offsite.emulator.methods.targets import Modules, targets
+from offsite.emulator.methods.targets import Modules, Outputs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -52,7 +50,7 @@ class Bottleneck(BesideMaps):
     width: int = 64
     form: Literal["series", "parallel"] = "series"
     activation: Literal["gelu", "relu", "silu", "tanh"] = "tanh"
-    modules: Literal["outputs"] | Modules = "outputs"  # of attention and MLP
+    modules: Modules | Outputs = "outputs"
 
     name: ClassVar[str] = "bottleneck"
     rate: ClassVar[float] = 3e-3
@@ -69,17 +67,6 @@ class Bottleneck(BesideMaps):
     def axes(self) -> Axes:
         """Down from what the map gives, or from what it is given."""
         return {"down": ("width", "rows" if self.form == "series" else "columns"), "up": ("rows", "width")}
-
-    def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
-        """Return the paths of the maps; raises ValueError if a layer has none, or its family no known outputs."""
-        if self.modules == "outputs":
-            return {at: [(known := roles(model, at)).output, known.mlp_out] for at in places}
-        maps = targets(model, places, self.modules)
-        for at, paths in maps.items():
-            if not paths:
-                has = ", ".join(linears(find(model).layers[at])) or "none"
-                raise ValueError(f"layer {places[at]} has no linear map of modules; name some of those it has: {has}")
-        return maps
 
     def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
         """Return zeros for up, so that only its gradient is zero where it starts, and uniform values for down."""

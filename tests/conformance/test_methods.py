@@ -192,7 +192,7 @@ def sizes(draft: Draft, start: Adapter, each: str) -> list[dict[str, float]]:
         position = {layer: place for place, layer in places.items()}
         names = {key.rpartition(".")[0] for key in start}
         maps = [stack[position[int(name.partition(".")[0])]].get_submodule(name.partition(".")[2]) for name in names]
-        return [dict(zip(("d_out", "d_in"), shape(one), strict=True)) | _grids(one) for one in maps]
+        return [dict(zip(("d_out", "d_in"), shape(one), strict=True)) | _more(one) for one in maps]
     found = []
     for place in places:
         maps = roles(draft.model, place)
@@ -204,8 +204,9 @@ def sizes(draft: Draft, start: Adapter, each: str) -> list[dict[str, float]]:
     return found
 
 
-def _grids(linear: Any) -> dict[str, float]:
-    return {"grids": linear.grid.shape[1]} if hasattr(linear, "grid") else {}
+def _more(linear: Any) -> dict[str, float]:
+    grids = {"grids": linear.grid.shape[1]} if hasattr(linear, "grid") else {}
+    return {"bias": linear.bias is not None} | grids
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

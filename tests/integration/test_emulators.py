@@ -118,6 +118,8 @@ RECIPES = [
     ("whole+additive(group=4,bits=4,steps=2)", "paca(rank=4)", "low-rank"),
     ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "s2ft(channels=0.3,groups=0.5,before=true)", "low-rank"),
     ("sketch(groups=2)", "grids", "mean"),
+    ("crash(keep=5)+quantised(format=int4,block=16)", "ssf", "mean"),
+    ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "hydra", "low-rank"),
     ("crash(keep=5)+quantised(format=int4,block=16)", "bottleneck(width=8)", "low-rank"),
     ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "bottleneck(width=8,form=parallel)", "mean"),
 ]
@@ -150,8 +152,8 @@ def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
             return
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
         original = AutoModelForCausalLM.from_pretrained(material / "model")
-        assert float((merged(ids).logits - original(ids).logits).abs().max()) > 0.01
-        if method not in ("blocks", "grids"):  # what is published is an ordinary adapter of the full base
+        assert float((merged(ids).logits - original(ids).logits).abs().max()) > 1e-3
+        if (tmp_path / "out" / "adapter" / "adapter_config.json").exists():  # an ordinary adapter of the full base
             adapted = PeftModel.from_pretrained(original, tmp_path / "out" / "adapter")
             torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
         if method == "blocks":

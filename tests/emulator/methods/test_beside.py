@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offsite.coordinator.aggregation import make as strategy
+from offsite.coordinator.aggregation.base import Origin, Version
 from offsite.emulator.anatomy.narrow import channels, groups, narrow
 from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.structure import layers, shape
@@ -18,6 +20,8 @@ PLACES = {0: 0, 4: 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "in series": ("bottleneck", {"width": 3}),
     "in parallel": ("bottleneck", {"width": 3, "form": "parallel", "activation": "gelu"}),
+    "scaled": ("ssf", {}),
+    "branches": ("hydra", {"rank": 2, "modules": "all-linear", "scale": 0.5}),
     "beside all maps": ("bottleneck", {"width": 2, "form": "parallel", "modules": "all-linear"}),
 }
 
@@ -55,16 +59,57 @@ def test_a_start_is_zero_where_it_comes_back_up_and_nowhere_else(tiny: Any) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bottleneck"])
+@pytest.mark.parametrize("name", ["bottleneck", "hydra", "ssf"])
 def test_families_that_keep_maps_otherwise_train_too(
     family: str, tiny: Any, ids: Tensor, name: str, tmp_path: Path
 ) -> None:
-    method, original = make(name, {}), tiny(family)(ids).logits
+    method, original, merged = make(name, {}), tiny(family)(ids).logits, tiny(family)
     adapter = moved(method, tiny(family))
     expected = method.attach(tiny(family), PLACES, adapter)(ids).logits
     assert not torch.allclose(expected, original, atol=1e-3)
     method.export(tmp_path, adapter, base=tiny(family), base_name="base")
     assert torch.equal(load(tiny(family), tmp_path)(ids).logits, expected)
+    if method.mergeable:
+        method.merge(merged, adapter)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_map_is_scaled_and_shifted_where_it_has_a_bias(tiny: Any, family: str) -> None:
+    method, path = make("ssf", {}), {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}[family]
+    adapter = moved(method, tiny(family))
+    y = layers(tiny(family))[4].get_submodule(path)
+    x = torch.randn(3, shape(y)[1], generator=torch.Generator().manual_seed(1))
+    scale, shift = adapter[f"4.{path}.scale"], adapter.get(f"4.{path}.shift", torch.zeros(1))
+    assert (f"4.{path}.shift" in adapter) == (family == "gpt2")
+    attached = layers(method.attach(tiny(family), PLACES, adapter))[4].get_submodule(path)
+    torch.testing.assert_close(attached(x), y(x) * (1 + scale) + shift)
+
+
+def merged(method: Method, model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    method.merge(model, adapter)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["hydra", "ssf"])
+def test_the_average_of_a_round_is_the_mean_of_the_weights(tiny: Any, name: str, family: str) -> None:
+    method, shares = make(name, {}), (0.5, 0.3, 0.2)
+    start = method.start(tiny(family), PLACES, seed=0)
+    adapters = [moved(method, tiny(family), seed=seed) for seed in (1, 2, 3)]
+    fold = strategy("low-rank", {}).begin(Version(start, {"": start}), method.schema(start))
+    for site, adapter, share in zip("abc", adapters, shares, strict=True):
+        fold.add(adapter, Origin(site, "", share))
+    version = fold.finish([""])
+    assert {key: tensor.shape for key, tensor in version.broadcast[""].items()} == {
+        k: t.shape for k, t in start.items()
+    }
+    together = merged(method, tiny(family), version.adapter)
+    apart = [merged(method, tiny(family), adapter) for adapter in adapters]
+    for key, tensor in together.items():
+        mean = sum(share * one[key] for share, one in zip(shares, apart, strict=True))
+        torch.testing.assert_close(tensor, mean, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -105,6 +150,8 @@ def test_what_a_narrowed_layer_learned_is_the_same_in_the_full_one_with_zeros_fo
 def test_what_cannot_be_trained_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         make("bottleneck", {"width": 0})
+    with pytest.raises(ValueError, match="rank must be at least 1 and scale positive, got 4 and 0.0"):
+        make("hydra", {"scale": 0.0})
     with pytest.raises(ValueError, match="no linear map of a layer ends in 'nope'; there are self_attn.q_proj"):
         make("bottleneck", {"modules": ["nope"]}).fits(tiny(), PLACES)
 
