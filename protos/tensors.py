@@ -279,19 +279,23 @@ class Reader(Mapping[str, torch.Tensor]):
         at, dtype = self._starts[name], self._like[name].dtype
         end = at + self._like[name].nbytes
         while at < end:
-            size = os.preadv(self._handle.fileno(), [self._buffer[: end - at]], at)
-            if not size:
-                raise MismatchError(f"{self._path.name}: the file has become shorter while it was read")
+            size = self._read([self._buffer[: end - at]], at)
             yield from torch.split(torch.frombuffer(self._buffer[:size], dtype=dtype), ALONE)
             at += size
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read a tensor whole."""
-        tensor, at = torch.empty_like(self._like[name], device="cpu"), 0
-        for piece in self.pieces(name):
-            tensor.view(-1)[at : at + len(piece)] = piece
-            at += len(piece)
+        tensor, at = torch.empty_like(self._like[name], device="cpu"), self._starts[name]
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        while rest:
+            size = self._read([rest], at)
+            rest, at = rest[size:], at + size
         return tensor
+
+    def _read(self, buffers: list[memoryview], at: int) -> int:
+        if size := os.preadv(self._handle.fileno(), buffers, at):
+            return size
+        raise MismatchError(f"{self._path.name}: the file has become shorter while it was read")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)

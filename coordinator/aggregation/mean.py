@@ -55,7 +55,8 @@ class TensorMean:
                     raise InputError(f"{key} is fixed, but another at {origin.site} than at others")
                 self._mean[key] = tensor
             else:
-                self._mean[key] = origin.weight * tensor if mean is None else mean + origin.weight * tensor
+                share = origin.weight * tensor
+                self._mean[key] = share if mean is None else mean.add_(share)
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
         """Close the round."""

@@ -21,6 +21,7 @@ from offsite.coordinator.store import Unusable
 from offsite.emulator.catalogue import BUILDERS, FORMATS, METHODS, MODALITIES
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError
+from offsite.protos.processes.memory import keep_freed
 from offsite.protos.telemetry.logs import begin
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def main(path: Path) -> int:
 def outcome(job: dict[str, Any]) -> dict[str, Any]:
     """Do a step and return what is told of it."""
     begin(job["log"]["form"], **job["log"]["about"])
+    keep_freed()  # folding reads one tensor after the other
     torch.set_num_threads(job["threads"] or os.cpu_count() or 1)
     start = time.monotonic()
     log.info("the step begins")
