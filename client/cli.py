@@ -17,6 +17,8 @@ EXTRAS = {
     "cluster": "coordinator",
     "coordinator": "coordinator",
     "emulator": "coordinator",
+    "legality": "coordinator",
+    "methods": "coordinator",
     "pki": "coordinator",
     "site": "client",
     "demo": "all",

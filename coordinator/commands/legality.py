@@ -1,0 +1,34 @@
+"""`offsite legality`: which methods, builders, strategies and stages go together."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def legality(
+    format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
+) -> None:
+    """Show which parts of a run go together, by what each declares; a pair that is empty is refused."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from offsite.coordinator.survey import pages
+    from offsite.coordinator.survey.matrix import matrix
+
+    pairs = matrix()
+    if format == "json":
+        print(json.dumps(asdict(pairs), indent=2))
+    elif format == "markdown":
+        print(pages.legality(pairs), end="")
+    else:
+        for corner, rows in (("method", pairs.strategies), ("method", pairs.builders), ("stage", pairs.stages)):
+            table = Table(corner, *next(iter(rows.values())), show_lines=True)
+            for name, cells in rows.items():
+                table.add_row(name, *cells.values())
+            Console().print(table)
+        Console().print(f"Merged models: {', '.join(name for name, yes in pairs.merging.items() if yes)}.")

@@ -1,0 +1,49 @@
+"""`offsite methods`: what each method trains, sends and asks for."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def methods(
+    format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
+) -> None:
+    """List the methods: what trains, what crosses the wire, how it is averaged, and on which emulators it works.
+
+    Sizes are of one layer in the shapes of SmolLM2-135M, at the methods' defaults.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from offsite.coordinator.survey import pages
+    from offsite.coordinator.survey.rows import emulators, survey
+
+    rows, faults = survey()
+    if format == "json":
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    elif format == "markdown":
+        print(pages.methods(rows), end="")
+    else:
+        heads = ("method", "values that train", "a layer's", "its kB", "averaged", "exact by", "merges", "seed")
+        table = Table(*heads, "emulators", show_lines=True)
+        for row in rows:
+            table.add_row(
+                row.name,
+                row.formula,
+                f"{row.values:,}",
+                f"{row.update_bytes / 1000:,.0f}",
+                "; ".join(f"{part}: {rule}" for part, rule in row.tensors.items()),
+                ", ".join(row.exact) or "none",
+                "yes" if row.mergeable else "no",
+                "common" if row.seeded else "any",
+                emulators(row),
+            )
+        Console().print(table)
+    for fault in faults:
+        print(fault, file=sys.stderr)

@@ -1,0 +1,60 @@
+"""Which parts of a run go together, as tables: the same declarations that a submitted run is judged by."""
+
+from dataclasses import dataclass
+
+from offsite.coordinator import aggregation
+from offsite.coordinator.runs import pairs
+from offsite.emulator import builders
+from offsite.emulator.builders import BUILDERS
+from offsite.emulator.builders.base import STAGES, Builder
+from offsite.emulator.methods import METHODS, Method
+from offsite.protos import upload
+
+Table = dict[str, dict[str, str]]  # row -> column -> what of the pair
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All pairs of two families that bear on each other; an empty cell is a pair that is refused."""
+
+    strategies: Table  # of methods: "exact", or "near" it
+    builders: Table  # of methods
+    merging: dict[str, bool]  # of methods: whether a merged model may be asked for
+    stages: Table  # of an upload, by strategies
+    order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
+
+
+def matrix() -> Matrix:
+    """Ask every pair of the plug-ins that are installed and can be loaded."""
+    methods, strategies = dict(sorted(METHODS.sound().items())), dict(sorted(aggregation.STRATEGIES.sound().items()))
+    chain = dict(sorted(BUILDERS.sound().items(), key=lambda item: (STAGES.index(item[1].stage), item[0])))
+    return Matrix(
+        strategies={
+            name: {
+                other: ("exact" if pairs.is_exact(method, strategy) else "near") * (method.rules <= strategy.rules)
+                for other, strategy in strategies.items()
+            }
+            for name, method in methods.items()
+        },
+        builders={
+            name: {other: _trains(method, builder) for other, builder in chain.items()}
+            for name, method in methods.items()
+        },
+        merging={name: method.mergeable for name, method in methods.items()},
+        stages={
+            name: {
+                other: "yes" * (not stage.hides or strategy.needs == "sum") for other, strategy in strategies.items()
+            }
+            for name, stage in sorted(upload.STAGES.sound().items())
+        },
+        order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
+    )
+
+
+def _trains(method: type[Method], builder: type[Builder]) -> str:
+    """Say when a method trains on an emulator of a builder; nothing: never."""
+    if missing := sorted(method.needs - builder.provides):
+        others = [kind for kind in BUILDERS.sound().values() if missing[0] in kind.provides]
+        apart = any(kind.stage != builder.stage for kind in others)
+        return f"with {builders.providers(missing[0])}" * apart
+    return "layers left as they are" if method.spares & getattr(builder, "alters", frozenset()) else "yes"

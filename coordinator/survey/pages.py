@@ -1,0 +1,26 @@
+"""Both tables as pages in Markdown."""
+
+from dataclasses import asdict
+
+import jinja2
+
+from offsite.coordinator.survey.matrix import Matrix
+from offsite.coordinator.survey.rows import Row, emulators
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("offsite.coordinator.survey", "."),
+    autoescape=False,  # Markdown is no HTML
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def methods(rows: list[Row]) -> str:
+    """Return the page of the methods."""
+    return _ENVIRONMENT.get_template("methods.md.j2").render(rows=rows, emulators=emulators)
+
+
+def legality(matrix: Matrix) -> str:
+    """Return the page of the pairs."""
+    return _ENVIRONMENT.get_template("legality.md.j2").render(**asdict(matrix))
