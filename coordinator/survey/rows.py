@@ -73,4 +73,4 @@ def _row(method: Method) -> Row:
 def emulators(row: Row) -> str:
     """Say in words on which emulators a method trains."""
     needs = f"of {' or '.join(row.needs)}" if row.needs else "any"
-    return needs + (f"; layers that train as they are after {', '.join(row.spares)}" if row.spares else "")
+    return needs + f", whose layers that train are left as they are by {', '.join(row.spares)}" * bool(row.spares)
