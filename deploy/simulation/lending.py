@@ -8,17 +8,15 @@ and puts the updates that come back into a spool file here. It ends with its std
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BufferedRWPair
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, TextIO
 
 import ray
@@ -27,22 +25,17 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offsite.coordinator.cluster.view import VERSION_LABEL, label
-from offsite.coordinator.node import sweep
+from offsite.deploy.simulation.elsewhere import Elsewhere, pack, residuals, unpack
 from offsite.deploy.simulation.orders import Order, Reply, RoundOrder, Setup
-from offsite.deploy.simulation.pool import Pool
-from offsite.deploy.simulation.spool import Spool, read, write
-from offsite.emulator.zoo import cache_folder
-from offsite.protos.chunks import digest_file, hex_of, read_chunks
+from offsite.deploy.simulation.spool import Spool, write
+from offsite.protos.chunks import digest_file, read_chunks
 from offsite.protos.documents import from_json, plain, to_json
-from offsite.protos.errors import MismatchError, RunError
 
 BEAT_S = 2.0
 END_S = 10.0
 PIECE_BYTES = 32 << 20  # of a file, on its way
 
 Files = Mapping[str, Path]  # by digest
-Stays = dict[str, bytes]  # what stages left out of updates, by the names of its files
-
 SAID: TextIO = sys.stdout
 
 
@@ -98,7 +91,7 @@ class _Machine:
         data = Path(self._setup.data)
         files = [data] if data.is_file() else [path for path in data.rglob("*") if path.is_file()]
         try:
-            elsewhere: Any = _Elsewhere
+            elsewhere: Any = ray.remote(Elsewhere)
             self._actor = elsewhere.options(
                 num_cpus=self._cores,
                 max_concurrency=self._cores + 1,
@@ -109,7 +102,10 @@ class _Machine:
             self._send({digest: data.parent / path for path, digest in paths.items()})
             ray.get(self._actor.start.remote(paths))
         except (RayError, OSError) as error:
-            self._lose(error)
+            self._lost.set()
+            _say(f"machine {self._address} takes no part: {_cause(error)}")
+            if self._actor is not None:
+                ray.kill(self._actor)  # which has its cores
             return
         _say(f"machine {self._address} does {self._cores} sites at a time")
         for worker in range(self._cores):
@@ -150,9 +146,9 @@ class _Machine:
                 at, end = order.round, 0
                 self._send(_files(at))
             assert at is not None, "the first order begins a round"
-            before = _pack(_residuals(at, order.sites, order.previous))
+            before = pack(residuals(at, order.sites, order.previous))
             reply, updates, stays = ray.get(self._actor.work.remote(worker, line, before))
-            _unpack(Path(at.residuals), stays)
+            unpack(Path(at.residuals), stays)
             reply = from_json(Reply, reply, where="reply")
             if reply.work:
                 batch = replace(reply.work.batch, worker=number, offset=end)
@@ -170,124 +166,17 @@ class _Machine:
             self._lost.set()
             _say(f"machine {self._address} has left the simulation; {again}")
             return
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        _say(f"a worker of machine {self._address} was lost ({str(cause).strip() or type(cause).__name__}); {again}")
+        _say(f"a worker of machine {self._address} was lost ({_cause(error)}); {again}")
+
+
+def _cause(error: Exception) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return plain(str(cause).strip().partition("\n")[0] or type(cause).__name__, most=300)
 
 
 def _files(order: RoundOrder) -> dict[str, Path]:
     bundle = {entry.digest: Path(order.bundle) / entry.path for entry in order.manifest.files}
     return bundle | {task.adapter: Path(order.adapters[tier]) for tier, task in order.tasks.items()}
-
-
-def _residuals(at: RoundOrder, sites: Iterable[str], numbers: Iterable[int | None]) -> list[Path]:
-    """Return the files of what stages left out of updates of some sites, as far as there are any."""
-    pairs = [(site, number) for site, number in zip(sites, numbers, strict=False) if number is not None]
-    return [file for site, number in pairs if (file := at.residual(site, number)) and file.exists()]
-
-
-def _pack(files: Iterable[Path]) -> Stays:
-    return {file.name: file.read_bytes() for file in files}
-
-
-def _unpack(folder: Path, stays: Stays) -> None:
-    for name, left in stays.items():
-        (folder / name).write_bytes(left)
-
-
-@ray.remote
-class _Elsewhere:
-    """What another machine has of a simulation: a folder, and a pool whose workers train there."""
-
-    def __init__(self, setup: bytes, workers: int) -> None:
-        self._setup, self._workers = from_json(Setup, setup, where="setup"), workers
-        self._rounds: dict[int, RoundOrder] = {}  # as they are here, by worker
-        self._laying, self._stack = threading.Lock(), contextlib.ExitStack()
-
-    def open(self) -> None:
-        """Make the folder; raises OSError."""
-        place = cache_folder() / "simulations"
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sweep(place)  # of others, that were killed
-        self._folder = Path(mkdtemp(dir=place))
-        self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-        for name in ("files", "bundles", "residuals", "data"):
-            (self._folder / name).mkdir()
-
-    def lacks(self, digests: list[str]) -> list[str]:
-        """Remove all files but some, and return the digests of those that are not here."""
-        here, wanted = {path.name: path for path in self._file("").iterdir()}, {hex_of(one): one for one in digests}
-        for name in here.keys() - wanted.keys():
-            here[name].unlink()
-        return [wanted[name] for name in sorted(wanted.keys() - here.keys())]
-
-    def write(self, digest: str, offset: int, piece: bytes) -> None:
-        """Take a piece of a file."""
-        with self._file(f"{hex_of(digest)}.partial").open("wb" if offset == 0 else "ab") as file:
-            file.write(piece)
-
-    def keep(self, digest: str) -> None:
-        """Take a file whose pieces are all here; raises MismatchError where they are not what was sent."""
-        partial = self._file(f"{hex_of(digest)}.partial")
-        partial.touch()  # of none, if it is empty
-        if digest_file(partial, like=digest) != digest:
-            raise MismatchError("a file has other bytes than it had when it was sent")
-        partial.rename(self._file(hex_of(digest)))
-
-    def start(self, paths: dict[str, str]) -> None:
-        """Lay out the data, and start the workers; raises ResourceError."""
-        self._lay_out(self._folder / "data", paths)
-        setup = replace(self._setup, data=str(self._folder / "data" / Path(self._setup.data).name))
-        self._pool = self._stack.enter_context(Pool(setup, self._workers, self._folder / "spool"))
-        self._spool = Spool(self._folder / "spool")
-
-    def work(self, worker: int, line: bytes, before: Stays) -> tuple[bytes, bytes, Stays]:
-        """Have a worker do an order; return its reply, its updates, and what stages left out of each.
-
-        Raises ResourceError.
-        """
-        order = from_json(Order, line, where="order")
-        if order.round:
-            self._rounds[worker] = self._begin(order.round)
-            order = replace(order, round=self._rounds[worker])
-        at = self._rounds[worker]
-        _unpack(Path(at.residuals), before)
-        try:
-            reply = self._pool.ask(worker, order)
-        except RunError as error:
-            return to_json(Reply(fault=str(error))), b"", {}
-        assert reply.work is not None, "sites were asked for"
-        batch, left = reply.work.batch, _residuals(at, order.sites, repeat(at.number))
-        updates, stays = read(self._spool.file(worker), batch.size, batch.offset), _pack(left)
-        for file in (*left, *(Path(at.residuals) / name for name in before)):
-            file.unlink()
-        return to_json(reply), updates.numpy().tobytes(), stays
-
-    def close(self) -> None:
-        """End the workers, and remove what is here of the simulation."""
-        self._stack.close()
-
-    def _begin(self, order: RoundOrder) -> RoundOrder:
-        """Lay out a round's files, and return it as it is here."""
-        with self._laying:
-            bundles, task = self._folder / "bundles", next(iter(order.tasks.values()))
-            folder = bundles / hex_of(task.manifest)
-            if not folder.exists():
-                for other in bundles.iterdir():
-                    shutil.rmtree(other)
-                self._lay_out(folder, {entry.path: entry.digest for entry in order.manifest.files})
-        adapters = {tier: str(self._file(hex_of(task.adapter))) for tier, task in order.tasks.items()}
-        residuals = str(self._folder / "residuals") if order.residuals else ""
-        return replace(order, bundle=str(folder), adapters=adapters, residuals=residuals)
-
-    def _lay_out(self, folder: Path, paths: Mapping[str, str]) -> None:
-        """Give files names in a folder, which outlive those by digest."""
-        for path, digest in paths.items():
-            link = folder / path
-            link.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._file(hex_of(digest)), link)
-
-    def _file(self, name: str) -> Path:
-        return self._folder / "files" / name
 
 
 if __name__ == "__main__":

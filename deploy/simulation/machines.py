@@ -101,8 +101,6 @@ class Machines:
                 self._note(line.rstrip("\n"))
         if not self._closing.is_set():
             log = self._folder / "machines.log"
-            words = log.read_text(errors="replace").strip().splitlines()[-1:]
             self._note(
-                f"the Ray cluster at {self._address} is lost ({log}{': ' + words[0][:300] if words else ''}); the "
-                "simulation goes on on this machine alone"
+                f"the Ray cluster at {self._address} is lost (see {log}); the simulation goes on, on this machine alone"
             )
