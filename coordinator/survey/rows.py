@@ -35,13 +35,16 @@ class Row:
 
 
 def survey() -> tuple[list[Row], list[str]]:
-    """Return the rows of all methods, by name, and why plug-ins of other packages have none."""
+    """Return the rows of all methods, by name, and why other plug-ins have none."""
     rows, faults = [], METHODS.unsound()
     for name, kind in sorted(METHODS.sound().items()):
         if missing := [word for word in STATED if not hasattr(kind, word)]:
             faults.append(f"method {name!r} ({kind.__module__}) does not state its {', '.join(missing)}")
-        else:
+            continue
+        try:
             rows.append(_row(METHODS.make(name, {})))
+        except ValueError as error:
+            faults.append(f"method {name!r} ({kind.__module__}) does not train a layer of SmolLM2-135M: {error}")
     return rows, faults
 
 

@@ -11,6 +11,7 @@ import pytest
 from offsite.coordinator.commands.legality import legality as print_legality
 from offsite.coordinator.commands.methods import methods as print_methods
 from offsite.coordinator.runs import legality
+from offsite.coordinator.survey import rows as survey_rows
 from offsite.coordinator.survey.matrix import Matrix, matrix
 from offsite.coordinator.survey.rows import Row, emulators, survey
 from offsite.emulator.builders import BUILDERS
@@ -29,6 +30,13 @@ def rows() -> dict[str, Row]:
     return {row.name: row for row in found}
 
 
+@pytest.fixture
+def printed(rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands print the rows that were found once, for all are measured."""
+    monkeypatch.setattr(survey_rows, "survey", lambda: (list(rows.values()), []))
+
+
+@pytest.mark.usefixtures("printed")
 @pytest.mark.parametrize(("page", "write"), [("methods", print_methods), ("legality", print_legality)])
 def test_a_page_is_what_its_command_writes(page: str, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     write(format="markdown")
@@ -50,6 +58,7 @@ def test_every_method_has_a_row_with_the_sizes_of_a_layer(rows: dict[str, Row]) 
     assert emulators(rows["grids"]) == "of sketch"
 
 
+@pytest.mark.usefixtures("printed")
 def test_programs_get_the_same_rows(rows: dict[str, Row], capsys: pytest.CaptureFixture[str]) -> None:
     print_methods(format="json")
     document = json.loads(capsys.readouterr().out)
