@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from offsite.emulator.plug import load
+
 FIGURES = ("base_tuned", "plug_in", "base_zero_shot", "emulator_tuned", "emulator_zero_shot")
 
 
@@ -105,3 +107,25 @@ def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp
     with torch.no_grad():
         wanted = PeftModel.from_pretrained(base, out / "adapter")(ids).logits
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_no_weight_takes_in_is_published_attacked_and_loaded_again(tmp_path: Path, material: Path) -> None:
+    out, method = tmp_path / "out", ("--method", "bottleneck(width=4)")
+    running = demo(out, *tiny(material, "hospital", "bank"), "--rounds", "1", *method, "--format", "json")
+    _, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    report = check_report(out, sites={"hospital", "bank"})
+    assert report["overall"]["plug_in"] < report["overall"]["base_zero_shot"]
+    base = AutoModelForCausalLM.from_pretrained(material / "model")
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        assert not torch.allclose(load(base, out / "adapter")(ids).logits, before, atol=1e-3)
+
+
+def test_a_merged_model_of_what_no_weight_takes_in_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    refused = demo(tmp_path / "out", "--method", "bottleneck", "--merge")
+    _, errors = refused.communicate(timeout=100)
+    assert refused.returncode == 3 and "--merge: what bottleneck trains is no change of the base's weights" in errors
+    assert not (tmp_path / "out").exists()
