@@ -203,6 +203,19 @@ def test_what_was_left_out_goes_on_with_the_update_that_the_coordinator_has(fed_
     assert site.began[-1] == "" and "left out of this site's last update in run run-1 is gone" in "".join(site.said)
 
 
+@pytest.mark.parametrize("name", ["update.safetensors", "update.digest", "metrics.json"])
+def test_an_update_that_a_kill_left_without_one_of_its_files_is_made_again(fed_back: Any, name: str) -> None:
+    site = fed_back
+    site.owner.error = UnreachableError("gone")
+    with pytest.raises(UnreachableError):
+        site.do(0)
+    (file,) = site.work.path.glob(f"tasks/*/*/{name}")
+    file.unlink()
+    site.owner.error = None
+    site.do(0)
+    assert site.owner.sent == [b"0", b"0"] and site.began == ["", ""]
+
+
 @pytest.mark.parametrize("case", ["leak-columns", "leak-role", "broken"])
 @pytest.mark.parametrize("odd_rows", ["skip", "refuse"])
 def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_rest(
