@@ -16,7 +16,7 @@ def methods(
 ) -> None:
     """List the methods: what trains, what crosses the wire, how it is averaged, and on which emulators it works.
 
-    Sizes are of one layer in the shapes of SmolLM2-135M, at the methods' defaults.
+    Values and kB (of an update) are of one layer in the shapes of SmolLM2-135M, at the methods' defaults.
     """
     from rich.console import Console
     from rich.table import Table
@@ -30,20 +30,19 @@ def methods(
     elif format == "markdown":
         print(pages.methods(rows), end="")
     else:
-        heads = ("method", "values that train", "a layer's", "its kB", "averaged", "exact by", "merges", "seed")
-        table = Table(*heads, "emulators", show_lines=True)
+        table = Table("method", "values", "kB", "exact by", "merges", "seed", "emulators")
         for row in rows:
             table.add_row(
                 row.name,
-                row.formula,
                 f"{row.values:,}",
                 f"{row.update_bytes / 1000:,.0f}",
-                "; ".join(f"{part}: {rule}" for part, rule in row.tensors.items()),
-                ", ".join(row.exact) or "none",
+                ("all" if not row.near else ", ".join(row.exact)) or "none",
                 "yes" if row.mergeable else "no",
                 "common" if row.seeded else "any",
                 emulators(row),
             )
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        console.print("Formulas, papers, rates, and how each tensor is averaged: --format markdown, or json.")
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -76,4 +76,4 @@ def _row(method: Method) -> Row:
 def emulators(row: Row) -> str:
     """Say in words on which emulators a method trains."""
     needs = f"of {' or '.join(row.needs)}" if row.needs else "any"
-    return needs + f", whose layers that train are left as they are by {', '.join(row.spares)}" * bool(row.spares)
+    return needs + f" but {', '.join(row.spares)} where it trains" * bool(row.spares)
