@@ -33,12 +33,29 @@ class OwnerPolicy:
     builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
     methods: Words = (
         "bottleneck",
+        "c3a",
+        "fourierft",
+        "gralora",
         "grids",
         "hydra",
+        "hira",
+        "hra",
+        "ia3",
+        "loha",
+        "lokr",
         "lora",
+        "miss",
+        "oft",
         "paca",
+        "peanut",
+        "pvera",
+        "randlora",
+        "road",
         "s2ft",
+        "shira",
         "ssf",
+        "vera",
+        "waveft",
     )  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
@@ -130,7 +147,7 @@ class OwnerPolicy:
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
-            "max_rank": _largest(spec.method, "rank", "width"),
+            "max_rank": _largest(spec.method, "rank", "r", "width"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():

@@ -5,6 +5,7 @@ To add one, write its file and name it here. Whoever only needs to know the name
 
 from typing import Any
 
+from offsite.emulator import refusals
 from offsite.kernels.plugins import Plugins
 
 METHODS: Plugins[Any] = Plugins(
@@ -15,11 +16,29 @@ METHODS: Plugins[Any] = Plugins(
         "grids": "offsite.emulator.methods.grids:Grids",
         "hydra": "offsite.emulator.methods.hydra:Hydra",
         "lora": "offsite.emulator.methods.lora:Lora",
+        "c3a": "offsite.emulator.methods.peft_types:C3a",
+        "fourierft": "offsite.emulator.methods.peft_types:Fourierft",
+        "gralora": "offsite.emulator.methods.peft_types:Gralora",
+        "hira": "offsite.emulator.methods.peft_types:Hira",
+        "hra": "offsite.emulator.methods.peft_types:Hra",
+        "ia3": "offsite.emulator.methods.peft_types:Ia3",
+        "loha": "offsite.emulator.methods.peft_types:Loha",
+        "lokr": "offsite.emulator.methods.peft_types:Lokr",
+        "miss": "offsite.emulator.methods.peft_types:Miss",
+        "oft": "offsite.emulator.methods.peft_types:Oft",
+        "peanut": "offsite.emulator.methods.peft_types:Peanut",
+        "pvera": "offsite.emulator.methods.peft_types:Pvera",
+        "randlora": "offsite.emulator.methods.peft_types:Randlora",
+        "road": "offsite.emulator.methods.peft_types:Road",
+        "shira": "offsite.emulator.methods.peft_types:Shira",
+        "vera": "offsite.emulator.methods.peft_types:Vera",
+        "waveft": "offsite.emulator.methods.peft_types:Waveft",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",
         "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",
+    refused=refusals.PEFT,
 )
 BUILDERS: Plugins[Any] = Plugins(
     "builder",

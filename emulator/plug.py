@@ -30,8 +30,10 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = N
         return method.attach(model, places or _itself(adapter), adapter)
     if not (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} has no adapter: neither peft's adapter_config.json nor {own_format.DOCUMENT}")
-    from offsite.emulator.methods import peft_format  # brings peft, seconds slow
+    from offsite.emulator.methods import peft_format, peft_hub  # bring peft, seconds slow
 
+    if not peft_format.is_lora(directory):
+        return peft_hub.load(model, directory, places)
     adapter, scale = peft_format.read(directory)
     return peft_format.attach(model, places or _itself(adapter), adapter, scale)
 

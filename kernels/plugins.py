@@ -24,10 +24,20 @@ class Plugins(Mapping[str, type[T]]):
     stands for neither: whoever asks for it is told so.
     """
 
-    def __init__(self, kind: str, ours: Mapping[str, str], *, group: str) -> None:
-        """Take what one plug-in is called, where ours are ("module:class" by name), and the group of others'."""
-        self.kind, self.group, self._ours = kind, group, ours
+    def __init__(
+        self, kind: str, ours: Mapping[str, str], *, group: str, refused: Mapping[str, str] | None = None
+    ) -> None:
+        """Take what one plug-in is called, where ours are ("module:class" by name), and the group of others'.
+
+        `refused` are names that somebody may expect and that stand for nothing, with the reason of each.
+        """
+        self.kind, self.group, self._ours, self._refused = kind, group, ours, refused or {}
         self._loaded: dict[str, type[T]] = {}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The names that stand for nothing, with the reason of each; another package may give one of them a meaning."""
+        return {name: reason for name, reason in self._refused.items() if name not in self}
 
     @cached_property
     def _points(self) -> dict[str, list[EntryPoint]]:
@@ -83,6 +93,8 @@ class Plugins(Mapping[str, type[T]]):
 
     def make(self, name: str, settings: Mapping[str, Any]) -> T:
         """Make a plug-in; raises ValueError that says what is unknown, of another type, no number, or unfit."""
+        if reason := self.refused.get(name):
+            raise ValueError(f"there is no {self.kind} {name!r}: {reason}")
         return make(self.kind, self, name, settings)
 
     def _foreign(self, point: EntryPoint) -> Any:

@@ -36,7 +36,7 @@ class Policy:
 
     bases: Bases
     data: Folders
-    methods: Annotated[tuple[Word, ...], Field(max_length=16)] = _bound((METHOD.name,), "what may be trained")
+    methods: Annotated[tuple[Word, ...], Field(max_length=64)] = _bound((METHOD.name,), "what may be trained")
     min_steps: Positive = _bound(4, "steps of every round; an update of one or two is the gradient, which is the text")
     max_steps: Positive = _bound(200, "steps of a round")
     min_batch_size: Positive = _bound(4, "sequences of a step; the fewer, the more an update says of each")

@@ -23,12 +23,13 @@ def methods(
 
     from offsite.coordinator.survey import pages
     from offsite.coordinator.survey.rows import emulators, survey
+    from offsite.emulator.catalogue import METHODS
 
     rows, faults = survey()
     if format == "json":
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(json.dumps({"methods": [asdict(row) for row in rows], "refused": METHODS.refused}, indent=2))
     elif format == "markdown":
-        print(pages.methods(rows), end="")
+        print(pages.methods(rows, METHODS.refused), end="")
     else:
         table = Table("method", "values", "kB", "exact by", "merges", "seed", "emulators")
         for row in rows:
@@ -44,5 +45,7 @@ def methods(
         console = Console()
         console.print(table)
         console.print("Formulas, papers, rates, and how each tensor is averaged: --format markdown, or json.")
+        if names := [*METHODS.refused]:
+            console.print(f"They also say why {len(names)} other types of adapters, such as {names[0]}, are refused.")
     for fault in faults:
         print(fault, file=sys.stderr)

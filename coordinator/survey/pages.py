@@ -1,5 +1,6 @@
 """Both tables as pages in Markdown."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import jinja2
@@ -16,9 +17,9 @@ _ENVIRONMENT = jinja2.Environment(
 )
 
 
-def methods(rows: list[Row]) -> str:
-    """Return the page of the methods."""
-    return _ENVIRONMENT.get_template("methods.md.j2").render(rows=rows, emulators=emulators)
+def methods(rows: list[Row], refused: Mapping[str, str]) -> str:
+    """Return the page of the methods, and of the names that are none, each with its reason."""
+    return _ENVIRONMENT.get_template("methods.md.j2").render(rows=rows, refused=refused, emulators=emulators)
 
 
 def legality(matrix: Matrix) -> str:

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Formula, Kind, Place, factors
 from offsite.emulator.methods.recovery import widen
-from offsite.emulator.methods.targets import Modules, targets
+from offsite.emulator.methods.targets import Modules
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 
@@ -101,21 +101,7 @@ class Lora:
 
     def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
         """Return the paths of the maps to adapt at each place; raises ValueError if a layer, or an ending, has none."""
-        stack = find(model).layers
-        maps = targets(model, places, self.modules)
-        every = {at: linears(stack[at]) for at in places}
-        taken = peft_format.experts(model, every)
-        if self.modules == "all-linear":
-            maps = {at: [path for path in paths if path not in taken] for at, paths in maps.items()}
-        elif lost := sorted(taken & {path for paths in maps.values() for path in paths}):
-            raise ValueError(f"peft takes {lost[0]} of this family for a part of its experts; leave it out of modules")
-        for at, paths in maps.items():
-            if not paths:
-                raise ValueError(
-                    f"layer {places[at]} has no linear map for LoRA; name some as modules (it has "
-                    f"{', '.join(every[at]) or 'none'}), or train it whole, with the method blocks"
-                )
-        return maps
+        return peft_format.maps(model, places, self.modules, method="LoRA")
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""

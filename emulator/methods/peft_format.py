@@ -1,6 +1,6 @@
 """Low-rank adapters as peft has them: attached to a model, and as files that others load.
 
-The one file that opens peft.
+Beside `peft_hub`, which has peft's other types, the only file that opens peft.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from torch import nn
 
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
+from offsite.emulator.methods.targets import Modules, targets
 from offsite.emulator.quiet import quiet
 
 _ADAPTER = "default"  # peft's own name for the only adapter
@@ -60,18 +61,28 @@ def write(directory: Path, pairs: Mapping[Place, Factors], scale: float, *, base
     config = config_of(base, pairs, scale)
     config.base_model_name_or_path = base_name
     config.inference_mode = True
-    config.save_pretrained(directory)
-    # peft keeps names in a set, whose order differs from process to process; equal adapters get equal files.
-    file = directory / "adapter_config.json"
-    document = json.loads(file.read_text())
-    document["target_modules"] = sorted(document["target_modules"])
-    file.write_text(json.dumps(document, indent=2, sort_keys=True))
+    save_config(directory, config)
     path = find(base).path
     tensors: Adapter = {}
     for place, (A, B) in pairs.items():
         name = f"base_model.model.{path}.{place.layer}.{place.path}"
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def save_config(directory: Path, config: Any) -> None:
+    """Write `adapter_config.json`; equal adapters get equal files, though peft keeps names in sets."""
+    config.save_pretrained(directory)
+    file = directory / "adapter_config.json"
+    document = json.loads(file.read_text())
+    document["target_modules"] = sorted(document["target_modules"])
+    file.write_text(json.dumps(document, indent=2, sort_keys=True))
+
+
+def is_lora(directory: Path) -> bool:
+    """Tell whether a folder's adapter is of the type that `write` writes, and not another one of peft's."""
+    document = json.loads((directory / "adapter_config.json").read_text())
+    return bool(document.get("peft_type") == PeftType.LORA)
 
 
 def read(directory: Path) -> tuple[Adapter, float]:
@@ -82,6 +93,25 @@ def read(directory: Path) -> tuple[Adapter, float]:
         adapter[Place(int(layer), path).key(part)] = tensor
     config = json.loads((directory / "adapter_config.json").read_text())
     return adapter, config["lora_alpha"] / config["r"]
+
+
+def maps(model: nn.Module, places: Mapping[int, int], modules: Modules, *, method: str) -> dict[int, list[str]]:
+    """Return the paths of the maps to adapt at each place; raises ValueError if a layer, or an ending, has none."""
+    stack = find(model).layers
+    listed = targets(model, places, modules)
+    every = {at: linears(stack[at]) for at in places}
+    taken = experts(model, every)
+    if modules == "all-linear":
+        listed = {at: [path for path in paths if path not in taken] for at, paths in listed.items()}
+    elif lost := sorted(taken & {path for paths in listed.values() for path in paths}):
+        raise ValueError(f"peft takes {lost[0]} of this family for a part of its experts; leave it out of modules")
+    for at, paths in listed.items():
+        if not paths:
+            raise ValueError(
+                f"layer {places[at]} has no linear map for {method}; name some as modules (it has "
+                f"{', '.join(every[at]) or 'none'}), or train it whole, with the method blocks"
+            )
+    return listed
 
 
 def experts(model: Any, maps: Mapping[int, list[str]]) -> set[str]:

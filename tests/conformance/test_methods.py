@@ -12,6 +12,7 @@ from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
+from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.modality import Batch, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
@@ -22,15 +23,24 @@ from offsite.kernels.schema import Rule, rules, settle
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in sorted(METHODS)),
+SAMPLE = {"miss", "oft", "vera"}  # of peft's types: linear, not linear, and with matrices that no adapter has
+
+
+def case(name: str, *settings: dict[str, Any]) -> Any:
+    """Return a parameter of a test, slow for peft's types beyond the sample."""
+    beyond = issubclass(METHODS[name], PeftMethod) and name not in SAMPLE
+    return pytest.param(name, *settings, marks=[pytest.mark.slow] * beyond)
+
+
+VARIANTS: list[Any] = [
+    *(case(name, {}) for name in sorted(METHODS)),
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
     ("s2ft", {"channels": 0.0, "groups": 0.1}),
     ("bottleneck", {"form": "parallel"}),
 ]
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=[case(name) for name in sorted(METHODS)])
 def method(request: pytest.FixtureRequest) -> Method:
     return make(request.param, {})
 
@@ -216,7 +226,11 @@ def test_as_many_values_train_as_its_formula_says(
 ) -> None:
     method = make(name, settings)
     draft = emulator(method, tiny(family, layers=3), text)
-    start = method.start(draft.model, draft.outline.places, seed=0)
+    try:
+        start = method.start(draft.model, draft.outline.places, seed=0)
+    except ValueError as error:  # a type of peft's that is not for maps stored the other way round
+        assert family == "gpt2" and f"peft has no {name} for " in str(error)
+        return
     schema = method.schema(start)
     values = sum(tensor.numel() for key, tensor in start.items() if schema[key].rule is not Rule.FIXED)
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]

@@ -22,19 +22,8 @@ FAMILIES: list[Plugins[object]] = [
 ]
 NAMES = {name for family in FAMILIES for name in family}
 # No words of English: a sentence that has one of them speaks of the plug-in.
-COINED = NAMES - {
-    "additive",
-    "blocks",
-    "bottleneck",
-    "ends",
-    "grids",
-    "kept",
-    "mean",
-    "sketch",
-    "spread",
-    "uniform",
-    "whole",
-}
+WORDS = {"additive", "blocks", "bottleneck", "ends", "grids", "kept", "mean", "miss", "road", "sketch", "spread"}
+COINED = NAMES - WORDS - {"uniform", "whole"}
 MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {"offsite.emulator.placements"}
 FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
 
@@ -57,7 +46,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | {"bottleneck", "grids", "hydra", "lora", "paca", "s2ft", "ssf"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice

@@ -107,6 +107,16 @@ def test_what_cannot_be_used_is_named_with_its_package_in_one_line(
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_name_that_is_refused_is_answered_with_the_reason_until_another_package_gives_it(install: Install) -> None:
+    def family() -> Plugins[object]:
+        return Plugins("shape", {}, group="offsite.shapes", refused={"round": "it rolls away"})
+
+    with pytest.raises(ValueError, match="^there is no shape 'round': it rolls away$"):
+        family().make("round", {})
+    install("shape_round", SHAPE.format(cls="Round", name="round"), round="Round")
+    assert family().make("round", {}) and not family().refused
+
+
 def test_names_are_known_without_a_tensor_library() -> None:
     code = "import sys; from offsite.emulator.catalogue import METHODS; print(*METHODS, 'torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
