@@ -69,8 +69,12 @@ class SpoolFile:
 
     def _wait(self) -> None:
         write, self._write = self._write, None
-        if write:
-            write.result()
+        try:
+            if write:
+                write.result()
+        except OSError:
+            self._filled = 0  # after a gap, what follows must not be written: a resumed upload goes on at the end
+            raise
 
     def flush(self) -> None:
         """Return once all pieces are written; raises OSError."""

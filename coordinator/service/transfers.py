@@ -151,4 +151,4 @@ async def receive(
         await work
     finally:
         await asyncio.gather(work, return_exceptions=True)
-        upload.close()
+        await asyncio.shield(_apart(_bytes, upload.close))  # it may wait for the disk

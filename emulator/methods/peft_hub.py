@@ -77,7 +77,7 @@ class PeftMethod(Averaged):
                 try:
                     alone = self._wrap(_shell({name: _blank(linear)}), name)
                 except (ValueError, TypeError, NotImplementedError, UserWarning) as error:  # of its shape, or its kind
-                    raise ValueError(f"peft has no {self.name} for {key} {shape(linear)}: {error}") from None
+                    raise ValueError(f"peft has no {self.name} for {key} {shape(linear)}: {error}") from error
                 live = _live(alone, f"{_WRAPPER}.{path}", {int(position): places[int(position)]})
                 adapter |= {key: parameter.detach().clone() for key, parameter in live.items()}
         return adapter

@@ -1,5 +1,6 @@
 """Updates that are written past the cache: every byte is there, wherever it was cut, and on any file system."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -74,3 +75,22 @@ def test_a_full_disk_is_heard_of_before_an_update_is_taken_for_whole() -> None:
     with pytest.raises(OSError, match="No space"):
         file.flush()
     file.close()
+
+
+def test_after_a_write_that_fails_nothing_is_written_where_it_does_not_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, append, full = os.urandom(3 * BUFFER_BYTES), SpoolFile._append, [True]
+
+    def once(file: SpoolFile, rest: memoryview) -> None:
+        if full and full.pop():
+            append(file, rest[:BLOCK])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(file, rest)
+
+    monkeypatch.setattr(SpoolFile, "_append", once)
+    file = SpoolFile(tmp_path / "update", len(data))
+    with pytest.raises(OSError, match="No space"):
+        file.write(data)
+    file.close()
+    assert (tmp_path / "update").read_bytes() == data[:BLOCK]
