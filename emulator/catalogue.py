@@ -38,6 +38,10 @@ METHODS: Plugins[Any] = Plugins(
         "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",
+    states=(
+        *("needs", "spares", "rate", "rules", "attaches", "mergeable", "withheld"),
+        *("paper", "kind", "formula", "linear", "seeded"),
+    ),
     refused=refusals.PEFT,
 )
 BUILDERS: Plugins[Any] = Plugins(

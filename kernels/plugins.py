@@ -5,7 +5,7 @@ It loads a class when it is first asked for, so that names can be checked where 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -25,13 +25,20 @@ class Plugins(Mapping[str, type[T]]):
     """
 
     def __init__(
-        self, kind: str, ours: Mapping[str, str], *, group: str, refused: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        ours: Mapping[str, str],
+        *,
+        group: str,
+        states: Sequence[str] = (),
+        refused: Mapping[str, str] | None = None,
     ) -> None:
         """Take what one plug-in is called, where ours are ("module:class" by name), and the group of others'.
 
-        `refused` are names that somebody may expect and that stand for nothing, with the reason of each.
+        `states` are what a class must say of itself beside its name; `refused` are names that somebody may expect and
+        that stand for nothing, with the reason of each.
         """
-        self.kind, self.group, self._ours, self._refused = kind, group, ours, refused or {}
+        self.kind, self.group, self._ours, self._states, self._refused = kind, group, ours, states, refused or {}
         self._loaded: dict[str, type[T]] = {}
 
     @property
@@ -110,6 +117,11 @@ class Plugins(Mapping[str, type[T]]):
             raise ValueError(
                 f"{self.kind} {point.name!r} of {_package(point)} is unfit: {point.value} must be a frozen dataclass "
                 f"whose `name` is {point.name!r}"
+            )
+        if missing := [word for word in self._states if not hasattr(loaded, word)]:
+            raise ValueError(
+                f"{self.kind} {point.name!r} of {_package(point)} is unfit: {point.value} does not state its "
+                f"{', '.join(missing)}"
             )
         return loaded
 

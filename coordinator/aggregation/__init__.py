@@ -16,6 +16,7 @@ STRATEGIES: Plugins[Strategy] = Plugins(
         "mean": "offsite.coordinator.aggregation.mean:Mean",
     },
     group="offsite.strategies",
+    states=("rules", "exact", "mixed_tiers", "needs"),
 )
 
 

@@ -56,6 +56,16 @@ def test_another_package_joins_by_name_and_is_loaded_only_when_asked_for(install
         family.make("rond", {})
 
 
+def test_a_package_whose_class_says_too_little_of_itself_is_refused_with_what_it_leaves_out(install: Install) -> None:
+    install("shape_terse", SHAPE.format(cls="Terse", name="terse"), terse="Terse")
+    family: Plugins[object] = Plugins("shape", {}, group="offsite.shapes", states=("size", "corners", "edges"))
+    with pytest.raises(
+        ValueError, match=r"'terse' of .*shape_terse 1.2 is unfit: .* does not state its corners, edges$"
+    ):
+        family.make("terse", {})
+    assert family.sound() == {} and len(family.unsound()) == 1
+
+
 def test_ours_can_be_loaded_before_they_are_asked_for_and_others_are_not(install: Install) -> None:
     install("shape_eager", "raise SystemExit('loaded')", eager="Eager")
     family = shapes()

@@ -81,7 +81,10 @@ def test_a_method_of_another_package_has_a_row_and_one_that_states_too_little_a_
         [],
     )
     monkeypatch.delattr(METHODS["sparse"], "formula")
-    assert survey() == ([], ["method 'sparse' (offsite_sparse) does not state its formula"])
+    monkeypatch.setattr(METHODS, "_loaded", {})
+    rows, (fault,) = survey()
+    assert rows == [] and fault.endswith("is unfit: offsite_sparse:Sparse does not state its formula")
+    assert matrix().merging == {}
 
 
 def judge(method: str, builders: tuple[str, ...], strategy: str, text: Path, *, merge: bool = False) -> None:
