@@ -1,7 +1,7 @@
 """FedAvg (McMahan et al., arXiv 1602.05629): the weighted mean of every tensor.
 
-Exact for methods whose tensors enter the weights linearly, such as the grids of a common sketch; the usual
-approximation for whole layers.
+Exact for methods of which the weights are linear in the tensors, as in whole layers or the grids of a common sketch:
+the mean of the adapters is that of the weights. For others, such as bottlenecks, it is the usual approximation.
 """
 
 from collections.abc import Iterable, Sequence
