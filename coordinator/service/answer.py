@@ -50,13 +50,13 @@ class Gate:
         """Check a caller again in the course of a long call: it may have been revoked, or have expired, meanwhile."""
         self._revocations.check(caller)
 
-    def rechecks(self, caller: Peer) -> Callable[[], None]:
-        """Return the same for a transfer, which asks at each piece: it is done each RECHECK_S."""
+    def rechecks(self, caller: Peer) -> Callable[[bool], None]:
+        """Return the same for a transfer, which asks at each piece: it is done each RECHECK_S, and at the last one."""
         due = time.monotonic() + RECHECK_S
 
-        def recheck() -> None:
+        def recheck(last: bool) -> None:
             nonlocal due
-            if (now := time.monotonic()) >= due:
+            if (now := time.monotonic()) >= due or last:
                 due = now + RECHECK_S
                 self.recheck(caller)
 

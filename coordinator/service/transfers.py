@@ -79,10 +79,10 @@ async def send(
     blobs: Blobs,
     request: DownloadRequest,
     context: Any,
-    recheck: Callable[[], None],
+    recheck: Callable[[bool], None],
     count: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Send a blob from an offset on; `recheck` is asked before each piece whether the caller may still have it.
+    """Send a blob from an offset on; `recheck` is called before each piece and raises once the caller may not have it.
 
     One piece is read while the last one is sent.
     """
@@ -91,7 +91,7 @@ async def send(
     try:
         while piece := await asyncio.shield(coming):
             coming = _apart(_bytes, source.next)
-            recheck()
+            recheck(False)
             try:
                 async with asyncio.timeout(STALL_S):
                     await context.write(piece)
@@ -107,9 +107,12 @@ async def send(
 
 
 async def parts(
-    stream: AsyncIterator[Piece | UploadHeader], recheck: Callable[[], None]
+    stream: AsyncIterator[Piece | UploadHeader], recheck: Callable[[bool], None]
 ) -> AsyncIterator[Piece | UploadHeader]:
-    """Yield the parts of an upload, each within its bounds, of a caller who may still send them."""
+    """Yield the parts of an upload, each within its bounds, of a caller who may still send them.
+
+    `recheck` is called with each, and with True at their end: what comes of them is accepted after that.
+    """
     incoming = aiter(stream)
     while True:
         try:
@@ -117,7 +120,7 @@ async def parts(
                 part = await anext(incoming, None)
         except TimeoutError:
             raise UnreachableError(f"upload: nothing came for {STALL_S:.0f} s; resume") from None
-        recheck()
+        recheck(part is None)
         if part is None:
             return
         if isinstance(part, UploadHeader):

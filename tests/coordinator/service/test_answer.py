@@ -46,7 +46,7 @@ def test_a_store_that_is_away_is_asked_for_again_and_only_the_log_says_where_it_
     assert caplog.messages == ["s3://bucket: http://s3.example.org does not answer"]
 
 
-def test_a_caller_whose_transfer_goes_on_is_looked_at_again_but_not_at_each_piece(
+def test_a_caller_whose_transfer_goes_on_is_looked_at_again_and_at_its_end_but_not_at_each_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, looks = [100.0], list[str]()
@@ -60,5 +60,7 @@ def test_a_caller_whose_transfer_goes_on_is_looked_at_again_but_not_at_each_piec
     recheck = Gate(stub).rechecks("ward")  # type: ignore[arg-type]
     for _ in range(1000):  # pieces within 2.5 s
         now[0] += 0.0025 * RECHECK_S
-        recheck()
+        recheck(False)
     assert looks == ["ward", "ward"]
+    recheck(True)
+    assert looks == ["ward", "ward", "ward"]

@@ -48,7 +48,7 @@ class Blob:
     def sent(self, reader: Any = None, **asked: Any) -> list[Piece]:
         reader = reader or Reader()
         request = DownloadRequest(digest=self.digest, **asked)
-        asyncio.run(transfers.send(self.blobs, request, reader, lambda: None))
+        asyncio.run(transfers.send(self.blobs, request, reader, lambda last: None))
         return reader.pieces
 
 
@@ -127,7 +127,7 @@ def test_a_caller_that_is_gone_ends_a_transfer_without_a_word(blob: Blob) -> Non
         blob.sent(Gone())
 
 
-async def taken(stream: AsyncIterator[Part], recheck: Any = lambda: None) -> list[Part]:
+async def taken(stream: AsyncIterator[Part], recheck: Any = lambda last: None) -> list[Part]:
     return [part async for part in transfers.parts(stream, recheck)]
 
 
@@ -142,8 +142,9 @@ def test_a_part_is_within_its_bounds_and_of_a_caller_who_may_still_send_it() -> 
     with pytest.raises(InputError, match="digest: 129 characters came"):
         asyncio.run(taken(one(UploadHeader(digest="x" * 129))))
 
-    def revoked() -> None:
-        raise IdentityError("revoked")
+    def revoked(last: bool) -> None:
+        if last:
+            raise IdentityError("revoked")
 
     with pytest.raises(IdentityError):
         asyncio.run(taken(one(most), revoked))
