@@ -34,8 +34,8 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = N
 
     if not peft_format.is_lora(directory):
         return peft_hub.load(model, directory, places)
-    adapter, scale = peft_format.read(directory)
-    return peft_format.attach(model, places or _itself(adapter), adapter, scale)
+    adapter, scales = peft_format.read(directory)
+    return peft_format.attach(model, places or _itself(adapter), adapter, scales)
 
 
 def _itself(adapter: Adapter) -> dict[int, int]:

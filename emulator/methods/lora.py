@@ -1,9 +1,13 @@
-"""LoRA (Hu et al., arXiv 2106.09685): W + scale * B A with A (r, d_in) random and B (d_out, r) zero at the start."""
+"""LoRA (Hu et al., arXiv 2106.09685): W + scale * B A with A (r, d_in) random and B (d_out, r) zero at the start.
+
+The scale is alpha / r, or alpha / sqrt(r) as in rsLoRA (Kalajdzievski, arXiv 2312.03732), with which a step moves W by
+as much at a high rank as at a low one.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +16,29 @@ from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Formula, Kind, Place, factors
 from offsite.emulator.methods.recovery import widen
-from offsite.emulator.methods.targets import Modules
+from offsite.emulator.methods.targets import Modules, ends_in
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tier
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on the linear maps of the layers that train.
 
-    All of them are those that `structure.adaptable` names and peft can tell from experts; these stay as they are.
+    All of them are those that `structure.adaptable` names and peft can tell from experts; these stay as they are. The
+    patterns are by the ending of a map's path, such as "mlp.down_proj"; where several fit, the longest counts. The
+    formula is of maps that have the common rank.
     """
 
     rank: int = 8
     alpha: float = 16.0
-    ranks: dict[str, int] = field(default_factory=dict)  # site name -> smaller rank
+    ranks: dict[str, int] = field(default_factory=dict)  # site name -> smaller rank, the most that its maps have
     modules: Modules = "all-linear"
+    scaling: Literal["alpha / rank", "alpha / sqrt(rank)"] = "alpha / rank"
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # ending -> these maps' rank
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # ending -> these maps' alpha
 
     name: ClassVar[str] = "lora"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -50,11 +61,20 @@ class Lora:
         for site, rank in self.ranks.items():
             if not 1 <= rank <= self.rank:
                 raise ValueError(f"ranks: site {site!r} must have a rank in 1..{self.rank}, got {rank}")
+        for ending, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ValueError(f"rank_pattern: maps {ending!r} must have a rank of at least 1, got {rank}")
+        for ending, alpha in self.alpha_pattern.items():
+            if alpha <= 0:
+                raise ValueError(f"alpha_pattern: maps {ending!r} must have a positive alpha, got {alpha}")
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank, the same at every site whatever its rank."""
-        return self.alpha / self.rank
+    def scale_of(self, path: str) -> float:
+        """Return what multiplies a map's product: the same at every site, whatever its rank, and in an average."""
+        rank, alpha = _of(self.rank_pattern, path, self.rank), _of(self.alpha_pattern, path, self.alpha)
+        return alpha / (rank if self.scaling == "alpha / rank" else rank**0.5)
+
+    def _scales(self, adapter: Adapter) -> dict[Place, float]:
+        return {place: self.scale_of(place.path) for place in factors(adapter)}
 
     def tier_at(self, site: str) -> Tier:
         """Return "r8" for a site that trains at rank 8: the common one unless `ranks` names the site."""
@@ -69,6 +89,10 @@ class Lora:
         if tier not in ranks:
             raise ValueError(f"there is no tier {tier!r}, only r1 to r{self.rank}: no rank is above the method's")
         return ranks[tier]
+
+    def _rank_of(self, path: str, tier: Tier) -> int:
+        own, most = _of(self.rank_pattern, path, self.rank), self._rank(tier)
+        return own if most == self.rank else min(own, most)
 
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Raise ValueError if a layer has no map to adapt, or an ending names none."""
@@ -88,12 +112,13 @@ class Lora:
 
         A is uniform in +-1/sqrt(d_in), as in peft, from a CPU generator of its own for each map.
         """
-        stack, rank = find(model).layers, self._rank(tier)
+        stack = find(model).layers
         adapter: Adapter = {}
         for position, paths in self.maps(model, places).items():
             for path in paths:
                 place = Place(places[position], path)
                 d_out, d_in = shape(stack[position].get_submodule(path))
+                rank = self._rank_of(path, tier)
                 A = torch.empty(rank, d_in)
                 A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator(seed, place.key("A")))
                 adapter |= {place.key("A"): A, place.key("B"): torch.zeros(d_out, rank)}
@@ -101,11 +126,16 @@ class Lora:
 
     def maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[int, list[str]]:
         """Return the paths of the maps to adapt at each place; raises ValueError if a layer, or an ending, has none."""
-        return peft_format.maps(model, places, self.modules, method="LoRA")
+        maps = peft_format.maps(model, places, self.modules, method="LoRA")
+        known = dict.fromkeys(path for paths in maps.values() for path in paths)
+        for setting, endings in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if lost := [ending for ending in endings if not any(ends_in(path, ending) for path in known)]:
+                raise ValueError(f"{setting}: no map that trains ends in {lost[0]!r}; there are {', '.join(known)}")
+        return maps
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""
-        return peft_format.attach(model, places, adapter, self.scale)
+        return peft_format.attach(model, places, adapter, self._scales(adapter))
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU fp32 copies."""
@@ -122,16 +152,22 @@ class Lora:
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
         """Add scale * B @ A to the weights, in place and in fp32; raises ValueError if it does not fit."""
-        pairs = factors(adapter)
-        peft_format.config_of(base, pairs, self.scale)  # refuses what does not fit before anything is changed
+        pairs, scales = factors(adapter), self._scales(adapter)
+        peft_format.config_of(base, pairs, scales)  # refuses what does not fit before anything is changed
         stack = find(base).layers
         with torch.no_grad():
             for place, (A, B) in pairs.items():
                 module = stack[place.layer].get_submodule(place.path)
                 weight = module.get_parameter("weight")
-                change = self.scale * (B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32))
+                change = scales[place] * (B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32))
                 weight.copy_(weight.float() + (change.T if is_transposed(module) else change))
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
-        peft_format.write(directory, factors(adapter), self.scale, base=base, base_name=base_name)
+        peft_format.write(directory, factors(adapter), self._scales(adapter), base=base, base_name=base_name)
+
+
+def _of(pattern: Mapping[str, N], path: str, usual: N) -> N:
+    """Return what a pattern says of a map, by the longest ending that its path has."""
+    fitting = [ending for ending in pattern if ends_in(path, ending)]
+    return pattern[max(fitting, key=len)] if fitting else usual

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,17 +22,22 @@ from offsite.emulator.methods.base import Adapter, Factors, Place, factors
 from offsite.emulator.methods.targets import Modules, targets
 from offsite.emulator.quiet import quiet
 
+N = TypeVar("N", int, float)
 _ADAPTER = "default"  # peft's own name for the only adapter
 
 
-def attach(model: nn.Module, places: Mapping[int, int], adapter: Adapter, scale: float) -> nn.Module:
-    """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit."""
+def attach(model: nn.Module, places: Mapping[int, int], adapter: Adapter, scales: Mapping[Place, float]) -> nn.Module:
+    """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit.
+
+    `scales` says by which factor each map's product is multiplied, here as in the other functions.
+    """
     pairs = factors(adapter)
     if {place.layer for place in pairs} != set(places.values()):
         ids = sorted({place.layer for place in pairs})
         raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
     position = {layer: at for at, layer in places.items()}
-    config = config_of(model, {Place(position[p.layer], p.path): pair for p, pair in pairs.items()}, scale)
+    at = {place: Place(position[place.layer], place.path) for place in pairs}
+    config = config_of(model, {at[p]: pair for p, pair in pairs.items()}, {at[p]: scales[p] for p in pairs})
     with quiet():
         attached: nn.Module = get_peft_model(model, config)
     parameters = live(attached, places)
@@ -56,9 +62,16 @@ def live(model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]
     return parameters
 
 
-def write(directory: Path, pairs: Mapping[Place, Factors], scale: float, *, base: nn.Module, base_name: str) -> None:
+def write(
+    directory: Path,
+    pairs: Mapping[Place, Factors],
+    scales: Mapping[Place, float],
+    *,
+    base: nn.Module,
+    base_name: str,
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
-    config = config_of(base, pairs, scale)
+    config = config_of(base, pairs, scales)
     config.base_model_name_or_path = base_name
     config.inference_mode = True
     save_config(directory, config)
@@ -85,14 +98,21 @@ def is_lora(directory: Path) -> bool:
     return bool(document.get("peft_type") == PeftType.LORA)
 
 
-def read(directory: Path) -> tuple[Adapter, float]:
-    """Read an adapter back that `write` wrote, and its scale."""
+def read(directory: Path) -> tuple[Adapter, dict[Place, float]]:
+    """Read an adapter back that `write` wrote, and its scales."""
+    config = LoraConfig.from_pretrained(directory)
     adapter: Adapter = {}
+    scales: dict[Place, float] = {}
     for name, tensor in load_file(directory / "adapter_model.safetensors").items():
-        layer, path, part = re.fullmatch(r".*?\.(\d+)\.(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
-        adapter[Place(int(layer), path).key(part)] = tensor
-    config = json.loads((directory / "adapter_config.json").read_text())
-    return adapter, config["lora_alpha"] / config["r"]
+        whole, layer, path, part = re.fullmatch(r"(.*?\.(\d+)\.(.+))\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        place = Place(int(layer), path)
+        adapter[place.key(part)] = tensor
+        rank, alpha = (
+            pattern.get(get_pattern_key(pattern, whole), usual)
+            for pattern, usual in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+        )
+        scales[place] = alpha / rank
+    return adapter, scales
 
 
 def maps(model: nn.Module, places: Mapping[int, int], modules: Modules, *, method: str) -> dict[int, list[str]]:
@@ -122,11 +142,12 @@ def experts(model: Any, maps: Mapping[int, list[str]]) -> set[str]:
     return paths - set(config.target_modules or ())
 
 
-def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scale: float) -> Any:
+def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scales: Mapping[Place, float]) -> Any:
     """Return peft's configuration of adapters at a model's own layer numbers; raises ValueError if they do not fit."""
     anatomy = find(model)
     transposed = False
     ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for place, pair in pairs.items():
         if not 0 <= place.layer < len(anatomy.layers):
             raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(anatomy.layers)} layers")
@@ -140,15 +161,21 @@ def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scale: float) ->
                 f"of (d_out, d_in) = {shape(module)}"
             )
         transposed = transposed or is_transposed(module)
-        ranks[f"{anatomy.path}.{place.layer}.{place.path}"] = pair.rank
-    usual = max(ranks.values())
-    unusual = {name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != usual}
+        name = f"{anatomy.path}.{place.layer}.{place.path}"
+        ranks[name] = pair.rank
+        alphas[name] = scales[place] * pair.rank  # of which peft makes the scale again, by dividing
+    rank, alpha = max(ranks.values()), max(alphas.values())
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=usual,
-        lora_alpha=scale * usual,
+        r=rank,
+        lora_alpha=alpha,
         target_modules=sorted(ranks),
-        rank_pattern=unusual,
-        alpha_pattern={name: scale * rank for name, rank in unusual.items()},  # keeps the scale whatever the rank
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
         fan_in_fan_out=transposed,
     )
+
+
+def _pattern(values: Mapping[str, N], usual: N) -> dict[str, N]:
+    """Return those values that are not the usual one, by peft's pattern for a name."""
+    return {re.escape(name): value for name, value in values.items() if value != usual}

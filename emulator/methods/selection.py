@@ -189,7 +189,7 @@ class SelectedEntries(Averaged, ABC):
             d_out, d_in = shape(stack[place.layer].get_submodule(place.path))
             ones = functional.one_hot(index, d_in if side == COLUMNS else d_out).to(torch.float32)
             pairs[place] = Factors(ones, change) if side == COLUMNS else Factors(change, ones.T)
-        peft_format.write(directory, pairs, 1.0, base=base, base_name=base_name)
+        peft_format.write(directory, pairs, dict.fromkeys(pairs, 1.0), base=base, base_name=base_name)
 
 
 def _selected(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Selected]:

@@ -25,10 +25,11 @@ def targets(model: nn.Module, places: Mapping[int, int], modules: Modules | Outp
     every = {at: linears(stack[at]) for at in places}
     known = dict.fromkeys(path for paths in every.values() for path in paths)
     for ending in modules:
-        if not any(_ends(path, ending) for path in known):
+        if not any(ends_in(path, ending) for path in known):
             raise ValueError(f"no linear map of a layer ends in {ending!r}; there are {', '.join(known)}")
-    return {at: [path for path in paths if any(_ends(path, end) for end in modules)] for at, paths in every.items()}
+    return {at: [path for path in paths if any(ends_in(path, end) for end in modules)] for at, paths in every.items()}
 
 
-def _ends(path: str, ending: str) -> bool:
+def ends_in(path: str, ending: str) -> bool:
+    """Tell whether a path ends in whole parts of another: "mlp.up_proj" in "up_proj", but not in "proj"."""
     return f".{path}".endswith(f".{ending}")

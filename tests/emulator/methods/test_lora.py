@@ -99,7 +99,7 @@ def test_a_lower_rank_starts_from_the_first_rows(tiny: Any) -> None:
 @torch.no_grad()
 def test_the_scale_is_the_same_at_every_rank(family: str, tiny: Any, ids: torch.Tensor) -> None:
     method = make("lora", {"rank": 8, "alpha": 24})
-    assert method.scale == 3.0
+    assert method.scale_of("mlp.up_proj") == 3.0
     low = trained(method.start(tiny(family), {5: 5}, seed=0, tier="r2"))
     padded = {
         key: torch.cat([value, torch.zeros(6, value.shape[1])])
