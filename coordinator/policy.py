@@ -52,6 +52,7 @@ class OwnerPolicy:
         "randlora",
         "road",
         "s2ft",
+        "sara",
         "shira",
         "ssf",
         "vera",

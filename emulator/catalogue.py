@@ -35,6 +35,7 @@ METHODS: Plugins[Any] = Plugins(
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",
+        "sara": "offsite.emulator.methods.sara:Sara",
         "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",

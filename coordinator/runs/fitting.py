@@ -5,7 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from offsite.coordinator.runs import pairs
 from offsite.emulator import builders, methods, placements, zoo
@@ -17,6 +21,8 @@ from offsite.emulator.outline import Outline
 from offsite.kernels.schema import settle
 from offsite.protos import upload
 from offsite.protos.spec import RunSpec
+
+_OF_VALUES = (DataDependentOutputException, DynamicOutputShapeException)  # what asks for values where none has any
 
 
 def judge_fit(spec: RunSpec, folder: Path) -> None:
@@ -63,7 +69,7 @@ def _judge_upload(spec: RunSpec, method: Method, model: Any, places: Mapping[int
     if not stages or method.needs:
         return
     for tier in sorted({method.tier_at(site) for site in spec.sites} or method.tiers()):
-        with FakeTensorMode(allow_non_fake_inputs=True), suppress(DataDependentOutputException):  # none has values
+        with FakeTensorMode(allow_non_fake_inputs=True), suppress(*_OF_VALUES):
             start = method.start(model, places, seed=spec.training.seed, tier=tier)
             schema = settle(method.schema(start), {name: tensor.shape for name, tensor in start.items()})
             try:

@@ -72,6 +72,7 @@ class Picky:
         ("lora", {"ranks": {"bank": 1}}, ("town", "ward"), ""),
         ("blocks", {}, (), r"upload: tensor 0.input_layernorm.weight of shape \[16\] cannot be packed"),
         ("sparse", {"entries": 1}, (), ""),  # its start's values are part of its schema: the build tells
+        ("sara", {}, (), ""),  # its start depends on the weights' values: likewise
     ],
 )
 def test_a_stage_that_cannot_pack_what_sites_send_is_refused_before_anything_is_built(
