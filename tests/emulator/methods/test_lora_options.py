@@ -37,7 +37,8 @@ def test_the_longest_ending_decides_the_rank_of_a_map(tiny: Any) -> None:
 def test_a_smaller_site_has_no_map_above_its_rank(tiny: Any) -> None:
     method = make("lora", SETTINGS | {"ranks": {"small": 2, "usual": 4}})
     whole, small, usual = (
-        method.start(tiny(), {4: 4}, seed=0, tier=tier) for tier in ("", method.tier_at("small"), method.tier_at("usual"))
+        method.start(tiny(), {4: 4}, seed=0, tier=tier)
+        for tier in ("", method.tier_at("small"), method.tier_at("usual"))
     )
     assert {pair.rank for pair in factors(small).values()} == {2}
     assert all(torch.equal(usual[key], value) for key, value in whole.items())
@@ -90,7 +91,8 @@ def test_an_average_of_more_ranks_keeps_each_maps_scale(tiny: Any) -> None:
     method.merge(twice, both)
     for place in factors(one):
         before, single, double = (
-            layers(model)[place.layer].get_submodule(place.path).get_parameter("weight") for model in (tiny(), once, twice)
+            layers(model)[place.layer].get_submodule(place.path).get_parameter("weight")
+            for model in (tiny(), once, twice)
         )
         torch.testing.assert_close(double - before, 2 * (single - before), rtol=1e-4, atol=1e-5)
 
