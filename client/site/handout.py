@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.client.site.inspection import receive, strange_start
+from offsite.client.site.inspection import is_derived, receive, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.emulator import bundle, methods
 from offsite.emulator.methods import Adapter, Method
@@ -65,4 +65,6 @@ def _receive(job: TrainerJob, method: Method, start: Adapter) -> tuple[Adapter, 
     task = job.task
     broadcast = receive(Path(job.adapter), method, start)
     begins = task.round == 0 and task.continues is None  # all others are averages
-    return broadcast, strange_start(broadcast, start, DTYPES[task.training.precision]) if begins else []
+    if not begins:
+        return broadcast, []
+    return broadcast, strange_start(broadcast, start, DTYPES[task.training.precision], derived=is_derived(method))

@@ -21,6 +21,7 @@ from offsite.protos import tensors
 from offsite.protos.errors import MismatchError
 
 BATCHES = 2  # of the task's own size: forward passes alone, about as much work as one of its steps
+NEAR = 1e-4  # of the largest value of a tensor: far above the rounding of fp64, and far below what a trap needs
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,39 @@ class Verdict:
 
 
 def receive(path: Path, method: Method, start: Adapter) -> Adapter:
-    """Read the adapter that was sent; raises MismatchError unless it is one of the method, and of the start's sizes."""
+    """Read the adapter that was sent; raises MismatchError unless it is one of the method, and of the start's sizes.
+
+    Its fixed tensors are those of the start: bit for bit, or nearly where they are made of the emulator's weights.
+    """
     schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
     fixed = {key: start[key] for key, field in schema.items() if field.rule is Rule.FIXED}
-    tensors.check(path, schema, fixed=fixed, what="the adapter to start from")
-    return tensors.load(path)
+    tensors.check(path, schema, fixed={} if is_derived(method) else fixed, what="the adapter to start from")
+    broadcast = tensors.load(path)
+    if other := [key for key, own in fixed.items() if not _near(broadcast[key], own)]:
+        raise MismatchError(
+            f"the adapter to start from: tensor {other[0]} is not the one that the emulator's weights give, "
+            "and does not train"
+        )
+    return broadcast
 
 
-def strange_start(broadcast: Adapter, start: Adapter, dtype: torch.dtype) -> list[str]:
+def is_derived(method: Method) -> bool:
+    """Tell whether a method's start is computed from the weights, in whose last digits two machines may differ."""
+    return bool(getattr(method, "derived", False))
+
+
+def strange_start(broadcast: Adapter, start: Adapter, dtype: torch.dtype, *, derived: bool = False) -> list[str]:
     """Return a sentence if a run's first adapter is not the start that the site derives itself, bit for bit.
 
-    `dtype` is that of the site's copy of the emulator, to which a start that was read off the emulator is rounded.
+    `dtype` is that of the site's copy of the emulator, to which a start that was read off the emulator is rounded. One
+    that was computed from the emulator's weights (`derived`) is the start if it is nearly that.
     """
     strange = [
         key
         for key, own in start.items()
-        if not torch.equal(broadcast[key], own) and not torch.equal(broadcast[key].to(dtype).to(own.dtype), own)
+        if not torch.equal(broadcast[key], own)
+        and not torch.equal(broadcast[key].to(dtype).to(own.dtype), own)
+        and not (derived and _near(broadcast[key], own))
     ]
     if not strange:
         return []
@@ -55,6 +73,10 @@ def strange_start(broadcast: Adapter, start: Adapter, dtype: torch.dtype) -> lis
         f"the run's first adapter is not the start that the task's method and seed give ({strange[0]} and "
         f"{len(strange) - 1} other tensors): one of the owner's choice can make its change give the text away"
     ]
+
+
+def _near(sent: torch.Tensor, own: torch.Tensor) -> bool:
+    return bool((sent - own).abs().max() <= NEAR * own.abs().max())
 
 
 def judge(

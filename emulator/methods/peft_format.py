@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
@@ -24,12 +24,21 @@ from offsite.emulator.quiet import quiet
 
 N = TypeVar("N", int, float)
 _ADAPTER = "default"  # peft's own name for the only adapter
+_FIRST = "first"  # and ours for one beside it, which does not train
 
 
-def attach(model: nn.Module, places: Mapping[int, int], adapter: Adapter, scales: Mapping[Place, float]) -> nn.Module:
+def attach(
+    model: nn.Module,
+    places: Mapping[int, int],
+    adapter: Adapter,
+    scales: Mapping[Place, float],
+    *,
+    first: Adapter | None = None,
+) -> nn.Module:
     """Wrap the adapter's maps with peft, in place, at the ranks it has; raises ValueError if it does not fit.
 
-    `scales` says by which factor each map's product is multiplied, here as in the other functions.
+    `scales` says by which factor each map's product is multiplied, here as in the other functions; `first` is an
+    adapter of the same maps that is taken off again and does not train.
     """
     pairs = factors(adapter)
     if {place.layer for place in pairs} != set(places.values()):
@@ -38,28 +47,69 @@ def attach(model: nn.Module, places: Mapping[int, int], adapter: Adapter, scales
     position = {layer: at for at, layer in places.items()}
     at = {place: Place(position[place.layer], place.path) for place in pairs}
     config = config_of(model, {at[p]: pair for p, pair in pairs.items()}, {at[p]: scales[p] for p in pairs})
+    taken = factors(first) if first else {}
+    away = (
+        config_of(model, {at[p]: pair for p, pair in taken.items()}, {at[p]: -scales[p] for p in taken})
+        if taken
+        else None
+    )
     with quiet():
-        attached: nn.Module = get_peft_model(model, config)
-    parameters = live(attached, places)
-    if parameters.keys() != adapter.keys():
-        raise ValueError(f"the model does not take the adapter's keys {sorted(parameters.keys() ^ adapter.keys())[:3]}")
+        attached: Any = get_peft_model(model, config)
+        if away:
+            attached.add_adapter(_FIRST, away)
+            attached.base_model.set_adapter([_ADAPTER, _FIRST])
+    _load(live(attached, places), adapter)
+    if first:
+        _load(_freeze(attached, places), first)
+    wrapped: nn.Module = attached
+    return wrapped
+
+
+def _freeze(model: nn.Module, places: Mapping[int, int]) -> dict[str, Tensor]:
+    """Make buffers of what is taken off, and return them: as parameters, an engine might train or scatter them."""
+    for module in _wrapped(model, places).values():
+        for part in (module.lora_A[_FIRST], module.lora_B[_FIRST]):
+            weight = part.weight.detach()
+            del part.weight
+            part.register_buffer("weight", weight)
+    return fixed(model, places)
+
+
+def _load(places: Mapping[str, Tensor], adapter: Adapter) -> None:
+    if odd := sorted(places.keys() ^ adapter.keys()):
+        raise ValueError(f"the model does not take the adapter's keys {odd[:3]}")
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(adapter[key])
-    return attached
+        for key, tensor in places.items():
+            tensor.copy_(adapter[key])
 
 
 def live(model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
     """Return the live parameters of an attached model by adapter key."""
+    return _factors(model, places, _ADAPTER)
+
+
+def fixed(model: nn.Module, places: Mapping[int, int]) -> dict[str, Tensor]:
+    """Return what is taken off of an attached model, by the keys of what trains; nothing, where nothing is."""
+    return _factors(model, places, _FIRST)
+
+
+def _factors(model: nn.Module, places: Mapping[int, int], name: str) -> dict[str, Any]:
+    return {
+        place.key(part): of[name].weight
+        for place, module in _wrapped(model, places).items()
+        for part, of in (("A", module.lora_A), ("B", module.lora_B))
+        if name in of
+    }
+
+
+def _wrapped(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Any]:
     stack = find(model).layers
-    parameters: dict[str, nn.Parameter] = {}
-    for position, layer in places.items():
-        for path, module in stack[position].named_modules():
-            if isinstance(module, LoraLayer):
-                wrapped: Any = module
-                parameters[Place(layer, path).key("A")] = wrapped.lora_A[_ADAPTER].weight
-                parameters[Place(layer, path).key("B")] = wrapped.lora_B[_ADAPTER].weight
-    return parameters
+    return {
+        Place(layer, path): module
+        for position, layer in places.items()
+        for path, module in stack[position].named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def write(

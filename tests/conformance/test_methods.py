@@ -12,6 +12,7 @@ from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
+from offsite.emulator.methods.initial import INITS
 from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.modality import Batch, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
@@ -37,12 +38,16 @@ VARIANTS: list[Any] = [
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
     ("s2ft", {"channels": 0.0, "groups": 0.1}),
     ("bottleneck", {"form": "parallel"}),
+    *(("lora", {"init": init}) for init in INITS),
 ]
 
 
-@pytest.fixture(params=[case(name) for name in sorted(METHODS)])
+@pytest.fixture(
+    params=[*(case(name) for name in sorted(METHODS)), *(f"lora {init}" for init in INITS)]  # a start of its own kind
+)
 def method(request: pytest.FixtureRequest) -> Method:
-    return make(request.param, {})
+    name, _, init = request.param.partition(" ")
+    return make(name, {"init": init} if init else {})
 
 
 def emulator(method: Method, base: Any, text: list[Batch]) -> Draft:

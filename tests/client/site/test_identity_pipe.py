@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from offsite.client.site.inspection import strange_start
+from offsite.client.site.inspection import is_derived, receive, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.training import train
 from offsite.emulator import bundle, methods
@@ -203,12 +203,12 @@ def test_an_adapter_of_another_rank_than_the_tasks_is_refused_and_so_is_a_rank_a
         handout.run(handout.make(told="r17"))
 
 
-@pytest.mark.parametrize("name", ["lora", "blocks"])
+@pytest.mark.parametrize(("name", "settings"), [("lora", {}), ("lora", {"init": "pissa"}), ("blocks", {})])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_start_is_the_same_for_owner_and_site_in_the_sites_precision(
-    site_files: Path, name: str, dtype: torch.dtype
+    site_files: Path, name: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    method = methods.make(name, {})
+    method = methods.make(name, settings)
     owners = method.start(stored(site_files), TOP.places, seed=3)
     sites = method.start(stored(site_files).to(dtype), TOP.places, seed=3)
     assert strange_start(owners, sites, dtype) == []
@@ -249,3 +249,25 @@ def test_worse_than_guessing_is_a_warning_and_the_policys_own_bound_refuses(hand
     bound = handout.make(model=sure_and_wrong, max_emulator_perplexity=0.99 * perplexity)
     with pytest.raises(RefusedError, match=rf"\(max_emulator_perplexity\): .* text is {perplexity:.4g}, more than"):
         handout.run(bound)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_made_of_weights_may_differ_in_its_last_digits_and_no_further(
+    site_files: Path, tmp_path: Path, init: str
+) -> None:
+    method = methods.make("lora", {"init": init})
+    assert is_derived(method) and not is_derived(methods.make("lora", {}))
+    own = method.start(stored(site_files), TOP.places, seed=3)
+
+    def sent(factor: float, end: str) -> dict[str, torch.Tensor]:
+        changed = {key: value * factor if key.endswith(end) else value for key, value in own.items()}
+        tensors.save(tmp_path / "adapter", changed)
+        return receive(tmp_path / "adapter", method, own)
+
+    rounded = sent(1 + 1e-6, "0")
+    assert not torch.equal(rounded["5.mlp.up_proj.A0"], own["5.mlp.up_proj.A0"])
+    assert strange_start(rounded, own, torch.float32, derived=True) == []
+    assert strange_start(rounded, own, torch.float32) != []
+    with pytest.raises(MismatchError, match=r"tensor 5.*B0 is not the one that the emulator's weights give"):
+        sent(1.01, "B0")
+    assert "A and 6 other" in strange_start(sent(1.01, ".A"), own, torch.float32, derived=True)[0]

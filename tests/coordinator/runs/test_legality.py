@@ -70,6 +70,9 @@ class Picky:
         ("lora", {"rank": 1}, (), r"upload: tensor 0.mlp.down_proj.A of shape \[1, 32\] cannot be packed"),
         ("lora", {"ranks": {"bank": 1}}, ("bank", "ward"), r"upload: tensor 0.mlp.down_proj.A of shape \[1, 32\]"),
         ("lora", {"ranks": {"bank": 1}}, ("town", "ward"), ""),
+        ("lora", {"rank": 2, "init": "pissa"}, (), ""),
+        ("lora", {"rank": 1, "init": "olora"}, (), r"upload: tensor 0.mlp.down_proj.A0? of shape \[1, 32\]"),
+        ("lora", {"rank": 17, "init": "pissa"}, (), r"rank 17 is more than 0.self_attn.q_proj \(16, 16\) has, 16"),
         ("blocks", {}, (), r"upload: tensor 0.input_layernorm.weight of shape \[16\] cannot be packed"),
         ("sparse", {"entries": 1}, (), ""),  # its start's values are part of its schema: the build tells
         ("sara", {}, (), ""),  # its start depends on the weights' values: likewise

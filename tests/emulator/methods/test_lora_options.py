@@ -108,8 +108,8 @@ def test_a_pattern_of_no_map_is_refused_before_anything_is_built(tiny: Any) -> N
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: maps 'q_proj' must have a rank of at least 1, got 0"),
-        ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern: maps 'q_proj' must have a positive alpha, got 0.0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: maps 'q_proj' must have more than 0, got 0"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern: maps 'q_proj' must have more than 0, got 0.0"),
         ({"scaling": "alpha"}, "scaling: Input should be 'alpha / rank' or 'alpha / sqrt(rank)'"),
     ],
 )
