@@ -5,6 +5,7 @@ start on. What a run may ask for is judged once, when it is submitted; what it m
 is built, and who may fetch a merged model when it is fetched, both by the policy of that moment.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from re import fullmatch
@@ -60,7 +61,7 @@ class OwnerPolicy:
     )  # `blocks` publishes layers of the base, trained a little
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
-    merged: tuple[Name, ...] = ()  # researchers who may have the merged model, which holds all of the base
+    merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in an adapter of them
     continued: Flag = True  # whether runs may go on from a version of another one of theirs
     max_rounds: Positive = 20  # of a run, and of those that it goes on from
     max_steps: Positive = 1000  # optimiser steps of one round at one site
@@ -137,6 +138,11 @@ class OwnerPolicy:
             raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
         if spec.merge and person not in self.merged:
             raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
+        if (init := spec.method.settings.get("init", "random")) != "random" and person not in self.merged:
+            raise _refused(
+                "merged",
+                f"init {init!r} makes the adapter of parts of the base's weights, which {person} may not have",
+            )
         if continues and not self.continued:
             raise _refused("continued", "a run begins from what changes nothing, not from a version of another one")
         training = spec.training
@@ -148,7 +154,7 @@ class OwnerPolicy:
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
-            "max_rank": _largest(spec.method, "rank", "r", "width"),
+            "max_rank": _largest(spec.method, "rank", "r", "width", "rank_pattern"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():
@@ -235,8 +241,13 @@ def _texts(spec: RunSpec) -> list[str]:
 
 
 def _largest(choice: Choice, *settings: str) -> int:
-    """Return the largest of some settings of a plug-in; what is no whole number is for the plug-in to refuse."""
-    return max(0, *(value for name in settings if isinstance(value := choice.settings.get(name), int)), 0)
+    """Return the largest of some settings of a plug-in, or of the values in one that is a table.
+
+    What is no whole number is for the plug-in to refuse.
+    """
+    given = [choice.settings.get(name) for name in settings]
+    values = [one for value in given for one in (value.values() if isinstance(value, Mapping) else [value])]
+    return max([0, *(value for value in values if isinstance(value, int))])
 
 
 def _refused(bound: str, reason: str) -> RefusedError:

@@ -79,6 +79,9 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"builders": (Choice(name="whole"),)}, r"\(builders\)"),
         ({"method": Choice(name="blocks")}, r"\(methods\)"),
         ({"merge": True}, r"\(merged\)"),
+        ({"method": Choice(name="lora", settings={"init": "pissa"})}, r"\(merged\): init 'pissa' makes the adapter of"),
+        ({"method": Choice(name="lora", settings={"rank": 257})}, r"\(max_rank\): 257 is more than 256"),
+        ({"method": Choice(name="lora", settings={"rank_pattern": {"q_proj": 257}})}, r"\(max_rank\): 257 is more"),
         ({"rounds": 21}, r"\(max_rounds\): 21 is more than 20"),
         ({"training": TrainingSpec(steps=1001)}, r"\(max_steps\)"),
         ({"training": TrainingSpec(batch_size=65)}, r"\(max_batch_size\)"),
@@ -133,6 +136,7 @@ def test_merged_models_are_for_those_the_policy_names(policy: OwnerPolicy, place
     (place / "owner.toml").write_text('merged = ["alice"]\n[models]\nbase = "model"\n')
     other = OwnerPolicy.load(place / "owner.toml")
     assert grant(other, merge=True).merge
+    assert grant(other, method=Choice(name="lora", settings={"init": "olora"})).method.settings
     assert other.may_fetch("merged/model.safetensors", role="researcher", person="alice")
 
 
