@@ -1,7 +1,7 @@
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,53 +11,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from offsite.client.site.engines import ENGINES, Engine, Ranks
+from offsite.client.site.engines import ENGINES, Ranks
 from offsite.client.site.job import TrainerJob
+from offsite.client.site.launch import launch
 from offsite.coordinator.bundles import building
 from offsite.emulator import bundle, methods
-from offsite.emulator.batches import training_batches
 from offsite.emulator.bundle import Layout
 from offsite.emulator.methods.proof import Witness
-from offsite.emulator.modality import Batch, encode, read
 from offsite.emulator.outline import Outline
-from offsite.emulator.precision import DTYPES
 from offsite.emulator.tuning.adapting import adapt
 from offsite.kernels.schema import Rule
 from offsite.protos import tensors
-from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError
+from offsite.protos.processes.forks import ForkServer
 from offsite.protos.recipes import parse, parse_one
+
+from .ranks import SPREAD, Loaded
 
 Jobs = Any
 TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
 # Steep, clipped and decaying, so that a fault in any of these shows.
 TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clipping": 0.05}
-
-
-class Loaded:
-    """A job's model with its adapter, its batches, and an engine in this process."""
-
-    def __init__(self, job: TrainerJob) -> None:
-        torch.set_num_threads(1)
-        spec = job.task.training
-        self.places = Outline(job.manifest.layers, job.manifest.trainable).places
-        dtype = DTYPES[spec.precision]
-        model, tokenizer = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
-        self.method = methods.make(job.task.method.name, job.task.method.settings)
-        self.broadcast = tensors.load(Path(job.adapter))
-        self.model = self.method.attach(model, self.places, self.broadcast).train()
-        self.trained = self.method.named_parameters(self.model, self.places)
-        encoded = self.encoded = encode(read(Path(job.data)), tokenizer, max_length=spec.max_length)
-        self.batches: list[Batch] = list(
-            training_batches(encoded, batch_size=spec.batch_size, steps=spec.steps, first_step=0, seed=spec.seed)
-        )
-        self.job = job
-
-    def engine(self) -> Engine:
-        ranks = Ranks(0, 1, torch.device("cpu"))
-        spec = self.job.engine
-        return ENGINES[spec.name](self.model, self.trained, self.job.task.training, spec, ranks)
 
 
 def agree(start: Any, job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
@@ -134,58 +109,20 @@ def test_deepspeed_needs_no_second_process(start: Any, job: Jobs, tmp_path: Path
     agree(start, job(name="deepspeed", zero_stage=3, training=TRAINING), job(training=TRAINING), tmp_path / "task")
 
 
-FROZEN = """if True:
-    import sys
-    from pathlib import Path
-    import torch
-    from offsite.client.site.engines import ENGINES, join
-    from offsite.client.site.job import TrainerJob
-    from offsite.protos.documents import from_json
-    sys.path.insert(0, sys.argv[2])
-    from test_engines import Loaded
-    folder = Path(sys.argv[1])
-    job = from_json(TrainerJob, (folder / "job.json").read_bytes(), where="job")
-    loaded = Loaded(job)
-    frozen = {n: p.detach().clone() for n, p in loaded.model.named_parameters() if not p.requires_grad}
-    ranks = join(job.engine, folder / "rendezvous")
-    engine = ENGINES["deepspeed"](loaded.model, loaded.trained, job.task.training, job.engine, ranks)
-    for batch in loaded.batches:
-        engine.step(batch)
-    import deepspeed
-    with deepspeed.zero.GatheredParameters(list(loaded.model.parameters()), enabled=job.engine.zero_stage == 3):
-        after = dict(loaded.model.named_parameters())
-        changed = [n for n, p in frozen.items() if p.dtype != after[n].dtype or not torch.equal(p, after[n])]
-        print(len(frozen), changed, {p.dtype for p in frozen.values()}, file=sys.stderr)
-    sys.exit(bool(changed) or not frozen)
-"""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """What ranks are forked from that look at the tensors of their model."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    log = tmp_path_factory.mktemp("ranks") / "log"
+    with closing(ForkServer("ranks", ["deepspeed"], environment=environment, log=log)) as server:
+        yield server
 
 
-SPREAD = """if True:
-    import json, sys
-    from pathlib import Path
-    from offsite.client.site.engines import ENGINES, join, zero
-    from offsite.client.site.job import TrainerJob
-    from offsite.protos import tensors
-    from offsite.protos.documents import from_json
-    sys.path.insert(0, sys.argv[2])
-    from test_engines import Loaded
-    usual = zero.configuration
-    def configuration(*arguments):
-        config = usual(*arguments)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return config
-    zero.configuration = configuration
-    folder = Path(sys.argv[1])
-    loaded = Loaded(from_json(TrainerJob, (folder / "job.json").read_bytes(), where="job"))
-    ranks = join(loaded.job.engine, folder / "rendezvous")
-    engine = ENGINES["deepspeed"](loaded.model, loaded.trained, loaded.job.task.training, loaded.job.engine, ranks)
-    assert not any(parameter.numel() for parameter in loaded.model.parameters()), "every one is spread"
-    losses = [engine.step(batch) for batch in loaded.batches]
-    adapter = engine.gather(loaded.method, loaded.places)
-    if ranks.rank == 0:
-        tensors.save(folder / "adapter.safetensors", adapter)
-        (folder / "losses.json").write_text(json.dumps(losses))
-"""
+def trained_apart(job: TrainerJob, folder: Path, server: ForkServer) -> dict[str, Any]:
+    """Train a job on ranks of their own in a folder; return its outcome, once all have ended well."""
+    assert list(launch(job, folder, server).events()) == []
+    return dict(json.loads((folder / "outcome.json").read_text()))
 
 
 def emulator_job(job: Jobs, site_files: Path, folder: Path, *, builders: str, method: str, **engine: Any) -> TrainerJob:
@@ -225,9 +162,8 @@ OTHERS = {name: kind for name, kind in methods.METHODS.items() if not kind.needs
     ],
 )
 def test_a_method_of_each_file_trains_alike_where_zero_3_spreads_every_parameter(
-    job: Jobs, site_files: Path, tmp_path: Path, builders: str, method: str
+    job: Jobs, site_files: Path, tmp_path: Path, ranks: ForkServer, builders: str, method: str
 ) -> None:
-    """By default DeepSpeed leaves small ones whole, and a tiny model has no others."""
     (tmp_path / "plain").mkdir()
     plain = Loaded(emulator_job(job, site_files, tmp_path / "plain", builders=builders, method=method))
     engine = plain.engine()
@@ -235,18 +171,13 @@ def test_a_method_of_each_file_trains_alike_where_zero_3_spreads_every_parameter
     expected = engine.gather(plain.method, plain.places)
     assert losses[-1] < losses[0]
 
-    two = {"name": "deepspeed", "zero_stage": 3, "processes": 2}
-    (tmp_path / "job.json").write_bytes(to_json(replace(plain.job, engine=replace(plain.job.engine, **two))))
-    command = [sys.executable, "-c", SPREAD, str(tmp_path), str(Path(__file__).parent)]
-    environment = os.environ | {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
-        for rank in ("0", "1")
-    ]
-    errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
-    found = tensors.load(tmp_path / "adapter.safetensors")
+    two = replace(plain.job.engine, name="deepspeed", zero_stage=3, processes=2)
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / SPREAD).touch()
+    outcome = trained_apart(replace(plain.job, engine=two), folder, ranks)
+    assert outcome["losses"] == pytest.approx(losses, abs=1e-4)
+    found = tensors.load(folder / "adapter.safetensors")
     assert found.keys() == expected.keys()
     schema = plain.method.schema(plain.broadcast)
     for key, value in found.items():
@@ -257,13 +188,12 @@ def test_a_method_of_each_file_trains_alike_where_zero_3_spreads_every_parameter
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_leaves_every_frozen_tensor_as_it_was(job: Jobs, tmp_path: Path, stage: int, precision: str) -> None:
+def test_zero_leaves_every_frozen_tensor_as_it_was(
+    job: Jobs, tmp_path: Path, ranks: ForkServer, stage: int, precision: str
+) -> None:
     one = job(name="deepspeed", zero_stage=stage, training=TRAINING | {"precision": precision})
-    (tmp_path / "job.json").write_bytes(to_json(one))
-    command = [sys.executable, "-c", FROZEN, str(tmp_path), str(Path(__file__).parent)]
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert ended.returncode == 0, ended.stderr
+    outcome = trained_apart(one, tmp_path / "task", ranks)
+    assert outcome["frozen"] and outcome["changed"] == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
