@@ -78,7 +78,9 @@ class Round:
             raise RunError(
                 f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
             )
-        return tuple(Update(site=task.site, digest=task.update, examples=_examples(task)) for task in done)
+        return tuple(
+            Update(site=task.site, digest=task.update, examples=_examples(task), norm=task.norm) for task in done
+        )
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""

@@ -119,13 +119,14 @@ class Upload:
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
             schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
             broadcast = self._blobs.served(self._spec.adapter)
-            admit(self._file, self._spec, schema, broadcast=broadcast, change=self._change, max_norm=most)
+            norm = admit(self._file, self._spec, schema, broadcast=broadcast, change=self._change, max_norm=most)
             size = self._blobs.keep(self._file, self.digest)
         except (InputError, MismatchError) as error:
             self._file.unlink(missing_ok=True)
             self.fail(str(error))
             raise
-        values = {"state": "uploaded", "update": self.digest, "metrics": self._header.metrics, "bytes_up": size}
+        values = {"state": "uploaded", "update": self.digest, "norm": norm}
+        values |= {"metrics": self._header.metrics, "bytes_up": size}
         site, number, examples = self._key.site, self._key.round + 1, metrics.examples
         accepted = UpdateAccepted(round=number, site=site, loss=metrics.loss, bytes=size, examples=examples)
         if not self._journal.set_task(self._key, accepted, **values):

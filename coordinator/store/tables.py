@@ -55,6 +55,7 @@ tasks = sa.Table(
     sa.Column("bytes_down", Whole, default=0),
     sa.Column("bytes_up", Whole, default=0),
     sa.Column("update", Text, default=""),
+    sa.Column("norm", sa.Double),  # L2 norm of the update's change; None: a version accepted it that did not keep that
     sa.Column("metrics", Text, default=""),
     sa.Index("tasks_by_state", "state", "site"),
     sa.Index("tasks_of_round", "run", "round", "state"),  # a count of open tasks reads no task

@@ -126,7 +126,7 @@ class Tasks(Database):
         """Take back that an update was accepted: its file is lost."""
         with self._write() as connection:
             query = sa.update(tasks).where(*_is(key), tasks.c.state == "uploaded")
-            if connection.execute(query.values(state="failed", message=message, update="")).rowcount:
+            if connection.execute(query.values(state="failed", message=message, update="", norm=None)).rowcount:
                 connection.execute(event_row(key.run, _why(key, "failed", message)))
 
     # sites

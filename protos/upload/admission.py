@@ -21,8 +21,8 @@ def described(task: TaskSpec, site: str = "") -> str:
 
 def admit(
     file: Path, task: TaskSpec, schema: Schema, *, broadcast: Path, max_norm: float, change: Change | None = None
-) -> None:
-    """Raise MismatchError unless a file is an update that a task asked for.
+) -> float:
+    """Return how far an update has changed, in L2 norm; raises MismatchError unless it is what a task asked for.
 
     Args:
         file: the update.
@@ -38,7 +38,7 @@ def admit(
     stages = upload.make(task.upload)
     seen = change.norm(file) if change and not stages else None
     with tensors.reading(file) as update, tensors.reading(broadcast) as start:
-        judge(update, start, settled, stages, max_norm=max_norm, what=what, seen=seen)
+        return judge(update, start, settled, stages, max_norm=max_norm, what=what, seen=seen)
 
 
 def judge(

@@ -24,6 +24,7 @@ from offsite.coordinator.service.uploads import Upload
 from offsite.coordinator.store.database import Database
 from offsite.coordinator.store.journal import LIVE, OPEN
 from offsite.protos import fleet_pb2 as pb
+from offsite.protos import tensors
 from offsite.protos.chunks import digest_file
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.security.pki import Authority
@@ -149,3 +150,7 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
                 deaths += 1
     assert deaths > 10 and story(killed)["state"] == "completed"
     assert story(killed) == story(undisturbed)
+    for task in undisturbed.journal().tasks("r"):
+        broadcast = from_json(TaskSpec, task.spec, where="task").adapter
+        went = tensors.distance(*map(undisturbed.blobs().path, (task.update, broadcast)))
+        assert task.norm == pytest.approx(went, rel=1e-6) and went > 0

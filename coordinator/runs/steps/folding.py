@@ -1,6 +1,5 @@
 """Folding the updates of a round into the next version."""
 
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,20 +29,21 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     with timeline.span("aggregation"), TemporaryDirectory(dir=node.scratch) as scratch:
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.path(sent.digest) for tier, sent in order.last.broadcast.items()}
-        sent, opens = [], {}
+        sent = []
         for update in order.updates:
-            file, tier = blobs.path(update.digest), order.tiers[update.site]
-            norm = distance(file, starts[tier], schema, stages)
+            tier, norm = order.tiers[update.site], update.norm
+            if norm is None:
+                norm = distance(blobs.path(update.digest), starts[tier], schema, stages)
             sent.append(Sent(update.site, tier, update.examples, norm))
-            opens[update.site] = partial(opened, file, starts[tier], schema, stages)
         last, part = load_version(blobs, order.last), part_of(schema, order.part, order.parts)
-        weighing = weigh(sent, spec=spec)
+        weighing, digests = weigh(sent, spec=spec), {update.site: update.digest for update in order.updates}
+        origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
         updates = (
-            (Origin(site, order.tiers[site], weight), opens[site]()) for site, weight in weighing.weights.items()
+            (origin, opened(blobs.path(digests[origin.site]), starts[origin.tier], schema, stages))
+            for origin in origins
         )
         version = fold(strategy, last, part, updates, tiers={*order.tiers.values()})
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
-    digests = {update.site: update.digest for update in order.updates}
     return Folded(
         version=stored,
         lineage={site: Part(update=digests[site], weight=weight) for site, weight in weighing.weights.items()},

@@ -4,7 +4,7 @@ from typing import ClassVar, get_args
 
 from offsite.coordinator.runs.versions import Version
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import Count, Digest, Name, Positive, Tier
+from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier
 from offsite.protos.spec import Grounds, Layers, Shared
 
 
@@ -74,11 +74,12 @@ class Encode:
 
 @document
 class Update:
-    """A site's update, and how many examples it saw: its weight."""
+    """A site's update, and what is known of it since it was accepted."""
 
     site: Name
     digest: Digest
-    examples: Positive
+    examples: Positive  # that it saw: its weight
+    norm: AtLeastZero | None = None  # L2 norm of the change since its broadcast; None: to be measured
 
 
 @document

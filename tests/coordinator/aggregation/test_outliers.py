@@ -1,5 +1,6 @@
 """A harmful update under the absolute bound is left out by its size beside the others'."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs.steps import folding
 from offsite.coordinator.runs.steps.folding import aggregate
 from offsite.coordinator.runs.steps.orders import Aggregate, Update
 from offsite.coordinator.runs.versions import Version
@@ -79,3 +81,20 @@ def test_who_is_left_out_does_not_count_as_a_site(round_: dict[str, Any]) -> Non
     spec = RunSpec(model="m", min_sites=4)
     with pytest.raises(RunError, match="3 of at least 4 updates are left in the round .town: its update changed"):
         aggregate(round_["home"].node, spec, order(round_, SITES))
+
+
+def test_what_is_known_since_an_update_was_accepted_is_not_measured_again(
+    round_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distance(*files: Any) -> float:
+        raise AssertionError(f"{files} are read")
+
+    asked, node = order(round_, SITES), round_["home"].node
+    measured = aggregate(node, RunSpec(model="m"), asked)
+    monkeypatch.setattr(folding, "distance", distance)
+    known = [replace(update, norm=norm) for update, norm in zip(asked.updates, (1.0, 1.1, 0.9, 100.0), strict=True)]
+    told = aggregate(node, RunSpec(model="m"), replace(asked, updates=tuple(known)))
+    assert (told.version, told.lineage, [*told.left_out]) == (measured.version, measured.lineage, ["town"])
+    known[0] = replace(known[0], norm=None)  # of an older journal
+    with pytest.raises(AssertionError, match="are read"):
+        aggregate(node, RunSpec(model="m"), replace(asked, updates=tuple(known)))

@@ -122,17 +122,23 @@ def test_an_older_journal_gets_the_columns_that_it_lacks(url: str) -> None:
     with journal._write() as connection:
         for column in ("note", "name", "rounds"):
             connection.execute(sqlalchemy.text(f"ALTER TABLE runs DROP COLUMN {column}"))
+        connection.execute(sqlalchemy.text("ALTER TABLE tasks DROP COLUMN norm"))
         for index in ("runs_newest", "tasks_by_state"):
             connection.execute(sqlalchemy.text(f"DROP INDEX IF EXISTS {index}"))
         add = sqlalchemy.text("INSERT INTO runs (id, state, spec) VALUES (:id, 'queued', :spec)")
         specs = {"old": b'{"name": "old one", "rounds": 3}', "odd": b"\xff[]"}
         connection.execute(add, [{"id": name, "spec": spec} for name, spec in specs.items()])
+        add = sqlalchemy.text("INSERT INTO tasks (run, round, site, attempt, state) VALUES ('old', 0, 'a', 0, 'taken')")
+        connection.execute(add)
     journal.close()
     journal = open_journal(url)
     assert [(run.note, run.name, run.rounds) for run in map(journal.run, ("old", "odd"))] == [
         ("", "old one", 3),
         ("", "", 1),
     ]
+    task = KEY._replace(run="old")
+    assert journal.task(task).norm is None, "not known of what was accepted before"
+    assert journal.set_task(task, state="uploaded", norm=0.1) and journal.task(task).norm == 0.1
     inspector = sqlalchemy.inspect(journal._engine)
     indices = {index["name"] for table in ("runs", "tasks") for index in inspector.get_indexes(table)}
     assert {"runs_newest", "tasks_by_state"} <= indices

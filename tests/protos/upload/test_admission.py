@@ -94,14 +94,14 @@ def test_an_update_that_was_seen_as_it_came_is_judged_and_not_read_for_its_norm(
     update, broadcast = tmp_path / "update", tmp_path / "broadcast"
     tensors.save(broadcast, start)
 
-    def judge(factor: torch.Tensor) -> None:
+    def judge(factor: torch.Tensor) -> float:
         tensors.save(update, start | {"0.q.B": factor}, metadata={"offsite": canonical(ORIGIN).decode()})
         change = Change(broadcast)
         change.add(update.read_bytes())
         change.close()
-        admit(update, TASK, schema, broadcast=broadcast, max_norm=10.0, change=change)
+        return admit(update, TASK, schema, broadcast=broadcast, max_norm=10.0, change=change)
 
-    judge(torch.ones(4, 2))
+    assert judge(torch.ones(4, 2)) == pytest.approx(8**0.5)
     with pytest.raises(MismatchError, match="changed by a norm of 283, the run allows 10"):
         judge(torch.full((4, 2), 100.0))
     with pytest.raises(MismatchError, match="tensor 0.q.B holds 8 values that are not finite"):
