@@ -276,11 +276,16 @@ class Reader(Mapping[str, torch.Tensor]):
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor as flat pieces, each of which holds until the next of the file is read."""
+        for block in self.blocks(name):
+            yield from torch.split(block, ALONE)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the same as pieces of up to PIECE_BYTES, which may be written over."""
         at, dtype = self._starts[name], self._like[name].dtype
         end = at + self._like[name].nbytes
         while at < end:
             size = self._read([self._buffer[: end - at]], at)
-            yield from torch.split(torch.frombuffer(self._buffer[:size], dtype=dtype), ALONE)
+            yield torch.frombuffer(self._buffer[:size], dtype=dtype)
             at += size
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -1,7 +1,16 @@
-"""Folding the updates of a round into the next version."""
+"""Folding the updates of a round into the next version.
 
+Each update is read twice, the second time from the system's cache: threads check the digests of the next ones, or fetch
+them, while one is folded. So nothing is folded that has changed since it was stored, whichever order a file has.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin
@@ -17,6 +26,10 @@ from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
 from offsite.protos.upload.files import distance, opened
 
+AHEAD = 2  # updates that are checked while one is folded: a digest takes longer than a sum
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     """Fold the updates of a round, in the order of the sites' names, and store the next version, or a part of it.
@@ -26,9 +39,13 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     timeline = Timeline()
     blobs = node.blobs()
     strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
-    with timeline.span("aggregation"), TemporaryDirectory(dir=node.scratch) as scratch:
+    with (
+        timeline.span("aggregation"),
+        TemporaryDirectory(dir=node.scratch) as scratch,
+        ThreadPoolExecutor(AHEAD, thread_name_prefix="digests") as threads,
+    ):
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
-        starts = {tier: blobs.path(sent.digest) for tier, sent in order.last.broadcast.items()}
+        starts = {tier: blobs.served(sent.digest) for tier, sent in order.last.broadcast.items()}
         sent = []
         for update in order.updates:
             tier, norm = order.tiers[update.site], update.norm
@@ -37,10 +54,11 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
             sent.append(Sent(update.site, tier, update.examples, norm))
         last, part = load_version(blobs, order.last), part_of(schema, order.part, order.parts)
         weighing, digests = weigh(sent, spec=spec), {update.site: update.digest for update in order.updates}
+        files = ahead(threads, blobs.path, [digests[site] for site in weighing.weights])
         origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
         updates = (
-            (origin, opened(blobs.path(digests[origin.site]), starts[origin.tier], schema, stages))
-            for origin in origins
+            (origin, opened(file, starts[origin.tier], schema, stages))
+            for origin, file in zip(origins, files, strict=True)
         )
         version = fold(strategy, last, part, updates, tiers={*order.tiers.values()})
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
@@ -50,6 +68,17 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
         left_out=weighing.left_out,
         spans=tuple(timeline),
     )
+
+
+def ahead(threads: Executor, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield what is done of each item in their order; threads do the next AHEAD meanwhile."""
+    waiting = deque[Future[R]]()
+    for item in items:
+        waiting.append(threads.submit(copy_context().run, do, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def join(node: Node, spec: RunSpec, order: Join) -> Version:

@@ -16,9 +16,9 @@ from offsite.protos.ranges import finite
 def load_version(blobs: Blobs, version: Version) -> aggregation.Version:
     """Read all tensors of a version."""
     return aggregation.Version(
-        adapter=tensors.load(blobs.path(version.adapter)),
-        broadcast={tier: tensors.load(blobs.path(sent.digest)) for tier, sent in version.broadcast.items()},
-        state={name: tensors.load(blobs.path(digest)) for name, digest in version.state.items()},
+        adapter=tensors.load(blobs.served(version.adapter)),
+        broadcast={tier: tensors.load(blobs.served(sent.digest)) for tier, sent in version.broadcast.items()},
+        state={name: tensors.load(blobs.served(digest)) for name, digest in version.state.items()},
         figures={name: figure for name, figure in version.figures.items() if figure is not None},
         sums={name: {group: _number(value) for group, value in sums.items()} for name, sums in version.sums.items()},
     )
@@ -31,9 +31,13 @@ def _number(value: float | None) -> float:
 def store_version(blobs: Blobs, scratch: Path, version: aggregation.Version, *, part: bool = False) -> Version:
     """Write a version's tensors, or those of a part of it, by way of a folder of scratch files."""
     file = scratch / "version.safetensors"
+    adapter = store_adapter(blobs, file, version.adapter)
     return Version(
-        adapter=store_adapter(blobs, file, version.adapter).digest,
-        broadcast={tier: store_adapter(blobs, file, sent) for tier, sent in version.broadcast.items()},
+        adapter=adapter.digest,
+        broadcast={
+            tier: adapter if sent is version.adapter else store_adapter(blobs, file, sent)
+            for tier, sent in version.broadcast.items()
+        },
         state={name: store_adapter(blobs, file, kept).digest for name, kept in version.state.items()},
         figures={name: finite(figure) for name, figure in version.figures.items()},
         sums={name: {group: finite(value) for group, value in sums.items()} for name, sums in version.sums.items()}

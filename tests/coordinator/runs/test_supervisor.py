@@ -341,7 +341,8 @@ def test_an_update_that_rots_is_asked_for_once_more_and_its_file_is_mended(stand
     stand.submit("ward")
     assert stand.run().state == "completed"
     lost, kept = stand.journal.tasks("r")
-    assert lost.state == "failed" and "was lost at the coordinator" in lost.message and (lost.update, lost.norm) == ("", None)
+    assert lost.state == "failed" and "was lost at the coordinator" in lost.message
+    assert (lost.update, lost.norm) == ("", None)
     assert asked(stand, Aggregate)[0].updates == (Update(site="ward", digest=kept.update, examples=3, norm=0.5),)
     assert stand.home.blobs().path(kept.update).is_file()
 

@@ -1,0 +1,172 @@
+"""The fold of a round: bit for bit as of whole tensors, whoever was first, and of nothing that changed on the disk."""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.coordinator.aggregation import Origin
+from offsite.coordinator.aggregation.mean import Mean
+from offsite.coordinator.node import Node
+from offsite.coordinator.runs.steps import storage
+from offsite.coordinator.runs.steps.folding import AHEAD, aggregate, ahead
+from offsite.coordinator.runs.steps.orders import Aggregate, Update
+from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.store.blobs import Stored
+from offsite.kernels.schema import Field, Rule, Schema, Tensors
+from offsite.protos import tensors
+from offsite.protos.documents import to_json
+from offsite.protos.errors import InputError, MismatchError
+from offsite.protos.spec import Choice, RunSpec
+
+BLOCK_BYTES = 1 << 14  # of a file at a time, in place of a million
+SIZES = (0, 1, BLOCK_BYTES // 4, BLOCK_BYTES // 4 + 1, tensors.ALONE + 1)  # values, around where files are cut
+SCHEMA: Schema = {
+    **{
+        f"{dtype}.{size}": Field(dtype, (size,), Rule.MEAN) for dtype in ("F64", "F32", "F16", "BF16") for size in SIZES
+    },
+    "index": Field("I32", (3,), Rule.FIXED, below=9),
+}
+SMALL = {key: field for key, field in SCHEMA.items() if field.size_bytes < BLOCK_BYTES}
+SITES = ("bank", "clinic", "school", "town")
+SPEC = RunSpec(model="m", strategy=Choice(name="mean"))
+ORIGIN = Origin("ward", "", 0.25)
+
+
+def adapter(seed: int, schema: Schema = SCHEMA) -> Tensors:
+    draw = torch.Generator().manual_seed(seed)
+    values = {key: torch.randn(field.shape, generator=draw) for key, field in schema.items() if key != "index"}
+    return {key: one.to(tensors.DTYPES[schema[key].dtype]) for key, one in values.items()} | {
+        "index": torch.tensor([3, 0, 8], dtype=torch.int32)
+    }
+
+
+class Round:
+    """The updates of some sites, and a node that folds them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.node = Node(folder / "node", f"file://{folder}/blobs").prepare()
+        self.blobs = self.node.blobs()
+        (folder / "schema").write_bytes(to_json(SMALL))
+        start = self._store(adapter(0, SMALL))
+        updates = [
+            Update(site=site, digest=self._store(adapter(seed, SMALL)).digest, examples=seed, norm=1.0)
+            for seed, site in enumerate(SITES, 1)
+        ]
+        self.order = Aggregate(
+            last=Version(adapter=start.digest, broadcast={"": start}),
+            schema=self.blobs.take(folder / "schema")[0],
+            tiers=dict.fromkeys(SITES, ""),
+            updates=tuple(updates),
+        )
+
+    def _store(self, adapter: Tensors) -> Stored:
+        tensors.save(self._folder / "file", adapter)
+        digest, size = self.blobs.take(self._folder / "file")
+        return Stored(digest=digest, size=size)
+
+    def files(self) -> set[str]:
+        return {str(path) for path in (self._folder / "blobs").rglob("*")}
+
+
+@pytest.fixture
+def round_(tmp_path: Path) -> Round:
+    return Round(tmp_path)
+
+
+@pytest.fixture
+def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Write adapters to files, and open these."""
+    monkeypatch.setattr(tensors, "PIECE_BYTES", BLOCK_BYTES)
+    with ExitStack() as files:
+
+        def opened(name: str, adapter: Tensors) -> tensors.Reader:
+            tensors.save(tmp_path / name, adapter)
+            return files.enter_context(tensors.reading(tmp_path / name))
+
+        yield opened
+
+
+def test_what_is_read_in_pieces_is_averaged_bit_for_bit_as_whole_tensors_are(readers: Any) -> None:
+    whole, pieces = (Mean().begin(None, SCHEMA) for _ in range(2))  # type: ignore[arg-type]  # nothing is kept of it
+    for seed, weight in enumerate((0.5, 0.3, 0.2)):
+        whole.add(adapter(seed), replace(ORIGIN, weight=weight))
+        pieces.add(readers(f"{seed}", adapter(seed)), replace(ORIGIN, weight=weight))
+    one, other = whole.finish([""]).adapter, pieces.finish([""]).adapter
+    assert one.keys() == SCHEMA.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in SCHEMA)
+
+
+def test_a_negative_zero_stays_one(readers: Any) -> None:
+    running = Mean().begin(None, SMALL)  # type: ignore[arg-type]  # nothing is kept of it
+    running.add(readers("zeros", {key: -torch.zeros_like(one) for key, one in adapter(0, SMALL).items()}), ORIGIN)
+    assert torch.signbit(running.finish([""]).adapter["F32.1"])
+
+
+def test_a_file_of_another_shape_or_with_another_index_is_refused(readers: Any) -> None:
+    running = Mean().begin(None, SMALL)  # type: ignore[arg-type]  # nothing is kept of it
+    running.add(readers("first", adapter(0, SMALL)), ORIGIN)
+    with pytest.raises(InputError, match=r"F64.1 is \[1, 1\] at ward and \[1\] at others"):
+        running.add(readers("shape", adapter(1, SMALL) | {"F64.1": torch.zeros(1, 1).double()}), ORIGIN)
+    with pytest.raises(InputError, match="index is fixed, but another at ward"):
+        running.add(readers("index", adapter(1, SMALL) | {"index": torch.ones(3, dtype=torch.int32)}), ORIGIN)
+
+
+def test_whoever_was_first_the_version_is_the_same(round_: Round) -> None:
+    late = replace(round_.order, updates=round_.order.updates[::-1])
+    one, other = (aggregate(round_.node, SPEC, order) for order in (round_.order, late))
+    assert (one.version, one.lineage) == (other.version, other.lineage)
+
+
+@pytest.mark.parametrize("place", [0, len(SITES) - 1])
+def test_nothing_is_stored_of_a_fold_with_an_update_that_has_changed_on_the_disk(round_: Round, place: int) -> None:
+    path = round_.blobs.path(round_.order.updates[place].digest)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")  # of a finite value
+    before = round_.files()
+    with pytest.raises(MismatchError, match="the file has changed since it was stored"):
+        aggregate(round_.node, SPEC, round_.order)
+    assert round_.files() == before
+
+
+def test_the_next_files_are_checked_while_one_is_folded_and_no_others() -> None:
+    done, second = list[int](), threading.Event()
+
+    def do(item: int) -> int:
+        done.append(item)
+        if item == AHEAD + 1:
+            second.set()
+        if item == AHEAD + 3:
+            raise MismatchError("the last")
+        return -item
+
+    with ThreadPoolExecutor(1) as threads:
+        one = ahead(threads, do, range(1, AHEAD + 4))
+        assert next(one) == -1
+        assert second.wait(60), "it is done before anybody asks for it"
+        assert done == [*range(1, AHEAD + 2)]
+        assert [next(one) for _ in range(AHEAD + 1)] == [-item for item in range(2, AHEAD + 3)]
+        with pytest.raises(MismatchError, match="the last"):
+            next(one)
+        assert [*ahead(threads, do, [0])] == [0] and not [*ahead(threads, do, [])]
+
+
+def test_a_broadcast_that_is_the_adapter_is_written_once(round_: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, save = list[Path](), tensors.save
+
+    def counted(path: Path, *rest: Any, **more: Any) -> None:
+        written.append(path)
+        save(path, *rest, **more)
+
+    monkeypatch.setattr(tensors, "save", counted)
+    version = aggregate(round_.node, SPEC, round_.order).version
+    assert len(written) == 1 and version.broadcast[""].digest == version.adapter
+    assert os.path.getsize(round_.blobs.path(version.adapter)) == version.broadcast[""].size
+    assert storage.load_version(round_.blobs, version).broadcast[""].keys() == SMALL.keys()
