@@ -13,6 +13,7 @@ METHODS: Plugins[Any] = Plugins(
     {
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
+        "dora": "offsite.emulator.methods.dora:Dora",
         "grids": "offsite.emulator.methods.grids:Grids",
         "hydra": "offsite.emulator.methods.hydra:Hydra",
         "lora": "offsite.emulator.methods.lora:Lora",

@@ -119,9 +119,14 @@ def write(
     *,
     base: nn.Module,
     base_name: str,
+    lengths: Mapping[Place, Tensor] | None = None,
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base.
+
+    With the lengths (d_out,) that the rows of W are to have it is DoRA, and LoRA without.
+    """
     config = config_of(base, pairs, scales)
+    config.use_dora = lengths is not None
     config.base_model_name_or_path = base_name
     config.inference_mode = True
     save_config(directory, config)
@@ -130,6 +135,8 @@ def write(
     for place, (A, B) in pairs.items():
         name = f"base_model.model.{path}.{place.layer}.{place.path}"
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+        if lengths:
+            tensors[f"{name}.lora_magnitude_vector"] = lengths[place]
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -143,13 +150,13 @@ def save_config(directory: Path, config: Any) -> None:
 
 
 def is_lora(directory: Path) -> bool:
-    """Tell whether a folder's adapter is of the type that `write` writes, and not another one of peft's."""
+    """Tell whether a folder's adapter is LoRA, which `read` reads, and not DoRA or another type of peft's."""
     document = json.loads((directory / "adapter_config.json").read_text())
-    return bool(document.get("peft_type") == PeftType.LORA)
+    return bool(document.get("peft_type") == PeftType.LORA and not document.get("use_dora"))
 
 
 def read(directory: Path) -> tuple[Adapter, dict[Place, float]]:
-    """Read an adapter back that `write` wrote, and its scales."""
+    """Read LoRA back that `write` wrote, and its scales."""
     config = LoraConfig.from_pretrained(directory)
     adapter: Adapter = {}
     scales: dict[Place, float] = {}

@@ -175,6 +175,10 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None) ->
     config = PeftConfig.from_pretrained(directory)
     catalogue.METHODS.make(str(config.peft_type.value).lower(), {})  # refuses what is none of them
     config.target_modules = sorted(map(moved, config.target_modules))
+    for name in ("rank_pattern", "alpha_pattern"):  # of DoRA: names too, as patterns
+        if pattern := getattr(config, name, None):
+            own = {re.escape(moved(re.sub(r"\\(.)", r"\1", key))): value for key, value in pattern.items()}
+            setattr(config, name, own)
     config.base_model_name_or_path = None  # is the model's, wherever it was read from
     state = load_file(directory / "adapter_model.safetensors")
     with quiet():

@@ -161,7 +161,10 @@ def test_the_example_and_the_table_have_every_bound_and_the_default_all_builders
     default = OwnerPolicy()
     assert all(f"{name} = " in example or f"[{name}]" in example for name in OwnerPolicy.__dataclass_fields__)
     assert len(default.describe()) == len(OwnerPolicy.__dataclass_fields__) - 1  # batch and length share a row
-    assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {"blocks"}
+    assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {
+        "blocks",
+        "dora",
+    }
 
 
 def portions(*kept: int, part: str = "", share: float = 1.0, lossy: bool = False) -> dict[str, Portion]:
