@@ -28,6 +28,7 @@ class Rule(StrEnum):
 
     MEAN = "mean"  # the weighted mean of each value
     PRODUCT = "product"  # two factors, of which the product B @ A is averaged
+    UNION = "union"  # entries of a sparse matrix and where they are, which sites choose; the matrix is averaged
     FIXED = "fixed"  # the same at every site and in every round, as an index is
     LOCAL = "local"  # a site's own, of which the coordinator makes others before they are folded
 
@@ -46,9 +47,10 @@ class Field:
         """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
         if self.dtype not in FLOATS | INTEGERS:
             raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS | INTEGERS)}")
-        if self.dtype in INTEGERS and (self.rule not in (Rule.FIXED, Rule.LOCAL) or self.below is None):
+        if self.dtype in INTEGERS and (self.rule in (Rule.MEAN, Rule.PRODUCT) or self.below is None):
             raise ValueError(
-                f"integers ({self.dtype}) are fixed or local and below something, not {self.rule} and {self.below}"
+                f"integers ({self.dtype}) are fixed, local or of a union, and below something, not {self.rule} and "
+                f"{self.below}"
             )
         if self.dtype in FLOATS and self.below is not None:
             raise ValueError(f"only integers have a bound: below = {self.below} of {self.dtype}")
@@ -86,6 +88,30 @@ def factors(schema: Schema) -> dict[str, Factors]:
         if len(members) != 2 or len(lefts) != 1 or len(rights) != 1:
             raise ValueError(f"group {group!r}: a product has factors (d_out, None) and (None, d_in), not {members}")
         pairs[group] = Factors(lefts[0], rights[0])
+    return pairs
+
+
+class Entries(NamedTuple):
+    """The keys of a sparse matrix: where its entries are, integers (k,) that rise, and their values (k,)."""
+
+    at: str
+    values: str
+
+
+def entries(schema: Schema) -> dict[str, Entries]:
+    """Return the entries of each union by group; raises ValueError for a group that is not an index and its values."""
+    keys: dict[str, list[str]] = {}
+    for key, field in schema.items():
+        if field.rule is Rule.UNION:
+            keys.setdefault(field.group, []).append(key)
+    pairs: dict[str, Entries] = {}
+    for group, members in keys.items():
+        indices = [key for key in members if schema[key].dtype in INTEGERS]
+        values = [key for key in members if schema[key].dtype in FLOATS]
+        shapes = {schema[key].shape for key in members}
+        if len(indices) != 1 or len(values) != 1 or len(shapes) != 1 or len(shapes.pop()) != 1:
+            raise ValueError(f"group {group!r}: a union has integers (k,) and values (k,), not {sorted(members)}")
+        pairs[group] = Entries(indices[0], values[0])
     return pairs
 
 

@@ -210,11 +210,11 @@ def distance(path: Path, start: Path) -> float:
         return gap(file, other)
 
 
-def gap(source: Source, start: Source) -> float:
-    """Return the same distance, whatever the tensors are read from."""
+def gap(source: Source, start: Source, names: Iterable[str] | None = None) -> float:
+    """Return the same distance, whatever the tensors are read from, or that of some of them."""
     squares = (
         norm(piece - beside) ** 2
-        for name in sorted(source)
+        for name in sorted(source if names is None else names)
         for piece, beside in zip(source.pieces(name), start.pieces(name), strict=True)
     )
     return math.sqrt(sum(squares))

@@ -12,6 +12,7 @@ STRATEGIES: Plugins[Strategy] = Plugins(
     "strategy",
     {
         "factor-mean": "offsite.coordinator.aggregation.factor_mean:FactorMean",
+        "index-union": "offsite.coordinator.aggregation.index_union:IndexUnion",
         "low-rank": "offsite.coordinator.aggregation.low_rank:LowRank",
         "mean": "offsite.coordinator.aggregation.mean:Mean",
     },

@@ -86,13 +86,14 @@ def pack(
 ) -> Iterator[Packed]:
     """Pack, at the site, what an adapter has become since its broadcast, a group of a settled schema at a time.
 
-    Without stages it is the adapter itself, since the change would not give it back bit for bit. `key` is of the site
-    and the task; `residual` is what stayed of the last update.
+    Without stages it is the adapter itself, since the change would not give it back bit for bit; and so are, of sparse
+    matrices, the values, for those of two indices have no difference. `key` is of the site and the task; `residual` is
+    what stayed of the last update.
     """
     for schemas in _parts(stages, schema):
         part = {name: adapter[name] for name in schemas[0]}
         if stages:
-            part |= {name: part[name] - broadcast[name] for name in _moving(schemas[0])}
+            part |= {name: part[name] - broadcast[name] for name in _changing(schemas[0])}
         rest: Tensors = {}
         for number, (stage, fields) in enumerate(zip(stages, schemas, strict=False)):
             names = {name: _residual(number, name) for name in _lasting(fields)} if stage.feedback else {}
@@ -108,9 +109,9 @@ def pack(
 def unpack(stages: Sequence[Stage], packed: TensorMap, broadcast: TensorMap | None, schema: Schema) -> TensorMap:
     """Return, at the coordinator, the adapter of a settled schema as far as the stages keep it.
 
-    Without a broadcast it is the change, where there are stages. What is packed together is unpacked when one of its
-    tensors is asked for, and kept until one of others is. That raises ValueError for tensors that no site can have
-    packed.
+    Without a broadcast it is the change, where there are stages, but of sparse matrices. What is packed together is
+    unpacked when one of its tensors is asked for, and kept until one of others is. That raises ValueError for tensors
+    that no site can have packed.
     """
     return _Unpacked(stages, packed, broadcast, schema) if stages else packed
 
@@ -133,7 +134,7 @@ class _Unpacked(Mapping[str, "Tensor"]):
             part = stage.unpack(part, At(fields))
         if self._broadcast is None:
             return part
-        return part | {name: self._broadcast[name] + part[name] for name in _moving(schemas[0])}
+        return part | {name: self._broadcast[name] + part[name] for name in _changing(schemas[0])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -142,13 +143,14 @@ class _Unpacked(Mapping[str, "Tensor"]):
         return len(self._parts)
 
 
-def _moving(schema: Schema) -> list[str]:
-    return [key for key, field in schema.items() if field.rule is not Rule.FIXED]
+def _changing(schema: Schema) -> list[str]:
+    """Return the tensors of which stages are given the change."""
+    return [key for key, field in schema.items() if field.rule not in (Rule.FIXED, Rule.UNION)]
 
 
 def _lasting(schema: Schema) -> list[str]:
     """Return the tensors whose entries are the same ones in each round, so that what is left out can be added."""
-    return [key for key in _moving(schema) if schema[key].dtype in FLOATS and schema[key].rule is not Rule.LOCAL]
+    return [key for key in _changing(schema) if schema[key].dtype in FLOATS and schema[key].rule is not Rule.LOCAL]
 
 
 def _residual(number: int, name: str) -> str:

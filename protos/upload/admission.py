@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from offsite.kernels.schema import Rule, Schema, settle
+from offsite.kernels.schema import Rule, Schema, entries, settle
 from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -80,16 +80,15 @@ def judge_values(
 ) -> float:
     """Do the same for an update whose tensors are those of `packed`, which the stages make of the schema."""
     fixed = {name: broadcast[name] for name, field in packed.items() if field.rule is Rule.FIXED}
-    if stages:
+    chosen = bool(entries(schema))
+    if stages or chosen:
         tensors.check_values(update, packed, fixed=fixed, what=what)
-        try:
-            norm = reach(update, broadcast, schema, stages)
-        except ValueError as error:
-            raise MismatchError(f"{what}: {error}") from error
-    else:
+    try:
         norm = reach(update, broadcast, schema, stages) if seen is None else seen
-        if fixed or not math.isfinite(norm):
-            tensors.check_values(update, packed, fixed=fixed, what=what)  # says where
+    except ValueError as error:
+        raise MismatchError(f"{what}: {error}") from error
+    if not (stages or chosen) and (fixed or not math.isfinite(norm)):
+        tensors.check_values(update, packed, fixed=fixed, what=what)  # says where
     if not norm <= max_norm:
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
     return norm

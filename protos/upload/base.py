@@ -1,6 +1,7 @@
 """What a stage of an upload promises: one half at the site, the other at the coordinator.
 
-Stages are given the change since the broadcast, or what the stage before them made of it, a group of the schema at a
+Stages are given the change since the broadcast (of sparse matrices, whose entries sites choose, the values themselves),
+or what the stage before them made of it, a group of the schema at a
 time: what is folded together is packed together, and neither end holds more than the largest group in memory. A cast, a
 sign or the largest values of each group need no more. A stage that must see all groups at once, as a bound on the norm
 of the whole change or the largest values of all, says that it is `whole`; its chain then works on all tensors together,
@@ -8,7 +9,7 @@ and the memory it takes is that of the whole change.
 
 What a lossy stage leaves out can be fed back (error feedback): its `feedback` is true, and the chain adds at the site
 what the last round's `unpack` did not give back to what the stage is given in this one. Nothing is fed back of
-tensors that are fixed, of integers, and of local ones, whose entries mean others in each round.
+tensors that are fixed, of integers, and of local and sparse ones, whose entries mean others in each round.
 
 The module of a stage loads no tensor library when it is imported.
 """

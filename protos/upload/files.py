@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.kernels.schema import Rule, Schema, TensorMap, settle
+from offsite.kernels.schema import Entries, Rule, Schema, TensorMap, entries, settle
 from offsite.protos import tensors, upload
 from offsite.protos.upload.base import Stage
 
@@ -24,11 +24,25 @@ def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Sta
 
 
 def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> float:
-    """Return the same distance, whatever an update of a settled schema is read from."""
-    if not stages:
-        return tensors.gap(packed, start)
+    """Return the same distance, whatever an update of a settled schema is read from.
+
+    Of what a union averages it is that of the matrices: an entry that one has and the other has not counts as zero.
+    """
+    matrices = entries(schema)
     change = upload.unpack(stages, packed, None, schema)
-    return math.hypot(*(tensors.norm(change[name]) for name in change if schema[name].rule is not Rule.FIXED))
+    if stages:
+        ruled = (Rule.FIXED, Rule.UNION)
+        norms = [tensors.norm(change[name]) for name, field in schema.items() if field.rule not in ruled]
+    else:
+        norms = [tensors.gap(packed, start, packed.keys() - {key for pair in matrices.values() for key in pair})]
+    return math.hypot(*norms, *(_apart(change, start, pair) for pair in matrices.values()))
+
+
+def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:
+    """Return how far two sparse matrices are apart; raises ValueError for an index that does not rise."""
+    from offsite.kernels.sparse import Vector, distance  # where no matrix is sparse, none is loaded
+
+    return distance(Vector(one[pair.at], one[pair.values]), Vector(other[pair.at], other[pair.values]))
 
 
 def _settled(schema: Schema, broadcast: Path) -> Schema:

@@ -76,6 +76,8 @@ SCHEMA: Schema = {
     "0.q.B": Field("F32", (8, None), Rule.PRODUCT, "0.q"),
     "0.norm": Field("F32", (5,), Rule.MEAN),
     "0.index": Field("I64", (4,), Rule.FIXED, below=9),
+    "0.s.at": Field("I32", (None,), Rule.UNION, "0.s", below=30),
+    "0.s.values": Field("F32", (None,), Rule.UNION, "0.s"),
 }
 
 
@@ -86,9 +88,14 @@ def schema(strategy: Strategy) -> Schema:
 
 def updates(count: int) -> list[Tensors]:
     draw = torch.Generator().manual_seed(0)
-    shapes = {"0.q.A": (3, 10), "0.q.B": (8, 3), "0.norm": (5,)}
+    shapes = {"0.q.A": (3, 10), "0.q.B": (8, 3), "0.norm": (5,), "0.s.values": (6,)}
     index = {"0.index": torch.tensor([0, 8, 3, 3])}
-    return [{key: torch.randn(shape, generator=draw) for key, shape in shapes.items()} | index for _ in range(count)]
+    return [
+        {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+        | index
+        | {"0.s.at": torch.randperm(30, generator=draw)[:6].sort().values.int()}
+        for _ in range(count)
+    ]
 
 
 def folded(strategy: Strategy, given: list[tuple[Tensors, float]]) -> Version:
@@ -100,8 +107,10 @@ def folded(strategy: Strategy, given: list[tuple[Tensors, float]]) -> Version:
 
 def effects(adapter: Tensors) -> list[torch.Tensor]:
     """What an adapter does, however it is written down."""
-    product = [adapter["0.q.B"].double() @ adapter["0.q.A"].double()] if "0.q.A" in adapter else []
-    return product + [adapter[key].double() for key in ("0.norm", "0.index") if key in adapter]
+    matrices = [adapter["0.q.B"].double() @ adapter["0.q.A"].double()] if "0.q.A" in adapter else []
+    if "0.s.at" in adapter:
+        matrices.append(torch.zeros(30).double().index_add(0, adapter["0.s.at"], adapter["0.s.values"].double()))
+    return matrices + [adapter[key].double() for key in ("0.norm", "0.index") if key in adapter]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

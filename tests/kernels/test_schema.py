@@ -5,7 +5,19 @@ import sys
 
 import pytest
 
-from offsite.kernels.schema import Factors, Field, Rule, Schema, factors, is_open, rules, settle, size_bytes
+from offsite.kernels.schema import (
+    Entries,
+    Factors,
+    Field,
+    Rule,
+    Schema,
+    entries,
+    factors,
+    is_open,
+    rules,
+    settle,
+    size_bytes,
+)
 
 LORA: Schema = {
     "0.q.A": Field("F32", (None, 6), Rule.PRODUCT, "0.q"),
@@ -39,6 +51,32 @@ def test_a_product_that_is_not_one_of_two_matrices_is_refused(schema: Schema) ->
         factors(schema)
 
 
+UNION: Schema = {
+    "2.at": Field("I32", (None,), Rule.UNION, "2", below=24),
+    "2.values": Field("F32", (None,), Rule.UNION, "2"),
+}
+
+
+def test_an_index_and_its_values_are_told_apart_by_their_types_whether_sizes_are_settled_or_not() -> None:
+    assert entries(UNION | LORA | SPARSE) == {"2": Entries(at="2.at", values="2.values")}
+    assert entries(settle(UNION, {"2.at": (5,), "2.values": (5,)})) == entries(UNION)
+    assert entries(LORA | SPARSE) == {}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"2.at": UNION["2.at"]},
+        UNION | {"2.more": UNION["2.values"]},
+        UNION | {"2.values": Field("F32", (3,), Rule.UNION, "2")},
+        {key: Field(field.dtype, (2, 3), Rule.UNION, "2", below=field.below) for key, field in UNION.items()},
+    ],
+)
+def test_a_union_that_is_not_an_index_and_its_values_is_refused(schema: Schema) -> None:
+    with pytest.raises(ValueError, match=r"group '2': a union has integers \(k,\) and values \(k,\)"):
+        entries(schema)
+
+
 def test_the_sizes_that_sites_choose_are_settled_by_their_shapes() -> None:
     settled = settle(LORA | SPARSE, {"0.q.A": (2, 6), "0.q.B": (4, 2), "0.index": (3,), "0.values": (3,)})
     assert is_open(LORA) and not is_open(settled) and not is_open(SPARSE)
@@ -67,6 +105,7 @@ def test_shapes_that_do_not_fit_are_named(shapes: dict[str, tuple[int, ...]], wo
     [
         ("C64", (3,), Rule.MEAN, None, "dtype 'C64' is none of F64, F32"),
         ("I32", (3,), Rule.MEAN, 9, "not mean"),
+        ("I32", (None,), Rule.UNION, None, "not union and None"),
         ("I32", (3,), Rule.FIXED, None, "not fixed and None"),
         ("F32", (3,), Rule.FIXED, 9, "only integers have a bound"),
         ("F32", (-1,), Rule.MEAN, None, "negative"),

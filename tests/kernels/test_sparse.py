@@ -1,11 +1,13 @@
 """Sparse matrices: what is smallest, and a product whose gradients are those of the matrix it never keeps."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offsite.kernels.sparse import dense, gradient, product, smallest
+from offsite.kernels.sparse import Total, Vector, dense, distance, gradient, largest, product, smallest
 
 SIZE = (5, 7)
 
@@ -61,3 +63,50 @@ def test_nothing_as_large_as_the_matrix_is_kept_for_the_way_back() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         product(torch.ones(2, 400), index, values, size)
     assert sorted(kept) == [120, 120, 800]
+
+
+def vector(count: int, *, seed: int, most: int = 60) -> Vector:
+    draw = torch.Generator().manual_seed(seed)
+    at = torch.randperm(most, generator=draw)[:count].sort().values.int()
+    return Vector(at, torch.randn(count, generator=draw) * 10 ** torch.randint(-6, 7, (count,), generator=draw))
+
+
+def test_a_sum_is_that_of_the_matrices_over_the_union_of_their_entries() -> None:
+    vectors, weights = [vector(count, seed=count) for count in (10, 1, 25, 60)], [0.5, 0.3, 0.2, -2.0]
+    total, expected = Total(), torch.zeros(6, 10, dtype=torch.float64)
+    for number, (one, weight) in enumerate(zip(vectors, weights, strict=True), start=1):
+        total.add(one, weight)
+        expected += weight * dense(one.at, one.values.double(), (6, 10))
+        made, union = total.vector(), torch.cat([one.at for one in vectors[:number]]).unique()
+        assert torch.equal(made.at, union) and made.at.dtype == torch.int32 and made.values.dtype == torch.float32
+        torch.testing.assert_close(dense(made.at, total.sum(), (6, 10)), expected, rtol=1e-14, atol=0)
+
+
+def test_what_a_sum_rounds_to_does_not_depend_on_the_order_though_plain_sums_do() -> None:
+    vectors = [vector(30, seed=seed) for seed in range(5)]
+    vectors += [Vector(one.at, -one.values) for one in vectors[:2]]  # so that much cancels
+    weights, made, plain = [0.11, 0.23, 0.29, 0.07, 0.3, 0.11, 0.23 + 1e-9], set(), set()
+    for order in list(permutations(range(7)))[::97]:
+        total, sums = Total(), torch.zeros(6, 10, dtype=torch.float64)
+        for number in order:
+            total.add(vectors[number], weights[number])
+            sums += weights[number] * dense(vectors[number].at, vectors[number].values.double(), (6, 10))
+        made.add((*total.vector().at.tolist(), *total.vector().values.tolist()))
+        plain.add((*sums.flatten().tolist(),))
+    assert len(made) == 1 and len(plain) > 1
+
+
+def test_an_index_that_does_not_rise_is_refused() -> None:
+    for at in ([3, 3], [4, 3]):
+        with pytest.raises(ValueError, match="an entry twice, or not in order"):
+            Total().add(Vector(torch.tensor(at), torch.ones(2)))
+
+
+def test_two_matrices_are_as_far_apart_as_they_are_written_out() -> None:
+    one, other = vector(10, seed=1), vector(30, seed=2)
+    apart = float((dense(one.at, one.values, (6, 10)).double() - dense(other.at, other.values, (6, 10))).norm())
+    assert distance(one, other) == pytest.approx(apart, rel=1e-12) and distance(one, one) == 0.0
+
+
+def test_the_largest_are_those_of_the_largest_magnitude_and_of_equal_ones_the_first() -> None:
+    assert largest(torch.tensor([1.0, -3.0, 2.0, 3.0, -2.0]), 3).tolist() == [1, 2, 3]

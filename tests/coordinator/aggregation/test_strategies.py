@@ -196,7 +196,7 @@ def test_an_index_that_differs_between_sites_and_shapes_that_do_are_refused_by_t
 
 
 def test_unknown_names_and_settings_are_refused_with_what_is_known() -> None:
-    with pytest.raises(InputError, match="factor-mean, low-rank"):
+    with pytest.raises(InputError, match="factor-mean, index-union, low-rank"):
         aggregation.make("fedavg", {})
     with pytest.raises(InputError, match="strategy 'low-rank' has no setting 'momentum'; its settings are tolerance"):
         aggregation.make("low-rank", {"momentum": 1})

@@ -82,6 +82,41 @@ def test_what_was_asked_for_is_let_in(admitted: Admit) -> None:
     admitted(START, max_norm=1e-9)
 
 
+def test_of_a_sparse_matrix_the_change_is_that_of_the_matrix_and_its_index_rises(tmp_path: Path) -> None:
+    schema: Schema = {
+        "0.at": Field("I32", (None,), Rule.UNION, "0", below=9),
+        "0.values": Field("F32", (None,), Rule.UNION, "0"),
+        "1.norm": Field("F32", (2,), Rule.MEAN),
+    }
+    start = {"0.values": torch.tensor([3.0, 1.0]), "1.norm": torch.zeros(2)}
+    start["0.at"] = torch.tensor([2, 5], dtype=torch.int32)
+    tensors.save(tmp_path / "broadcast", start)
+
+    def judge(at: list[int], values: list[float], chain: tuple[Choice, ...] = (), *, norm: float = 0.0) -> None:
+        update = {"0.at": torch.tensor(at, dtype=torch.int32), "0.values": torch.tensor(values)}
+        update["1.norm"] = torch.tensor([1.0, 0.0])
+        if chain:
+            settled = settle(schema, {name: tensor.shape for name, tensor in start.items()})
+            packed = upload.pack(upload.make(chain), update, start, settled, key=bytes(32))
+            update = {name: tensor for part in packed for name, tensor in part.update.items()}
+        tensors.save(tmp_path / "update", update, metadata={"offsite": canonical(ORIGIN).decode()})
+        task = replace(TASK, upload=chain)
+        admit(tmp_path / "update", task, schema, broadcast=tmp_path / "broadcast", max_norm=norm + 1e-6)
+        with pytest.raises(MismatchError, match="changed by a norm of"):
+            admit(tmp_path / "update", task, schema, broadcast=tmp_path / "broadcast", max_norm=norm - 1e-6)
+
+    judge([2, 5], [3.0, 1.0], norm=1.0)
+    judge([2, 7], [3.0, 1.0], norm=3**0.5)  # one entry goes, one comes
+    judge([0, 5], [0.0, 1.0], norm=10**0.5)
+    for chain in ((), NOISE):
+        with pytest.raises(MismatchError, match="an entry twice, or not in order"):
+            judge([5, 2], [3.0, 1.0], chain)
+        with pytest.raises(MismatchError, match=r"0.at holds 1 values that are not in 0..8"):
+            judge([2, 9], [3.0, 1.0], chain)
+    exact = (Choice(name="noise", settings={"share": 1e-9}),)  # so little that fp32 keeps none of it
+    judge([2, 7], [3.0, 1.0], exact, norm=3**0.5)
+
+
 def test_an_update_that_was_seen_as_it_came_is_judged_and_not_read_for_its_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
