@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from offsite.client.site import outcome, rows
 from offsite.client.site.engines import ENGINES, Engine, Ranks, join
@@ -18,6 +19,7 @@ from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
+from offsite.emulator.methods.base import Choosing
 from offsite.emulator.methods.proof import Witness
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import Span, UpdateMetrics
@@ -57,6 +59,8 @@ def tune(
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
+    with faults("FAULT_EMULATOR"):
+        _choose(handout, schedule, ranks)
     engine, witness = _prepare(job, handout, ranks)
     loaded = time.time()
     steps = _run(job, engine, witness, schedule, say=say)
@@ -88,6 +92,14 @@ def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> 
     verdict = judge(job, handout.model, batches, handout.places, signs=handout.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
+
+
+def _choose(handout: Handout, schedule: Rows, ranks: Ranks) -> None:
+    """Have a method that does so choose by the first batch what trains, the same in every process."""
+    if isinstance(handout.method, Choosing):
+        for tensor in handout.method.choose(handout.model, handout.places, next(schedule.batches())):
+            if ranks.world > 1:
+                distributed.broadcast(tensor, 0)
 
 
 def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, Witness]:

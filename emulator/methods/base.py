@@ -8,10 +8,11 @@ trains is fp32. A low-rank adapter has two factors for a map y = W x, "28.self_a
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from offsite.emulator.modality import Batch
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
 
 Adapter = Tensors
@@ -150,6 +151,19 @@ class Method(Protocol):
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write a recovered adapter as files that others can load."""
+        ...
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A method of which each site chooses by its own data what trains, once a round, before the first step."""
+
+    def choose(self, model: nn.Module, places: Mapping[int, int], batch: Batch) -> list[Tensor]:
+        """Choose by the gradient of one batch, in place, in an attached model; nothing that is drawn decides.
+
+        Return the live tensors that say what trains, and the parameters: processes that train together have to have
+        the same ones.
+        """
         ...
 
 

@@ -156,7 +156,7 @@ class SparseEntries(Averaged, ABC):
             block = stack[position[place.layer]]
             linear = block.get_submodule(place.path)
             device = next(chain(linear.parameters(), linear.buffers())).device
-            part = Sparse(index.to(device), change.detach().to(device, torch.float32, copy=True), size)
+            part = Sparse(index.to(device, copy=True), change.detach().to(device, torch.float32, copy=True), size)
             block.set_submodule(place.path, Entries(linear, part))
         return model
 

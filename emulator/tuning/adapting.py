@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from offsite.emulator import modality
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
+from offsite.emulator.methods.base import Choosing
 from offsite.emulator.modality import Sample
 from offsite.emulator.tuning.state import identity, resume, save
 
@@ -140,5 +141,8 @@ def adapted(
         tell: as in `adapt`.
     """
     model = method.attach(model, places, method.start(model, places, seed=rules.seed))
+    if isinstance(method, Choosing):
+        first = training_batches(samples, batch_size=rules.batch_size, steps=1, first_step=0, seed=rules.seed)
+        method.choose(model, places, next(first))
     adapt(model, method.named_parameters(model, places), samples, rules, state=state, tell=tell)
     return model

@@ -20,7 +20,7 @@ from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import load, plug
 from offsite.emulator.tuning.loop import Schedule, tune
-from offsite.kernels.schema import Rule, rules, settle
+from offsite.kernels.schema import FLOATS, Rule, rules, settle
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
@@ -82,6 +82,11 @@ def entries(adapter: Adapter, folder: Path) -> dict[str, tensors.Entry]:
     return tensors.header(folder / "adapter")
 
 
+def moving(method: Method, start: Adapter) -> set[str]:
+    """The tensors that steps change: not what is fixed, nor an index."""
+    return {key for key, at in method.schema(start).items() if at.rule is not Rule.FIXED and at.dtype in FLOATS}
+
+
 def layers_of(adapter: Any) -> set[str]:
     return {key.partition(".")[0] for key in adapter}
 
@@ -134,8 +139,8 @@ def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
     assert {id(p) for p in trained.parameters() if p.requires_grad} == {id(p) for p in live.values()}
     assert all(parameter.dtype == torch.float32 for parameter in live.values())
     state = method.state(trained, places)
-    fixed = {key for key, field in method.schema(start).items() if field.rule is Rule.FIXED}
-    assert live.keys() == state.keys() - fixed and all(torch.equal(start[key], state[key]) for key in fixed)
+    still = method.schema(start).keys() - moving(method, start)
+    assert live.keys() == state.keys() - still and all(torch.equal(start[key], state[key]) for key in still)
     assert all(torch.equal(parameter.detach(), state[key]) for key, parameter in live.items())
     same = [key for key in live if torch.equal(start[key], state[key])]
     assert not same, f"these did not learn: {same[:3]}"
@@ -237,8 +242,7 @@ def test_as_many_values_train_as_its_formula_says(
         assert family == "gpt2"
         return
     start = method.start(draft.model, draft.outline.places, seed=0)
-    schema = method.schema(start)
-    values = sum(tensor.numel() for key, tensor in start.items() if schema[key].rule is not Rule.FIXED)
+    values = sum(start[key].numel() for key in moving(method, start))
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     each = sizes(draft, start, method.formula.each)
     assert each and sum(eval(method.formula.values, {}, own | one) for one in each) == values
@@ -250,15 +254,15 @@ def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where
     if not method.mergeable:
         assert not method.linear  # there is no W that it changes
         return
-    schema, drawn = method.schema(start), torch.Generator().manual_seed(0)
+    moves, drawn = moving(method, start), torch.Generator().manual_seed(0)
     one, other = (
         {
-            key: tensor if schema[key].rule is Rule.FIXED else tensor + 0.3 * torch.randn(tensor.shape, generator=drawn)
+            key: tensor + 0.3 * torch.randn(tensor.shape, generator=drawn) if key in moves else tensor
             for key, tensor in start.items()
         }
         for _ in range(2)
     )
-    mean = {key: tensor if schema[key].rule is Rule.FIXED else (tensor + other[key]) / 2 for key, tensor in one.items()}
+    mean = {key: (tensor + other[key]) / 2 if key in moves else tensor for key, tensor in one.items()}
     merged = []
     for adapter in (one, other, mean):
         base = tiny()
