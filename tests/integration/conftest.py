@@ -32,6 +32,7 @@ from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 from .clusters import Cluster
 from .machines import Machine, machines
+from .warm import Copy, Warm
 
 DEADLINE_S = 180.0  # of a wait for something that takes seconds: a test that hangs must fail
 WORDS = [f"w{n}" for n in range(120)]
@@ -51,11 +52,20 @@ def wait_until(true: Callable[[], Any], what: str) -> Any:
 class Federation:
     """Processes under one folder, with more in their environment if need be; none outlives the tests it is for.
 
-    They run in a machine if one is given, and then its folder is theirs.
+    They run in a machine if one is given, and then its folder is theirs. Coordinators that do steps themselves, and
+    agents whose trainers use plain torch, are copies of a warm process if one is given.
     """
 
-    def __init__(self, folder: Path, material: Path, *, machine: Machine | None = None, **environment: str) -> None:
-        self.folder, self.material, self._machine = folder, material, machine
+    def __init__(
+        self,
+        folder: Path,
+        material: Path,
+        *,
+        machine: Machine | None = None,
+        warm: Warm | None = None,
+        **environment: str,
+    ) -> None:
+        self.folder, self.material, self._machine, self._warm = folder, material, machine, warm
         self._environment = os.environ | ENVIRONMENT | environment
         self.authority = Authority.create(folder / "pki")
         self.authority.issue("coordinator", "coordinator")
@@ -63,12 +73,17 @@ class Federation:
         self.researcher = self.authority.issue("researcher", "alice")
         self.address = ""
         self._addresses: dict[str, str] = {}
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, subprocess.Popen[bytes] | Copy] = {}
 
-    def start(self, name: str, *arguments: str, program: tuple[str, ...] = ("-m", "offsite.client")) -> None:
+    def start(
+        self, name: str, *arguments: str, program: tuple[str, ...] = ("-m", "offsite.client"), warm: bool = False
+    ) -> None:
         """Run `offsite ARGUMENTS`, or another program of Python's, output to a log that later starts append to."""
         popen = self._machine.popen if self._machine else subprocess.Popen
         with self.log(name).open("ab") as log:
+            if self._warm and warm:
+                self._children[name] = self._warm.start(arguments, self._environment, log)
+                return
             self._children[name] = popen(
                 [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -119,6 +134,7 @@ class Federation:
             *("coordinator", "up", "--home", str(self.folder / home), "--identity", kit, "--executor", executor),
             *("--policy", str(file)),
             *("--listen", listen or "127.0.0.1:0", "--format", "json", "--threads", "1", *more),
+            warm=executor == "threads",
         )
         address = self._addresses[name] = str(self.expect(name, "ready", count=ready + 1)["address"])
         if name == "coordinator":
@@ -133,8 +149,9 @@ class Federation:
         data: Path | None = None,
         policy: str = "",
         engine: str = "plain",
+        cold: bool = False,
     ) -> None:
-        """Start a site's agent, with a kit that is issued for it unless one is given.
+        """Start a site's agent, with a kit that is issued for it unless one is given; a cold one is no copy.
 
         `policy` is TOML added to one that allows what these tests ask for.
         """
@@ -150,6 +167,7 @@ class Federation:
             *("--policy", str(file)),
             *("--data", str(data or self.material / f"{name}.jsonl"), "--work", str(self.folder / "work" / name)),
             *("--engine", engine, "--format", "json"),
+            warm=engine == "plain" and not cold,
         )
         self.expect(name, "enrolled", count=enrolled + 1)
 
@@ -292,9 +310,25 @@ def federated(folder: Path, material: Path, **options: Any) -> Iterator[Federati
 
 
 @pytest.fixture(scope="session")
-def federations(material: Path) -> Callable[..., AbstractContextManager[Federation]]:
-    """A maker of federations, each in a folder and, by keyword, a machine and an environment of its own."""
-    return lambda folder, **options: federated(folder, material, **options)
+def warm() -> Iterator[Warm]:
+    """What the processes of federations are copies of."""
+    made = Warm()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def federations(material: Path, warm: Warm) -> Callable[..., AbstractContextManager[Federation]]:
+    """A maker of federations, each in a folder and, by keyword, a machine and an environment of its own.
+
+    A path of Python's own is read when a process starts: those have no copies, nor have those in a machine.
+    """
+
+    def make(folder: Path, **options: Any) -> AbstractContextManager[Federation]:
+        cold = {"machine", "PYTHONPATH"} & options.keys()
+        return federated(folder, material, warm=None if cold else warm, **options)
+
+    return make
 
 
 @contextmanager
@@ -319,17 +353,17 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def federation(tmp_path: Path, material: Path) -> Iterator[Federation]:
+def federation(tmp_path: Path, federations: Any) -> Iterator[Federation]:
     """A federation with nothing started."""
-    with federated(tmp_path, material) as made:
+    with federations(tmp_path) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def coordinated(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Iterator[Federation]:
+def coordinated(tmp_path_factory: pytest.TempPathFactory, federations: Any) -> Iterator[Federation]:
     """A federation whose coordinator runs, shared by all tests that end nothing of it but what they started."""
     telemetry = {"OFFSITE_METRICS": "127.0.0.1:0", "OFFSITE_LOG_FORMAT": "json"}
-    with federated(tmp_path_factory.mktemp("coordinated"), material, **telemetry) as made:
+    with federations(tmp_path_factory.mktemp("coordinated"), **telemetry) as made:
         made.coordinate()
         with made.connect() as session:  # it is patient while the coordinator imports what judges runs
             session.submit(made.spec(sites=("nobody",))).cancel()

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "offsite.json"
+SITE = "clinic"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine
 
 
@@ -42,12 +43,12 @@ def asked(dashboard: dict[str, Any]) -> set[str]:
 
 
 def test_both_ends_tell_of_a_run_what_the_dashboard_asks_for(coordinated: Any, wait: Any) -> None:
-    coordinated.have("hospital")
+    coordinated.join(SITE, data=coordinated.material / "hospital.jsonl", cold=True)  # its trainers are its own
     gateway = coordinated.events("coordinator", "ready")[-1]["metrics"]
-    site = coordinated.events("hospital", "metrics")[-1]["address"]
+    site = coordinated.events(SITE, "metrics")[-1]["address"]
     before, at_site = scrape(gateway), scrape(site)
     with coordinated.connect() as session:
-        run = session.submit(coordinated.spec(rounds=2, sites=("hospital",))).wait()
+        run = session.submit(coordinated.spec(rounds=2, sites=(SITE,))).wait()
         moved = run.report["bytes"]
     wait(lambda: scrape(site)["offsite_site_state{state=waiting}"] == 1, "the site is done")
     after, then = scrape(gateway), scrape(site)
@@ -80,14 +81,14 @@ def test_both_ends_tell_of_a_run_what_the_dashboard_asks_for(coordinated: Any, w
         assert get(address, "/healthz") == get(address, "/readyz") == (200, "ok\n")
         assert get(address, "/")[0] == 404
         text = get(address, "/metrics")[1]
-        assert "hospital" not in text and str(coordinated.folder) not in text and run.id not in text
+        assert SITE not in text and str(coordinated.folder) not in text and run.id not in text
 
     lines = [json.loads(line) for line in coordinated.log("coordinator").read_text().splitlines() if '"level"' in line]
-    mine = [line for line in lines if line.get("run") == run.id and line.get("site") == "hospital"]
+    mine = [line for line in lines if line.get("run") == run.id and line.get("site") == SITE]
     assert [(line["level"], line["round"]) for line in mine] == [("info", 1), ("info", 2)], lines
     assert all("accepted" in line["message"] for line in mine)
-    lines = [json.loads(line) for line in coordinated.log("hospital").read_text().splitlines() if '"level"' in line]
-    assert {line["site"] for line in lines} == {"hospital"} and all(line["message"] for line in lines)
+    lines = [json.loads(line) for line in coordinated.log(SITE).read_text().splitlines() if '"level"' in line]
+    assert {line["site"] for line in lines} == {SITE} and all(line["message"] for line in lines)
     mine = [line for line in lines if line.get("run") == run.id]
     assert [(line["kind"], line["round"]) for line in mine if line["kind"] in ("task", "uploaded")] == [
         *[("task", 1), ("uploaded", 1), ("task", 2), ("uploaded", 2)]
