@@ -86,6 +86,10 @@ class Bench:
     def schedule(self, rate: float, batch_size: int = 4) -> Schedule:
         return Schedule(SIZE.steps, SIZE.haste * rate, batch_size=batch_size, decay="cosine", seed=self.seed)
 
+    def unhurried(self, rate: float) -> Schedule:
+        """That of the full size, whatever the size."""
+        return Schedule(FULL.steps, rate, decay="cosine", seed=self.seed)
+
     def tuned(
         self, model: nn.Module, places: dict[int, int], method: Method, rate: float, batch_size: int = 4
     ) -> tuple[nn.Module, Adapter]:

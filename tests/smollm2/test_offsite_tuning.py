@@ -68,11 +68,14 @@ def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: T
 
 
 def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, story: Story, tell: Tell) -> None:
-    """T1b: the same data and steps with everything unfrozen, and an emulator healed on public text."""
+    """T1b: the same data with everything unfrozen, and an emulator healed on public text.
+
+    Nothing hurries the first: at twice the rate that suits everything unfrozen, it would come to harm.
+    """
     schedule = bench.schedule(RATE)
     attacked = {
-        name: attack(story.draft.model, text, schedule)
-        for name, text in (("unfreeze", bench.train), ("heal", bench.public))
+        "unfreeze": attack(story.draft.model, bench.train, bench.unhurried(RATE)),
+        "heal": attack(story.draft.model, bench.public, schedule),
     }
     found = {
         name: Reach(task=modality.score(model, bench.exam), general=modality.score(model, bench.general))
