@@ -32,6 +32,7 @@ _MEANT = {
 }
 _TEXT, _PLAIN = "<text>", "<plain>"  # pydantic's places of what `Written` reads
 _adapter: Any = cache(TypeAdapter)
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 _quoting = reprlib.Repr()
 _quoting.maxstring = _quoting.maxother = 120
 _quoting.maxlevel, _quoting.maxlong = 3, 40
@@ -121,7 +122,7 @@ def to_json(value: Any) -> bytes:
 
 def canonical(value: Any) -> bytes:
     """Write plain data as canonical JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return _canonical.encode(value).encode()
 
 
 def plain(text: str, *, most: int = 2000) -> str:
