@@ -74,8 +74,7 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(material: Path, tm
         return (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
 
     one = outcome(start("one", 1), "one")
-    assert outcome(start("three", 3), "three") == one
-    killed = start("killed", 2)
+    killed = start("killed", 3)
     blobs = tmp_path / "killed" / "home" / "blobs" / "blake3"
     begun = wait_until(lambda: len(list(blobs.glob("??/*"))), "the emulator is built")
     wait_until(lambda: len(list(blobs.glob("??/*"))) > begun + 3, "a round is over")
