@@ -47,6 +47,7 @@ class OwnerPolicy:
         "lora",
         "lt-sft",
         "miss",
+        "mos",
         "oft",
         "paca",
         "peanut",

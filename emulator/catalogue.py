@@ -34,6 +34,7 @@ METHODS: Plugins[Any] = Plugins(
         "shira": "offsite.emulator.methods.peft_types:Shira",
         "vera": "offsite.emulator.methods.peft_types:Vera",
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
+        "mos": "offsite.emulator.methods.mos:Mos",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",
         "lt-sft": "offsite.emulator.methods.lt_sft:LtSft",

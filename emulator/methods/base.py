@@ -123,7 +123,7 @@ class Method(Protocol):
         ...
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
-        """Return a tier's adapter that changes nothing; the same for base and emulator, whichever layers train.
+        """Return a tier's adapter that changes nothing; the same for base and emulator where the same layers train.
 
         Of the tier "" it is what sites have that no setting names. Raises ValueError for a tier that is none.
         """

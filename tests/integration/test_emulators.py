@@ -118,6 +118,7 @@ RECIPES = [
     ("whole+additive(group=4,bits=4,steps=2)", "paca(rank=4)", "low-rank"),
     ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "s2ft(channels=0.3,groups=0.5,before=true)", "low-rank"),
     ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "lora(rank=4,init=pissa)", "low-rank"),
+    ("crash(keep=5)+quantised(format=int4,block=16)", "mos", "mean"),
     ("sketch(groups=2)", "grids", "mean"),
     ("crash(keep=5)+quantised(format=int4,block=16)", "spiel(share=0.05)", "index-union"),
     ("loram(mlp=0.25,attention=0.5,first=1,last=1)", "lt-sft(share=0.05)", "index-union"),
