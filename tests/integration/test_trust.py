@@ -258,7 +258,7 @@ def test_a_run_that_cannot_be_done_is_refused_before_anything_is_trained(federat
         ),
         ({"realign_steps": 5}, "put distilled last in builders"),
         ({"method": choice(name="lora", settings={"rank": 0})}, "rank"),
-        ({"strategy": choice(name="median")}, "factor-mean, low-rank, mean"),
+        ({"strategy": choice(name="median")}, "factor-mean, .*low-rank, mean"),
         (
             {
                 "strategy": choice(name="factor-mean"),
