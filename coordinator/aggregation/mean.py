@@ -49,26 +49,29 @@ class TensorMean:
         if isinstance(update, tensors.Reader):
             self._add_file(update, origin)
             return
+        weight = torch.tensor([origin.weight])  # which multiplies a small tensor in half the time that a float takes
         for key, field in self._schema.items():
-            self._add(key, field.rule, update[key], origin)
-
-    def _add(self, key: str, rule: Rule, tensor: Tensor, origin: Origin) -> None:
-        mean = self._mean.get(key)
-        if mean is not None:
-            _check_shape(key, mean, tensor.shape, origin)
-        if rule is Rule.FIXED:
-            if mean is not None and not torch.equal(mean, tensor):
-                raise InputError(f"{key} is fixed, but another at {origin.site} than at others")
-            self._mean[key] = tensor
-        else:
-            share = origin.weight * tensor
+            tensor, mean = update[key], self._mean.get(key)
+            if field.rule is Rule.FIXED:
+                self._hold(key, tensor, origin)
+                continue
+            if mean is not None:
+                _check_shape(key, mean, tensor.shape, origin)
+            share = (weight if tensor.ndim and tensor.dtype is weight.dtype else origin.weight) * tensor
             self._mean[key] = share if mean is None else mean.add_(share)
+
+    def _hold(self, key: str, tensor: Tensor, origin: Origin) -> None:
+        """Take what is fixed, the same at all sites."""
+        held = self._mean.setdefault(key, tensor)
+        _check_shape(key, held, tensor.shape, origin)
+        if not torch.equal(held, tensor):
+            raise InputError(f"{key} is fixed, but another at {origin.site} than at others")
 
     def _add_file(self, update: tensors.Reader, origin: Origin) -> None:
         """Do the same bit for bit, but read what is averaged a block at a time, which a core's cache holds."""
         for key, field in self._schema.items():
             if field.rule is Rule.FIXED:
-                self._add(key, field.rule, update[key], origin)
+                self._hold(key, update[key], origin)
                 continue
             dtype, shape = update.entries[key]
             if key not in self._mean:  # -0.0 plus anything is that, 0.0 would make 0.0 of -0.0
