@@ -35,6 +35,7 @@ class OwnerPolicy:
     methods: Words = (
         "bottleneck",
         "c3a",
+        "compacter",
         "fourierft",
         "gralora",
         "grids",

@@ -13,6 +13,7 @@ METHODS: Plugins[Any] = Plugins(
     {
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
+        "compacter": "offsite.emulator.methods.compacter:Compacter",
         "dora": "offsite.emulator.methods.dora:Dora",
         "grids": "offsite.emulator.methods.grids:Grids",
         "hydra": "offsite.emulator.methods.hydra:Hydra",

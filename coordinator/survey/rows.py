@@ -8,6 +8,7 @@ from offsite.coordinator.runs import pairs
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.size import measure
 from offsite.emulator.methods import METHODS, Method
+from offsite.emulator.methods.base import Formula
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _row(method: Method) -> Row:
         source=f"{kind.__module__}:{kind.__qualname__}",
         kind=method.kind.value,
         paper=method.paper,
-        formula=f"{method.formula.values}, each {method.formula.each}",
+        formula=_formula(method.formula),
         values=size.values,
         update_bytes=size.update_bytes,
         training_bytes=size.training_bytes,
@@ -66,6 +67,10 @@ def _row(method: Method) -> Row:
         spares=sorted(name for name, builder in altering if getattr(builder, "alters", frozenset()) & method.spares),
         rate=method.rate,
     )
+
+
+def _formula(formula: Formula) -> str:
+    return f"{formula.values}, each {formula.each}" + (f"; {formula.once}, once" if formula.once else "")
 
 
 def emulators(row: Row) -> str:

@@ -28,15 +28,16 @@ class Kind(StrEnum):
 
 
 class Formula(NamedTuple):
-    """How many values train, as a Python expression of the method's settings and the sizes of each thing that trains.
+    """How many values train, as Python expressions of the method's settings and the sizes of each thing that trains.
 
     A "map" has `d_out`, `d_in`, `bias` (whether it has one) and, if it is sketched, `grids` of a row. A "layer" has
     `parameters`, the hidden width `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and
-    `kv` of keys and values, and `width`, that of a head.
+    `kv` of keys and values, and `width`, that of a head. `once` is of settings alone.
     """
 
     each: Literal["map", "layer"]
     values: str
+    once: str = ""  # of what all of them have in common
 
 
 class Place(NamedTuple):

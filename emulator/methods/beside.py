@@ -30,11 +30,11 @@ class Beside(nn.Module):
     """A linear map and what trains beside it, in fp32; each method has a forward of its own."""
 
     def __init__(self, linear: nn.Module, parts: Mapping[str, Tensor]) -> None:
-        """Take the map, and the tensors by name."""
+        """Take the map, and the tensors by name; a parameter is one that other maps have, too."""
         super().__init__()
         self.linear = linear
         for name, tensor in parts.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:
@@ -70,6 +70,7 @@ class BesideMaps(Averaged, ABC):
     mergeable: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     seeded: ClassVar[bool] = True
+    common: ClassVar[frozenset[str]] = frozenset()  # tensors that all maps have together; they lie at the first map
 
     @property
     @abstractmethod
@@ -123,17 +124,35 @@ class BesideMaps(Averaged, ABC):
         """Return tensors that change nothing, each from a CPU generator of its own."""
         stack = find(model).layers
         adapter: Adapter = {}
-        for at, paths in self.maps(model, places).items():
+        maps = self.maps(model, places)
+        first = min((Place(places[at], path) for at, paths in maps.items() for path in paths), default=None)
+        for at, paths in maps.items():
             for place in (Place(places[at], path) for path in paths):
                 linear = stack[at].get_submodule(place.path)
                 for part in self.of_map(linear):
-                    key = place.key(part)
-                    adapter[key] = self.draw(part, self.size(linear, part), generator(seed, key))
+                    if place == first or part not in self.common:
+                        key = place.key(part)
+                        adapter[key] = self.draw(part, self.size(linear, part), generator(seed, key))
         return adapter
+
+    def placed(self, adapter: Mapping[str, Tensor]) -> dict[Place, Parts]:
+        """Group an adapter by map, and give each map what all have in common.
+
+        Raises ValueError as `grouped` does, and if that lies anywhere but at the first map of the lowest layer.
+        """
+        maps = grouped(adapter, self.axes)
+        first = min(maps, default=Place(0, ""))
+        for place, parts in maps.items():
+            if self.common & parts.keys() != (self.common if place == first else set()):
+                raise ValueError(
+                    f"{place.layer}.{place.path} has {', '.join(parts)}: what all maps have in common, "
+                    f"{', '.join(sorted(self.common))}, lies at the first of them, {first.layer}.{first.path}"
+                )
+        return {place: {part: maps[first][part] for part in self.common} | parts for place, parts in maps.items()}
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put the tensors beside the maps, in place; raises ValueError if they do not fit."""
-        maps, position = grouped(adapter, self.axes), {layer: at for at, layer in places.items()}
+        maps, position = self.placed(adapter), {layer: at for at, layer in places.items()}
         if {place.layer for place in maps} != set(places.values()):
             ids = sorted({place.layer for place in maps})
             raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
@@ -141,9 +160,12 @@ class BesideMaps(Averaged, ABC):
         fitting = list(self.fitting(model, there))
         model.requires_grad_(False)
         stack = find(model).layers
+        common: dict[str, nn.Parameter] = {}
         for place, linear, parts in fitting:
             device = next(chain(linear.parameters(), linear.buffers())).device
-            stack[place.layer].set_submodule(place.path, self.beside(linear, _at(device, parts)))
+            own = _at(device, {name: part for name, part in parts.items() if name not in common})
+            common |= {name: nn.Parameter(own.pop(name)) for name in self.common & own.keys()}
+            stack[place.layer].set_submodule(place.path, self.beside(linear, own | common))
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
@@ -152,14 +174,20 @@ class BesideMaps(Averaged, ABC):
         return {key: parameter.detach().to("cpu", torch.float32, copy=True) for key, parameter in live.items()}
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
-        """Return the live tensors of an attached model by adapter key."""
+        """Return the live tensors of an attached model by adapter key, each once."""
         stack = find(model).layers
-        return {
-            Place(layer, path).key(name): parameter
+        modules = {
+            Place(layer, path): module
             for at, layer in places.items()
             for path, module in stack[at].named_modules()
             if isinstance(module, Beside)
+        }
+        first = min(modules, default=None)
+        return {
+            place.key(name): parameter
+            for place, module in modules.items()
             for name, parameter in module.parts.items()
+            if place == first or name not in self.common
         }
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
@@ -187,7 +215,7 @@ class BesideMaps(Averaged, ABC):
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
         """Have the weights and biases take the tensors in, in place and in fp32; raises ValueError as `merged` does."""
         with torch.no_grad():
-            for _, linear, parts in list(self.fitting(base, grouped(adapter, self.axes))):
+            for _, linear, parts in list(self.fitting(base, self.placed(adapter))):
                 weight = linear.get_parameter("weight")
                 bias = None if linear.bias is None else linear.get_parameter("bias")
                 own = None if bias is None else bias.float()
@@ -198,7 +226,7 @@ class BesideMaps(Averaged, ABC):
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write `offsite_adapter.json` and `.safetensors`, for `offsite.emulator.plug.load` on the base."""
-        list(self.fitting(base, grouped(adapter, self.axes)))
+        list(self.fitting(base, self.placed(adapter)))
         own_format.write(directory, self, adapter, base_name=base_name)
 
     def fitting(self, model: nn.Module, maps: Mapping[Place, Parts]) -> Iterator[tuple[Place, nn.Module, Parts]]:

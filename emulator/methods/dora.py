@@ -23,6 +23,7 @@ from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Factors, Formula, Kind
 from offsite.emulator.methods.beside import Axes, Beside, BesideMaps, Parts, grouped
+from offsite.emulator.methods.recovery import refuse
 from offsite.emulator.methods.targets import Modules
 from offsite.emulator.outline import NARROWED
 from offsite.kernels.schema import Field, Rule, Schema
@@ -121,12 +122,7 @@ class Dora(BesideMaps):
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter; raises ValueError if one of its maps was narrowed."""
-        for place in grouped(adapter, self.axes):
-            if f"{place.layer}.{place.path}.shape" in recovery:
-                raise ValueError(
-                    f"{place.layer}.{place.path}: the emulator's map is narrower than the base's, whose rows the same "
-                    "product turns less; leave the layers that train as they are, or train them with another method"
-                )
+        refuse(grouped(adapter, self.axes), recovery, "whose rows the same product turns less")
         return adapter
 
     def merged(self, W: Tensor, b: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,7 @@ from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Averaged, Factors, Formula, Kind, Place
 from offsite.emulator.methods.beside import Axes, grouped
 from offsite.emulator.methods.lora import Lora
+from offsite.emulator.methods.recovery import refuse
 from offsite.emulator.methods.targets import Modules
 from offsite.emulator.outline import NARROWED
 from offsite.emulator.seeds import generator
@@ -263,13 +264,7 @@ class Mos(Averaged):
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter; raises ValueError if one of its maps was narrowed."""
-        for place in grouped(adapter, AXES):
-            if f"{place.layer}.{place.path}.shape" in recovery:
-                raise ValueError(
-                    f"{place.layer}.{place.path}: the emulator's map is narrower than the base's, and the pools would "
-                    "fit other rows and columns of each layer; leave the layers that train as they are, or train them "
-                    "with another method"
-                )
+        refuse(grouped(adapter, AXES), recovery, "of which each layer lacks other rows and columns")
         return adapter
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:

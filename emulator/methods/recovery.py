@@ -1,11 +1,14 @@
-"""LoRA of a narrowed map brought back to the full one (LoRAM, arXiv 2502.13533): zeros where something was pruned."""
+"""LoRA of a narrowed map brought back to the full one (LoRAM, arXiv 2502.13533): zeros where something was pruned.
 
-from collections.abc import Mapping
+What methods train that cannot come back so is refused.
+"""
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from offsite.emulator.methods.base import Adapter, factors
+from offsite.emulator.methods.base import Adapter, Place, factors
 
 
 def widen(adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
@@ -30,3 +33,13 @@ def widen(adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         wide[place.key("A")] = A.new_zeros(A.shape[0], d_in).index_copy(1, columns, A)
         wide[place.key("B")] = B.new_zeros(d_out, B.shape[1]).index_copy(0, rows, B)
     return wide
+
+
+def refuse(places: Iterable[Place], recovery: Mapping[str, Tensor], reason: str) -> None:
+    """Raise ValueError if one of the maps was narrowed, which are here "the base's, REASON"."""
+    for place in places:
+        if f"{place.layer}.{place.path}.shape" in recovery:
+            raise ValueError(
+                f"{place.layer}.{place.path}: the emulator's map is narrower than the base's, {reason}; leave the "
+                "layers that train as they are, or train them with another method"
+            )

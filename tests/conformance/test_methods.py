@@ -244,8 +244,9 @@ def test_as_many_values_train_as_its_formula_says(
     start = method.start(draft.model, draft.outline.places, seed=0)
     values = sum(start[key].numel() for key in moving(method, start))
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
-    each = sizes(draft, start, method.formula.each)
-    assert each and sum(eval(method.formula.values, {}, own | one) for one in each) == values
+    each, formula = sizes(draft, start, method.formula.each), method.formula
+    once = eval(formula.once, {}, own) if formula.once else 0
+    assert each and once + sum(eval(formula.values, {}, own | one) for one in each) == values
 
 
 def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where_the_method_says_so(

@@ -59,7 +59,7 @@ def test_a_start_is_zero_where_it_comes_back_up_and_nowhere_else(tiny: Any) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bottleneck", "hydra", "ssf"])
+@pytest.mark.parametrize("name", ["bottleneck", "compacter", "hydra", "ssf"])
 def test_families_that_keep_maps_otherwise_train_too(
     family: str, tiny: Any, ids: Tensor, name: str, tmp_path: Path
 ) -> None:
