@@ -45,6 +45,7 @@ class OwnerPolicy:
         "ia3",
         "loha",
         "lokr",
+        "loldu",
         "lora",
         "lt-sft",
         "miss",

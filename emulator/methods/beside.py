@@ -6,7 +6,7 @@ so it is known what becomes of it where an emulator's maps were narrowed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, TypeAlias
@@ -29,12 +29,15 @@ Parts: TypeAlias = dict[str, Tensor]  # what is beside one map
 class Beside(nn.Module):
     """A linear map and what trains beside it, in fp32; each method has a forward of its own."""
 
-    def __init__(self, linear: nn.Module, parts: Mapping[str, Tensor]) -> None:
-        """Take the map, and the tensors by name; a parameter is one that other maps have, too."""
+    def __init__(self, linear: nn.Module, parts: Mapping[str, Tensor], *, fixed: Set[str] = frozenset()) -> None:
+        """Take the map, the tensors by name, and which do not train; a parameter is one that other maps have, too."""
         super().__init__()
         self.linear = linear
         for name, tensor in parts.items():
-            self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+            if name in fixed:
+                self.register_buffer(name, tensor, persistent=False)
+            else:
+                self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:
@@ -71,6 +74,7 @@ class BesideMaps(Averaged, ABC):
     linear: ClassVar[bool] = False
     seeded: ClassVar[bool] = True
     common: ClassVar[frozenset[str]] = frozenset()  # tensors that all maps have together; they lie at the first map
+    fixed: ClassVar[frozenset[str]] = frozenset()  # tensors that do not train, which are buffers beside a map
 
     @property
     @abstractmethod
@@ -82,9 +86,9 @@ class BesideMaps(Averaged, ABC):
     def modules(self) -> Modules | Outputs:
         """Which maps they are beside: a setting of each method."""
 
-    @abstractmethod
     def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
-        """Return a tensor to start from, such that all of a map together change nothing."""
+        """Return a tensor to start from, such that a map's together change nothing: zeros, unless a method draws."""
+        return torch.zeros(size)
 
     @abstractmethod
     def beside(self, linear: nn.Module, parts: Parts) -> Beside:
@@ -121,19 +125,27 @@ class BesideMaps(Averaged, ABC):
         self.maps(model, places)
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
-        """Return tensors that change nothing, each from a CPU generator of its own."""
+        """Return tensors that change nothing; those that are drawn have a CPU generator of their own each."""
         stack = find(model).layers
         adapter: Adapter = {}
         maps = self.maps(model, places)
         first = min((Place(places[at], path) for at, paths in maps.items() for path in paths), default=None)
         for at, paths in maps.items():
             for place in (Place(places[at], path) for path in paths):
-                linear = stack[at].get_submodule(place.path)
-                for part in self.of_map(linear):
-                    if place == first or part not in self.common:
-                        key = place.key(part)
-                        adapter[key] = self.draw(part, self.size(linear, part), generator(seed, key))
+                parts = self.initial(place, stack[at].get_submodule(place.path), seed)
+                adapter |= {
+                    place.key(part): tensor
+                    for part, tensor in parts.items()
+                    if place == first or part not in self.common
+                }
         return adapter
+
+    def initial(self, place: Place, linear: nn.Module, seed: int) -> Parts:
+        """Return what a map starts from: each tensor drawn by itself, unless a method says otherwise."""
+        return {
+            part: self.draw(part, self.size(linear, part), generator(seed, place.key(part)))
+            for part in self.of_map(linear)
+        }
 
     def placed(self, adapter: Mapping[str, Tensor]) -> dict[Place, Parts]:
         """Group an adapter by map, and give each map what all have in common.
@@ -169,19 +181,14 @@ class BesideMaps(Averaged, ABC):
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
-        """Read the adapter off an attached model as CPU fp32 copies."""
-        live = self.named_parameters(model, places)
-        return {key: parameter.detach().to("cpu", torch.float32, copy=True) for key, parameter in live.items()}
+        """Read the adapter off an attached model as CPU copies, in fp32 but for integers."""
+        modules = _modules(model, places)
+        fixed = {place.key(name): at.get_buffer(name) for place, at in modules.items() for name in self.fixed}
+        return _at(torch.device("cpu"), {**self.named_parameters(model, places), **fixed})
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live tensors of an attached model by adapter key, each once."""
-        stack = find(model).layers
-        modules = {
-            Place(layer, path): module
-            for at, layer in places.items()
-            for path, module in stack[at].named_modules()
-            if isinstance(module, Beside)
-        }
+        modules = _modules(model, places)
         first = min(modules, default=None)
         return {
             place.key(name): parameter
@@ -257,5 +264,19 @@ class BesideMaps(Averaged, ABC):
             yield place, linear, parts
 
 
-def _at(device: torch.device, parts: Parts) -> Parts:
-    return {name: part.detach().to(device, torch.float32, copy=True) for name, part in parts.items()}
+def _modules(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Beside]:
+    stack = find(model).layers
+    return {
+        Place(layer, path): module
+        for at, layer in places.items()
+        for path, module in stack[at].named_modules()
+        if isinstance(module, Beside)
+    }
+
+
+def _at(device: torch.device, parts: Mapping[str, Tensor]) -> Parts:
+    """Return copies on a device, in fp32 but for integers."""
+    return {
+        name: part.detach().to(device, torch.float32 if part.is_floating_point() else part.dtype, copy=True)
+        for name, part in parts.items()
+    }

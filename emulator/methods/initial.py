@@ -28,7 +28,7 @@ def principal(W: Tensor, rank: int, scale: float) -> Factors:
     Where W has no more singular values, B is zero and A random, as in any LoRA. W is (d_out, d_in); the cost is that of
     about 2 * ITERATIONS products of W with `rank` columns, which are drawn from one seed in all runs.
     """
-    W = _rounded(W)
+    W = rounded(W)
     random = generator(0, "pissa")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random.initial_seed())
@@ -46,7 +46,7 @@ def orthonormal(W: Tensor, rank: int, scale: float) -> Factors:
 
     They do not depend on the scale. W is (d_out, d_in).
     """
-    W = _rounded(W)
+    W = rounded(W)
     Q, R = torch.linalg.qr(W[:, :rank])
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(W.dtype)
     Q = Q * sign
@@ -59,5 +59,6 @@ INITS: dict[str, Callable[[Tensor, int, float], Factors]] = {
 }
 
 
-def _rounded(W: Tensor) -> Tensor:
+def rounded(W: Tensor) -> Tensor:
+    """Return a matrix in fp64 and on the CPU, rounded to bf16, as coarse as any copy of it is."""
     return W.detach().to("cpu", torch.bfloat16).double()

@@ -10,7 +10,6 @@ model would have nowhere to keep that. The paper starts from small random values
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from offsite.emulator.methods.base import Formula, Kind
@@ -52,10 +51,6 @@ class Ssf(BesideMaps):
     def of_map(self, linear: nn.Module) -> Axes:
         """Return both for a map with a bias."""
         return self.axes if linear.bias is not None else {"scale": ("rows",)}
-
-    def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
-        """Return zeros."""
-        return torch.zeros(size)
 
     def beside(self, linear: nn.Module, parts: Parts) -> Scaled:
         """Return a map that is scaled."""
