@@ -89,3 +89,21 @@ PLACEMENTS: Plugins[Any] = Plugins(
     },
     group="offsite.placements",
 )
+SCHEDULES: Plugins[Any] = Plugins(
+    "schedule",
+    {
+        "constant": "offsite.emulator.schedules:Constant",
+        "linear": "offsite.emulator.schedules:Linear",
+        "cosine": "offsite.emulator.schedules:Cosine",
+        "cosine_with_min_lr": "offsite.emulator.schedules:CosineWithFloor",
+        "polynomial": "offsite.emulator.schedules:Polynomial",
+        "inverse_sqrt": "offsite.emulator.schedules:InverseSqrt",
+        "warmup_stable_decay": "offsite.emulator.schedules:WarmupStableDecay",
+    },
+    group="offsite.schedules",
+    refused={
+        "constant_with_warmup": "constant warms up over warmup_steps as all others do",
+        "greedy": "it follows a loss on held-out text, which a site does not measure while it trains",
+        "reduce_lr_on_plateau": "it follows a loss on held-out text, which a site does not measure while it trains",
+    },
+)

@@ -75,6 +75,7 @@ Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, 
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
+SCHEDULE = Choice(name="constant")
 
 
 @document
@@ -84,7 +85,8 @@ class TrainingSpec:
     steps: Positive = 20  # optimiser steps
     batch_size: Positive = 4  # sequences per step, over all processes of the site
     learning_rate: AboveZero | None = None  # None: what suits the method and the model
-    warmup_steps: Count = 0
+    warmup_steps: Count = 0  # of each round, before the first step at the whole rate
+    schedule: Chosen = SCHEDULE  # how the rate goes on from there, in each round anew
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut

@@ -152,14 +152,15 @@ class Demo:
 
     def _spec(self, sites: list[SiteData], public: Path) -> RunSpec:
         settings = self._settings
-        training = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
         return RunSpec(
             name="offsite demo",
             model=policy.MODEL,
             builders=(Choice(name="crash", settings={"keep": settings.keep, "sharing": "auto"}),),
             method=settings.method,
             training=TrainingSpec(
-                **training,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
                 learning_rate=settings.learning_rate,
                 max_length=settings.max_length,
                 precision=self._precision(),

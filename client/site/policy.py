@@ -3,6 +3,7 @@
 A field that is left out of the file has the safe value; the sentences beside the fields are those that `join` shows.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from re import fullmatch
@@ -18,6 +19,7 @@ from offsite.protos.ranges import AboveZero, AtLeastZero, Digest, Flag, Place, P
 from offsite.protos.spec import METHOD, Manifest, Ratio, TaskSpec
 
 MIB = 1 << 20
+WARM = 3 / 4  # of its steps is what a round whose rate rises to the end counts as at least
 
 Bases = Annotated[tuple[Digest, ...], Field(max_length=1024, description="base models to work for, by digest, or any")]
 Folders = Annotated[
@@ -134,6 +136,18 @@ class Policy:
         if passes > self.max_passes:
             what = f"{passes:.3g} passes over {distinct} distinct sequences in {rounds} rounds"
             raise refusal("max_passes", f"{what} are more than {self.max_passes:g}")
+
+    def check_shares(self, shares: Sequence[float]) -> None:
+        """Raise RefusedError for a learning rate that falls so fast that a round is one of few steps after all.
+
+        Its steps are counted by Kish's effective number, (sum s)^2 / sum s^2 of their shares of the rate (Survey
+        Sampling, 1965). A warm-up alone leaves three quarters of them or more, so that many of `min_steps` are enough.
+        """
+        count = sum(shares) ** 2 / sum(share * share for share in shares)
+        least = WARM * self.min_steps
+        if count < least:
+            what = f"steps a round, by their shares of the learning rate: {len(shares)} count as {count:.3g}"
+            raise refusal("min_steps", f"{what}, at least {least:g} allowed")
 
     def check_bundle(self, task: TaskSpec, manifest: Manifest) -> None:
         """Raise RefusedError for a bundle that is too large, MismatchError for one that is not what the task says."""

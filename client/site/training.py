@@ -21,6 +21,7 @@ from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing
 from offsite.emulator.methods.proof import Witness
+from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import Span, UpdateMetrics
 
@@ -56,6 +57,8 @@ def tune(
         schedule = rows.schedule_rows(job, data, handout.tokenizer)
     say("data", **schedule.counts, warnings=[warning[:SENTENCE] for warning in schedule.warnings[:4]])
     job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
+    with faults("FAULT_TASK"):
+        job.policy.check_shares(shares(job.task.training))
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)

@@ -8,7 +8,7 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
-from offsite.emulator import builders, methods, placements, zoo
+from offsite.emulator import builders, methods, placements, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
@@ -17,7 +17,7 @@ from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
-from offsite.protos.spec import RunSpec
+from offsite.protos.spec import RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -28,6 +28,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     try:
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec, method, whole=whole)
+        _judge_training(spec.training)
         if spec.merge and not method.mergeable:
             raise ValueError(
                 f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
@@ -110,6 +111,12 @@ def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             why = f"works in the phases {', '.join(stage.phases)}, and a round has train alone so far; leave it out"
         if why:
             raise InputError(f"upload: stage {stage.name} {why}")
+
+
+def _judge_training(training: TrainingSpec) -> None:
+    """Raise ValueError if a round is too short for the schedule of its learning rate."""
+    choice = training.schedule
+    schedules.make(choice.name, choice.settings).fits(training.steps, training.warmup_steps)
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

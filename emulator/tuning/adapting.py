@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from offsite.emulator import modality
+from offsite.emulator import modality, schedules
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Choosing
@@ -17,6 +17,18 @@ from offsite.emulator.modality import Sample
 from offsite.emulator.tuning.state import identity, resume, save
 
 EVERY = 20  # steps between two states
+
+
+class Chosen(Protocol):
+    """A plug-in's name and its settings."""
+
+    @property
+    def name(self) -> str:
+        """That it has in its family."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """As its family checks them."""
 
 
 class Rules(Protocol):
@@ -32,11 +44,15 @@ class Rules(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """The rate once warm."""
+        """The highest rate."""
 
     @property
     def warmup_steps(self) -> int:
-        """Steps until then."""
+        """Steps before the one that first has it."""
+
+    @property
+    def schedule(self) -> Chosen:
+        """How the rate goes on from there."""
 
     @property
     def weight_decay(self) -> float:
@@ -56,11 +72,17 @@ def optimizer(parameters: Sequence[nn.Parameter], rules: Rules) -> AdamW:
     return AdamW(parameters, lr=rules.learning_rate, weight_decay=rules.weight_decay)
 
 
-def warm_up(optimizer: Optimizer, rules: Rules, step: int) -> None:
-    """Set the learning rate of a step of this round, from 0: linear over the warm-up, then constant."""
-    share = min(1.0, (step + 1) / (rules.warmup_steps + 1))
+def shares(rules: Rules) -> list[float]:
+    """Return which share of the learning rate each step of a round has; raises ValueError on an unknown schedule."""
+    schedule = schedules.make(rules.schedule.name, rules.schedule.settings)
+    curve = schedule.curve(rules.steps, rules.warmup_steps)
+    return [curve(step) for step in range(rules.steps)]
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Have the next step take this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rules.learning_rate * share
+        group["lr"] = rate
 
 
 def update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rules: Rules) -> None:
@@ -93,7 +115,7 @@ def adapt(
     """
     trained = list(parameters.values())
     device = trained[0].device
-    adamw = optimizer(trained, rules)
+    adamw, share = optimizer(trained, rules), shares(rules)
     model.train()
     torch.manual_seed(rules.seed)  # of dropout
     draws = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
@@ -108,7 +130,7 @@ def adapt(
         first_step=len(losses),
         seed=rules.seed,
     ):
-        warm_up(adamw, rules, len(losses))
+        set_rate(adamw, rules.learning_rate * share[len(losses)])
         loss = modality.loss(model, batch.to(device))
         loss.backward()  # type: ignore[no-untyped-call]
         update(adamw, trained, rules)

@@ -26,7 +26,7 @@ OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))
 METHOD = Choice(name="lora", settings={"rank": 4, "alpha": 8.0})
 WORDS = 60
 DIGEST = "sha256:" + "0" * 64
-LAX: dict[str, Any] = {"bases": ("any",), "data": ("/",), "min_rows": 1, "max_passes": 1e9}
+LAX: dict[str, Any] = {"bases": ("any",), "data": ("/",), "min_rows": 1, "max_passes": 1e9, "min_steps": 1}
 
 Jobs = Callable[..., TrainerJob]
 Launch = Callable[[TrainerJob, Path], Trainer]

@@ -9,7 +9,7 @@ import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
-from offsite.emulator import builders, formats, methods, modality, placements
+from offsite.emulator import builders, formats, methods, modality, placements, schedules
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "method": (dict(methods.METHODS), methods.make),
     "modality": (dict(modality.MODALITIES), modality.MODALITIES.make),
     "placement": (dict(placements.PLACEMENTS), placements.make),
+    "schedule": (dict(schedules.SCHEDULES), schedules.make),
     "strategy": (dict(aggregation.STRATEGIES), aggregation.make),
 }
 PROTOCOLS: dict[str, Any] = {
@@ -27,6 +28,7 @@ PROTOCOLS: dict[str, Any] = {
     "method": methods.Method,
     "modality": modality.Modality,
     "placement": placements.Placement,
+    "schedule": schedules.Schedule,
     "strategy": aggregation.Strategy,
 }
 PLUG_INS = [(family, name) for family, (known, _) in FAMILIES.items() for name in known]

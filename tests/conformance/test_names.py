@@ -19,12 +19,17 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.METHODS,
     catalogue.MODALITIES,
     catalogue.PLACEMENTS,
+    catalogue.SCHEDULES,
 ]
 NAMES = {name for family in FAMILIES for name in family}
 # No words of English: a sentence that has one of them speaks of the plug-in.
-WORDS = {"additive", "blocks", "bottleneck", "ends", "grids", "kept", "mean", "miss", "road", "sketch", "spread"}
+WORDS = {"additive", "blocks", "bottleneck", "ends", "grids", "kept", "mean", "miss", "road", "sketch", "spread"} | {
+    *("constant", "cosine", "linear", "polynomial"),
+}
 COINED = NAMES - WORDS - {"uniform", "whole"}
-MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {"offsite.emulator.placements"}
+MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {
+    *("offsite.emulator.placements", "offsite.emulator.schedules"),  # the families' own rooms
+}
 FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
 
 
@@ -44,7 +49,7 @@ OWN = {
 
 # What else may have a name, and why.
 ALLOWED = {
-    "protos/spec.py": {"crash", "ends", "lora", "low-rank"},  # what a run has that names none
+    "protos/spec.py": {"constant", "crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
     | catalogue.METHODS.keys() - {"blocks", "dora"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
@@ -65,6 +70,9 @@ HOMONYMS = {  # words that are also names
     "emulator/modality/causal_text/__init__.py": {"mean"},  # how a loss is reduced
     "emulator/methods/base.py": {"additive"},  # a kind of methods
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
+    "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise
+    "emulator/builders/distilled.py": {"cosine"},  # how its own tuning decays
+    "emulator/tuning/loop.py": {"cosine"},
 }
 
 

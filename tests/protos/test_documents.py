@@ -6,13 +6,20 @@ import pytest
 
 from offsite.protos.documents import canonical, from_json, from_toml, parse, to_json
 from offsite.protos.errors import KINDS, InputError, MismatchError, OffsiteError, from_status
-from offsite.protos.spec import Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import Choice, LocalTraining, RunSpec, TrainingSpec
 from offsite.protos.timeline import covered, seconds
 
 
 def test_a_document_survives_the_wire() -> None:
     spec = RunSpec(model="m", rounds=3, sites=("a", "b"), method=Choice(name="lora", settings={"rank": 4}))
     assert from_json(RunSpec, to_json(spec), where="run spec") == spec
+
+
+def test_training_that_names_no_schedule_has_the_constant_one() -> None:
+    old = {"steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
+    assert parse(LocalTraining, old, where="x").schedule == Choice(name="constant")
+    written = parse(TrainingSpec, {"schedule": "cosine_with_min_lr(floor=0.05)"}, where="x").schedule
+    assert written == Choice(name="cosine_with_min_lr", settings={"floor": 0.05})
 
 
 def test_equal_documents_have_equal_bytes() -> None:

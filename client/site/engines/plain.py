@@ -9,7 +9,7 @@ from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
-from offsite.emulator.tuning.adapting import optimizer, update, warm_up
+from offsite.emulator.tuning.adapting import optimizer, set_rate, shares, update
 from offsite.protos.spec import LocalTraining
 
 
@@ -34,11 +34,11 @@ class Plain:
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
         self._optimizer = optimizer(self._parameters, training)
-        self._steps = 0
+        self._shares, self._steps = shares(training), 0
 
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss per target token before the step."""
-        warm_up(self._optimizer, self._training, self._steps)
+        set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         loss = own_loss(self._model, batch, self._ranks)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self._ranks.world > 1:

@@ -16,7 +16,7 @@ from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
-from offsite.emulator.tuning.adapting import optimizer, warm_up
+from offsite.emulator.tuning.adapting import optimizer, set_rate, shares
 from offsite.protos.errors import InputError
 from offsite.protos.spec import LocalTraining
 
@@ -59,11 +59,11 @@ class Zero:
             config=config,
             dist_init_required=False,
         )
-        self._steps = 0
+        self._shares, self._steps = shares(training), 0
 
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss per target token before the step."""
-        warm_up(self._optimizer, self._training, self._steps)
+        set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         loss = own_loss(self._engine, batch, self._ranks)
         self._engine.backward(loss)
         self._engine.step()

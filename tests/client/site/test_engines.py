@@ -34,7 +34,8 @@ Jobs = Any
 TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
 # Steep, clipped and decaying, so that a fault in any of these shows.
-TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clipping": 0.05}
+TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "schedule": "cosine_with_min_lr(floor=0.2)"}
+TRAINING |= {"weight_decay": 0.1, "gradient_clipping": 0.05}
 
 
 def agree(start: Any, job: TrainerJob, reference: TrainerJob, folder: Path) -> None:

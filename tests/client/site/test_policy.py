@@ -85,6 +85,20 @@ def test_by_default_a_task_of_few_steps_is_refused_in_every_round(steps: int, ro
     assert reason(caught.value) == "BOUND_MIN_STEPS"
 
 
+@pytest.mark.parametrize("steps", [4, 5, 40])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 40, 4000])
+def test_a_warm_up_alone_is_never_too_few_steps(steps: int, warmup: int) -> None:
+    Policy(bases=("any",), data=("/",)).check_shares([min(1.0, (at + 1) / (warmup + 1)) for at in range(steps)])
+
+
+def test_steps_are_counted_by_their_shares_of_the_rate() -> None:
+    policy = Policy(**POLICY | {"min_steps": 8})
+    policy.check_shares([0.5] * 6)  # a constant rate is one of six steps whatever it is: 6 of 8 times 3/4
+    with pytest.raises(RefusedError, match=r"\(min_steps\): .*: 9 count as 5, at least 6 allowed") as caught:
+        policy.check_shares([0.2] * 5 + [0.0] * 4)
+    assert reason(caught.value) == "BOUND_MIN_STEPS"
+
+
 def noise(share: float) -> Choice:
     return Choice(name="noise", settings={"share": share})
 

@@ -14,15 +14,20 @@ import transformers
 from offsite.client.site.engines.base import Ranks
 from offsite.client.site.engines.plain import Plain
 from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.policy import Policy
+from offsite.client.site.training import train
 from offsite.emulator import bundle, methods, modality
 from offsite.emulator.modality import collate, encode, read
 from offsite.emulator.modality.causal_text.batch import TokenBatch
+from offsite.emulator.tuning.adapting import shares
 from offsite.kernels.schema import Schema, TensorMap, Tensors, settle
 from offsite.protos import tensors, upload
+from offsite.protos.errors import RefusedError
 from offsite.protos.spec import Choice, LocalTraining
 
 EPSILON = 1e-8  # of AdamW
 NOISE = (Choice(name="noise"),)
+POLICY = Policy(bases=("any",), data=("/",))
 
 
 def inverted(change: torch.Tensor, rate: float, *, blur: float = 1e-9) -> torch.Tensor:
@@ -65,13 +70,31 @@ def attacked(job: TrainerJob, steps: int, chain: tuple[Choice, ...] = ()) -> flo
         engine.step(batch)
     adapter = sent(method.state(model, places), start, method.schema(start), chain)
     change = torch.cat([(adapter[key] - start[key]).flatten() for key in keys])
-    return float(torch.cosine_similarity(inverted(change, training.learning_rate * steps), true, dim=0))
+    far = training.learning_rate * sum(shares(training)[:steps])
+    return float(torch.cosine_similarity(inverted(change, far), true, dim=0))
 
 
 def test_one_step_hands_over_the_gradient_and_the_fewest_allowed_do_not(job: Any) -> None:
     asked = job(training={"gradient_clipping": 1e-3})  # the least that a policy allows by default
     assert attacked(asked, 1) >= 0.95
     assert attacked(asked, 4) <= 0.7
+
+
+@pytest.mark.parametrize("schedule", ["polynomial(power=30)", "polynomial(power=300)"])
+def test_of_four_steps_whose_rate_falls_at_once_the_first_hands_over_the_gradient_and_a_site_refuses_them(
+    job: Any, tmp_path: Path, schedule: str
+) -> None:
+    asked = job(training={"gradient_clipping": 1e-3, "steps": 4, "schedule": schedule}, policy={"min_steps": 4})
+    assert attacked(asked, 4) >= 0.9
+    with pytest.raises(RefusedError, match=r"\(min_steps\): .* learning rate: 4 count as 1.*, at least 3 allowed"):
+        train(asked, say=lambda event, **fields: None, rendezvous=tmp_path / "rendezvous")
+
+
+@pytest.mark.parametrize(("steps", "schedule"), [(4, "linear"), (4, "cosine"), (5, "polynomial(power=2)")])
+def test_a_falling_rate_that_a_site_allows_does_not_hand_over_the_gradient(job: Any, steps: int, schedule: str) -> None:
+    asked = job(training={"gradient_clipping": 1e-3, "steps": steps, "schedule": schedule})
+    POLICY.check_shares(shares(asked.task.training))
+    assert attacked(asked, steps) <= 0.7
 
 
 def test_noise_keeps_the_gradient_of_one_step(job: Any) -> None:

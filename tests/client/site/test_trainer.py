@@ -28,6 +28,8 @@ from offsite.protos.errors import InputError, MismatchError, ResourceError, RunE
 from offsite.protos.processes.forks import ForkServer
 from offsite.protos.spec import UpdateMetrics
 
+from .ranks import Loaded
+
 Jobs = Any
 ENDLESS = {"steps": 100_000}
 TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
@@ -57,8 +59,11 @@ def plain_local_training(job: TrainerJob) -> tuple[dict[str, torch.Tensor], list
     model.load_state_dict({names[key]: value for key, value in tensors.load(Path(job.adapter)).items()}, strict=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+    warmup, left = training.warmup_steps, training.steps - training.warmup_steps
+    curves = {"constant": lambda step: 1.0, "linear": lambda step: (training.steps - step) / left}
+    curve = curves[training.schedule.name]
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (training.warmup_steps + 1))
+        optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else curve(step)
     )
     encoded = encode(collect(Path(job.data), default()).examples, tokenizer, max_length=training.max_length)
     losses = []
@@ -111,6 +116,19 @@ def test_one_site_and_one_round_is_plain_local_training_bit_for_bit(start: Any, 
     loading, training = metrics.spans
     assert (loading.kind, training.kind) == ("loading", "training")
     assert loading.start < loading.end <= training.start < training.end
+
+
+def test_a_falling_rate_is_plain_local_training_bit_for_bit(job: Jobs) -> None:
+    one = job(training={"warmup_steps": 2, "weight_decay": 0.1, "schedule": "linear"})
+    loaded = Loaded(one)
+    engine = loaded.engine()
+    for batch in loaded.batches:
+        engine.step(batch)
+    expected, _ = plain_local_training(one)
+    update = engine.gather(loaded.method, loaded.places)
+    assert all(torch.equal(update[key], expected[key]) for key in expected)
+    constant, _ = plain_local_training(job(training={"warmup_steps": 2, "weight_decay": 0.1}))
+    assert not any(torch.equal(update[key], constant[key]) for key in expected)
 
 
 def test_the_same_job_twice_gives_the_same_bytes_and_the_next_round_others(

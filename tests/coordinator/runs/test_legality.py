@@ -102,6 +102,19 @@ def test_a_stage_that_cannot_pack_what_sites_send_is_refused_before_anything_is_
         legality.judge(spec)
 
 
+def test_a_schedule_that_no_round_is_long_enough_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    training = TrainingSpec(steps=8, warmup_steps=8)
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), training=training)
+    legality.judge(spec)
+    falling = replace(training, schedule=Choice(name="cosine"))
+    legality.judge(replace(spec, training=replace(falling, warmup_steps=7)))
+    with pytest.raises(InputError, match="cosine falls after the warm-up, and warmup_steps is 8 of 8 steps; give"):
+        legality.judge(replace(spec, training=falling))
+    with pytest.raises(InputError, match="there is no schedule 'cosin' .did you mean cosine"):
+        legality.judge(replace(spec, training=replace(training, schedule=Choice(name="cosin"))))
+
+
 def test_a_merged_model_of_what_weights_cannot_take_in_is_refused_with_what_to_do_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,9 +13,17 @@ from offsite.emulator import methods
 from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.tuning import adapting
 from offsite.emulator.tuning.adapting import adapted
-from offsite.protos.spec import LocalTraining
+from offsite.protos.spec import Choice, LocalTraining
 
-RULES = LocalTraining(steps=5, batch_size=2, learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, seed=3)
+RULES = LocalTraining(
+    steps=5,
+    batch_size=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    schedule=Choice(name="linear"),
+    weight_decay=0.1,
+    seed=3,
+)
 PLACES = {1: 1, 4: 4}
 
 
@@ -62,3 +70,5 @@ def test_a_state_of_other_rules_is_refused(adapter: Callable[..., dict[str, Tens
     adapter(state=tmp_path / "state")
     with pytest.raises(ValueError, match="is of other work"):
         adapter(replace(RULES, learning_rate=2e-2), state=tmp_path / "state")
+    with pytest.raises(ValueError, match="is of other work"):
+        adapter(replace(RULES, schedule=Choice(name="cosine")), state=tmp_path / "state")
