@@ -85,8 +85,9 @@ class TrainingSpec:
     steps: Positive = 20  # optimiser steps
     batch_size: Positive = 4  # sequences per step, over all processes of the site
     learning_rate: AboveZero | None = None  # None: what suits the method and the model
-    warmup_steps: Count = 0  # of each round, before the first step at the whole rate
-    schedule: Chosen = SCHEDULE  # how the rate goes on from there, in each round anew
+    warmup_steps: Count = 0  # before the first step at the whole rate
+    schedule: Chosen = SCHEDULE  # how the rate goes on from there
+    span: Literal["round", "run"] = "round"  # what both go over: each round anew, or all rounds of the run
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
@@ -99,6 +100,8 @@ class LocalTraining(TrainingSpec):
     """Local training of one round at one site, with nothing left to choose."""
 
     learning_rate: AboveZero
+    before: Amount = 0  # steps of earlier rounds, where the schedule goes over the run
+    after: Amount = 0  # and of later ones
 
 
 @document

@@ -17,6 +17,7 @@ from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
+from offsite.protos.ranges import AMOUNT
 from offsite.protos.spec import RunSpec, TrainingSpec
 
 
@@ -28,7 +29,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     try:
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec, method, whole=whole)
-        _judge_training(spec.training)
+        _judge_schedule(spec.training, rounds=spec.rounds)
         if spec.merge and not method.mergeable:
             raise ValueError(
                 f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
@@ -113,10 +114,14 @@ def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             raise InputError(f"upload: stage {stage.name} {why}")
 
 
-def _judge_training(training: TrainingSpec) -> None:
-    """Raise ValueError if a round is too short for the schedule of its learning rate."""
-    choice = training.schedule
-    schedules.make(choice.name, choice.settings).fits(training.steps, training.warmup_steps)
+def _judge_schedule(training: TrainingSpec, *, rounds: int) -> None:
+    """Raise ValueError if what the learning rate's schedule goes over is too short for it, or too long to count."""
+    steps = training.steps * (rounds if training.span == "run" else 1)
+    if steps > AMOUNT:
+        raise ValueError(
+            f"a schedule over a run of {steps} steps is too long; ask for fewer rounds, or a span of a round"
+        )
+    schedules.make(training.schedule.name, training.schedule.settings).fits(steps, training.warmup_steps)
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

@@ -94,9 +94,16 @@ def assemble(journal: Journal, run: str) -> str:
     return json.dumps(document | {"not_finite": gone}, allow_nan=False)
 
 
-def training(spec: RunSpec, learning_rate: float) -> LocalTraining:
-    """Return how the sites of a run train, with the rate that was chosen when its emulator was built."""
-    return LocalTraining(**to_plain(spec.training) | {"learning_rate": learning_rate})
+def training(spec: RunSpec, learning_rate: float, *, number: int | None = None) -> LocalTraining:
+    """Return how the sites of a run train, with the rate that was chosen when its emulator was built.
+
+    In a round, by its `number` from 0, with where that is on a schedule that goes over the run.
+    """
+    asked = to_plain(spec.training) | {"learning_rate": learning_rate}
+    if number is not None and spec.training.span == "run":
+        steps = spec.training.steps
+        asked |= {"before": number * steps, "after": (spec.rounds - number - 1) * steps}
+    return LocalTraining(**asked)
 
 
 def perplexities(

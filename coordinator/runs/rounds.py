@@ -129,7 +129,7 @@ def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, previous: st
         method=built.method,
         method_hash=built.method_hash,
         tier=tier,
-        training=training(spec, built.learning_rate),
+        training=training(spec, built.learning_rate, number=key.round),
         continues=spec.continues,
         upload=spec.upload,
         previous=previous,

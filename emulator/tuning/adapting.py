@@ -48,11 +48,19 @@ class Rules(Protocol):
 
     @property
     def warmup_steps(self) -> int:
-        """Steps before the one that first has it."""
+        """Steps of the schedule before the one that first has it."""
 
     @property
     def schedule(self) -> Chosen:
         """How the rate goes on from there."""
+
+    @property
+    def before(self) -> int:
+        """Steps of the schedule before this round."""
+
+    @property
+    def after(self) -> int:
+        """And after it."""
 
     @property
     def weight_decay(self) -> float:
@@ -75,8 +83,8 @@ def optimizer(parameters: Sequence[nn.Parameter], rules: Rules) -> AdamW:
 def shares(rules: Rules) -> list[float]:
     """Return which share of the learning rate each step of a round has; raises ValueError on an unknown schedule."""
     schedule = schedules.make(rules.schedule.name, rules.schedule.settings)
-    curve = schedule.curve(rules.steps, rules.warmup_steps)
-    return [curve(step) for step in range(rules.steps)]
+    curve = schedule.curve(rules.before + rules.steps + rules.after, rules.warmup_steps)
+    return [curve(rules.before + step) for step in range(rules.steps)]
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

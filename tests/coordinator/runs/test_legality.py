@@ -111,6 +111,12 @@ def test_a_schedule_that_no_round_is_long_enough_for_is_refused(monkeypatch: pyt
     legality.judge(replace(spec, training=replace(falling, warmup_steps=7)))
     with pytest.raises(InputError, match="cosine falls after the warm-up, and warmup_steps is 8 of 8 steps; give"):
         legality.judge(replace(spec, training=falling))
+    over = replace(falling, span="run")
+    legality.judge(replace(spec, training=over, rounds=2))
+    with pytest.raises(InputError, match="warmup_steps is 8 of 8 steps"):
+        legality.judge(replace(spec, training=over))
+    with pytest.raises(InputError, match="a schedule over a run of .* steps is too long; ask for fewer rounds"):
+        legality.judge(replace(spec, training=replace(over, steps=2**31 - 1), rounds=2**31 - 1))
     with pytest.raises(InputError, match="there is no schedule 'cosin' .did you mean cosine"):
         legality.judge(replace(spec, training=replace(training, schedule=Choice(name="cosin"))))
 

@@ -20,7 +20,7 @@ from offsite.protos.documents import from_json, to_plain
 from offsite.protos.errors import ResourceError
 from offsite.protos.events import Cancelled
 from offsite.protos.security.signing import verify
-from offsite.protos.spec import Choice, TaskSpec
+from offsite.protos.spec import Choice, TaskSpec, TrainingSpec
 from offsite.protos.telemetry.logs import subject
 
 EXAM = {"exam": "held-out.jsonl"}
@@ -45,6 +45,16 @@ def test_each_round_starts_from_the_last_and_ends_in_a_version(stand: Any) -> No
     assert [task.adapter for task in tasks] == [first, second, third] and len({first, second, third}) == 3
     assert asked(stand, Publish)[0].adapter == stand.journal.steps("r")["version:3"]["version"]["adapter"]
     assert [event.round for event in told(stand, "round")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("span", "places"), [("round", [(0, 0)] * 3), ("run", [(0, 8), (4, 4), (8, 0)])])
+def test_a_task_says_where_its_round_is_on_a_schedule_over_the_run(
+    stand: Any, span: Any, places: list[tuple[int, int]]
+) -> None:
+    stand.submit("ward", rounds=3, training=TrainingSpec(steps=4, span=span))
+    stand.run()
+    rules = [from_json(TaskSpec, task.spec, where="task").training for task in stand.journal.tasks("r")]
+    assert [(one.before, one.after) for one in rules] == places
 
 
 def test_a_task_is_signed_and_says_nothing_of_the_other_sites(stand: Any) -> None:

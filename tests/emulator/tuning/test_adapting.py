@@ -47,6 +47,13 @@ def adapter(tiny: Any) -> Callable[..., dict[str, Tensor]]:
     return adapt
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_stable_decay"])
+def test_the_rounds_of_a_run_have_the_rates_of_one_long_round(schedule: str) -> None:
+    whole = replace(RULES, steps=12, warmup_steps=3, schedule=Choice(name=schedule))
+    parts = [replace(whole, steps=4, before=4 * number, after=8 - 4 * number) for number in range(3)]
+    assert [share for part in parts for share in adapting.shares(part)] == adapting.shares(whole)
+
+
 @pytest.mark.parametrize("moment", [1, 2, 5])
 def test_killed_after_any_step_it_goes_on_to_the_same_bytes(
     adapter: Callable[..., dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
