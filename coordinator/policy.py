@@ -63,7 +63,7 @@ class OwnerPolicy:
         "ssf",
         "vera",
         "waveft",
-    )  # `blocks` publishes layers of the base, trained a little, and `dora` lengths of its rows
+    )  # `blocks` publishes layers of the base, trained a little, `dora` lengths of its rows, `soka` parts of its maps
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in an adapter of them

@@ -42,6 +42,7 @@ METHODS: Plugins[Any] = Plugins(
         "lt-sft": "offsite.emulator.methods.lt_sft:LtSft",
         "sara": "offsite.emulator.methods.sara:Sara",
         "spiel": "offsite.emulator.methods.spiel:Spiel",
+        "soka": "offsite.emulator.methods.soka:Soka",
         "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",

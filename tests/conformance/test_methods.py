@@ -14,6 +14,7 @@ from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
 from offsite.emulator.methods.initial import INITS
 from offsite.emulator.methods.peft_hub import PeftMethod
+from offsite.emulator.methods.soka import Grid
 from offsite.emulator.modality import Batch, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
@@ -226,7 +227,7 @@ def sizes(draft: Draft, start: Adapter, each: str) -> list[dict[str, float]]:
 
 def _more(linear: Any) -> dict[str, float]:
     grids = {"grids": linear.grid.shape[1]} if hasattr(linear, "grid") else {}
-    return {"bias": linear.bias is not None} | grids
+    return {"bias": linear.bias is not None, "cells": Grid.of(*shape(linear)).cells} | grids
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

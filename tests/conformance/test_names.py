@@ -51,7 +51,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {"constant", "crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | catalogue.METHODS.keys() - {"blocks", "dora"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks", "dora", "soka"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
