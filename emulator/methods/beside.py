@@ -18,6 +18,7 @@ from offsite.emulator.anatomy.structure import find, is_transposed, linears, sha
 from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import own_format
 from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind, Place
+from offsite.emulator.methods.maps import linear_at, moved, wrapped
 from offsite.emulator.methods.targets import Modules, Outputs, targets
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Tier
@@ -164,12 +165,8 @@ class BesideMaps(Averaged, ABC):
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put the tensors beside the maps, in place; raises ValueError if they do not fit."""
-        maps, position = self.placed(adapter), {layer: at for at, layer in places.items()}
-        if {place.layer for place in maps} != set(places.values()):
-            ids = sorted({place.layer for place in maps})
-            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
-        there = {Place(position[place.layer], place.path): parts for place, parts in maps.items()}
-        fitting = list(self.fitting(model, there))
+        maps = self.placed(adapter)
+        fitting = list(self.fitting(model, {at: maps[place] for place, at in moved(maps, places).items()}))
         model.requires_grad_(False)
         stack = find(model).layers
         common: dict[str, nn.Parameter] = {}
@@ -182,13 +179,13 @@ class BesideMaps(Averaged, ABC):
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU copies, in fp32 but for integers."""
-        modules = _modules(model, places)
+        modules = wrapped(model, places, Beside)
         fixed = {place.key(name): at.get_buffer(name) for place, at in modules.items() for name in self.fixed}
         return _at(torch.device("cpu"), {**self.named_parameters(model, places), **fixed})
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live tensors of an attached model by adapter key, each once."""
-        modules = _modules(model, places)
+        modules = wrapped(model, places, Beside)
         first = min(modules, default=None)
         return {
             place.key(name): parameter
@@ -241,13 +238,8 @@ class BesideMaps(Averaged, ABC):
 
         Other sizes than rows and columns are the adapter's, the same for all tensors of a map.
         """
-        stack = find(model).layers
         for place, parts in maps.items():
-            if not 0 <= place.layer < len(stack):
-                raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(stack)} layers")
-            if place.path not in (paths := linears(stack[place.layer])):
-                raise ValueError(f"the layers have no linear map {place.path!r}; there are {', '.join(paths)}")
-            linear = stack[place.layer].get_submodule(place.path)
+            linear = linear_at(model, place)
             d_out, d_in = shape(linear)
             axes, sizes = self.of_map(linear), {"rows": d_out, "columns": d_in}
             if parts.keys() != axes.keys():
@@ -262,16 +254,6 @@ class BesideMaps(Averaged, ABC):
                             f"linear map of (d_out, d_in) = {(d_out, d_in)}"
                         )
             yield place, linear, parts
-
-
-def _modules(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Beside]:
-    stack = find(model).layers
-    return {
-        Place(layer, path): module
-        for at, layer in places.items()
-        for path, module in stack[at].named_modules()
-        if isinstance(module, Beside)
-    }
 
 
 def _at(device: torch.device, parts: Mapping[str, Tensor]) -> Parts:

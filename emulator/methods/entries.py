@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods import own_format
 from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind, Place
+from offsite.emulator.methods.maps import linear_at, moved, wrapped
 from offsite.emulator.methods.targets import Modules, targets
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 from offsite.kernels.sparse import Size, dense, product
@@ -145,19 +146,16 @@ class SparseEntries(Averaged, ABC):
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put the changes beside the maps, in place; raises ValueError if they do not fit."""
-        parts, position = sparse(adapter), {layer: at for at, layer in places.items()}
-        if {place.layer for place in parts} != set(places.values()):
-            ids = sorted({place.layer for place in parts})
-            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
-        stack = find(model).layers
-        _check(model, {Place(position[place.layer], place.path): part for place, part in parts.items()})
+        parts = sparse(adapter)
+        there = {at: parts[place] for place, at in moved(parts, places).items()}
+        _check(model, there)
         model.requires_grad_(False)
-        for place, (index, change, size) in parts.items():
-            block = stack[position[place.layer]]
-            linear = block.get_submodule(place.path)
+        stack = find(model).layers
+        for place, (index, change, size) in there.items():
+            linear = linear_at(model, place)
             device = next(chain(linear.parameters(), linear.buffers())).device
             part = Sparse(index.to(device, copy=True), change.detach().to(device, torch.float32, copy=True), size)
-            block.set_submodule(place.path, Entries(linear, part))
+            stack[place.layer].set_submodule(place.path, Entries(linear, part))
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
@@ -169,13 +167,13 @@ class SparseEntries(Averaged, ABC):
                     entries.change.detach().to("cpu", torch.float32, copy=True),
                     entries.size,
                 )
-                for place, entries in attached(model, places).items()
+                for place, entries in wrapped(model, places, Entries).items()
             }
         )
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live changes of an attached model by adapter key."""
-        return {place.key("change"): entries.change for place, entries in attached(model, places).items()}
+        return {place.key("change"): entries.change for place, entries in wrapped(model, places, Entries).items()}
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Name the entries as the base does where the emulator's maps were narrowed; what was left out does not change.
@@ -203,10 +201,9 @@ class SparseEntries(Averaged, ABC):
         """Add the changes to the weights, in place and in fp32; raises ValueError if they do not fit."""
         parts = sparse(adapter)
         _check(base, parts)
-        stack = find(base).layers
         with torch.no_grad():
             for place, (index, change, size) in parts.items():
-                module = stack[place.layer].get_submodule(place.path)
+                module = linear_at(base, place)
                 weight = module.get_parameter("weight")
                 device = weight.device
                 added = dense(index.to(device), change.to(device, torch.float32), size)
@@ -231,28 +228,10 @@ class SparseEntries(Averaged, ABC):
         return maps
 
 
-def attached(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Entries]:
-    """Return the maps of a model beside which entries train."""
-    stack = find(model).layers
-    return {
-        Place(layer, path): module
-        for position, layer in places.items()
-        for path, module in stack[position].named_modules()
-        if isinstance(module, Entries)
-    }
-
-
 def _check(model: nn.Module, parts: Mapping[Place, Sparse]) -> None:
     """Raise ValueError unless a model has these maps at its own layer numbers, of the sizes that they say."""
-    stack = find(model).layers
     for place, (index, _, size) in parts.items():
-        if not 0 <= place.layer < len(stack):
-            raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(stack)} layers")
-        if place.path not in linears(stack[place.layer]):
-            raise ValueError(
-                f"the layers have no linear map {place.path!r}; there are {', '.join(linears(stack[place.layer]))}"
-            )
-        if size != (own := shape(stack[place.layer].get_submodule(place.path))):
+        if size != (own := shape(linear_at(model, place))):
             raise ValueError(f"{place.key('size')!r}: {size} is not that of the map, (d_out, d_in) = {own}")
         most = size[0] * size[1] - 1
         if bool((index < 0).any() or (index > most).any() or (index.diff() < 1).any()):

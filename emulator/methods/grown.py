@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from offsite.emulator import modality
 from offsite.emulator.anatomy.structure import shape
 from offsite.emulator.methods.base import Adapter, Place
-from offsite.emulator.methods.entries import Entries, SparseEntries, attached
+from offsite.emulator.methods.entries import Entries, SparseEntries
+from offsite.emulator.methods.maps import wrapped
 from offsite.emulator.modality import Batch
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Rule, Schema
@@ -54,7 +55,7 @@ class GrownEntries(SparseEntries):
 
     def choose(self, model: nn.Module, places: Mapping[int, int], batch: Batch) -> list[Tensor]:
         """See `methods.base.Choosing`."""
-        short = [one for one in attached(model, places).values() if self.kept(one.change) < len(one.change)]
+        short = [one for one in wrapped(model, places, Entries).values() if self.kept(one.change) < len(one.change)]
         if not short:
             return []
         grown: dict[Entries, Vector] = {}
@@ -67,7 +68,7 @@ class GrownEntries(SparseEntries):
             model.train(training)
             for handle in handles:
                 handle.remove()
-        for one in attached(model, places).values():
+        for one in wrapped(model, places, Entries).values():
             one.change.grad = None
         with torch.no_grad():
             for one, (at, change) in grown.items():  # not before: the backward pass goes by the old ones

@@ -26,6 +26,7 @@ from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Averaged, Factors, Formula, Kind, Place
 from offsite.emulator.methods.beside import Axes, grouped
 from offsite.emulator.methods.lora import Lora
+from offsite.emulator.methods.maps import moved, wrapped
 from offsite.emulator.methods.recovery import refuse
 from offsite.emulator.methods.targets import Modules
 from offsite.emulator.outline import NARROWED
@@ -223,11 +224,7 @@ class Mos(Averaged):
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put products beside the maps, in place, that read the same pools; raises ValueError if they do not fit."""
         pairs, position = materialise(adapter), {layer: at for at, layer in places.items()}
-        if (ids := {place.layer for place in pairs}) != set(places.values()):
-            raise ValueError(
-                f"the adapter is for layers {sorted(ids)}, but those that train are {sorted(places.values())}"
-            )
-        there = {Place(position[place.layer], place.path): pair for place, pair in pairs.items()}
+        there = {at: pairs[place] for place, at in moved(pairs, places).items()}
         peft_format.config_of(model, there, dict.fromkeys(there, self.scale))  # refuses what does not fit
         model.requires_grad_(False)
         stack = find(model).layers
@@ -248,7 +245,7 @@ class Mos(Averaged):
         """Read the adapter off an attached model as CPU copies."""
         live = self.named_parameters(model, places)
         adapter = {key: pool.detach().to("cpu", torch.float32, copy=True) for key, pool in live.items()}
-        for place, module in _assembled(model, places).items():
+        for place, module in wrapped(model, places, Assembled).items():
             for name in INDICES:
                 adapter[place.key(name)] = module.get_buffer(name).to("cpu", torch.int32, copy=True)
         return adapter
@@ -257,7 +254,7 @@ class Mos(Averaged):
         """Return the live pools of an attached model, each once, by adapter key."""
         live: dict[str, nn.Parameter] = {}
         lowest: dict[str, Place] = {}
-        for place, module in sorted(_assembled(model, places).items()):
+        for place, module in sorted(wrapped(model, places, Assembled).items()):
             if lowest.setdefault(place.path, place) == place:
                 live |= {place.key(name): module.get_parameter(name) for name in POOLS}
         return live
@@ -277,13 +274,3 @@ class Mos(Averaged):
         """Write LoRA of the same change, for `PeftModel.from_pretrained` on the base: no longer with common pools."""
         pairs = materialise(adapter)
         peft_format.write(directory, pairs, dict.fromkeys(pairs, self.scale), base=base, base_name=base_name)
-
-
-def _assembled(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Assembled]:
-    stack = find(model).layers
-    return {
-        Place(layer, path): module
-        for position, layer in places.items()
-        for path, module in stack[position].named_modules()
-        if isinstance(module, Assembled)
-    }

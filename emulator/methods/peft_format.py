@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
 from offsite.emulator.methods.base import Adapter, Factors, Place, factors
+from offsite.emulator.methods.maps import linear_at, moved, wrapped
 from offsite.emulator.methods.targets import Modules, targets
 from offsite.emulator.quiet import quiet
 
@@ -41,11 +42,7 @@ def attach(
     adapter of the same maps that is taken off again and does not train.
     """
     pairs = factors(adapter)
-    if {place.layer for place in pairs} != set(places.values()):
-        ids = sorted({place.layer for place in pairs})
-        raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
-    position = {layer: at for at, layer in places.items()}
-    at = {place: Place(position[place.layer], place.path) for place in pairs}
+    at = moved(pairs, places)
     config = config_of(model, {at[p]: pair for p, pair in pairs.items()}, {at[p]: scales[p] for p in pairs})
     taken = factors(first) if first else {}
     away = (
@@ -61,13 +58,13 @@ def attach(
     _load(live(attached, places), adapter)
     if first:
         _load(_freeze(attached, places), first)
-    wrapped: nn.Module = attached
-    return wrapped
+    result: nn.Module = attached
+    return result
 
 
 def _freeze(model: nn.Module, places: Mapping[int, int]) -> dict[str, Tensor]:
     """Make buffers of what is taken off, and return them: as parameters, an engine might train or scatter them."""
-    for module in _wrapped(model, places).values():
+    for module in wrapped(model, places, LoraLayer).values():
         for part in (module.lora_A[_FIRST], module.lora_B[_FIRST]):
             weight = part.weight.detach()
             del part.weight
@@ -96,19 +93,9 @@ def fixed(model: nn.Module, places: Mapping[int, int]) -> dict[str, Tensor]:
 def _factors(model: nn.Module, places: Mapping[int, int], name: str) -> dict[str, Any]:
     return {
         place.key(part): of[name].weight
-        for place, module in _wrapped(model, places).items()
+        for place, module in wrapped(model, places, LoraLayer).items()
         for part, of in (("A", module.lora_A), ("B", module.lora_B))
         if name in of
-    }
-
-
-def _wrapped(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Any]:
-    stack = find(model).layers
-    return {
-        Place(layer, path): module
-        for position, layer in places.items()
-        for path, module in stack[position].named_modules()
-        if isinstance(module, LoraLayer)
     }
 
 
@@ -206,12 +193,7 @@ def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scales: Mapping[
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for place, pair in pairs.items():
-        if not 0 <= place.layer < len(anatomy.layers):
-            raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(anatomy.layers)} layers")
-        layer = anatomy.layers[place.layer]
-        if place.path not in linears(layer):
-            raise ValueError(f"the layers have no linear map {place.path!r}; there are {', '.join(linears(layer))}")
-        module = layer.get_submodule(place.path)
+        module = linear_at(model, place)
         if shape(module) != (pair.B.shape[0], pair.A.shape[1]):
             raise ValueError(
                 f"{place.key('A')!r}: A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} do not fit a linear map "

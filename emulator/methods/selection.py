@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offsite.emulator.anatomy.structure import find, is_transposed, linears, shape
+from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Averaged, Factors, Kind, Place
+from offsite.emulator.methods.maps import linear_at, moved, wrapped
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 COLUMNS, ROWS = SIDES = ("columns", "rows")
@@ -117,32 +118,29 @@ class SelectedEntries(Averaged, ABC):
 
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put the changes beside the maps, in place; raises ValueError if they do not fit."""
-        parts, position = changes(adapter), {layer: at for at, layer in places.items()}
-        if {place.layer for place in parts} != set(places.values()):
-            ids = sorted({place.layer for place in parts})
-            raise ValueError(f"the adapter is for layers {ids}, but those that train are {sorted(places.values())}")
-        stack = find(model).layers
-        _check(model, {Place(position[place.layer], place.path): part for place, part in parts.items()})
+        parts = changes(adapter)
+        there = {at: parts[place] for place, at in moved(parts, places).items()}
+        _check(model, there)
         model.requires_grad_(False)
-        for place, (side, index, change) in parts.items():
-            block = stack[position[place.layer]]
-            linear = block.get_submodule(place.path)
+        stack = find(model).layers
+        for place, (side, index, change) in there.items():
+            linear = linear_at(model, place)
             device = next(chain(linear.parameters(), linear.buffers())).device
             change = change.detach().to(device, torch.float32, copy=True)
-            block.set_submodule(place.path, Selected(linear, side, index.to(device), change))
+            stack[place.layer].set_submodule(place.path, Selected(linear, side, index.to(device), change))
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU copies."""
         adapter: Adapter = {}
-        for place, selected in _selected(model, places).items():
+        for place, selected in wrapped(model, places, Selected).items():
             adapter[place.key(selected.side)] = selected.get_buffer("index").to("cpu", torch.int32, copy=True)
             adapter[place.key("change")] = selected.change.detach().to("cpu", torch.float32, copy=True)
         return adapter
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live changes of an attached model by adapter key."""
-        return {place.key("change"): selected.change for place, selected in _selected(model, places).items()}
+        return {place.key("change"): selected.change for place, selected in wrapped(model, places, Selected).items()}
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Name the entries as the base does where the emulator's maps were narrowed; what was left out changes by zero.
@@ -170,10 +168,9 @@ class SelectedEntries(Averaged, ABC):
         """Add the changes to the weights, in place and in fp32; raises ValueError if they do not fit."""
         parts = changes(adapter)
         _check(base, parts)
-        stack = find(base).layers
         with torch.no_grad():
             for place, (side, index, change) in parts.items():
-                module = stack[place.layer].get_submodule(place.path)
+                module = linear_at(base, place)
                 weight = module.get_parameter("weight")
                 dim = int((side == COLUMNS) != is_transposed(module))
                 change = change.T if is_transposed(module) else change
@@ -182,37 +179,20 @@ class SelectedEntries(Averaged, ABC):
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write LoRA of the same change, one factor of zeros and ones, for `PeftModel.from_pretrained` on the base."""
-        parts, stack = changes(adapter), find(base).layers
+        parts = changes(adapter)
         _check(base, parts)
         pairs: dict[Place, Factors] = {}
         for place, (side, index, change) in parts.items():
-            d_out, d_in = shape(stack[place.layer].get_submodule(place.path))
+            d_out, d_in = shape(linear_at(base, place))
             ones = functional.one_hot(index, d_in if side == COLUMNS else d_out).to(torch.float32)
             pairs[place] = Factors(ones, change) if side == COLUMNS else Factors(change, ones.T)
         peft_format.write(directory, pairs, dict.fromkeys(pairs, 1.0), base=base, base_name=base_name)
 
 
-def _selected(model: nn.Module, places: Mapping[int, int]) -> dict[Place, Selected]:
-    stack = find(model).layers
-    return {
-        Place(layer, path): module
-        for position, layer in places.items()
-        for path, module in stack[position].named_modules()
-        if isinstance(module, Selected)
-    }
-
-
 def _check(model: nn.Module, parts: Mapping[Place, Change]) -> None:
     """Raise ValueError unless a model has these maps at its own layer numbers, as large as their changes ask."""
-    stack = find(model).layers
     for place, (side, index, change) in parts.items():
-        if not 0 <= place.layer < len(stack):
-            raise ValueError(f"the adapter is for layer {place.layer}, the model has {len(stack)} layers")
-        if place.path not in linears(stack[place.layer]):
-            raise ValueError(
-                f"the layers have no linear map {place.path!r}; there are {', '.join(linears(stack[place.layer]))}"
-            )
-        d_out, d_in = shape(stack[place.layer].get_submodule(place.path))
+        d_out, d_in = shape(linear_at(model, place))
         across, along = (d_out, d_in) if side == COLUMNS else (d_in, d_out)
         if change.shape[0 if side == COLUMNS else 1] != across or not 0 <= int(index.min()) <= int(index.max()) < along:
             raise ValueError(
