@@ -57,6 +57,13 @@ CONFIGS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 Tiny = Callable[..., Any]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure no coverage in what is slow: it would add a third to that, and shorter tests go the same ways."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(params=CONFIGS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -276,6 +276,7 @@ def test_a_killed_process_is_told_apart_from_a_fault(start: Any, job: Jobs, tmp_
     assert not any(psutil.pid_exists(process.pid) for process in trainer.processes)
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_its_trainers_the_next_task_has_another_and_a_closed_one_ends(
     idle: ForkServer, job: Jobs, tmp_path: Path
 ) -> None:

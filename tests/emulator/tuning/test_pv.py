@@ -96,6 +96,7 @@ def correlated() -> Squares:
     return squares(correlated=True)
 
 
+@pytest.mark.slow
 def test_on_correlated_inputs_it_beats_straight_through_and_codebooks_alone(correlated: Squares) -> None:
     tuned, _, _ = correlated.tuned(fraction=0.02)
     alone, no_steps, _ = correlated.tuned(fraction=0.0)
