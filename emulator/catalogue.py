@@ -108,3 +108,14 @@ SCHEDULES: Plugins[Any] = Plugins(
         "reduce_lr_on_plateau": "it follows a loss on held-out text, which a site does not measure while it trains",
     },
 )
+PARTS: Plugins[Any] = Plugins(
+    "part",
+    {
+        "all": "offsite.emulator.parts.whole:Whole",
+        "half": "offsite.emulator.parts.half:Half",
+        "ist": "offsite.emulator.parts.ist:Ist",
+        "lisa": "offsite.emulator.parts.lisa:Lisa",
+    },
+    group="offsite.parts",
+    states=("partial",),
+)

@@ -6,7 +6,7 @@ schema. It brings no tensor library, so that a server that only asks how large a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -126,6 +126,15 @@ def groups(schema: Schema) -> dict[str, list[str]]:
     for key, field in sorted(schema.items()):
         keys.setdefault(field.group or key, []).append(key)
     return keys
+
+
+def only(schema: Schema, names: Collection[str]) -> Schema:
+    """Return the fields of some groups; raises ValueError for a group that is none of the schema's."""
+    known = groups(schema)
+    if strange := sorted({*names} - known.keys()):
+        raise ValueError(f"the schema has no group {strange[0]!r}")
+    kept = {key for name in names for key in known[name]}
+    return {key: field for key, field in schema.items() if key in kept}
 
 
 def rules(schema: Schema) -> frozenset[Rule]:

@@ -1,18 +1,16 @@
 """One round's updates become the next version, wherever they are kept: in files, or in a simulation's spool."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from offsite.coordinator.aggregation.base import Origin, Strategy, Version
+from offsite.coordinator.aggregation.base import Strategy, Version
+from offsite.coordinator.aggregation.keyed import Share, Update, fold_keyed, is_partial
 from offsite.coordinator.aggregation.outliers import Change, outliers
-from offsite.kernels.schema import Schema, TensorMap, Tier, groups
+from offsite.kernels.schema import Schema, Tier, groups
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import RunSpec
-
-Update = tuple[Origin, AbstractContextManager[TensorMap]]  # opened as the adapter that it stands for
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,33 @@ def part_of(schema: Schema, part: int, parts: int) -> Schema:
 
 
 def fold(
-    strategy: Strategy, last: Version, schema: Schema, updates: Iterable[Update], *, tiers: Iterable[Tier]
+    strategy: Strategy,
+    last: Version,
+    schema: Schema,
+    updates: Iterable[Update],
+    *,
+    tiers: Iterable[Tier],
+    shares: Mapping[str, Share] | None = None,
 ) -> Version:
     """Fold updates, which come in the order of the sites' names, on top of the last version.
 
-    `tiers` are those of the sites that may train next. Raises MismatchError for an average that is not finite.
+    `tiers` are those of the sites that may train next; `shares` say by site what its update has, where some may lack
+    groups. Raises MismatchError for an average that is not finite.
     """
+    if shares and is_partial(schema, shares):
+        version = fold_keyed(strategy, last, schema, updates, tiers=sorted(tiers), shares=shares)
+    else:
+        version = _fold_whole(strategy, last, schema, updates, tiers)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in version.adapter.values()):
+        raise MismatchError("the average of the updates is not finite; lower max_update_norm and look at the sites")
+    return version
+
+
+def _fold_whole(
+    strategy: Strategy, last: Version, schema: Schema, updates: Iterable[Update], tiers: Iterable[Tier]
+) -> Version:
     running = strategy.begin(last, schema)
     for origin, update in updates:
         with update as adapter:
             running.add(adapter, origin)
-    version = running.finish(sorted(tiers))
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in version.adapter.values()):
-        raise MismatchError("the average of the updates is not finite; lower max_update_norm and look at the sites")
-    return version
+    return running.finish(sorted(tiers))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin
-from offsite.coordinator.aggregation.folding import Update, fold, part_of
+from offsite.coordinator.aggregation.folding import fold, part_of
+from offsite.coordinator.aggregation.keyed import Update
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.coordinator.store.opening import open_blobs

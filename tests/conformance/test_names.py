@@ -18,12 +18,27 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.FORMATS,
     catalogue.METHODS,
     catalogue.MODALITIES,
+    catalogue.PARTS,
     catalogue.PLACEMENTS,
     catalogue.SCHEDULES,
 ]
 NAMES = {name for family in FAMILIES for name in family}
 # No words of English: a sentence that has one of them speaks of the plug-in.
-WORDS = {"additive", "blocks", "bottleneck", "ends", "grids", "kept", "mean", "miss", "road", "sketch", "spread"} | {
+WORDS = {
+    "additive",
+    "all",
+    "blocks",
+    "bottleneck",
+    "ends",
+    "grids",
+    "half",
+    "kept",
+    "mean",
+    "miss",
+    "road",
+    "sketch",
+    "spread",
+} | {
     *("constant", "cosine", "linear", "polynomial"),
 }
 COINED = NAMES - WORDS - {"uniform", "whole"}
@@ -60,6 +75,14 @@ ALLOWED = {
     "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
 }
 HOMONYMS = {  # words that are also names
+    "client/cli.py": {"all"},  # extras of the package
+    "client/report.py": {"all"},  # sites
+    "client/figures.py": {"all"},
+    "coordinator/aggregation/low_rank.py": {"all"},  # a sum
+    "coordinator/aggregation/index_union.py": {"all"},
+    "coordinator/commands/methods.py": {"all"},  # strategies
+    "emulator/builders/storage.py": {"all"},  # layers
+    "emulator/builders/sketched.py": {"all"},
     "coordinator/policy.py": {"whole"},  # a field of a grant
     "emulator/zoo/weights.py": {"quantised"},
     "kernels/quantise.py": {"quantised"},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from offsite.client.site.job import EngineSpec
 from offsite.client.site.policy import Policy
-from offsite.emulator import builders, methods, placements, schedules
+from offsite.emulator import builders, methods, parts, placements, schedules
 from offsite.protos import addresses, recipes
 from offsite.protos.assignments import assign
 from offsite.protos.documents import from_json, from_toml, parse, to_json, to_plain
@@ -194,6 +194,7 @@ def test_recipes(text: str) -> None:
 
 FAMILIES: list[Any] = [(builders.BUILDERS, builders.make), (methods.METHODS, methods.make)]
 FAMILIES.append((placements.PLACEMENTS, placements.make))
+FAMILIES.append((parts.PARTS, parts.make))
 FAMILIES.append((schedules.SCHEDULES, schedules.make))
 SETTINGS = [
     "keep",

@@ -1,0 +1,48 @@
+"""Half fine-tuning (Hui et al., arXiv 2404.18466): in each layer one half trains, and the other stays as it is.
+
+Which half is drawn anew in each round. Of a layer's groups with matrices and of those with vectors alone one half each
+is drawn, rounded up, so that about half of the values train; what the layers have in common is drawn likewise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offsite.emulator.parts.base import Everywhere, Per, Turn, by_layer, refuse_choice
+from offsite.emulator.parts.draws import drawn
+from offsite.kernels.schema import Schema, groups
+
+
+@dataclass(frozen=True)
+class Half(Everywhere):
+    """Draw one half of the groups of each layer."""
+
+    per: Per = "round"
+
+    name: ClassVar[str] = "half"
+
+    def fits(self, schema: Schema) -> None:
+        """Raise ValueError if no layer has two groups of one kind."""
+        if all(len(kind) < 2 for kind in _kinds(schema)):
+            raise ValueError(
+                "part half leaves nothing out, for no layer of the adapter has two groups of tensors; use part all"
+            )
+
+    def groups(self, schema: Schema, turn: Turn, chosen: Sequence[int] = ()) -> frozenset[str]:
+        """Return one half of each layer's groups; raises ValueError."""
+        refuse_choice(self, chosen)
+        self.fits(schema)
+        draw = (self.name, *turn.draw(self.per))
+        return frozenset(group for kind in _kinds(schema) for group in drawn(kind, (len(kind) + 1) // 2, *draw))
+
+
+def _kinds(schema: Schema) -> list[list[str]]:
+    """Return what halves are drawn of: each layer's groups with matrices, its others, and those of no layer."""
+    own, common = by_layer(schema)
+    keys = groups(schema)
+    matrices = {group for group in keys if any(len(schema[key].shape) > 1 for key in keys[group])}
+    kinds: list[list[str]] = []
+    for of_layer in (*own.values(), common):
+        kinds.append([group for group in of_layer if group in matrices])
+        kinds.append([group for group in of_layer if group not in matrices])
+    return kinds
