@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from offsite.kernels.device import by_device
+
 Size = tuple[int, int]  # (d_out, d_in)
 
 
@@ -49,8 +51,9 @@ def dense(index: Tensor, values: Tensor, size: Size) -> Tensor:
 def product(x: Tensor, index: Tensor, values: Tensor, size: Size) -> Tensor:
     """Return D x (..., d_out) of x (..., d_in), in the values' dtype; differentiable in x and in the values.
 
-    Between the two passes x, index and values are kept, and no matrix: on the way back one is made again, and the
-    values' gradient is read off that of the matrix, which is let go before the next map's (SpIEL, arXiv 2401.16405).
+    Between the two passes x, index and values are kept, and no matrix. The reference makes one again on the way back,
+    and reads the values' gradient off that of the matrix, which is let go before the next map's (SpIEL, arXiv
+    2401.16405).
     """
     result: Tensor = _Product.apply(x, index, values, size)  # type: ignore[no-untyped-call]
     return result
@@ -127,17 +130,37 @@ class Total:
         return Vector(self._index.to(self._types[0]), self.sum().to(self._types[1]))
 
 
+@by_device
+def multiply(x: Tensor, index: Tensor, values: Tensor, size: Size) -> Tensor:
+    """Return D x (..., d_out) of x (..., d_in), in the values' dtype."""
+    return functional.linear(x.to(values.dtype), dense(index, values, size))
+
+
+@by_device
+def multiply_transposed(x: Tensor, index: Tensor, values: Tensor, size: Size) -> Tensor:
+    """Return D' x (..., d_in) of x (..., d_out), in the values' dtype."""
+    return x.to(values.dtype) @ dense(index, values, size)
+
+
+@by_device
+def at_entries(x: Tensor, of_output: Tensor, index: Tensor) -> Tensor:
+    """Return the gradient (k,) of a matrix's entries, given its input and the gradient of its output, in its dtype."""
+    return gradient(x, of_output).flatten().index_select(0, index)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, values: Tensor, size: Size) -> Tensor:
         ctx.size = size
-        ctx.save_for_backward(x, index, values)
-        return functional.linear(x.to(values.dtype), dense(index, values, size))
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, index, values)
+        ctx.dtype = x.dtype
+        return multiply(x, index, values, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
         x, index, values = ctx.saved_tensors
-        of_x = (of_output @ dense(index, values, ctx.size)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        of_values = gradient(x, of_output).flatten().index_select(0, index) if ctx.needs_input_grad[2] else None
-        return of_x, None, of_values, None
+        of_x = (
+            multiply_transposed(of_output, index, values, ctx.size).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        )
+        return of_x, None, None if x is None else at_entries(x, of_output, index), None

@@ -3,8 +3,8 @@
     y = W x + D x[J]   (columns J of W change by D, d_out x r)          y[J] += D x   (rows J by D, r x d_in)
 
 D starts at zero and J is the same at all sites, so W is linear in what trains: the mean of the changes is the change of
-the mean, exactly. Of columns, only x[J] is kept for the backward pass, in place of x. The entries of one map are a
-matrix of rank r, and leave as LoRA of that rank, which others load.
+the mean, exactly. Of columns, only x[J] is kept for the backward pass, in place of x (see `kernels.partial`). The
+entries of one map are a matrix of rank r, and leave as LoRA of that rank, which others load.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +21,7 @@ from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Averaged, Factors, Kind, Place
 from offsite.emulator.methods.maps import linear_at, moved, wrapped
+from offsite.kernels.partial import add_columns, add_rows
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 COLUMNS, ROWS = SIDES = ("columns", "rows")
@@ -39,11 +40,8 @@ class Selected(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., d_out) for x (..., d_in)."""
         y: Tensor = self.linear(x)
-        index = self.get_buffer("index")
-        if self.side == COLUMNS:
-            return y + functional.linear(x[..., index].to(self.change.dtype), self.change).to(y.dtype)
-        part = functional.linear(x.to(self.change.dtype), self.change)
-        return y.index_add(-1, index, part.to(y.dtype))
+        add = add_columns if self.side == COLUMNS else add_rows
+        return add(y, x, self.get_buffer("index"), self.change)
 
 
 class Selection(NamedTuple):

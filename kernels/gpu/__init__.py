@@ -1,0 +1,1 @@
+"""Triton kernels, each the twin of a torch reference of the same name (see `offsite.kernels.device`)."""
