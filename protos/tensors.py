@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from offsite.kernels.schema import INTEGERS, Field, Schema, TensorMap, Tensors, size_bytes
-from offsite.protos.chunks import hasher, read_chunks
+from offsite.protos.chunks import READ_BYTES, hasher, read_chunks
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
-PIECE_BYTES = 1 << 20  # of a tensor in memory at a time where a file is read through: it fits a core's cache
+PIECE_BYTES = READ_BYTES  # of a tensor in memory at a time where a file is read through
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
