@@ -54,6 +54,13 @@ CONFIGS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "bloom": ("BloomConfig", lambda n: BLOCK | {"n_layer": n}),
     "gpt_neox": ("GPTNeoXConfig", lambda n: PLAIN | {"num_hidden_layers": n}),
 }
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+IMAGES = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+# No language models that write: (class of the model, its configuration, what that says).
+ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("AutoModelForMaskedLM", "BertConfig", PLAIN | STILL),
+    "vit": ("AutoModelForImageClassification", "ViTConfig", PLAIN | STILL | IMAGES),
+}
 
 Tiny = Callable[..., Any]
 
@@ -80,9 +87,13 @@ def tiny() -> Tiny:
 
     def make(family: str = "llama", layers: int = 6) -> Any:
         torch.manual_seed(0)
-        config, settings = CONFIGS[family]
-        configuration = getattr(transformers, config)(**settings(layers))
-        model = transformers.AutoModelForCausalLM.from_config(configuration).eval()
+        if family in ENCODERS:
+            kind, config, plain = ENCODERS[family]
+            configuration = getattr(transformers, config)(**plain, num_hidden_layers=layers)
+        else:
+            kind, (config, settings) = "AutoModelForCausalLM", CONFIGS[family]
+            configuration = getattr(transformers, config)(**settings(layers))
+        model = getattr(transformers, kind).from_config(configuration).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

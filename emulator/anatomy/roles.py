@@ -91,6 +91,22 @@ TABLE: dict[str, Roles] = {
         fused="groups",
         alibi=True,
     ),
+    "BERT": Roles(
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        output="attention.output.dense",
+        mlp_in=("intermediate.dense",),
+        mlp_out="output.dense",
+    ),
+    "ViT": Roles(
+        query="attention.q_proj",
+        key="attention.k_proj",
+        value="attention.v_proj",
+        output="attention.o_proj",
+        mlp_in=("mlp.fc1",),
+        mlp_out="mlp.fc2",
+    ),
 }
 
 

@@ -205,7 +205,7 @@ def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scales: Mapping[
         alphas[name] = scales[place] * pair.rank  # of which peft makes the scale again, by dividing
     rank, alpha = max(ranks.values()), max(alphas.values())
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task(model),
         r=rank,
         lora_alpha=alpha,
         target_modules=sorted(ranks),
@@ -213,6 +213,11 @@ def config_of(model: nn.Module, pairs: Mapping[Place, Factors], scales: Mapping[
         alpha_pattern=_pattern(alphas, alpha),
         fan_in_fan_out=transposed,
     )
+
+
+def task(model: nn.Module) -> str | None:
+    """Return peft's name of what a model does, if its wrapper has to know: of those that write text."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
 
 
 def _pattern(values: Mapping[str, N], usual: N) -> dict[str, N]:

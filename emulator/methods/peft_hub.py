@@ -88,7 +88,7 @@ class PeftMethod(Averaged):
         names = self._maps(model, places)
         path = find(model).path
         with quiet():
-            attached: nn.Module = self._wrap(model, *names, task_type="CAUSAL_LM")
+            attached: nn.Module = self._wrap(model, *names, task=peft_format.task(model))
         _load(_live(attached, f"{_WRAPPER}.{path}", places), adapter)
         return attached
 
@@ -122,7 +122,11 @@ class PeftMethod(Averaged):
         """Write `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained` on the base."""
         _, attached = self._beside(base, adapter)
         config = attached.peft_config["default"]
-        config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
+        config.task_type, config.base_model_name_or_path, config.inference_mode = (
+            peft_format.task(base),
+            base_name,
+            True,
+        )
         peft_format.save_config(directory, config)
         state = get_peft_model_state_dict(attached, save_embedding_layers=False)
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -143,12 +147,12 @@ class PeftMethod(Averaged):
             for path in paths
         }
 
-    def _wrap(self, model: nn.Module, *names: str, task_type: str | None = None) -> Any:
+    def _wrap(self, model: nn.Module, *names: str, task: str | None = None) -> Any:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.name.upper()]]
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "modules"}
         if "fan_in_fan_out" in {field.name for field in fields(kind)}:
             settings["fan_in_fan_out"] = any(is_transposed(model.get_submodule(name)) for name in names)
-        config = kind(task_type=task_type, target_modules=sorted(names), **settings, **self.constants)
+        config = kind(task_type=task, target_modules=sorted(names), **settings, **self.constants)
         return _peft(model, config)
 
     def _beside(self, base: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], Any]:
