@@ -33,6 +33,7 @@ class OwnerPolicy:
     data: tuple[Place, ...] = ()  # folders whose files runs may name, by their path inside
     builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
     methods: Words = (
+        "amt",
         "bottleneck",
         "c3a",
         "compacter",

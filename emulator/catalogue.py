@@ -11,6 +11,7 @@ from offsite.kernels.plugins import Plugins
 METHODS: Plugins[Any] = Plugins(
     "method",
     {
+        "amt": "offsite.emulator.methods.amt:Amt",
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
         "compacter": "offsite.emulator.methods.compacter:Compacter",

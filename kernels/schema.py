@@ -29,6 +29,7 @@ class Rule(StrEnum):
     MEAN = "mean"  # the weighted mean of each value
     PRODUCT = "product"  # two factors, of which the product B @ A is averaged
     UNION = "union"  # entries of a sparse matrix and where they are, which sites choose; the matrix is averaged
+    VOTE = "vote"  # packed bits, each of which becomes what most sites, by weight, have it to be
     FIXED = "fixed"  # the same at every site and in every round, as an index is
     LOCAL = "local"  # a site's own, of which the coordinator makes others before they are folded
 
@@ -42,16 +43,23 @@ class Field:
     rule: Rule
     group: str = ""  # of tensors that are folded together, as the two factors of a product are
     below: int | None = None  # of integers, which are at least 0: what all of them are less than
+    bits: int | None = None  # of packed bits, the lowest of a byte first: how many there are; any others are zero
 
     def __post_init__(self) -> None:
         """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
         if self.dtype not in FLOATS | INTEGERS:
             raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS | INTEGERS)}")
-        if self.dtype in INTEGERS and (self.rule in (Rule.MEAN, Rule.PRODUCT) or self.below is None):
+        if (self.bits is not None) != (self.rule is Rule.VOTE):
+            raise ValueError(f"packed bits are voted on, and nothing else is: bits = {self.bits}, {self.rule}")
+        if self.bits is not None and (self.dtype, self.shape, self.below) != ("U8", (-(-self.bits // 8),), None):
             raise ValueError(
-                f"integers ({self.dtype}) are fixed, local or of a union, and below something, not {self.rule} and "
-                f"{self.below}"
+                f"{self.bits} packed bits are U8 ({-(-self.bits // 8)},) without a bound, not {self.dtype} "
+                f"{self.shape} below {self.below}"
             )
+        if self.dtype in INTEGERS and self.rule in (Rule.MEAN, Rule.PRODUCT):
+            raise ValueError(f"integers ({self.dtype}) are fixed, local, of a union or packed bits, not {self.rule}")
+        if self.dtype in INTEGERS and self.below is None and self.bits is None:
+            raise ValueError(f"integers ({self.dtype}) are below something, not {self.below}")
         if self.dtype in FLOATS and self.below is not None:
             raise ValueError(f"only integers have a bound: below = {self.below} of {self.dtype}")
         if any(size is not None and size < 0 for size in self.shape):
@@ -63,6 +71,14 @@ class Field:
         if None in self.shape:
             raise ValueError(f"shape {self.shape} is open: settle it first")
         return prod(size for size in self.shape if size is not None) * (FLOATS | INTEGERS)[self.dtype]
+
+    @property
+    def trained(self) -> int:
+        """How many values train for it: a score for each bit that is voted on, none for indices or what is fixed."""
+        if self.bits is not None:
+            return self.bits
+        moves = self.rule is not Rule.FIXED and self.dtype in FLOATS
+        return self.size_bytes // FLOATS[self.dtype] if moves else 0
 
 
 Schema: TypeAlias = dict[str, Field]
@@ -113,6 +129,11 @@ def entries(schema: Schema) -> dict[str, Entries]:
             raise ValueError(f"group {group!r}: a union has integers (k,) and values (k,), not {sorted(members)}")
         pairs[group] = Entries(indices[0], values[0])
     return pairs
+
+
+def votes(schema: Schema) -> dict[str, int]:
+    """Return the keys of the packed bits that are voted on, and how many bits each has."""
+    return {key: field.bits for key, field in schema.items() if field.bits is not None}
 
 
 def _is_open(field: Field, dimension: int) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -165,13 +166,22 @@ def check(path: Path, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | Non
 def check_values(source: Source, schema: Schema, *, fixed: Mapping[str, torch.Tensor] | None = None, what: str) -> None:
     """Check the values of tensors that are of a schema; raises MismatchError as `check` does."""
     for name, field in schema.items():
-        if bad := sum(_strange(piece, field) for piece in source.pieces(name)):
+        if field.bits is not None:
+            _check_bits(source, name, field.bits, what=what)
+        elif bad := sum(_strange(piece, field) for piece in source.pieces(name)):
             allowed = "finite" if field.below is None else f"in 0..{field.below - 1}"
             raise MismatchError(f"{what}: tensor {name} holds {bad} values that are not {allowed}")
     for name, tensor in (fixed or {}).items():
         flat = iter(torch.split(tensor.flatten(), ALONE))
         if not all(torch.equal(piece, next(flat)) for piece in source.pieces(name)):
             raise MismatchError(f"{what}: tensor {name} is not the one that all sites have, and does not train")
+
+
+def _check_bits(source: Source, name: str, bits: int, *, what: str) -> None:
+    """Check that the bits of a last byte that count for nothing are zero, so that equal bits are equal bytes."""
+    last = [int(piece[-1]) for piece in source.pieces(name) if len(piece)][-1:]
+    if bits % 8 and last and last[0] >> bits % 8:
+        raise MismatchError(f"{what}: tensor {name} has bits beyond its {bits} that are not zero")
 
 
 def _strange(piece: torch.Tensor, field: Field) -> int:
@@ -218,6 +228,12 @@ def gap(source: Source, start: Source, names: Iterable[str] | None = None) -> fl
         for piece, beside in zip(source.pieces(name), start.pieces(name), strict=True)
     )
     return math.sqrt(sum(squares))
+
+
+def flips(source: Source, start: Source, name: str) -> int:
+    """Count the bits in which two tensors of packed bits differ."""
+    pairs = zip(source.pieces(name), start.pieces(name), strict=True)
+    return sum(int(np.bitwise_count(piece.numpy() ^ beside.numpy()).sum()) for piece, beside in pairs)
 
 
 def gaps(columns: TensorMap, start: TensorMap) -> list[float]:

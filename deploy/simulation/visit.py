@@ -20,7 +20,7 @@ from offsite.deploy.simulation.spool import Block, Layout
 from offsite.emulator import methods
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
-from offsite.kernels.schema import Tensors, Tier, entries
+from offsite.kernels.schema import Tensors, Tier, entries, votes
 from offsite.protos import tensors
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -156,9 +156,9 @@ class TierRound:
     def norms(self, block: Block) -> Sequence[float | None]:
         """Return how far each update of a block went, where that is told of all at once.
 
-        That is where no stage has packed them, and no index differs.
+        That is where no stage has packed them, no index differs, and no bit is voted on.
         """
-        alone = self.packing.stages or entries(self.packing.schema)
+        alone = self.packing.stages or entries(self.packing.schema) or votes(self.packing.schema)
         return [None] * block.count if alone else tensors.gaps(block.columns, self.broadcast)
 
     def admit(self, site: str, update: Held, norm: float | None, metrics: UpdateMetrics) -> float:

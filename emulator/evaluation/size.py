@@ -9,7 +9,7 @@ from offsite.emulator import builders, catalogue, modality
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import Method
 from offsite.emulator.placements import Kept
-from offsite.kernels.schema import FLOATS, Rule, settle, size_bytes
+from offsite.kernels.schema import Rule, settle, size_bytes
 
 SHAPES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 ADAM_BYTES = 16  # of a value that trains in fp32: itself, its gradient, and AdamW's two moments
@@ -38,11 +38,7 @@ def measure(method: Method) -> Size:
     start = method.start(draft.model, draft.outline.places, seed=0)
     schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
     return Size(
-        values=sum(
-            start[key].numel()
-            for key, field in schema.items()
-            if field.rule is not Rule.FIXED and field.dtype in FLOATS
-        ),
+        values=sum(field.trained for field in schema.values()),
         update_bytes=size_bytes(schema),
         tensors={key.rpartition(".")[2]: (field.dtype, field.rule) for key, field in schema.items()},
     )

@@ -10,16 +10,21 @@ from offsite.emulator.anatomy.structure import adaptable, find, linears
 
 Modules: TypeAlias = Literal["all-linear"] | tuple[str, ...]  # or the endings of the maps' paths
 Outputs: TypeAlias = Literal["outputs"]  # those that attention and MLP end in
+Attention: TypeAlias = Literal["attention"]  # all of the attention's
 
 
-def targets(model: nn.Module, places: Mapping[int, int], modules: Modules | Outputs) -> dict[int, list[str]]:
+def targets(
+    model: nn.Module, places: Mapping[int, int], modules: Modules | Outputs | Attention
+) -> dict[int, list[str]]:
     """Return the paths of the maps at each place, perhaps none.
 
-    Raises ValueError for an ending that no map has, and for outputs where the family's are not known.
+    Raises ValueError for an ending that no map has, and for roles where the family's are not known.
     """
     stack = find(model).layers
     if modules == "outputs":
         return {at: [(its := roles(model, at)).output, its.mlp_out] for at in places}
+    if modules == "attention":
+        return {at: [path for path in linears(stack[at]) if path in roles(model, at).attention] for at in places}
     if modules == "all-linear":
         return {at: adaptable(stack[at]) for at in places}
     every = {at: linears(stack[at]) for at in places}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.kernels.schema import Entries, Rule, Schema, TensorMap, entries, settle
+from offsite.kernels.schema import Entries, Rule, Schema, TensorMap, entries, settle, votes
 from offsite.protos import tensors, upload
 from offsite.protos.upload.base import Stage
 
@@ -26,16 +26,20 @@ def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Sta
 def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> float:
     """Return the same distance, whatever an update of a settled schema is read from.
 
-    Of what a union averages it is that of the matrices: an entry that one has and the other has not counts as zero.
+    Of what a union averages it is that of the matrices: an entry that one has and the other has not counts as zero. Of
+    bits that are voted on it is that of as many zeros and ones: the root of how many differ.
     """
-    matrices = entries(schema)
+    matrices, bits = entries(schema), votes(schema)
     change = upload.unpack(stages, packed, None, schema)
     if stages:
-        ruled = (Rule.FIXED, Rule.UNION)
+        ruled = (Rule.FIXED, Rule.UNION, Rule.VOTE)
         norms = [tensors.norm(change[name]) for name, field in schema.items() if field.rule not in ruled]
+        flips = [tensors.flips(tensors.Held({name: change[name]}), start, name) for name in bits]
     else:
-        norms = [tensors.gap(packed, start, packed.keys() - {key for pair in matrices.values() for key in pair})]
-    return math.hypot(*norms, *(_apart(change, start, pair) for pair in matrices.values()))
+        apart = bits.keys() | {key for pair in matrices.values() for key in pair}
+        norms = [tensors.gap(packed, start, packed.keys() - apart)]
+        flips = [tensors.flips(packed, start, name) for name in bits]
+    return math.hypot(math.sqrt(sum(flips)), *norms, *(_apart(change, start, pair) for pair in matrices.values()))
 
 
 def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:

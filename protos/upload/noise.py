@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from offsite.kernels.schema import FLOATS, Rule, Schema, Tensors, groups
+from offsite.kernels.schema import FLOATS, Rule, Schema, Tensors, groups, votes
 from offsite.protos.documents import document
 from offsite.protos.security.draws import derive
 from offsite.protos.upload.base import At
@@ -39,7 +39,12 @@ class Noise:
         return self.share
 
     def schema(self, given: Schema) -> Schema:
-        """Return the schema as it is."""
+        """Return the schema as it is; raises ValueError for bits, which no small noise can cover."""
+        if bits := sorted(votes(given)):
+            raise ValueError(
+                f"stage {self.name} adds a little to values, and {bits[0]} is of bits; leave it out, or choose a "
+                "method that sends values"
+            )
         return given
 
     def pack(self, change: Tensors, at: At) -> Tensors:

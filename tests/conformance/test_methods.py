@@ -21,7 +21,7 @@ from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import load, plug
 from offsite.emulator.tuning.loop import Schedule, tune
-from offsite.kernels.schema import FLOATS, Rule, rules, settle
+from offsite.kernels.schema import FLOATS, Rule, rules, settle, votes
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
@@ -88,6 +88,11 @@ def moving(method: Method, start: Adapter) -> set[str]:
     return {key for key, at in method.schema(start).items() if at.rule is not Rule.FIXED and at.dtype in FLOATS}
 
 
+def voted(method: Method, start: Adapter) -> set[str]:
+    """The tensors of bits, which are those of the thresholds of what trains."""
+    return {*votes(method.schema(start))}
+
+
 def layers_of(adapter: Any) -> set[str]:
     return {key.partition(".")[0] for key in adapter}
 
@@ -139,11 +144,16 @@ def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
     live = method.named_parameters(trained, places)
     assert {id(p) for p in trained.parameters() if p.requires_grad} == {id(p) for p in live.values()}
     assert all(parameter.dtype == torch.float32 for parameter in live.values())
-    state = method.state(trained, places)
-    still = method.schema(start).keys() - moving(method, start)
-    assert live.keys() == state.keys() - still and all(torch.equal(start[key], state[key]) for key in still)
-    assert all(torch.equal(parameter.detach(), state[key]) for key, parameter in live.items())
-    same = [key for key in live if torch.equal(start[key], state[key])]
+    state, bits = method.state(trained, places), voted(method, start)
+    still = method.schema(start).keys() - moving(method, start) - bits
+    assert all(torch.equal(start[key], state[key]) for key in still)
+    if bits:  # each of one parameter, which has another name, for it is no tensor of the adapter
+        assert {key.rpartition(".")[0] for key in live} == {key.rpartition(".")[0] for key in bits}
+        assert len(live) == len(bits) and not live.keys() & state.keys()
+    else:
+        assert live.keys() == state.keys() - still
+        assert all(torch.equal(parameter.detach(), state[key]) for key, parameter in live.items())
+    same = [key for key in bits or live if torch.equal(start[key], state[key])]
     assert not same, f"these did not learn: {same[:3]}"
 
 
@@ -243,18 +253,21 @@ def test_as_many_values_train_as_its_formula_says(
         assert family == "gpt2"
         return
     start = method.start(draft.model, draft.outline.places, seed=0)
-    values = sum(start[key].numel() for key in moving(method, start))
+    schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+    values = sum(field.trained for field in schema.values())
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     each, formula = sizes(draft, start, method.formula.each), method.formula
     once = eval(formula.once, {}, own) if formula.once else 0
     assert each and once + sum(eval(formula.values, {}, own | one) for one in each) == values
+    live = method.named_parameters(method.attach(draft.model, draft.outline.places, start), draft.outline.places)
+    assert values == sum(parameter.numel() for parameter in live.values())
 
 
 def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where_the_method_says_so(
     method: Method, draft: Draft, start: Adapter, tiny: Any
 ) -> None:
-    if not method.mergeable:
-        assert not method.linear  # there is no W that it changes
+    if not method.mergeable or voted(method, start):
+        assert not method.linear  # there is no W that it changes, or no mean of bits
         return
     moves, drawn = moving(method, start), torch.Generator().manual_seed(0)
     one, other = (

@@ -86,7 +86,7 @@ HOMONYMS = {  # words that are also names
     "coordinator/policy.py": {"whole"},  # a field of a grant
     "emulator/zoo/weights.py": {"quantised"},
     "kernels/quantise.py": {"quantised"},
-    "kernels/schema.py": {"mean"},  # a rule
+    "kernels/schema.py": {"mean", "vote"},  # rules
     "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's

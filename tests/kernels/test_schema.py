@@ -17,6 +17,7 @@ from offsite.kernels.schema import (
     rules,
     settle,
     size_bytes,
+    votes,
 )
 
 LORA: Schema = {
@@ -105,8 +106,8 @@ def test_shapes_that_do_not_fit_are_named(shapes: dict[str, tuple[int, ...]], wo
     [
         ("C64", (3,), Rule.MEAN, None, "dtype 'C64' is none of F64, F32"),
         ("I32", (3,), Rule.MEAN, 9, "not mean"),
-        ("I32", (None,), Rule.UNION, None, "not union and None"),
-        ("I32", (3,), Rule.FIXED, None, "not fixed and None"),
+        ("I32", (None,), Rule.UNION, None, "are below something, not None"),
+        ("I32", (3,), Rule.FIXED, None, "are below something, not None"),
         ("F32", (3,), Rule.FIXED, 9, "only integers have a bound"),
         ("F32", (-1,), Rule.MEAN, None, "negative"),
     ],
@@ -116,6 +117,30 @@ def test_a_field_that_could_not_be_folded_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         Field(dtype, shape, rule, below=below)
+
+
+def test_packed_bits_are_counted_by_the_bit_and_sent_by_the_byte() -> None:
+    field = Field("U8", (3,), Rule.VOTE, bits=20)
+    assert votes(LORA | {"0.mask": field}) == {"0.mask": 20}
+    assert (field.size_bytes, field.trained) == (3, 20)
+    trained = [one.trained for one in (*SPARSE.values(), Field("F32", (3,), Rule.FIXED))]
+    assert trained == [0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rule", "bits", "words"),
+    [
+        ("U8", (3,), Rule.VOTE, None, "packed bits are voted on, and nothing else is: bits = None, vote"),
+        ("F32", (3,), Rule.MEAN, 20, "packed bits are voted on, and nothing else is: bits = 20, mean"),
+        ("U8", (2,), Rule.VOTE, 20, r"20 packed bits are U8 \(3,\) without a bound, not U8 \(2,\)"),
+        ("I32", (3,), Rule.VOTE, 20, r"20 packed bits are U8 \(3,\) without a bound, not I32 \(3,\)"),
+    ],
+)
+def test_bits_that_could_not_be_voted_on_are_refused(
+    dtype: str, shape: tuple[int, ...], rule: Rule, bits: int | None, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Field(dtype, shape, rule, bits=bits)
 
 
 def test_it_brings_no_tensor_library() -> None:

@@ -89,3 +89,9 @@ def test_a_change_keeps_its_arguments() -> None:
 def test_a_share_that_is_none_is_refused(share: object) -> None:
     with pytest.raises(InputError, match="upload: stage 'noise': share"):
         upload.make([Choice(name="noise", settings={"share": share})])
+
+
+def test_bits_are_refused_for_no_small_noise_covers_one() -> None:
+    bits: Schema = {"0.q.mask": Field("U8", (2,), Rule.VOTE, bits=12)}
+    with pytest.raises(ValueError, match=r"stage noise adds a little to values, and 0\.q\.mask is of bits"):
+        upload.schema_of([Noise()], SCHEMA | bits)
