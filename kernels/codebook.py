@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offsite.kernels.device import by_device
+from offsite.kernels.quantise import product, unpack_nibbles
+
 _ROWS = 4096  # groups encoded at a time: their distances to K vectors for every beam stay in a cache
 _SAMPLE = 128  # groups a vector is fitted to; more move it little
 _LLOYD = 10  # steps of k-means, after which the books are refined together
@@ -18,6 +21,34 @@ def decode(codes: Tensor, books: Tensor) -> Tensor:
     """Return the groups (n, g) that codes (n, M) stand for; differentiable in the books."""
     vectors = [functional.embedding(codes[:, at].int(), book) for at, book in enumerate(books)]
     return torch.stack(vectors).sum(dim=0)
+
+
+def unpack(packed: Tensor, codebooks: int, *, bits: int, groups: int) -> Tensor:
+    """Return the codes (groups, codebooks) uint8 that are stored as bytes: one each, or two of 4 bits."""
+    codes = unpack_nibbles(packed, groups * codebooks) if bits == 4 else packed
+    return codes.view(groups, codebooks)
+
+
+def matrix(packed: Tensor, books: Tensor, scales: Tensor, *, d_in: int, bits: int) -> Tensor:
+    """Return the matrix (d_out, d_in) fp32 whose rows are groups times a scale (d_out,) each."""
+    codes = unpack(packed, len(books), bits=bits, groups=len(scales) * d_in // books.shape[-1])
+    return decode(codes, books.float()).view(len(scales), d_in) * scales.float()[:, None]
+
+
+@by_device
+def multiply(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    books: Tensor,
+    scales: Tensor,
+    *,
+    d_in: int,
+    bits: int,
+    transposed: bool = False,
+) -> Tensor:
+    """Return `quantise.product` of x and the `matrix` of these parts."""
+    return product(x, bias, matrix(packed, books, scales, d_in=d_in, bits=bits), transposed=transposed)
 
 
 def errors(groups: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None = None) -> Tensor:

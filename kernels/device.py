@@ -28,15 +28,16 @@ def has_triton() -> bool:
 def by_device(reference: Callable[P, T]) -> Callable[P, T]:
     """Give the work of a reference to its twin where its first argument, a tensor, is on a GPU and Triton is there.
 
-    Neither is recorded by autograd where it is called from an autograd function, which all that trains does.
+    Autograd sees through neither, so that an autograd function calls them. Under autocast, which casts what a reference
+    is made of, and in double precision the reference runs.
     """
 
     @wraps(reference)
     def run(*arguments: P.args, **settings: P.kwargs) -> T:
         first = arguments[0]
         assert isinstance(first, Tensor), "a kernel's first argument says where it runs"
-        suits = first.is_cuda and first.dtype in PRECISIONS and has_triton()
-        return (twin(reference) if suits else reference)(*arguments, **settings)
+        suits = first.is_cuda and first.dtype in PRECISIONS and not torch.is_autocast_enabled("cuda")
+        return (twin(reference) if suits and has_triton() else reference)(*arguments, **settings)
 
     return run
 

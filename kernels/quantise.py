@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offsite.kernels.device import by_device
+
 # Appendix E: the quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
 NF4_LEVELS = (
     -1.0,
@@ -71,6 +73,28 @@ def dequantise(packed: Tensor, scales: Tensor, levels: tuple[float, ...], *, d_i
     relative = table.index_select(0, unpack_nibbles(packed, d_in).flatten().int()).view(-1, d_in)
     blocks = _in_blocks(relative, block).mul_(scales.float()[..., None])
     return blocks.view(len(packed), -1)[:, :d_in].contiguous()
+
+
+@by_device
+def multiply(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    levels: tuple[float, ...],
+    *,
+    d_in: int,
+    block: int,
+    transposed: bool = False,
+) -> Tensor:
+    """Return `product` of x and the matrix (d_out, d_in) that `quantise` stored."""
+    return product(x, bias, dequantise(packed, scales, levels, d_in=d_in, block=block), transposed=transposed)
+
+
+def product(x: Tensor, bias: Tensor | None, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return W x + b (..., d_out) of x (..., d_in), or W' x of x (..., d_out), all rounded to x's dtype first."""
+    weight = weight.to(x.dtype)
+    return x @ weight if transposed else functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _in_blocks(matrix: Tensor, block: int) -> Tensor:

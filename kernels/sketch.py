@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from offsite.kernels.quantise import pack_nibbles, unpack_nibbles
+from offsite.kernels.device import by_device
+from offsite.kernels.quantise import pack_nibbles, product, unpack_nibbles
 
 CENTROIDS = 16
 _PIECES = 64  # the first clustering only cuts between these; with 64 the final error is within 1 % of the least
@@ -152,3 +153,9 @@ def decode(grid: Tensor, codes: Tensor) -> Tensor:
     """
     decoded: Tensor = _Decode.apply(grid, codes)  # type: ignore[no-untyped-call]
     return decoded
+
+
+@by_device
+def multiply(x: Tensor, bias: Tensor | None, grid: Tensor, codes: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return `quantise.product` of x and the matrix (d_out, d_in) that `decode` returns."""
+    return product(x, bias, decode(grid, codes), transposed=transposed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offsite.emulator.formats.base import Parts
 from offsite.kernels import codebook
-from offsite.kernels.quantise import pack_nibbles, unpack_nibbles
+from offsite.kernels.quantise import pack_nibbles
 
 _FLOOR = 1e-6  # importance of an input that is always zero, as a share of the mean
 
@@ -71,11 +71,22 @@ class Additive:
 
     def unpack(self, packed: Tensor, groups: int) -> Tensor:
         """Return the codes (n, M) uint8 of n groups."""
-        codes = unpack_nibbles(packed, groups * self.codebooks) if self.bits == 4 else packed
-        return codes.view(groups, self.codebooks)
+        return codebook.unpack(packed, self.codebooks, bits=self.bits, groups=groups)
 
     def decode(self, parts: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
         """Return W (d_out, d_in) fp32, differentiable in the codebooks and the scales."""
-        codes = self.unpack(parts["codes"], d_out * d_in // self.group)
-        groups = codebook.decode(codes, parts["codebooks"].float())
-        return groups.view(d_out, d_in) * parts["scales"].float()[:, None]
+        return codebook.matrix(parts["codes"], parts["codebooks"], parts["scales"], d_in=d_in, bits=self.bits)
+
+    def multiply(
+        self,
+        parts: Mapping[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        d_out: int,
+        d_in: int,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Return W x + b of x (..., d_in), or W' x of x (..., d_out), in x's dtype."""
+        codes, books, scales = (parts[name] for name in ("codes", "codebooks", "scales"))
+        return codebook.multiply(x, bias, codes, books, scales, d_in=d_in, bits=self.bits, transposed=transposed)

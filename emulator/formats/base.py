@@ -26,3 +26,16 @@ class Format(Protocol):
     def decode(self, parts: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
         """Return W (d_out, d_in) fp32; differentiable in the parts that may train."""
         ...
+
+    def multiply(
+        self,
+        parts: Mapping[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        d_out: int,
+        d_in: int,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Return W x + b of x (..., d_in), or W' x of x (..., d_out), in x's dtype; not differentiable."""
+        ...

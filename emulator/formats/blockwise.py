@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offsite.emulator.formats.base import Parts
-from offsite.kernels.quantise import dequantise, quantise
+from offsite.kernels.quantise import dequantise, multiply, quantise
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,17 @@ class Blockwise:
     def decode(self, parts: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
         """Return W (d_out, d_in) fp32."""
         return dequantise(parts["codes"], parts["scales"], self.levels, d_in=d_in, block=self.block)
+
+    def multiply(
+        self,
+        parts: Mapping[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        d_out: int,
+        d_in: int,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Return W x + b of x (..., d_in), or W' x of x (..., d_out), in x's dtype."""
+        matrix = parts["codes"], parts["scales"], self.levels
+        return multiply(x, bias, *matrix, d_in=d_in, block=self.block, transposed=transposed)

@@ -1,12 +1,11 @@
 """Linear maps whose matrix is stored in a format of few bits, and unpacked only while it is used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from offsite.emulator.anatomy.stack import restack
 from offsite.emulator.anatomy.structure import is_transposed, layers, linears, shape
@@ -64,29 +63,31 @@ class PackedLinear(nn.Linear):
 
 
 class _Unpacked(torch.autograd.Function):
-    """x -> x W' + b. Autograd keeps what W is stored as and no dense copy: W is unpacked again on the way back."""
+    """x -> x W' + b. Autograd keeps what W is stored as and no dense copy: that is read again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, linear: PackedLinear, input: Tensor, bias: Tensor | None, *trained: Tensor) -> Tensor:
         ctx.linear = linear
         ctx.save_for_backward(input if any(ctx.needs_input_grad[3:]) else None, *trained)
-        return functional.linear(input, linear.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        return linear.format.multiply(linear.parts, input, bias, linear.out_features, linear.in_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         linear, (input, *trained) = ctx.linear, ctx.saved_tensors
+        rows, size = gradient.reshape(-1, linear.out_features), (linear.out_features, linear.in_features)
+        of_bias = rows.sum(dim=0) if ctx.needs_input_grad[2] else None
+        if input is None:  # no part trains
+            parts = linear.parts | dict(zip(linear.format.trained, trained, strict=True))
+            multiply = linear.format.multiply
+            inward = multiply(parts, gradient, None, *size, transposed=True) if ctx.needs_input_grad[1] else None
+            return None, inward, of_bias, *(None for _ in trained)
         with torch.enable_grad():
             leaves = [part.detach().requires_grad_() for part in trained]
-            parts = linear.parts | dict(zip(linear.format.trained, leaves, strict=True))
-            weight = linear.format.decode(parts, linear.out_features, linear.in_features)
-        rows = gradient.reshape(-1, linear.out_features)
+            weight = linear.format.decode(linear.parts | dict(zip(linear.format.trained, leaves, strict=True)), *size)
         inward = gradient @ weight.detach().to(gradient.dtype) if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(dim=0) if ctx.needs_input_grad[2] else None
-        of_parts: Sequence[Tensor | None] = [None] * len(leaves)
-        if input is not None:
-            of_weight = rows.T @ input.reshape(-1, linear.in_features).to(rows.dtype)
-            of_parts = torch.autograd.grad(weight, leaves, of_weight.float())
+        of_weight = rows.T @ input.reshape(-1, linear.in_features).to(rows.dtype)
+        of_parts = torch.autograd.grad(weight, leaves, of_weight.float())
         return None, inward, of_bias, *of_parts
 
 

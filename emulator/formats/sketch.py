@@ -37,3 +37,16 @@ class Sketch:
     def decode(self, parts: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
         """Return W (d_out, d_in) fp32, differentiable in the grid."""
         return sketch.decode(parts["grid"], parts["codes"])
+
+    def multiply(
+        self,
+        parts: Mapping[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        d_out: int,
+        d_in: int,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Return W x + b of x (..., d_in), or W' x of x (..., d_out), in x's dtype."""
+        return sketch.multiply(x, bias, parts["grid"], parts["codes"], transposed=transposed)

@@ -44,6 +44,15 @@ def test_doubles_stay_doubles() -> None:
     assert described(torch.zeros(3).double().as_subclass(Elsewhere), word="there") == "reference there"
 
 
+def test_what_autocast_casts_is_the_reference() -> None:
+    there = torch.zeros(3).as_subclass(Elsewhere)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert described(there, word="there") == "reference there"
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 def test_every_reference_has_a_twin_with_the_same_arguments() -> None:
     def functions(path: Path) -> dict[str, ast.FunctionDef]:
         return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}

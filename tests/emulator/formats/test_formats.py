@@ -15,6 +15,7 @@ from offsite.emulator.formats import FORMATS, Format, make
 from offsite.emulator.formats.int4 import Int4
 from offsite.emulator.formats.nf4 import NF4
 from offsite.emulator.formats.packed import PackedLinear, dense, packed
+from offsite.kernels.quantise import product
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Scaled:
 
     def decode(self, parts: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
         return parts["numbers"].float() * parts["steps"]
+
+    def multiply(self, parts: Any, x: Tensor, bias: Any, d_out: int, d_in: int, *, transposed: bool = False) -> Tensor:
+        return product(x, bias, self.decode(parts, d_out, d_in), transposed=transposed)
 
 
 @pytest.fixture(params=["nf4", "int4"])
