@@ -82,6 +82,20 @@ MODALITIES: Plugins[Any] = Plugins(
     "modality", {"causal-text": "offsite.emulator.modality.causal_text:CausalText"}, group="offsite.modalities"
 )
 MODALITY = "causal-text"  # that of every run: bases are causal language models
+OPTIMISERS: Plugins[Any] = Plugins(
+    "optimiser",
+    {
+        "adamw": "offsite.emulator.optimisers.adamw:AdamW",
+        "natural-galore": "offsite.emulator.optimisers.natural_galore:NaturalGalore",
+        "spsa-gc": "offsite.emulator.optimisers.spsa_gc:SpsaGc",
+    },
+    group="offsite.optimisers",
+    states=("paper", "elementwise", "forward_only", "scale_free"),
+    refused={
+        "galore": "it is natural-galore without a history, natural-galore(history=0)",
+        "spsa": "it is spsa-gc without correction, spsa-gc(momentum=0.0)",
+    },
+)
 PLACEMENTS: Plugins[Any] = Plugins(
     "placement",
     {

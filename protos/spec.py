@@ -75,7 +75,7 @@ Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, 
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
-SCHEDULE = Choice(name="constant")
+SCHEDULE, OPTIMISER = Choice(name="constant"), Choice(name="adamw")
 
 
 @document
@@ -88,6 +88,7 @@ class TrainingSpec:
     warmup_steps: Count = 0  # before the first step at the whole rate
     schedule: Chosen = SCHEDULE  # how the rate goes on from there
     span: Literal["round", "run"] = "round"  # what both go over: each round anew, or all rounds of the run
+    optimiser: Chosen = OPTIMISER  # what takes the steps
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut

@@ -17,10 +17,11 @@ from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
+from offsite.emulator import optimisers
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing
-from offsite.emulator.methods.proof import Witness
+from offsite.emulator.methods.proof import Effects, Witness
 from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import Span, UpdateMetrics
@@ -59,6 +60,7 @@ def tune(
     job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
     with faults("FAULT_TASK"):
         job.policy.check_shares(shares(job.task.training))
+        optimisers.make(job.task.training.optimiser.name, job.task.training.optimiser.settings)  # or is not known
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
@@ -105,16 +107,19 @@ def _choose(handout: Handout, schedule: Rows, ranks: Ranks) -> None:
                 distributed.broadcast(tensor, 0)
 
 
-def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, Witness]:
+def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, Witness | Effects]:
     """Return the engine of a job, and who sees that what is said to train does."""
     spec, task = job.task.training, job.task
     trained = handout.method.named_parameters(handout.model, handout.places)
-    witness = Witness(trained)
+    optimiser = optimisers.make(spec.optimiser.name, spec.optimiser.settings)
+    witness = Effects(handout.model, trained) if optimiser.forward_only else Witness(trained)
+    rounds = task.rounds_before + task.round
     with because("FAULT_ENGINE"):
-        engine = ENGINES[job.engine.name](handout.model, trained, spec, job.engine, ranks)
+        engine = ENGINES[job.engine.name](
+            handout.model, trained, spec, job.engine, ranks, first_step=rounds * spec.steps
+        )
     handout.model.train()
-    draws = task.rounds_before + task.round  # of dropout; different in each process
-    torch.manual_seed(spec.seed + draws * ranks.world + ranks.rank)
+    torch.manual_seed(spec.seed + rounds * ranks.world + ranks.rank)  # of dropout; different in each process
     return engine, witness
 
 
@@ -132,7 +137,7 @@ class Steps:
         return total / sum(self.targets)
 
 
-def _run(job: TrainerJob, engine: Engine, witness: Witness, schedule: Rows, *, say: Say) -> Steps:
+def _run(job: TrainerJob, engine: Engine, witness: Witness | Effects, schedule: Rows, *, say: Say) -> Steps:
     """Take the steps of a round; raises RunError at a loss that is not finite, MismatchError if a tensor is idle."""
     steps, count = Steps(), job.task.training.steps
     for step, batch in enumerate(schedule.batches(), start=1):

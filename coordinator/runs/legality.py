@@ -8,7 +8,7 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
-from offsite.emulator import builders, methods, placements, schedules, zoo
+from offsite.emulator import builders, methods, optimisers, placements, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
@@ -30,6 +30,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         method = methods.make(spec.method.name, spec.method.settings)
         _judge_emulator(spec, method, whole=whole)
         _judge_schedule(spec.training, rounds=spec.rounds)
+        _judge_optimiser(spec.training)
         if spec.merge and not method.mergeable:
             raise ValueError(
                 f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
@@ -122,6 +123,17 @@ def _judge_schedule(training: TrainingSpec, *, rounds: int) -> None:
             f"a schedule over a run of {steps} steps is too long; ask for fewer rounds, or a span of a round"
         )
     schedules.make(training.schedule.name, training.schedule.settings).fits(steps, training.warmup_steps)
+
+
+def _judge_optimiser(training: TrainingSpec) -> None:
+    """Raise ValueError if what takes the steps is not known, or no rate is known that suits it."""
+    optimiser = optimisers.make(training.optimiser.name, training.optimiser.settings)
+    if not optimiser.scale_free and training.learning_rate is None:
+        raise ValueError(
+            f"the rates of methods are those of adaptive optimisers, and the steps of {optimiser.name} are as long as "
+            "the gradients that it estimates: give training.learning_rate, and a training.gradient_clipping that "
+            "leaves such gradients as they are"
+        )
 
 
 def _judge_emulator(spec: RunSpec, method: Method, *, whole: bool) -> None:

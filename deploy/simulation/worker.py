@@ -15,7 +15,7 @@ from offsite.deploy.simulation.folding import fold_part
 from offsite.deploy.simulation.orders import Batch, Failure, Order, Reply, RoundOrder, Setup, Work
 from offsite.deploy.simulation.spool import Block, Spool
 from offsite.deploy.simulation.visit import Models, TierRound, trainer
-from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES
+from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OPTIMISERS
 from offsite.kernels.schema import Tensors, Tier
 from offsite.protos import tensors
 from offsite.protos.documents import from_json, plain, to_json
@@ -26,7 +26,7 @@ from offsite.protos.spec import UpdateMetrics
 
 def preload() -> None:
     """Import what virtual sites need."""
-    for family in (METHODS, FORMATS, MODALITIES):
+    for family in (METHODS, FORMATS, MODALITIES, OPTIMISERS):
         family.preload()
 
 

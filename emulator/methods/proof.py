@@ -7,6 +7,8 @@ from torch import nn
 
 from offsite.emulator import modality
 from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.modality import Batch
+from offsite.emulator.seeds import generator
 
 ROWS, TOKENS = 2, 16  # of a step that only proves that training works
 
@@ -40,6 +42,43 @@ class Witness:
         _refuse((key for key in self._keys if key not in self._finite), "get no gradient: the model does not use them")
         _refuse((key for key in self._keys if not self._finite[key]), "get a gradient that is not finite")
         _refuse((key for key in self._keys if _map(key) not in effective), "have no effect on the loss")
+
+
+class Effects:
+    """Sees whether what trains has an effect on the loss where no gradient is ever taken, by moving one map at a time.
+
+    It takes a forward pass of a few random tokens for each map that trains.
+    """
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+        """Take an attached model, and what trains in it by adapter key."""
+        self._model = model
+        self._maps: dict[str, dict[str, nn.Parameter]] = {}
+        for key, parameter in trained.items():
+            self._maps.setdefault(_map(key), {})[key] = parameter
+
+    @torch.no_grad()
+    def judge(self) -> None:
+        """Raise ValueError that names the tensors of which no change changes the loss; all have their bits again."""
+        batch = modality.default().probe(self._model, rows=ROWS, length=TOKENS)
+        training = self._model.training
+        self._model.eval()  # dropout would change it, too
+        try:
+            loss = modality.loss(self._model, batch)
+            idle = [key for of_map in self._maps.values() if self._is_idle(of_map, batch, loss) for key in of_map]
+        finally:
+            self._model.train(training)
+        _refuse(idle, "have no effect on the loss")
+
+    def _is_idle(self, of_map: Mapping[str, nn.Parameter], batch: Batch, loss: torch.Tensor) -> bool:
+        places = {key: parameter.detach().clone() for key, parameter in of_map.items()}
+        for key, parameter in of_map.items():
+            parameter.add_(torch.randn(parameter.shape, generator=generator(0, key)).to(parameter.device))
+        try:
+            return torch.equal(modality.loss(self._model, batch), loss)
+        finally:
+            for key, parameter in of_map.items():
+                parameter.copy_(places[key])
 
 
 def step(model: nn.Module, method: Method, places: Mapping[int, int], adapter: Adapter) -> None:

@@ -1,19 +1,21 @@
 """How an adapter is trained: the rules of a site's steps, and of the owner's where figures compare with a site's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from offsite.emulator import modality, schedules
+from offsite.emulator import modality, optimisers, schedules
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Choosing
 from offsite.emulator.modality import Sample
+from offsite.emulator.optimisers import Estimator
 from offsite.emulator.tuning.state import identity, resume, save
 
 EVERY = 20  # steps between two states
@@ -55,6 +57,10 @@ class Rules(Protocol):
         """How the rate goes on from there."""
 
     @property
+    def optimiser(self) -> Chosen:
+        """What takes the steps."""
+
+    @property
     def before(self) -> int:
         """Steps of the schedule before this round."""
 
@@ -75,9 +81,15 @@ class Rules(Protocol):
         """Of the order of the rows, and of dropout."""
 
 
-def optimizer(parameters: Sequence[nn.Parameter], rules: Rules) -> AdamW:
-    """Return a fresh AdamW (Loshchilov and Hutter, arXiv 1711.05101) with torch's default moments."""
-    return AdamW(parameters, lr=rules.learning_rate, weight_decay=rules.weight_decay)
+def optimizer(parameters: Sequence[nn.Parameter], rules: Rules, *, first_step: int = 0) -> Optimizer:
+    """Return a fresh optimiser for a round, of which so many steps led to it; raises ValueError on an unknown one."""
+    return optimisers.make(rules.optimiser.name, rules.optimiser.settings).make(
+        parameters,
+        learning_rate=rules.learning_rate,
+        weight_decay=rules.weight_decay,
+        seed=rules.seed,
+        first_step=first_step,
+    )
 
 
 def shares(rules: Rules) -> list[float]:
@@ -94,7 +106,7 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rules: Rules) -> None:
-    """Take an optimiser step with the clipped gradients, and forget them."""
+    """Take an optimiser step with the clipped gradients, or estimates of them, and forget them."""
     clip_grad_norm_(parameters, rules.gradient_clipping)
     optimizer.step()
     optimizer.zero_grad()
@@ -118,18 +130,18 @@ def adapt(
         parameters: of the adapter.
         samples: the text.
         rules: how to train.
-        state: a file to go on from after a kill, of three times the adapter's size; its owner's to remove.
+        state: a file to go on from after a kill, of the adapter and what the optimiser keeps; its owner's to remove.
         tell: hears (steps done, steps, loss).
     """
     trained = list(parameters.values())
     device = trained[0].device
-    adamw, share = optimizer(trained, rules), shares(rules)
+    stepper, share = optimizer(trained, rules), shares(rules)
     model.train()
     torch.manual_seed(rules.seed)  # of dropout
     draws = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     work = identity(parameters, samples, repr(rules)) if state else ""
     kept = {"draws": draws.get_state()}
-    losses = resume(state, work, parameters, adamw, kept) if state and state.exists() else []
+    losses = resume(state, work, parameters, stepper, kept) if state and state.exists() else []
     draws.set_state(kept["draws"])
     for batch in training_batches(
         samples,
@@ -138,15 +150,22 @@ def adapt(
         first_step=len(losses),
         seed=rules.seed,
     ):
-        set_rate(adamw, rules.learning_rate * share[len(losses)])
-        loss = modality.loss(model, batch.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
-        update(adamw, trained, rules)
-        losses.append(float(loss.detach()))
+        set_rate(stepper, rules.learning_rate * share[len(losses)])
+        losses.append(_lean(stepper, partial(modality.loss, model, batch.to(device))))
+        update(stepper, trained, rules)
         if state and (len(losses) % EVERY == 0 or len(losses) == rules.steps):
-            save(state, work, parameters, adamw, losses, {"draws": draws.get_state()})
+            save(state, work, parameters, stepper, losses, {"draws": draws.get_state()})
         if tell:
             tell(len(losses), rules.steps, losses[-1])
+
+
+def _lean(stepper: Optimizer, loss: Callable[[], Tensor]) -> float:
+    """Give what trains its gradients, or estimates of them; return the loss."""
+    if isinstance(stepper, Estimator):
+        return stepper.estimate(lambda: float(loss()))
+    value = loss()
+    value.backward()  # type: ignore[no-untyped-call]
+    return float(value.detach())
 
 
 def adapted(

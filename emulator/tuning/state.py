@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from offsite.emulator.modality import Sample
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its two running means
+FORMAT = 2  # of the file, so that one of an earlier kind is refused
 
 
 def identity(parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample], schedule: object) -> str:
@@ -25,7 +25,7 @@ def identity(parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample], 
         start.update(parameter.detach().cpu().contiguous().numpy().data)
     for one in samples:
         text.update(repr(one).encode())
-    described = {"schedule": schedule, "text": text.hexdigest(), "start": start.hexdigest()}
+    described = {"format": FORMAT, "schedule": schedule, "text": text.hexdigest(), "start": start.hexdigest()}
     return json.dumps(described, sort_keys=True)
 
 
@@ -33,7 +33,7 @@ def save(
     state: Path,
     work: str,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     losses: Sequence[float],
     kept: Mapping[str, Tensor],
 ) -> None:
@@ -42,7 +42,7 @@ def save(
     tensors |= {f"kept.{name}": tensor for name, tensor in kept.items()}
     for name, parameter in parameters.items():
         tensors[f"value.{name}"] = parameter.detach()
-        tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        tensors |= {f"state.{part}.{name}": tensor for part, tensor in optimizer.state[parameter].items()}
     state.parent.mkdir(parents=True, exist_ok=True)
     partial = state.with_name(f"{state.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"work": work})
@@ -54,10 +54,10 @@ def resume(
     state: Path,
     work: str,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     kept: Mapping[str, Tensor],
 ) -> list[float]:
-    """Read parameters, moments and what was kept back; return the losses of the steps that are done.
+    """Read parameters, the optimiser's state and what was kept back; return the losses of the steps that are done.
 
     Raises ValueError if the file is of other work, or no state.
     """
@@ -70,11 +70,12 @@ def resume(
                 tensor.copy_(file.get_tensor(f"kept.{name}"))
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"value.{name}"))
-                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(len(losses)), device=parameter.device),
-                    **moments,
-                }
+            for key in file.keys():
+                kind, _, rest = key.partition(".")
+                if kind == "state":
+                    part, _, name = rest.partition(".")
+                    parameter = parameters[name]
+                    optimizer.state[parameter][part] = file.get_tensor(key).to(parameter.device)
     except SafetensorError as error:
         raise ValueError(f"{state} is not a state of tuning: {error}; remove it to start anew") from None
     return losses

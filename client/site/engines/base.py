@@ -40,8 +40,13 @@ class Engine(Protocol):
         training: LocalTraining,
         spec: EngineSpec,
         ranks: Ranks,
+        *,
+        first_step: int = 0,
     ) -> None:
-        """Take an attached model, its trained parameters by adapter key, and how and by whom they are trained."""
+        """Take an attached model, its trained parameters by adapter key, and how and by whom they are trained.
+
+        `first_step` is how many steps of the run, and of those that it goes on from, led to this round.
+        """
         ...
 
     @classmethod

@@ -9,6 +9,7 @@ from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
+from offsite.emulator.optimisers import Estimator
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares, update
 from offsite.protos.spec import LocalTraining
 
@@ -27,24 +28,36 @@ class Plain:
         training: LocalTraining,
         spec: EngineSpec,
         ranks: Ranks,
+        *,
+        first_step: int = 0,
     ) -> None:
         """Take a model with its adapter attached; raises InputError."""
         check_rows(training, ranks)
         self._model = model.to(ranks.device)
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
-        self._optimizer = optimizer(self._parameters, training)
+        self._optimizer = optimizer(self._parameters, training, first_step=first_step)
         self._shares, self._steps = shares(training), 0
 
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss per target token before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
+        if isinstance(self._optimizer, Estimator):
+            loss = self._optimizer.estimate(lambda: self._loss(batch))
+        else:
+            loss = self._differentiate(batch)
+        update(self._optimizer, self._parameters, self._training)
+        self._steps += 1
+        return loss
+
+    def _loss(self, batch: Batch) -> float:
+        return mean(own_loss(self._model, batch, self._ranks), self._ranks)
+
+    def _differentiate(self, batch: Batch) -> float:
         loss = own_loss(self._model, batch, self._ranks)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self._ranks.world > 1:
             self._average_gradients()
-        update(self._optimizer, self._parameters, self._training)
-        self._steps += 1
         return mean(loss, self._ranks)
 
     def _average_gradients(self) -> None:

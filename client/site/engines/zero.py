@@ -14,6 +14,7 @@ from torch import nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
+from offsite.emulator import optimisers
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares
@@ -42,12 +43,15 @@ class Zero:
         training: LocalTraining,
         spec: EngineSpec,
         ranks: Ranks,
+        *,
+        first_step: int = 0,
     ) -> None:
         """Take a model with its adapter attached; raises InputError."""
         check_rows(training, ranks)
+        _check_optimiser(training)
         self._deepspeed = _import()
         self._training, self._ranks, self._spec = training, ranks, spec
-        self._optimizer = optimizer(list(trained.values()), training)
+        self._optimizer = optimizer(list(trained.values()), training, first_step=first_step)
         config = configuration(spec, training, ranks)
         if spec.zero_stage == 3:
             # Before the engine would move the whole model to the device, which is what stage 3 is there to avoid.
@@ -78,6 +82,20 @@ class Zero:
             return method.state(model, places)
 
 
+def _check_optimiser(training: LocalTraining) -> None:
+    """Raise InputError for an optimiser that cannot work on a part of the values, in any order, or takes no gradient.
+
+    DeepSpeed hands it flat pieces of all tensors together, and has computed their gradients before.
+    """
+    optimiser = optimisers.make(training.optimiser.name, training.optimiser.settings)
+    if not optimiser.elementwise or optimiser.forward_only:
+        what = "takes losses and no gradient" if optimiser.forward_only else "needs whole matrices"
+        raise InputError(
+            f"the optimiser {optimiser.name} {what}, and the engine 'deepspeed' has flat pieces of gradients; the "
+            "engine 'plain' can take its steps (--engine plain)"
+        )
+
+
 def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a job."""
     zero: dict[str, Any] = {"stage": spec.zero_stage}
@@ -90,7 +108,7 @@ def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> di
         "gradient_clipping": training.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW in all stages; DeepSpeed's own would be compiled here
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimiser in all stages; DeepSpeed's own would be compiled here
     }
 
 

@@ -19,7 +19,8 @@ from offsite.coordinator.bundles import building
 from offsite.emulator import bundle, methods
 from offsite.emulator.bundle import Layout
 from offsite.emulator.methods.base import Choosing
-from offsite.emulator.methods.proof import Witness
+from offsite.emulator.methods.proof import Effects, Witness
+from offsite.emulator.modality import score
 from offsite.emulator.outline import Outline
 from offsite.emulator.tuning.adapting import adapt, adapted
 from offsite.kernels.schema import Rule
@@ -36,6 +37,8 @@ OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on d
 # Steep, clipped and decaying, so that a fault in any of these shows.
 TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "schedule": "cosine_with_min_lr(floor=0.2)"}
 TRAINING |= {"weight_decay": 0.1, "gradient_clipping": 0.05}
+
+SPSA = "spsa-gc(draws=2,alpha=0.0)"  # of order zero
 
 
 def agree(start: Any, job: TrainerJob, reference: TrainerJob, folder: Path) -> None:
@@ -72,10 +75,13 @@ def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path)
     agree(start, job(training=uneven, **TWO), job(training=uneven), tmp_path / "task")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("dropout", "optimiser"),
+    [(0.0, "adamw"), (0.3, "adamw"), (0.3, "natural-galore(rank=2,history=3,every=4)"), (0.3, SPSA)],
+)
+def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float, optimiser: str) -> None:
     """Figures that compare an emulator tuned by its owner with what sites train are of one arithmetic."""
-    one = job(training=TRAINING)
+    one = job(training=TRAINING | {"optimiser": optimiser})
     spec, site, owner = one.task.training, Loaded(one), Loaded(one)
     for loaded in (site, owner):
         for module in loaded.model.modules():
@@ -89,6 +95,75 @@ def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float) 
     assert told == losses and len(set(losses)) == len(losses)
     for key, parameter in owner.trained.items():
         assert torch.equal(parameter, site.trained[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser", [SPSA, "natural-galore(rank=2,history=3)"])
+def test_two_plain_processes_train_as_one_by_another_optimiser(
+    start: Any, job: Jobs, tmp_path: Path, optimiser: str
+) -> None:
+    uneven = TRAINING | {"batch_size": 5, "optimiser": optimiser}
+    loaded, engines = Loaded(job(training=uneven)), job(training=uneven, **TWO)
+    engine = loaded.engine()
+    losses = [engine.step(batch) for batch in loaded.batches]
+    told = [event["loss"] for event in start(engines, tmp_path / "task").events() if event["event"] == "step"]
+    assert told == pytest.approx(losses, abs=1e-4) and len(set(losses)) == len(losses)
+    update, expected = (
+        tensors.load(Path(engines.out) / "update.safetensors"),
+        engine.gather(loaded.method, loaded.places),
+    )
+    for key, value in update.items():
+        moved = float((expected[key] - loaded.broadcast[key]).norm())
+        assert float((value - expected[key]).norm()) < 0.1 * moved, key
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", SPSA])
+def test_what_asks_for_losses_alone_saves_nothing_for_a_way_back(job: Jobs, optimiser: str) -> None:
+    loaded = Loaded(job(training={"optimiser": optimiser}))
+    engine, saved = loaded.engine(), list[int]()
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = engine.step(loaded.batches[0])
+    assert (sum(saved) == 0) == (optimiser == SPSA) and loss > 0
+    assert all(bool(value.any()) for value in loaded.trained.values()), "a step was taken, from a B of zeros"
+
+
+def test_steps_from_losses_alone_lessen_the_loss(job: Jobs) -> None:
+    training = {"steps": 12, "learning_rate": 5e-2, "gradient_clipping": 1e6, "optimiser": "spsa-gc(draws=4)"}
+    loaded = Loaded(job(training=training))
+    engine, before = loaded.engine(), score(loaded.model, loaded.batches[:3]).mean
+    for step in range(12):
+        engine.step(loaded.batches[step % 3])
+    assert score(loaded.model, loaded.batches[:3]).mean < before - 5e-3
+
+
+def test_a_site_trains_from_losses_alone_along_other_directions_in_each_round(job: Jobs, tmp_path: Path) -> None:
+    one = job(training={"steps": 4, "optimiser": SPSA})
+    updates = []
+    for number, run in enumerate(("first", "again", "next")):
+        task = replace(one.task, round=number // 2, rounds=2)
+        later = replace(one, task=task, out=str(tmp_path / run))
+        train(later, say=lambda event, **fields: None, rendezvous=tmp_path / "rendezvous")
+        updates.append(tensors.load(Path(later.out) / "update.safetensors"))
+    first, again, following = updates
+    for key, value in first.items():
+        assert torch.equal(value, again[key]) and not torch.equal(value, following[key])
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "why"), [(SPSA, "takes losses and no gradient"), ("natural-galore", "needs whole matrices")]
+)
+def test_deepspeed_refuses_an_optimiser_that_it_cannot_feed_and_names_the_engine_that_can(
+    job: Jobs, optimiser: str, why: str
+) -> None:
+    one = job(training={"optimiser": optimiser})
+    ranks, parameters = Ranks(0, 1, torch.device("cpu")), {"5.w.A": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(InputError, match=f"{why}, .*the engine 'plain' can take its steps"):
+        ENGINES["deepspeed"](nn.Identity(), parameters, one.task.training, one.engine, ranks)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -240,6 +315,17 @@ def test_a_fresh_adapter_is_proved_though_half_of_its_gradients_are_zero(job: Jo
     witness = Witness(loaded.trained)
     loaded.engine().step(loaded.batches[0])
     witness.judge()
+
+
+def test_effects_are_proved_without_a_gradient_and_leave_no_bit_changed(job: Jobs) -> None:
+    loaded = Loaded(job())
+    Effects(loaded.model, loaded.trained).judge()
+    assert loaded.model.training and all(parameter.grad is None for parameter in loaded.trained.values())
+    assert all(torch.equal(value, loaded.broadcast[key]) for key, value in loaded.trained.items())
+    mlp = loaded.model.get_submodule("base_model.model.model.layers.3.mlp")
+    mlp.up_proj = Deaf(mlp.up_proj, 0.0)
+    with pytest.raises(ValueError, match=r"2 trained tensors have no effect on the loss: 5\.mlp\.up_proj\.A, 5\.mlp\."):
+        Effects(loaded.model, loaded.trained).judge()
 
 
 class Deaf(nn.Module):

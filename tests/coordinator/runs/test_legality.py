@@ -121,6 +121,18 @@ def test_a_schedule_that_no_round_is_long_enough_for_is_refused(monkeypatch: pyt
         legality.judge(replace(spec, training=replace(training, schedule=Choice(name="cosin"))))
 
 
+def test_an_optimiser_is_known_and_has_a_rate_where_none_of_a_method_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    training = TrainingSpec(optimiser=Choice(name="spsa-gc"))
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), training=training)
+    with pytest.raises(InputError, match=r"the steps of spsa-gc are as long as .*: give training\.learning_rate"):
+        legality.judge(spec)
+    legality.judge(replace(spec, training=replace(training, learning_rate=1e-3)))
+    legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="natural-galore"))))
+    with pytest.raises(InputError, match="there is no optimiser 'adam' .did you mean adamw"):
+        legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adam"))))
+
+
 def test_a_merged_model_of_what_weights_cannot_take_in_is_refused_with_what_to_do_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

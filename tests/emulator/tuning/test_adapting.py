@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offsite.emulator import methods
 from offsite.emulator.modality.causal_text.encoding import Tokens
+from offsite.emulator.optimisers import OPTIMISERS
 from offsite.emulator.tuning import adapting
 from offsite.emulator.tuning.adapting import adapted
 from offsite.protos.spec import Choice, LocalTraining
@@ -54,10 +55,22 @@ def test_the_rounds_of_a_run_have_the_rates_of_one_long_round(schedule: str) -> 
     assert [share for part in parts for share in adapting.shares(part)] == adapting.shares(whole)
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("moment", "optimiser"),
+    [
+        *((moment, "adamw") for moment in (1, 2, 5)),
+        *((3, name) for name in OPTIMISERS if name != "adamw"),
+    ],
+)
 def test_killed_after_any_step_it_goes_on_to_the_same_bytes(
-    adapter: Callable[..., dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    adapter: Callable[..., dict[str, Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
+    optimiser: str,
 ) -> None:
+    rules = replace(RULES, optimiser=Choice(name=optimiser))
+
     def tell(step: int, steps: int, loss: float) -> None:
         told.append(step)
         if len(told) == moment:
@@ -66,9 +79,9 @@ def test_killed_after_any_step_it_goes_on_to_the_same_bytes(
     monkeypatch.setattr(adapting, "EVERY", 1)
     told: list[int] = []
     with pytest.raises(Killed):
-        adapter(state=tmp_path / "state", tell=tell)
+        adapter(rules, state=tmp_path / "state", tell=tell)
     torch.rand(3)  # the next process has drawn otherwise
-    again, whole = adapter(state=tmp_path / "state", tell=tell), adapter()
+    again, whole = adapter(rules, state=tmp_path / "state", tell=tell), adapter(rules)
     assert told == [1, 2, 3, 4, 5], "no step was taken twice"
     assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
 
