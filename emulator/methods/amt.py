@@ -107,6 +107,11 @@ class Amt(BesideMaps):
         kept = _mask(parts).to(parts["mask"].device)
         return Masked(linear, {"score": torch.where(kept, ON, OFF)})
 
+    def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
+        """Return the live scores of an attached model by the keys of their masks."""
+        modules = wrapped(model, places, Masked)
+        return {place.key("mask"): one.get_parameter("score") for place, one in modules.items()}
+
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the masks off an attached model."""
         modules = wrapped(model, places, Masked)

@@ -140,7 +140,7 @@ class Method(Protocol):
         ...
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
-        """Return the live parameters of an attached model by adapter key."""
+        """Return the live parameters of an attached model, each by the adapter's key of what becomes of it."""
         ...
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:

@@ -13,7 +13,7 @@ from offsite.emulator.methods import METHODS, make
 from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import load, plug
-from offsite.kernels.schema import FLOATS, Rule
+from offsite.kernels.schema import settle
 
 FAMILIES = ("gpt2", "bert", "vit")
 SAMPLE = {"miss", "vera"}  # of peft's types
@@ -75,7 +75,8 @@ def test_a_method_begins_with_nothing_trains_all_it_names_and_comes_back_to_the_
     learn(model, live, family)
     assert all(torch.equal(value, frozen[key]) for key, value in model.state_dict().items() if key not in names)
     adapter = method.state(model, places)
-    moving = {key for key, at in method.schema(start).items() if at.rule is not Rule.FIXED and at.dtype in FLOATS}
+    schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+    moving = {key for key, field in schema.items() if field.trained}
     assert moving == live.keys() and not [key for key in moving if torch.equal(adapter[key], start[key])]
 
     recovered = method.recover(adapter, draft.recovery)

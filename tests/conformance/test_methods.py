@@ -21,7 +21,7 @@ from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import load, plug
 from offsite.emulator.tuning.loop import Schedule, tune
-from offsite.kernels.schema import FLOATS, Rule, rules, settle, votes
+from offsite.kernels.schema import Rule, Schema, rules, settle
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
@@ -83,14 +83,18 @@ def entries(adapter: Adapter, folder: Path) -> dict[str, tensors.Entry]:
     return tensors.header(folder / "adapter")
 
 
+def schema_of(method: Method, start: Adapter) -> Schema:
+    return settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+
+
 def moving(method: Method, start: Adapter) -> set[str]:
     """The tensors that steps change: not what is fixed, nor an index."""
-    return {key for key, at in method.schema(start).items() if at.rule is not Rule.FIXED and at.dtype in FLOATS}
+    return {key for key, field in schema_of(method, start).items() if field.trained}
 
 
-def voted(method: Method, start: Adapter) -> set[str]:
-    """The tensors of bits, which are those of the thresholds of what trains."""
-    return {*votes(method.schema(start))}
+def packed(method: Method, start: Adapter) -> set[str]:
+    """Those of them that are bits, which are made of what trains."""
+    return {key for key, field in schema_of(method, start).items() if field.bits is not None}
 
 
 def layers_of(adapter: Any) -> set[str]:
@@ -112,7 +116,7 @@ def test_a_start_changes_nothing_and_is_read_back_bit_for_bit(
     again = method.start(draft.model, places, seed=0)
     assert start and start.keys() == again.keys() and all(torch.equal(start[key], again[key]) for key in start)
     assert layers_of(start) == TRAINED
-    settled = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
+    settled = schema_of(method, start)
     assert rules(settled) == method.rules
     assert {key: tensors.Entry(field.dtype, field.shape) for key, field in settled.items()} == entries(start, tmp_path)
     with torch.no_grad():
@@ -144,16 +148,12 @@ def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
     live = method.named_parameters(trained, places)
     assert {id(p) for p in trained.parameters() if p.requires_grad} == {id(p) for p in live.values()}
     assert all(parameter.dtype == torch.float32 for parameter in live.values())
-    state, bits = method.state(trained, places), voted(method, start)
-    still = method.schema(start).keys() - moving(method, start) - bits
-    assert all(torch.equal(start[key], state[key]) for key in still)
-    if bits:  # each of one parameter, which has another name, for it is no tensor of the adapter
-        assert {key.rpartition(".")[0] for key in live} == {key.rpartition(".")[0] for key in bits}
-        assert len(live) == len(bits) and not live.keys() & state.keys()
-    else:
-        assert live.keys() == state.keys() - still
-        assert all(torch.equal(parameter.detach(), state[key]) for key, parameter in live.items())
-    same = [key for key in bits or live if torch.equal(start[key], state[key])]
+    state, schema, bits = method.state(trained, places), schema_of(method, start), packed(method, start)
+    still = {key for key, field in schema.items() if field.rule is Rule.FIXED or field.below is not None}
+    assert live.keys() == moving(method, start) and all(torch.equal(start[key], state[key]) for key in still)
+    assert all(torch.equal(live[key].detach(), state[key]) for key in live.keys() - bits)
+    assert all(live[key].numel() == schema[key].trained for key in bits)
+    same = [key for key in live if torch.equal(start[key], state[key])]
     assert not same, f"these did not learn: {same[:3]}"
 
 
@@ -253,8 +253,7 @@ def test_as_many_values_train_as_its_formula_says(
         assert family == "gpt2"
         return
     start = method.start(draft.model, draft.outline.places, seed=0)
-    schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
-    values = sum(field.trained for field in schema.values())
+    values = sum(field.trained for field in schema_of(method, start).values())
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     each, formula = sizes(draft, start, method.formula.each), method.formula
     once = eval(formula.once, {}, own) if formula.once else 0
@@ -266,7 +265,7 @@ def test_as_many_values_train_as_its_formula_says(
 def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where_the_method_says_so(
     method: Method, draft: Draft, start: Adapter, tiny: Any
 ) -> None:
-    if not method.mergeable or voted(method, start):
+    if not method.mergeable or packed(method, start):
         assert not method.linear  # there is no W that it changes, or no mean of bits
         return
     moves, drawn = moving(method, start), torch.Generator().manual_seed(0)

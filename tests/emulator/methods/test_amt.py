@@ -76,7 +76,7 @@ def test_a_score_has_the_gradient_of_the_weight_times_the_weight(tiny: Any, ids:
     base(ids).logits.square().sum().backward()
     model = method.attach(tiny(), PLACES, method.start(tiny(), PLACES, seed=0))
     model(ids).logits.square().sum().backward()
-    score = method.named_parameters(model, PLACES)["4.self_attn.q_proj.score"]
+    score = method.named_parameters(model, PLACES)["4.self_attn.q_proj.mask"]
     torch.testing.assert_close(score.grad, W.grad * W)
 
 
@@ -84,7 +84,7 @@ def test_scores_of_the_next_round_are_as_far_from_the_threshold_on_either_side(t
     method, adapter = make("amt", {}), learned(tiny())
     model = method.attach(tiny(), PLACES, adapter)
     for key, score in method.named_parameters(model, PLACES).items():
-        keep = unpack(adapter[key.replace(".score", ".mask")], score.numel()).view(score.shape)
+        keep = unpack(adapter[key], score.numel()).view(score.shape)
         assert torch.equal(score.detach(), torch.where(keep > 0, ON, OFF))
     assert ON - THRESHOLD == THRESHOLD - OFF > 0
     assert all(torch.equal(tensor, adapter[key]) for key, tensor in method.state(model, PLACES).items())
