@@ -22,6 +22,7 @@ from offsite.protos.security.certificates import Role
 from offsite.protos.spec import Ancestor, Choice, RunSpec
 
 MIB = 1 << 20
+WEIGHTLESS = ("random", "eva", "lora-ga")  # starts that are not made of parts of the weights
 Words = Annotated[tuple[Word, ...], Field(max_length=256)]
 
 
@@ -64,7 +65,8 @@ class OwnerPolicy:
         "ssf",
         "vera",
         "waveft",
-    )  # `blocks` publishes layers of the base, trained a little, `dora` lengths of its rows, `soka` parts of its maps
+    )  # `blocks` publishes layers of the base, trained a little, `dora` lengths of its rows, `soka` parts of its maps,
+    # and `moments` what the sites' activations or gradients are like
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in an adapter of them
@@ -144,7 +146,7 @@ class OwnerPolicy:
             raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
         if spec.merge and person not in self.merged:
             raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
-        if (init := spec.method.settings.get("init", "random")) != "random" and person not in self.merged:
+        if (init := spec.method.settings.get("init", "random")) not in WEIGHTLESS and person not in self.merged:
             raise _refused(
                 "merged",
                 f"init {init!r} makes the adapter of parts of the base's weights, which {person} may not have",

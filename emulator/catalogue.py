@@ -37,6 +37,7 @@ METHODS: Plugins[Any] = Plugins(
         "shira": "offsite.emulator.methods.peft_types:Shira",
         "vera": "offsite.emulator.methods.peft_types:Vera",
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
+        "moments": "offsite.emulator.methods.moments:Moments",
         "mos": "offsite.emulator.methods.mos:Mos",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",

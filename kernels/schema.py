@@ -30,6 +30,7 @@ class Rule(StrEnum):
     PRODUCT = "product"  # two factors, of which the product B @ A is averaged
     UNION = "union"  # entries of a sparse matrix and where they are, which sites choose; the matrix is averaged
     VOTE = "vote"  # packed bits, each of which becomes what most sites, by weight, have it to be
+    SUM = "sum"  # the sum of each value, in which a site counts as much as it has measured
     FIXED = "fixed"  # the same at every site and in every round, as an index is
     LOCAL = "local"  # a site's own, of which the coordinator makes others before they are folded
 
@@ -56,7 +57,7 @@ class Field:
                 f"{self.bits} packed bits are U8 ({-(-self.bits // 8)},) without a bound, not {self.dtype} "
                 f"{self.shape} below {self.below}"
             )
-        if self.dtype in INTEGERS and self.rule in (Rule.MEAN, Rule.PRODUCT):
+        if self.dtype in INTEGERS and self.rule in (Rule.MEAN, Rule.PRODUCT, Rule.SUM):
             raise ValueError(f"integers ({self.dtype}) are fixed, local, of a union or packed bits, not {self.rule}")
         if self.dtype in INTEGERS and self.below is None and self.bits is None:
             raise ValueError(f"integers ({self.dtype}) are below something, not {self.below}")

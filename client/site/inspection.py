@@ -15,6 +15,7 @@ from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import refusal
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.methods.base import takes
 from offsite.emulator.modality import Batch
 from offsite.kernels.schema import Rule, settle
 from offsite.protos import tensors
@@ -35,8 +36,11 @@ class Verdict:
 def receive(path: Path, method: Method, start: Adapter) -> Adapter:
     """Read the adapter that was sent; raises MismatchError unless it is one of the method, and of the start's sizes.
 
-    Its fixed tensors are those of the start: bit for bit, or nearly where they are made of the emulator's weights.
+    Its fixed tensors are those of the start: bit for bit, or nearly where they are made of the emulator's weights. Made
+    of what sites have measured, they are as the owner says, and as many values train as in the start.
     """
+    if takes(method):
+        return _begun(path, method, start)
     schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
     fixed = {key: start[key] for key, field in schema.items() if field.rule is Rule.FIXED}
     tensors.check(path, schema, fixed={} if is_derived(method) else fixed, what="the adapter to start from")
@@ -46,6 +50,20 @@ def receive(path: Path, method: Method, start: Adapter) -> Adapter:
             f"the adapter to start from: tensor {other[0]} is not the one that the emulator's weights give, "
             "and does not train"
         )
+    return broadcast
+
+
+def _begun(path: Path, method: Method, start: Adapter) -> Adapter:
+    """Read an adapter whose start the site cannot make; raises ValueError too, for what is none of the method's."""
+    broadcast = tensors.load(path)
+    schema = settle(method.schema(broadcast), {key: tensor.shape for key, tensor in broadcast.items()})
+    tensors.check(path, schema, what="the adapter to start from")
+    own, sent = (
+        sum(one[key].numel() for key, field in method.schema(one).items() if field.rule is not Rule.FIXED)
+        for one in (start, broadcast)
+    )
+    if own != sent:
+        raise MismatchError(f"the adapter to start from has {sent} values that train, the task's method {own}")
     return broadcast
 
 

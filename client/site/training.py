@@ -20,7 +20,7 @@ from offsite.client.site.rows import Rows
 from offsite.emulator import optimisers
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
-from offsite.emulator.methods.base import Choosing
+from offsite.emulator.methods.base import Choosing, Measuring
 from offsite.emulator.methods.proof import Effects, Witness
 from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
@@ -64,12 +64,18 @@ def tune(
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
-    with faults("FAULT_EMULATOR"):
-        _choose(handout, schedule, ranks)
-    engine, witness = _prepare(job, handout, ranks)
-    loaded = time.time()
-    steps = _run(job, engine, witness, schedule, say=say)
-    adapter = engine.gather(handout.method, handout.places)
+    if isinstance(handout.method, Measuring):
+        loaded = time.time()
+        with faults("FAULT_EMULATOR"):
+            steps = _measure(handout.method, handout, schedule, ranks, say=say)
+        adapter = handout.method.state(handout.model, handout.places)
+    else:
+        with faults("FAULT_EMULATOR"):
+            _choose(handout, schedule, ranks)
+        engine, witness = _prepare(job, handout, ranks)
+        loaded = time.time()
+        steps = _run(job, engine, witness, schedule, say=say)
+        adapter = engine.gather(handout.method, handout.places)
     outcome.check(adapter, handout.broadcast)
     return adapter, UpdateMetrics(
         examples=schedule.seen,
@@ -152,3 +158,26 @@ def _run(job: TrainerJob, engine: Engine, witness: Witness | Effects, schedule: 
         steps.targets.append(batch.targets)
         say("step", step=step, steps=count, loss=loss, tokens=batch.targets)
     return steps
+
+
+def _measure(method: Measuring, handout: Handout, schedule: Rows, ranks: Ranks, *, say: Say) -> Steps:
+    """Measure a round's batches, each in one of the processes, and add the sums of all; raises RunError.
+
+    Every process holds the whole model, whatever the engine. A step is a batch, whose loss only tells how it went.
+    """
+    model, places, count = handout.model, handout.places, len(schedule.order)
+    device = next(model.parameters()).device
+    losses, targets = torch.zeros(count, dtype=torch.float64), []
+    for step, batch in enumerate(schedule.batches()):
+        targets.append(batch.targets)
+        if step % ranks.world == ranks.rank:
+            losses[step] = method.measure(model, places, batch.to(device))
+            say("step", step=step + 1, steps=count, loss=float(losses[step]), tokens=batch.targets)
+    if ranks.world > 1:
+        for own in (losses, *method.sums(model, places)):
+            total = own.to(ranks.device, copy=True)
+            distributed.all_reduce(total)
+            own.copy_(total)
+    if not bool(losses.isfinite().all()):
+        raise RunError(f"the loss of a batch of {count} is not finite, so that none is measured")
+    return Steps(losses.tolist(), targets)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation.base import Strategy, Version
 from offsite.coordinator.aggregation.keyed import Share, Update, fold_keyed, is_partial
 from offsite.coordinator.aggregation.outliers import Change, outliers
-from offsite.kernels.schema import Schema, Tier, groups
+from offsite.kernels.schema import Rule, Schema, Tier, groups
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import RunSpec
 
@@ -34,9 +35,11 @@ class Weighing:
 def weigh(sent: Sequence[Sent], *, spec: RunSpec) -> Weighing:
     """Say what each update of a round weighs; those far larger than the others are left out, and named.
 
-    Raises RunError if too few are left.
+    Sums are as large as what they are of, and are compared for each example. Raises RunError if too few are left.
     """
-    left_out = outliers({one.site: Change(one.norm, one.tier) for one in sent}, ratio=spec.max_update_ratio)
+    sums = Rule.SUM in aggregation.make(spec.strategy.name, spec.strategy.settings).rules
+    changes = {one.site: Change(one.norm / one.examples if sums else one.norm, one.tier) for one in sent}
+    left_out = outliers(changes, ratio=spec.max_update_ratio)
     taken = sorted((one.site, one.examples) for one in sent if one.site not in left_out)
     if len(taken) < spec.min_sites:
         why = "; ".join(f"{site}: {reason}" for site, reason in left_out.items())

@@ -1,5 +1,7 @@
 """Going on from a version of another run: which one it is, and whether a run may."""
 
+from collections.abc import Callable
+
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps.orders import Continued
@@ -10,7 +12,7 @@ from offsite.coordinator.store.journal import Journal
 from offsite.kernels.schema import Tier
 from offsite.protos.documents import canonical, from_json, to_plain
 from offsite.protos.errors import InputError
-from offsite.protos.spec import Ancestor
+from offsite.protos.spec import Ancestor, RunSpec
 
 
 def granted(journal: Journal, run: str) -> Grant:
@@ -48,16 +50,26 @@ def continued(journal: Journal, continues: Ancestor) -> Continued:
     )
 
 
-def judge(journal: Journal, blobs: Blobs, grant: Grant, *, tiers: frozenset[Tier]) -> None:
+def judge(
+    journal: Journal,
+    blobs: Blobs,
+    grant: Grant,
+    *,
+    tiers: frozenset[Tier],
+    begins: Callable[[RunSpec], str] | None = None,
+) -> None:
     """Raise InputError with one sentence if a run cannot go on from the version that it names.
 
-    `tiers` are those of its sites, as far as it names any. What only the built emulator shows is judged then.
+    `tiers` are those of its sites, as far as it names any. What only the built emulator shows is judged then. `begins`
+    is given where the run makes its start of the other's version, and says why it cannot; empty: it can.
     """
     if grant.continues is None:
         return
     other, last = granted(journal, grant.continues.run), version(journal, grant.continues)
     what = f"start: round {grant.continues.round} of run {grant.continues.run}"
-    for name in ("model", "method", "trainable"):
+    if begins and (why := begins(other)):
+        raise InputError(f"{what} {why}")
+    for name in ("model", "trainable") if begins else ("model", "method", "trainable"):
         own, its = (canonical(to_plain(spec)[name]).decode() for spec in (grant, other))
         if own != its:
             raise InputError(f"{what} is of {name} {its}, this run of {own}; a run goes on with the same")
@@ -66,7 +78,7 @@ def judge(journal: Journal, blobs: Blobs, grant: Grant, *, tiers: frozenset[Tier
             f"{what} keeps what strategy {grant.strategy.name} does not know ({', '.join(sorted(last.state))}); go on "
             f"with {other.strategy.name}"
         )
-    if missing := sorted(tiers - last.broadcast.keys()):
+    if not begins and (missing := sorted(tiers - last.broadcast.keys())):
         raise InputError(
             f"{what} has nothing for sites of tier {missing[0]}, only of {', '.join(sorted(last.broadcast))}"
         )

@@ -1,7 +1,7 @@
 """What a submitted run may ask for; judged before anything is trained."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from offsite.coordinator import aggregation
@@ -12,6 +12,7 @@ from offsite.emulator import builders, methods, optimisers, placements, schedule
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
+from offsite.emulator.methods.base import Measuring, takes
 from offsite.emulator.modality import read
 from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
@@ -28,6 +29,11 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     """
     try:
         method = methods.make(spec.method.name, spec.method.settings)
+        if takes(method) and not spec.start:
+            raise ValueError(
+                f"start: the method {method.name} with these settings begins from the {takes(method)} that sites have "
+                f"measured; run {' or '.join(pairs.measuring())} on the same model and layers, and name that as start"
+            )
         _judge_emulator(spec, method, whole=whole)
         _judge_schedule(spec.training, rounds=spec.rounds)
         _judge_optimiser(spec.training)
@@ -98,6 +104,23 @@ def tiers(spec: RunSpec) -> frozenset[Tier]:
     """Return the tiers of the sites that a run names; none: it takes who is there."""
     method = methods.make(spec.method.name, spec.method.settings)
     return frozenset(method.tier_at(site) for site in spec.sites)
+
+
+def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
+    """Return what says why a run cannot begin from what the sites of another have measured; None if it does not ask."""
+    taken = takes(methods.make(spec.method.name, spec.method.settings))
+
+    def why(other: RunSpec) -> str:
+        method = methods.make(other.method.name, other.method.settings)
+        gives = method.gives if isinstance(method, Measuring) else "nothing"
+        if gives == taken:
+            return ""
+        return (
+            f"is of the method {method.name}, which measured {gives}, and this run begins from the {taken} that sites "
+            f"have measured; name a run of {' or '.join(pairs.measuring())} that measured them"
+        )
+
+    return why if taken else None
 
 
 def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:

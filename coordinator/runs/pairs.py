@@ -33,3 +33,8 @@ def trainers(provided: Collection[str], altered: Collection[str] = ()) -> list[s
         for name, kind in methods.METHODS.sound().items()
         if kind.needs <= {*provided} and kind.spares.isdisjoint(altered)
     )
+
+
+def measuring() -> list[str]:
+    """Name the methods of which nothing trains, and from whose versions others begin."""
+    return sorted(name for name, kind in methods.METHODS.sound().items() if hasattr(kind, "gives"))

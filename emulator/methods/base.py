@@ -25,6 +25,7 @@ class Kind(StrEnum):
     SELECTIVE = "selective"  # some of the weights
     REPARAMETERISED = "reparameterised"  # fewer values, of which a change of the weights is made
     HYBRID = "hybrid"  # several of these
+    MEASURED = "measured"  # nothing: sites measure what their data are like
 
 
 class Formula(NamedTuple):
@@ -167,6 +168,57 @@ class Choosing(Protocol):
         the same ones.
         """
         ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A method of which nothing trains: a site measures a round's batches once, and sends the sums.
+
+    Its start is zeros, from which sites begin every round, and an attached adapter changes nothing.
+    """
+
+    @property
+    def gives(self) -> str:
+        """Say what its sums are of, by which others begin from them (`Beginning`)."""
+        ...
+
+    def measure(self, model: nn.Module, places: Mapping[int, int], batch: Batch) -> float:
+        """Add to the sums of an attached model what a batch on its device gives; return the batch's mean loss.
+
+        Raises ValueError where it cannot be told of a map.
+        """
+        ...
+
+    def sums(self, model: nn.Module, places: Mapping[int, int]) -> list[Tensor]:
+        """Return the live sums, fp64: processes that measure different batches add theirs."""
+        ...
+
+
+@runtime_checkable
+class Beginning(Protocol):
+    """A method of which some settings begin from what sites have measured, a version of a `Measuring` method.
+
+    `start` is an adapter of random values then, of the same kind and perhaps of other sizes.
+    """
+
+    @property
+    def takes(self) -> str:
+        """Say what it begins from, as `Measuring.gives` has it; "" where nothing has to be measured."""
+        ...
+
+    def begin(
+        self, model: nn.Module, places: Mapping[int, int], statistics: Adapter, *, seed: int, tier: Tier = ""
+    ) -> Adapter:
+        """Return a tier's adapter that changes nothing, made of what was measured of the same model's layers.
+
+        Raises ValueError if `statistics` have nothing of a map, or the map cannot begin from it.
+        """
+        ...
+
+
+def takes(method: Method) -> str:
+    """Say what a method begins from that sites have to measure before; "" if it is nothing."""
+    return method.takes if isinstance(method, Beginning) else ""
 
 
 class Averaged:

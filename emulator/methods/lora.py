@@ -2,8 +2,9 @@
 
 The scale is alpha / r, or alpha / sqrt(r) as in rsLoRA (Kalajdzievski, arXiv 2312.03732), with which a step moves W by
 as much at a high rank as at a low one.
-With `init` it is W + scale * (B A - B0 A0) instead, where A0 and B0 are made of W, and A and B start as these. W stays
-what it is, and the change is still linear in the product, so that its mean over sites is exact.
+With `init` it is W + scale * (B A - B0 A0) instead, where A0 and B0 are made of W, or of what sites have measured, and
+A and B start as these. W stays what it is, and the change is still linear in the product, so that its mean over sites
+is exact. Of EVA's start nothing has to be taken off: its B is zero.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,9 @@ from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
 from offsite.emulator.methods.base import Adapter, Factors, Formula, Kind, Place, factors
 from offsite.emulator.methods.initial import INITS, Init
+from offsite.emulator.methods.measured import STARTS, Measured
 from offsite.emulator.methods.recovery import widen
+from offsite.emulator.methods.sums import Statistics
 from offsite.emulator.methods.targets import Modules, ends_in
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tier
@@ -43,13 +46,13 @@ class Lora:
     scaling: Literal["alpha / rank", "alpha / sqrt(rank)"] = "alpha / rank"
     rank_pattern: dict[str, int] = field(default_factory=dict)  # ending -> these maps' rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # ending -> these maps' alpha
-    init: Init = "random"  # what A and B start from; made of W there is one start for all sites
+    init: Init | Measured = "random"  # what A and B start from; taken off again, it is one start for all sites
 
     name: ClassVar[str] = "lora"
     needs: ClassVar[frozenset[str]] = frozenset()
     spares: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 3e-3  # where alpha is twice the rank
-    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT})  # and fixed ones with an init of W
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT})  # and fixed ones with an init that is taken off
     attaches: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset({"ranks"})
@@ -69,14 +72,15 @@ class Lora:
         for setting, pattern in self._patterns.items():
             if odd := [ending for ending, value in pattern.items() if value <= 0]:
                 raise ValueError(f"{setting}: maps {odd[0]!r} must have more than 0, got {pattern[odd[0]]}")
-        if self.derived:
+        if self.offset:
             if self.ranks:
                 raise ValueError(
                     f"init {self.init!r} has one start, of one rank, for all sites, so that none can have a smaller "
                     "one; leave out ranks, or take init 'random'"
                 )
-            for name, own in (("rules", self.rules | {Rule.FIXED}), ("seeded", False)):
-                object.__setattr__(self, name, own)  # the dataclass is frozen
+            object.__setattr__(self, "rules", self.rules | {Rule.FIXED})  # the dataclass is frozen
+        if self.derived:
+            object.__setattr__(self, "seeded", False)
 
     @property
     def _patterns(self) -> dict[str, Mapping[str, float]]:
@@ -84,8 +88,18 @@ class Lora:
 
     @property
     def derived(self) -> bool:
-        """Whether a start is made of weights, so that two machines may differ in its last digits."""
-        return self.init != "random"
+        """Whether a start is made of weights alone, so that two machines may differ in its last digits."""
+        return self.init in INITS
+
+    @property
+    def offset(self) -> bool:
+        """Whether a start changes W, and is taken off again."""
+        return self.init not in ("random", "eva")
+
+    @property
+    def takes(self) -> str:
+        """See `methods.base.Beginning`."""
+        return STARTS[self.init].takes if self.init in STARTS else ""
 
     def scale_of(self, path: str) -> float:
         """Return what multiplies a map's product: the same at every site, whatever its rank, and in an average."""
@@ -116,8 +130,9 @@ class Lora:
     def fits(self, model: nn.Module, places: Mapping[int, int]) -> None:
         """Raise ValueError if a layer has no map to adapt, an ending names none, or a map has too low a rank."""
         for place, linear in self._linears(model, places):
-            rank, most = self._rank_of(place.path, ""), min(shape(linear))
-            if self.derived and rank > most:
+            each = STARTS[self.init].directions if self.init in STARTS else 1
+            rank, most = self._rank_of(place.path, ""), min(shape(linear)) // each
+            if self.init != "random" and rank > most:
                 raise ValueError(
                     f"rank {rank} is more than {place.layer}.{place.path} {shape(linear)} has, {most}, and init "
                     f"{self.init!r} makes no more factors of it; lower rank, or name the map in rank_pattern"
@@ -134,25 +149,41 @@ class Lora:
         return fields
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
-        """Return the adapter that changes nothing; a lower rank gets the first rows of the same A. Raises ValueError.
+        """Return the adapter that changes nothing; a lower rank has the first rows of the same A. Raises ValueError.
 
-        A is uniform in +-1/sqrt(d_in), as in peft, from a CPU generator of its own for each map. With an init both are
-        made of the weights that the model has, which in few bits or narrowed are not quite the base's.
+        A is uniform in +-1/sqrt(d_in), as in peft, from a CPU generator of its own for each map. With an init of
+        weights both are made of those that the model has, which in few bits or narrowed are not quite the base's. An
+        init of what sites have measured is for `begin`: here A is random with it, too.
         """
         self.fits(model, places)
         adapter: Adapter = {}
         for place, linear in self._linears(model, places):
             (d_out, d_in), rank = shape(linear), self._rank_of(place.path, tier)
             if self.derived:
-                W = linear.weight.T if is_transposed(linear) else linear.weight  # unpacked, where it is in few bits
-                pair = INITS[self.init](W, rank, self.scale_of(place.path))
-                adapter |= _zeroth({place.key("A"): pair.A, place.key("B"): pair.B})
+                pair = INITS[self.init](_weight(linear), rank, self.scale_of(place.path))
             else:
                 A = torch.empty(rank, d_in)
                 A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator(seed, place.key("A")))
                 pair = Factors(A, torch.zeros(d_out, rank))
-            adapter |= {place.key("A"): pair.A.clone(), place.key("B"): pair.B.clone()}
+            adapter |= self._started(place, pair)
         return adapter
+
+    def begin(
+        self, model: nn.Module, places: Mapping[int, int], statistics: Adapter, *, seed: int, tier: Tier = ""
+    ) -> Adapter:
+        """See `methods.base.Beginning`: factors of `methods.measured`, of the weights that the model has."""
+        self.fits(model, places)
+        adapter: Adapter = {}
+        measured, make = Statistics(statistics, model, places), STARTS[self.init].make
+        for place, linear in self._linears(model, places):
+            rank, scale = self._rank_of(place.path, tier), self.scale_of(place.path)
+            adapter |= self._started(place, make(_weight(linear), measured, place, rank, scale))
+        return adapter
+
+    def _started(self, place: Place, pair: Factors) -> Adapter:
+        """Return a map's factors, and what is taken off again."""
+        first = {place.key("A"): pair.A, place.key("B"): pair.B}
+        return {key: tensor.clone() for key, tensor in first.items()} | (_zeroth(first) if self.offset else {})
 
     def _linears(self, model: nn.Module, places: Mapping[int, int]) -> Iterator[tuple[Place, Any]]:
         """Yield the maps to adapt."""
@@ -216,7 +247,7 @@ class Lora:
 
     def _apart(self, adapter: Adapter) -> tuple[Adapter, Adapter]:
         """Return what trains, and what is taken off by the same keys; raises ValueError if one lacks the other."""
-        if not self.derived:
+        if not self.offset:
             return adapter, {}
         first = {key for key in adapter if key.rpartition(".")[2] in FIRST}
         moving = {key: tensor for key, tensor in adapter.items() if key not in first}
@@ -240,6 +271,12 @@ def _zeroth(adapter: Adapter) -> Adapter:
 def _renamed(key: str, parts: Mapping[str, str]) -> str:
     name, _, part = key.rpartition(".")
     return f"{name}.{parts[part]}"
+
+
+def _weight(linear: Any) -> Tensor:
+    """Return W (d_out, d_in) of a map, unpacked where it is in few bits."""
+    W: Tensor = linear.weight.T if is_transposed(linear) else linear.weight
+    return W
 
 
 def _product(B: Tensor, A: Tensor, device: torch.device) -> Tensor:

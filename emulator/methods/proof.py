@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from offsite.emulator import modality
-from offsite.emulator.methods.base import Adapter, Method
+from offsite.emulator.methods.base import Adapter, Measuring, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.seeds import generator
 
@@ -84,9 +84,16 @@ class Effects:
 def step(model: nn.Module, method: Method, places: Mapping[int, int], adapter: Adapter) -> None:
     """Attach an adapter, in place, and take one training step on random tokens; raises ValueError unless all trains.
 
-    What a site would find out after it has downloaded the emulator is found out here.
+    What a site would find out after it has downloaded the emulator is found out here. Where nothing trains, the tokens
+    are measured.
     """
     attached = method.attach(model, places, adapter).train()
+    if isinstance(method, Measuring):
+        method.measure(attached, places, modality.default().probe(model, rows=ROWS, length=TOKENS))
+        sums = method.state(attached, places)
+        _refuse((key for key, total in sums.items() if not bool(total.isfinite().all())), "are not finite", what="sums")
+        _refuse((key for key, total in sums.items() if not bool(total.any())), "stay zero on random text", what="sums")
+        return
     trained = method.named_parameters(attached, places)
     witness = Witness(trained)
     value = modality.loss(attached, modality.default().probe(model, rows=ROWS, length=TOKENS))
@@ -103,7 +110,7 @@ def _map(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _refuse(keys: Iterable[str], fault: str) -> None:
+def _refuse(keys: Iterable[str], fault: str, *, what: str = "trained tensors") -> None:
     if names := list(keys):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{len(names)} trained tensors {fault}: {', '.join(names[:3])}{more}")
+        raise ValueError(f"{len(names)} {what} {fault}: {', '.join(names[:3])}{more}")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from offsite.emulator import modality, optimisers, schedules
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
-from offsite.emulator.methods.base import Choosing
+from offsite.emulator.methods.base import Choosing, Measuring, takes
 from offsite.emulator.modality import Sample
 from offsite.emulator.optimisers import Estimator
 from offsite.emulator.tuning.state import identity, resume, save
@@ -188,7 +188,12 @@ def adapted(
         rules: how to train.
         state: as in `adapt`.
         tell: as in `adapt`.
+
+    Raises ValueError for a method that nobody can train from its start: it measures, or begins from what was measured.
     """
+    if isinstance(method, Measuring) or takes(method):
+        why = f"begins from the {takes(method)} that sites measure" if takes(method) else "measures, and nothing trains"
+        raise ValueError(f"the method {method.name} {why}; choose one that trains from a start of its own")
     model = method.attach(model, places, method.start(model, places, seed=rules.seed))
     if isinstance(method, Choosing):
         first = training_batches(samples, batch_size=rules.batch_size, steps=1, first_step=0, seed=rules.seed)

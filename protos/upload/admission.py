@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from offsite.kernels.schema import Rule, Schema, entries, settle, votes
+from offsite.kernels.schema import Rule, Schema, entries, rules, settle, votes
 from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -58,7 +58,7 @@ def judge(
         broadcast: those that it starts from.
         schema: settled, of what the stages were given.
         stages: what packed it.
-        max_norm: L2 norm of the largest change that is let in.
+        max_norm: L2 norm of the largest change that is let in; of no bearing on sums.
         what: names it in messages.
         seen: the norm, if it is known already.
     """
@@ -89,7 +89,7 @@ def judge_values(
         raise MismatchError(f"{what}: {error}") from error
     if not (stages or chosen) and (fixed or not math.isfinite(norm)):
         tensors.check_values(update, packed, fixed=fixed, what=what)  # says where
-    if not norm <= max_norm:
+    if Rule.SUM not in rules(schema) and not norm <= max_norm:  # a sum is as large as what it is of
         raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
     return norm
 

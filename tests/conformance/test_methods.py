@@ -12,10 +12,11 @@ from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
+from offsite.emulator.methods.base import Measuring
 from offsite.emulator.methods.initial import INITS
 from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.methods.soka import Grid
-from offsite.emulator.modality import Batch, encode
+from offsite.emulator.modality import Batch, collate, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Ends
@@ -40,6 +41,8 @@ VARIANTS: list[Any] = [
     ("s2ft", {"channels": 0.0, "groups": 0.1}),
     ("bottleneck", {"form": "parallel"}),
     *(("lora", {"init": init}) for init in INITS),
+    ("moments", {"of": "gradients"}),
+    ("moments", {"of": "squares"}),
 ]
 
 
@@ -70,11 +73,15 @@ def start(method: Method, draft: Draft) -> Adapter:
 
 @pytest.fixture
 def trained(method: Method, draft: Draft, start: Adapter, tokenizer: Any) -> Any:
-    """The emulator with an adapter that has learned for two steps."""
+    """The emulator with an adapter that has learned for two steps, or measured a batch."""
     places = draft.outline.places
     examples = [TextExample("", " ".join(f"w{3 + (7 * row + at) % 80}" for at in range(12))) for row in range(8)]
     model = method.attach(draft.model, places, start)
-    tune(model, method.named_parameters(model, places), encode(examples, tokenizer, max_length=16), Schedule(2, 0.05))
+    samples = encode(examples, tokenizer, max_length=16)
+    if isinstance(method, Measuring):
+        method.measure(model, places, collate(samples))
+    else:
+        tune(model, method.named_parameters(model, places), samples, Schedule(2, 0.05))
     return model
 
 
@@ -150,10 +157,12 @@ def test_what_has_a_gradient_is_the_adapter_and_all_of_it_learns(
     assert all(parameter.dtype == torch.float32 for parameter in live.values())
     state, schema, bits = method.state(trained, places), schema_of(method, start), packed(method, start)
     still = {key for key, field in schema.items() if field.rule is Rule.FIXED or field.below is not None}
-    assert live.keys() == moving(method, start) and all(torch.equal(start[key], state[key]) for key in still)
+    moves = moving(method, start)
+    assert live.keys() == (set() if isinstance(method, Measuring) else moves)
+    assert all(torch.equal(start[key], state[key]) for key in still)
     assert all(torch.equal(live[key].detach(), state[key]) for key in live.keys() - bits)
     assert all(live[key].numel() == schema[key].trained for key in bits)
-    same = [key for key in live if torch.equal(start[key], state[key])]
+    same = [key for key in moves if torch.equal(start[key], state[key])]
     assert not same, f"these did not learn: {same[:3]}"
 
 

@@ -67,7 +67,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {"adamw", "constant", "crash", "ends", "lora", "low-rank"},  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | catalogue.METHODS.keys() - {"blocks", "dora", "soka"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks", "dora", "moments", "soka"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
@@ -76,22 +76,30 @@ ALLOWED = {
     "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
 }
 HOMONYMS = {  # words that are also names
+    **{f"coordinator/aggregation/{name}.py": {"sum"} for name in ("base", "factor_mean", "vote")},
+    "coordinator/aggregation/mean.py": {"sum"},  # what is enough for a strategy, as in those above and below
+    "coordinator/runs/legality.py": {"sum"},
+    "emulator/methods/loldu.py": {"sum"},  # in its formula
+    "emulator/methods/soka.py": {"sum"},
+    "kernels/compensated.py": {"sum"},  # in its messages
+    "coordinator/runs/pairs.py": {"sum"},
+    "coordinator/survey/matrix.py": {"sum"},
     "client/cli.py": {"all"},  # extras of the package
     "client/report.py": {"all"},  # sites
     "client/figures.py": {"all"},
-    "coordinator/aggregation/low_rank.py": {"all"},  # a sum
-    "coordinator/aggregation/index_union.py": {"all"},
+    "coordinator/aggregation/low_rank.py": {"all", "sum"},  # what figures are of
+    "coordinator/aggregation/index_union.py": {"all", "sum"},
     "coordinator/commands/methods.py": {"all"},  # strategies
     "emulator/builders/storage.py": {"all"},  # layers
     "emulator/builders/sketched.py": {"all"},
     "coordinator/policy.py": {"whole"},  # a field of a grant
     "emulator/zoo/weights.py": {"quantised"},
     "kernels/quantise.py": {"quantised"},
-    "kernels/schema.py": {"mean", "vote"},  # rules
+    "kernels/schema.py": {"mean", "sum", "vote"},  # rules
     "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
-    "emulator/modality/causal_text/__init__.py": {"mean"},  # how a loss is reduced
+    "emulator/modality/causal_text/__init__.py": {"mean", "sum"},  # how a loss is reduced
     "emulator/methods/base.py": {"additive"},  # a kind of methods
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
     "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise

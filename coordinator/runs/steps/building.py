@@ -14,7 +14,7 @@ from offsite.coordinator.bundles.stored import open_bundle, recovered, store_ada
 from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.beginning import first, go_on
+from offsite.coordinator.runs.steps.beginning import check_origin, first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
@@ -24,6 +24,7 @@ from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
 from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.methods.base import takes
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
@@ -49,7 +50,17 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         if spec.attack_steps:  # at the run's end, when it would be late to say so
             check_room(node.scratch, [emulator], of_run(spec))
         tiers = {site: method.tier_at(site) for site in order.sites}
-        begun = first(method, emulator, layout.outline.places, tiers=tiers.values(), seed=spec.training.seed)
+        statistics = None
+        if takes(method) and order.continued:
+            statistics = tensors.load(blobs.path(order.continued.version.adapter))
+        begun = first(
+            method,
+            emulator,
+            layout.outline.places,
+            tiers=tiers.values(),
+            seed=spec.training.seed,
+            statistics=statistics,
+        )
         method.recover(begun.adapter, built.recovery)  # refuses now what could not be brought back later
         version = store_version(blobs, Path(scratch), begun)
         made_of = method.schema(begun.adapter)
@@ -82,7 +93,12 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         portions=built.portions,
         spans=tuple(timeline),
     )
-    return replace(result, version=go_on(blobs, result, order.continued)) if order.continued else result
+    if order.continued is None:
+        return result
+    if statistics is not None:
+        check_origin(result, order.continued)
+        return result
+    return replace(result, version=go_on(blobs, result, order.continued))
 
 
 def _emulator(node: Node, spec: Grant, encoded: Encodings | None, folder: Path) -> building.Built:

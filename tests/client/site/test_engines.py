@@ -28,6 +28,7 @@ from offsite.protos import tensors
 from offsite.protos.errors import InputError
 from offsite.protos.processes.forks import ForkServer
 from offsite.protos.recipes import parse, parse_one
+from offsite.protos.spec import Choice
 
 from .ranks import SPREAD, Loaded
 
@@ -73,6 +74,25 @@ def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
 def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path) -> None:
     uneven = TRAINING | {"batch_size": 5}
     agree(start, job(training=uneven, **TWO), job(training=uneven), tmp_path / "task")
+
+
+def test_two_processes_measure_as_one_each_its_own_batches(start: Any, job: Jobs, tmp_path: Path) -> None:
+    one = job(**TWO)
+    moments = Choice(name="moments")
+    method: Any = methods.make(moments.name, moments.settings)
+    layout = bundle.described(one.manifest)
+    model, _ = bundle.load(Path(one.bundle), layout=layout, dtype=torch.float32)
+    zeros = method.start(model, layout.outline.places, seed=0)
+    tensors.save(tmp_path / "zeros", zeros)
+    one = replace(one, adapter=str(tmp_path / "zeros"), task=replace(one.task, method=moments))
+    loaded = Loaded(one)
+    losses = [method.measure(loaded.model, loaded.places, batch) for batch in loaded.batches]
+    told = [event["loss"] for event in start(one, tmp_path / "task").events() if event["event"] == "step"]
+    assert told == pytest.approx(losses[::2], abs=1e-4), "those of the first process"
+    update, expected = tensors.load(Path(one.out) / "update.safetensors"), method.state(loaded.model, loaded.places)
+    assert update.keys() == zeros.keys() and all(bool(value.any()) for value in update.values())
+    for key, value in update.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize(
