@@ -268,7 +268,7 @@ def test_as_many_values_train_as_its_formula_says(
     once = eval(formula.once, {}, own) if formula.once else 0
     assert each and once + sum(eval(formula.values, {}, own | one) for one in each) == values
     live = method.named_parameters(method.attach(draft.model, draft.outline.places, start), draft.outline.places)
-    assert values == sum(parameter.numel() for parameter in live.values())
+    assert isinstance(method, Measuring) or values == sum(parameter.numel() for parameter in live.values())
 
 
 def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where_the_method_says_so(
