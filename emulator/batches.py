@@ -1,6 +1,7 @@
 """Which samples make which batch: for training in an endless seeded order, for evaluation by their length."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,13 @@ def schedule(count: int, *, batch_size: int, steps: int, first_step: int, seed: 
 
 
 def training_batches(
-    samples: Sequence[Sample], *, batch_size: int, steps: int, first_step: int, seed: int
+    samples: Sequence[Any],
+    *,
+    batch_size: int,
+    steps: int,
+    first_step: int,
+    seed: int,
+    collate: Callable[[Sequence[Any]], Batch] = collate,
 ) -> Iterator[Batch]:
     """Yield the batches of steps `first_step` .. `first_step + steps - 1` of the endless seeded sequence."""
     for rows in schedule(len(samples), batch_size=batch_size, steps=steps, first_step=first_step, seed=seed):

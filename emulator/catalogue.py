@@ -83,6 +83,16 @@ MODALITIES: Plugins[Any] = Plugins(
     "modality", {"causal-text": "offsite.emulator.modality.causal_text:CausalText"}, group="offsite.modalities"
 )
 MODALITY = "causal-text"  # that of every run: bases are causal language models
+OBJECTIVES: Plugins[Any] = Plugins(
+    "objective",
+    {
+        "supervised": "offsite.emulator.objectives.supervised:Supervised",
+        "dpo": "offsite.emulator.objectives.dpo:Dpo",
+        "kto": "offsite.emulator.objectives.kto:Kto",
+    },
+    group="offsite.objectives",
+    states=("paper", "compares"),
+)
 OPTIMISERS: Plugins[Any] = Plugins(
     "optimiser",
     {

@@ -76,6 +76,7 @@ Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, 
 BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
 SCHEDULE, OPTIMISER = Choice(name="constant"), Choice(name="adamw")
+OBJECTIVE = Choice(name="supervised")
 
 
 @document
@@ -89,6 +90,7 @@ class TrainingSpec:
     schedule: Chosen = SCHEDULE  # how the rate goes on from there
     span: Literal["round", "run"] = "round"  # what both go over: each round anew, or all rounds of the run
     optimiser: Chosen = OPTIMISER  # what takes the steps
+    objective: Chosen = OBJECTIVE  # what they lessen, and so what rows a site needs
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
@@ -253,7 +255,7 @@ class UpdateMetrics:
 
     examples: Positive  # distinct training examples seen, the update's weight
     tokens: Annotated[Amount, Field(ge=1)]  # target tokens trained on
-    loss: Finite  # mean over these tokens, each before its step
+    loss: Finite  # mean over these tokens, each before its step; of another objective, over what it compares
     # Mean loss of each step, where the site's policy lets it out.
     losses: Annotated[tuple[Finite, ...], Field(max_length=100_000)] = ()
     spans: Annotated[tuple[Span, ...], Field(max_length=16)] = ()

@@ -74,8 +74,7 @@ def join(
     from offsite.client.site.forecast import forecast
     from offsite.client.site.job import EngineSpec
     from offsite.client.site.policy import Policy
-    from offsite.emulator import modality
-    from offsite.emulator.examples import collect
+    from offsite.emulator import objectives
     from offsite.protos import addresses
     from offsite.protos.chunks import STALL_S
     from offsite.protos.documents import parse, to_plain
@@ -90,9 +89,10 @@ def join(
     rules.check_data(data)
     try:
         folders = [Path(folder) for folder in rules.data]
-        census = collect(data, modality.default(), folders=folders, odd_rows=rules.odd_rows).census
+        objective, reading = objectives.survey(data, folders=folders, odd_rows=rules.odd_rows)
+        census = reading.census
         settings: Any = {"folders": folders, "odd_rows": rules.odd_rows, "max_length": rules.max_length}
-        coming = forecast(data, tokenizer, **settings) if tokenizer else None
+        coming = forecast(data, tokenizer, objective=objective.name, **settings) if tokenizer else None
     except ValueError as error:
         raise InputError(str(error)) from None
     if format == "json":

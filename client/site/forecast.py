@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.protos.errors import InputError
+from offsite.protos.spec import OBJECTIVE
 
 
 def forecast(
-    data: Path, tokenizer: Path, *, folders: Sequence[Path], odd_rows: Literal["skip", "refuse"], max_length: int
+    data: Path,
+    tokenizer: Path,
+    *,
+    folders: Sequence[Path],
+    odd_rows: Literal["skip", "refuse"],
+    max_length: int,
+    objective: str = OBJECTIVE.name,
 ) -> dict[str, Any]:
     """Return how many sequences the rows become, are cut, divided, left out, and what to be warned of.
 
@@ -29,6 +36,7 @@ def forecast(
         "folders": list(map(str, folders)),
         "odd_rows": odd_rows,
         "max_length": max_length,
+        "objective": objective,
     }
     command = [sys.executable, "-P", "-m", "offsite.client.site.forecast"]
     result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
@@ -39,7 +47,7 @@ def forecast(
 
 def main() -> int:
     """Answer what is asked on standard input; a fault of the input is one line on standard error."""
-    from offsite.emulator import modality, zoo
+    from offsite.emulator import modality, objectives, zoo
     from offsite.emulator.examples import collect
 
     request = json.loads(sys.stdin.read())
@@ -47,8 +55,10 @@ def main() -> int:
     try:
         tokenizer = zoo.load_tokenizer(Path(request["tokenizer"]))
         kind, odd_rows = modality.default(), request["odd_rows"]
-        examples = collect(Path(request["data"]), kind, folders=folders, odd_rows=odd_rows).examples
-        encoding = kind.encode(examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows)
+        objective = objectives.make(request["objective"], {})
+        reader = objective.reader(kind)
+        examples = collect(Path(request["data"]), reader, folders=folders, odd_rows=odd_rows).examples
+        encoding = objective.encode(kind, examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows)
     except ValueError as error:
         print(error, file=sys.stderr)
         return InputError.exit_code

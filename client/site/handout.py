@@ -1,5 +1,7 @@
 """What a site was handed for a task: the emulator of the bundle, with the broadcast adapter in it."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from torch import nn
 
 from offsite.client.site.inspection import is_derived, receive, strange_start
 from offsite.client.site.job import TrainerJob
-from offsite.emulator import bundle, methods
+from offsite.emulator import bundle, methods, objectives
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
 
@@ -58,6 +60,39 @@ def again(handout: Handout, job: TrainerJob) -> Handout:
             parameter.grad = None
     handout.model.eval()  # as it was loaded
     return handout
+
+
+@contextmanager
+def untrained(handout: Handout, job: TrainerJob) -> Iterator[nn.Module]:
+    """Yield the emulator with the adapter that changes nothing; what was handed out is in it again afterwards.
+
+    Where parameters are not all of an adapter it is read anew, without an adapter.
+    """
+    live = handout.method.named_parameters(handout.model, handout.places)
+    if not _compares(job):
+        yield handout.model  # which nobody asks
+    elif live.keys() == handout.start.keys():
+        held = {key: parameter.detach().clone() for key, parameter in live.items()}
+        _fill(live, handout.start)
+        try:
+            yield handout.model
+        finally:
+            _fill(live, held)
+    else:
+        device, dtype = next(handout.model.parameters()).device, DTYPES[job.task.training.precision]
+        model, _ = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
+        yield model.to(device)
+
+
+def _compares(job: TrainerJob) -> bool:
+    chosen = job.task.training.objective
+    return objectives.make(chosen.name, chosen.settings).compares
+
+
+@torch.no_grad()
+def _fill(live: Mapping[str, nn.Parameter], adapter: Mapping[str, torch.Tensor]) -> None:
+    for key, parameter in live.items():
+        parameter.copy_(adapter[key])
 
 
 def _receive(job: TrainerJob, method: Method, start: Adapter) -> tuple[Adapter, list[str]]:

@@ -1,22 +1,26 @@
 """A site's data as the rows that a task trains on: read, encoded, held against the policy, and put in their order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from offsite.client.site.job import TrainerJob
-from offsite.emulator import modality
+from offsite.emulator import modality, objectives
 from offsite.emulator.batches import schedule
 from offsite.emulator.examples import Reading, collect
-from offsite.emulator.modality import Batch, Sample
+from offsite.emulator.modality import Batch
+from offsite.emulator.objectives import Objective
 
 
 @dataclass(frozen=True)
 class Rows:
     """Samples, and which of them each step of the round sees."""
 
-    samples: list[Sample]
+    objective: Objective
+    samples: list[Any]
     order: list[list[int]]
     counts: dict[str, int]  # what became of the examples, without a word of them
     warnings: list[str]
@@ -34,13 +38,28 @@ class Rows:
     def batches(self) -> Iterator[Batch]:
         """Yield the batch of each step."""
         for rows in self.order:
-            yield modality.collate([self.samples[row] for row in rows])
+            yield self.objective.collate([self.samples[row] for row in rows])
+
+    def texts(self) -> Iterator[Batch]:
+        """Yield the text of each step, as a batch of the modality's."""
+        for rows in self.order:
+            yield self.objective.text([self.samples[row] for row in rows])
+
+    def refer(self, model: nn.Module) -> "Rows":
+        """Return the same with what the objective asks about the samples of this round before they train a model."""
+        seen = sorted({row for rows in self.order for row in rows})
+        known = self.objective.refer(model, [self.samples[row] for row in seen], batch_size=len(self.order[0]))
+        samples = list(self.samples)
+        for row, sample in zip(seen, known, strict=True):
+            samples[row] = sample
+        return replace(self, samples=samples)
 
 
 def read(job: TrainerJob) -> Reading:
     """Read the site's examples; raises ValueError at a fault that the policy does not let pass."""
     folders = [Path(folder) for folder in job.policy.data]
-    return collect(Path(job.data), modality.default(), folders=folders, odd_rows=job.policy.odd_rows)
+    reader = _objective(job).reader(modality.default())
+    return collect(Path(job.data), reader, folders=folders, odd_rows=job.policy.odd_rows)
 
 
 def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
@@ -51,8 +70,9 @@ def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
     Raises ValueError as `read` does, and if nothing is left to learn.
     """
     spec = job.task.training
-    encoding = modality.default().encode(
-        data.examples, tokenizer, max_length=spec.max_length, odd_rows=job.policy.odd_rows
+    objective = _objective(job)
+    encoding = objective.encode(
+        modality.default(), data.examples, tokenizer, max_length=spec.max_length, odd_rows=job.policy.odd_rows
     )
     counts = {"examples": data.census.examples, "distinct": data.census.distinct, **encoding.counts}
     counts["left_out"] += sum(one.count for one in data.census.left_out)
@@ -63,4 +83,9 @@ def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
         first_step=(job.task.rounds_before + job.task.round) * spec.steps,
         seed=spec.seed,
     )
-    return Rows(encoding.samples, order, counts, encoding.warnings)
+    return Rows(objective, encoding.samples, order, counts, encoding.warnings)
+
+
+def _objective(job: TrainerJob) -> Objective:
+    chosen = job.task.training.objective
+    return objectives.make(chosen.name, chosen.settings)

@@ -17,7 +17,7 @@ from typing import Any
 from offsite.client.site import training
 from offsite.client.site.engines import ENGINES
 from offsite.client.site.job import TrainerJob
-from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OPTIMISERS
+from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OBJECTIVES, OPTIMISERS
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError, ResourceError
 
@@ -50,7 +50,7 @@ class Speaker:
 def preload(engine: str) -> None:
     """Import what the trainers of an engine import when they first need it."""
     ENGINES[engine].preload()
-    for family in (METHODS, FORMATS, MODALITIES, OPTIMISERS):
+    for family in (METHODS, FORMATS, MODALITIES, OBJECTIVES, OPTIMISERS):
         family.preload()
 
 

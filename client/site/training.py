@@ -12,7 +12,7 @@ from torch import distributed
 
 from offsite.client.site import outcome, rows
 from offsite.client.site.engines import ENGINES, Engine, Ranks, join
-from offsite.client.site.handout import Handout, load
+from offsite.client.site.handout import Handout, load, untrained
 from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
@@ -70,6 +70,8 @@ def tune(
             steps = _measure(handout.method, handout, schedule, ranks, say=say)
         adapter = handout.method.state(handout.model, handout.places)
     else:
+        with faults("FAULT_EMULATOR"), untrained(handout, job) as reference:
+            schedule = schedule.refer(reference)
         with faults("FAULT_EMULATOR"):
             _choose(handout, schedule, ranks)
         engine, witness = _prepare(job, handout, ranks)
@@ -99,7 +101,7 @@ def make_repeatable() -> None:
 
 def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> None:
     """Look at the emulator, on what it would train on first, before any gradient is taken; raises OffsiteError."""
-    batches = list(islice(schedule.batches(), BATCHES))
+    batches = list(islice(schedule.texts(), BATCHES))
     verdict = judge(job, handout.model, batches, handout.places, signs=handout.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
@@ -108,7 +110,7 @@ def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> 
 def _choose(handout: Handout, schedule: Rows, ranks: Ranks) -> None:
     """Have a method that does so choose by the first batch what trains, the same in every process."""
     if isinstance(handout.method, Choosing):
-        for tensor in handout.method.choose(handout.model, handout.places, next(schedule.batches())):
+        for tensor in handout.method.choose(handout.model, handout.places, next(schedule.texts())):
             if ranks.world > 1:
                 distributed.broadcast(tensor, 0)
 
@@ -131,16 +133,17 @@ def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, W
 
 @dataclass
 class Steps:
-    """Loss and number of target tokens of each step."""
+    """Loss of each step, over how many terms it is the mean, and how many target tokens it saw."""
 
     losses: list[float] = field(default_factory=list)
+    terms: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
 
     @property
     def mean_loss(self) -> float:
-        """Mean over all target tokens."""
-        total = sum(loss * count for loss, count in zip(self.losses, self.targets, strict=True))
-        return total / sum(self.targets)
+        """Mean over all terms: target tokens, or what the objective compares."""
+        total = sum(loss * count for loss, count in zip(self.losses, self.terms, strict=True))
+        return total / sum(self.terms)
 
 
 def _run(job: TrainerJob, engine: Engine, witness: Witness | Effects, schedule: Rows, *, say: Say) -> Steps:
@@ -155,6 +158,7 @@ def _run(job: TrainerJob, engine: Engine, witness: Witness | Effects, schedule: 
             what = f"the loss is {loss} at step {step} of {count}"
             raise RunError(f"{what}; a lower learning_rate may help", reason="FAULT_DIVERGED")
         steps.losses.append(loss)
+        steps.terms.append(batch.terms)
         steps.targets.append(batch.targets)
         say("step", step=step, steps=count, loss=loss, tokens=batch.targets)
     return steps
@@ -168,7 +172,7 @@ def _measure(method: Measuring, handout: Handout, schedule: Rows, ranks: Ranks, 
     model, places, count = handout.model, handout.places, len(schedule.order)
     device = next(model.parameters()).device
     losses, targets = torch.zeros(count, dtype=torch.float64), []
-    for step, batch in enumerate(schedule.batches()):
+    for step, batch in enumerate(schedule.texts()):
         targets.append(batch.targets)
         if step % ranks.world == ranks.rank:
             losses[step] = method.measure(model, places, batch.to(device))
@@ -180,4 +184,4 @@ def _measure(method: Measuring, handout: Handout, schedule: Rows, ranks: Ranks, 
             own.copy_(total)
     if not bool(losses.isfinite().all()):
         raise RunError(f"the loss of a batch of {count} is not finite, so that none is measured")
-    return Steps(losses.tolist(), targets)
+    return Steps(losses.tolist(), targets, targets)

@@ -8,7 +8,7 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
-from offsite.emulator import builders, methods, optimisers, placements, schedules, zoo
+from offsite.emulator import builders, methods, objectives, optimisers, placements, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
@@ -37,6 +37,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         _judge_emulator(spec, method, whole=whole)
         _judge_schedule(spec.training, rounds=spec.rounds)
         _judge_optimiser(spec.training)
+        _judge_objective(spec)
         if spec.merge and not method.mergeable:
             raise ValueError(
                 f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
@@ -156,6 +157,16 @@ def _judge_optimiser(training: TrainingSpec) -> None:
             f"the rates of methods are those of adaptive optimisers, and the steps of {optimiser.name} are as long as "
             "the gradients that it estimates: give training.learning_rate, and a training.gradient_clipping that "
             "leaves such gradients as they are"
+        )
+
+
+def _judge_objective(spec: RunSpec) -> None:
+    """Raise ValueError if what training lessens is not known, or the base would be tuned on rows of another shape."""
+    objective = objectives.make(spec.training.objective.name, spec.training.objective.settings)
+    if objective.compares and spec.attack_text:
+        raise ValueError(
+            f"attack_text: the base is tuned on it as the sites tune the emulator, and the objective {objective.name} "
+            "compares answers, which attacks cannot train on; leave it out, and attacks train on public text alone"
         )
 
 

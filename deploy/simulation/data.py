@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from offsite.deploy.simulation.partition import PARTITIONS, Numbers
-from offsite.emulator import modality
-from offsite.emulator.examples import Example, OddRows, Reading, collect
+from offsite.emulator import modality, objectives
+from offsite.emulator.examples import Example, OddRows, Reader, Reading, collect
 from offsite.emulator.examples.census import Counter
 from offsite.protos.errors import InputError
-from offsite.protos.spec import Choice
+from offsite.protos.spec import OBJECTIVE, Choice
 
 MOST_SITES = 100_000  # names that a run's documents hold
 
@@ -34,12 +34,14 @@ class Data(Protocol):
 class Cut:
     """One file or folder, cut by a partition."""
 
-    def __init__(self, path: Path, sites: int, partition: Choice, *, seed: int, odd_rows: OddRows) -> None:
+    def __init__(
+        self, path: Path, sites: int, partition: Choice, *, seed: int, odd_rows: OddRows, reader: Reader
+    ) -> None:
         """Read the set and cut it; raises ValueError, and InputError for a partition that is none."""
         way = PARTITIONS.make(partition.name, partition.settings)
-        reader = _Labelling(modality.default(), way.column)
-        self._whole = collect(path, reader, odd_rows=odd_rows)
-        labels = [reader.labels[one.place] for one in self._whole.examples] if way.column else []
+        labelling = _Labelling(reader, way.column)
+        self._whole = collect(path, labelling, odd_rows=odd_rows)
+        labels = [labelling.labels[one.place] for one in self._whole.examples] if way.column else []
         self._rows = way.cut(self._whole.examples, labels, sites, np.random.default_rng(seed))
         width = max(4, len(str(sites)))
         self.names = [f"site-{number:0{width}}" for number in range(1, sites + 1)]
@@ -85,7 +87,7 @@ class _Labelling:
 class Apart:
     """A folder with a file or a folder for each site, which is called as that is, without its ending."""
 
-    def __init__(self, path: Path, *, odd_rows: OddRows) -> None:
+    def __init__(self, path: Path, *, odd_rows: OddRows, reader: Reader) -> None:
         """Look who there is; raises InputError."""
         entries = {entry.name.partition(".")[0]: entry for entry in sorted(path.iterdir()) if entry.name[0] != "."}
         if strange := [name for name in entries if not fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name)]:
@@ -94,22 +96,31 @@ class Apart:
             raise InputError(f"{path}: holds no file and no folder; expected one for each site")
         self.names = sorted(entries)
         self.counts: list[int] | None = None
-        self._entries, self._odd_rows = entries, odd_rows
+        self._entries, self._odd_rows, self._reader = entries, odd_rows, reader
 
     def reading(self, site: str) -> Reading:
         """Read a site's file or folder."""
-        return collect(self._entries[site], modality.default(), odd_rows=self._odd_rows)
+        return collect(self._entries[site], self._reader, odd_rows=self._odd_rows)
 
 
-def open_data(path: Path, sites: int | None, partition: Choice, *, seed: int, odd_rows: OddRows) -> Data:
+def open_data(
+    path: Path,
+    sites: int | None,
+    partition: Choice,
+    *,
+    seed: int,
+    odd_rows: OddRows,
+    objective: Choice = OBJECTIVE,
+) -> Data:
     """Return the data of so many sites, or of those that a folder has; raises InputError."""
+    reader = objectives.make(objective.name, objective.settings).reader(modality.default())
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; --data names a data set, or a folder with one per site")
     if sites is None and not path.is_dir():
         raise InputError(f"{path}: into how many sites is it to be cut? give --sites N, or a folder with one per site")
     try:
         if sites is None:
-            return Apart(path, odd_rows=odd_rows)
-        return Cut(path, sites, partition, seed=seed, odd_rows=odd_rows)
+            return Apart(path, odd_rows=odd_rows, reader=reader)
+        return Cut(path, sites, partition, seed=seed, odd_rows=odd_rows, reader=reader)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -25,7 +25,7 @@ from offsite.protos.ranges import (
     Share,
     Tier,
 )
-from offsite.protos.spec import Choice, Manifest, TaskSpec
+from offsite.protos.spec import OBJECTIVE, Choice, Manifest, TaskSpec
 
 Text = Annotated[str, Field(max_length=TEXT)]
 OWN = "offsite.deploy.simulation.visit:own_training"  # what a site's trainer does
@@ -44,6 +44,7 @@ class Setup:
     partition: Choice
     seed: Seed
     policy: Policy
+    objective: Choice = OBJECTIVE  # by which rows are read
     train: Place = OWN  # module:function that is given a Visit and returns an adapter and its metrics
 
 

@@ -119,7 +119,8 @@ def simulate(
         raise InputError("start: a simulation begins anew; leave it out of the run")
     judge(spec)
     policy = policy or Policy(bases=("any",), data=(str(data),))
-    source = open_data(data, sites, partition, seed=seed, odd_rows=policy.odd_rows)
+    objective = spec.training.objective
+    source = open_data(data, sites, partition, seed=seed, odd_rows=policy.odd_rows, objective=objective)
     if missing := sorted({*spec.sites} - {*source.names}):
         raise InputError(
             f"{data}: has nothing of site {missing[0]}, which the run names; there are {source.names[:20]}"
@@ -156,6 +157,7 @@ def simulate(
             partition=partition,
             seed=seed,
             policy=policy,
+            objective=objective,
             train=train,
         )
         del source  # the workers have it

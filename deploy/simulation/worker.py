@@ -15,7 +15,7 @@ from offsite.deploy.simulation.folding import fold_part
 from offsite.deploy.simulation.orders import Batch, Failure, Order, Reply, RoundOrder, Setup, Work
 from offsite.deploy.simulation.spool import Block, Spool
 from offsite.deploy.simulation.visit import Models, TierRound, trainer
-from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OPTIMISERS
+from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OBJECTIVES, OPTIMISERS
 from offsite.kernels.schema import Tensors, Tier
 from offsite.protos import tensors
 from offsite.protos.documents import from_json, plain, to_json
@@ -26,7 +26,7 @@ from offsite.protos.spec import UpdateMetrics
 
 def preload() -> None:
     """Import what virtual sites need."""
-    for family in (METHODS, FORMATS, MODALITIES, OPTIMISERS):
+    for family in (METHODS, FORMATS, MODALITIES, OBJECTIVES, OPTIMISERS):
         family.preload()
 
 
@@ -65,7 +65,12 @@ class Worker:
         training.make_repeatable()
         self._setup, self._models = setup, Models()
         self._data = open_data(
-            Path(setup.data), setup.sites or None, setup.partition, seed=setup.seed, odd_rows=setup.policy.odd_rows
+            Path(setup.data),
+            setup.sites or None,
+            setup.partition,
+            seed=setup.seed,
+            odd_rows=setup.policy.odd_rows,
+            objective=setup.objective,
         )
         self._train = trainer(setup.train)
         self._secret = derive(str(setup.seed).encode(), "virtual sites")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.emulator import catalogue
 from offsite.emulator.examples import Example, collect
-from offsite.emulator.modality.base import Batch, Encoding, Modality, Sample, Score
+from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Sample, Score
 from offsite.kernels.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "default",
     "disturb",
     "encode",
+    "likelihoods",
     "loss",
     "read",
     "run",
@@ -81,6 +82,17 @@ def run(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Tensor
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return what training lessens, the mean over the batch's targets; differentiable. The batch is on the device."""
     return _of(batch).loss(model, batch)
+
+
+def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (b,) log-likelihoods of the samples' targets, in nats, differentiable; the batch is on the device.
+
+    Raises ValueError where the modality does not say how likely a sample is.
+    """
+    kind = _of(batch)
+    if not isinstance(kind, Likelihoods):
+        raise ValueError(f"the modality {kind.name} does not say how likely a sample is, so that none are compared")
+    return kind.likelihoods(model, batch)
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> Score:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from offsite.emulator.examples import OddRows, Reader
 
@@ -83,6 +83,11 @@ class Batch(ABC):
         """What it was collated of."""
 
     @property
+    def terms(self) -> int:
+        """How many things the loss of an objective is the mean over: as a rule its targets."""
+        return self.targets
+
+    @property
     def last(self) -> Tensor:
         """Index (1,) of the last position, to keep of outputs that nobody reads.
 
@@ -102,6 +107,15 @@ class Batch(ABC):
     def share(self, rank: int, world: int) -> Self:
         """Return the rows of one of several processes."""
         return replace(self, **{name: tensor.tensor_split(world)[rank] for name, tensor in self.tensors.items()})
+
+
+@runtime_checkable
+class Likelihoods(Protocol):
+    """A modality that says how likely a model finds each sample, as objectives ask that compare."""
+
+    def likelihoods(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return (b,) log-likelihoods of the samples' targets, in nats, differentiable."""
+        ...
 
 
 class Modality(Reader, Protocol):

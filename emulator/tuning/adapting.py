@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from offsite.emulator import modality, optimisers, schedules
+from offsite.emulator import objectives, optimisers, schedules
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Choosing, Measuring, takes
-from offsite.emulator.modality import Sample
 from offsite.emulator.optimisers import Estimator
 from offsite.emulator.tuning.state import identity, resume, save
 
@@ -59,6 +58,10 @@ class Rules(Protocol):
     @property
     def optimiser(self) -> Chosen:
         """What takes the steps."""
+
+    @property
+    def objective(self) -> Chosen:
+        """What the steps lessen."""
 
     @property
     def before(self) -> int:
@@ -115,7 +118,7 @@ def update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rules: Rule
 def adapt(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     rules: Rules,
     *,
     state: Path | None = None,
@@ -128,11 +131,13 @@ def adapt(
     Args:
         model: what the adapter is in.
         parameters: of the adapter.
-        samples: the text.
+        samples: those of the objective.
         rules: how to train.
         state: a file to go on from after a kill, of the adapter and what the optimiser keeps; its owner's to remove.
         tell: hears (steps done, steps, loss).
     """
+    objective = objectives.make(rules.objective.name, rules.objective.settings)
+    samples = objective.refer(model, samples, batch_size=rules.batch_size)
     trained = list(parameters.values())
     device = trained[0].device
     stepper, share = optimizer(trained, rules), shares(rules)
@@ -149,9 +154,10 @@ def adapt(
         steps=rules.steps - len(losses),
         first_step=len(losses),
         seed=rules.seed,
+        collate=objective.collate,
     ):
         set_rate(stepper, rules.learning_rate * share[len(losses)])
-        losses.append(_lean(stepper, partial(modality.loss, model, batch.to(device))))
+        losses.append(_lean(stepper, partial(objective.loss, model, batch.to(device), float)))
         update(stepper, trained, rules)
         if state and (len(losses) % EVERY == 0 or len(losses) == rules.steps):
             save(state, work, parameters, stepper, losses, {"draws": draws.get_state()})
@@ -172,7 +178,7 @@ def adapted(
     model: nn.Module,
     method: Method,
     places: Mapping[int, int],
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     rules: Rules,
     *,
     state: Path | None = None,
@@ -184,7 +190,7 @@ def adapted(
         model: a base or an emulator, with modules of its own.
         method: what is trained.
         places: place in the model -> layer of the base, of the layers that train.
-        samples: the text.
+        samples: those of the objective.
         rules: how to train.
         state: as in `adapt`.
         tell: as in `adapt`.
@@ -196,7 +202,9 @@ def adapted(
         raise ValueError(f"the method {method.name} {why}; choose one that trains from a start of its own")
     model = method.attach(model, places, method.start(model, places, seed=rules.seed))
     if isinstance(method, Choosing):
-        first = training_batches(samples, batch_size=rules.batch_size, steps=1, first_step=0, seed=rules.seed)
+        text = objectives.make(rules.objective.name, rules.objective.settings).text
+        asked: Any = {"batch_size": rules.batch_size, "steps": 1, "first_step": 0, "seed": rules.seed}
+        first = training_batches(samples, **asked, collate=text)
         method.choose(model, places, next(first))
     adapt(model, method.named_parameters(model, places), samples, rules, state=state, tell=tell)
     return model

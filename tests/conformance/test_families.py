@@ -9,7 +9,7 @@ import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
-from offsite.emulator import builders, formats, methods, modality, optimisers, parts, placements, schedules
+from offsite.emulator import builders, formats, methods, modality, objectives, optimisers, parts, placements, schedules
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "format": (dict(formats.FORMATS), formats.make),
     "method": (dict(methods.METHODS), methods.make),
     "modality": (dict(modality.MODALITIES), modality.MODALITIES.make),
+    "objective": (dict(objectives.OBJECTIVES), objectives.make),
     "optimiser": (dict(optimisers.OPTIMISERS), optimisers.make),
     "part": (dict(parts.PARTS), parts.make),
     "placement": (dict(placements.PLACEMENTS), placements.make),
@@ -29,6 +30,7 @@ PROTOCOLS: dict[str, Any] = {
     "format": formats.Format,
     "method": methods.Method,
     "modality": modality.Modality,
+    "objective": objectives.Objective,
     "optimiser": optimisers.Optimiser,
     "part": parts.Part,
     "placement": placements.Placement,

@@ -18,6 +18,7 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.FORMATS,
     catalogue.METHODS,
     catalogue.MODALITIES,
+    catalogue.OBJECTIVES,
     catalogue.OPTIMISERS,
     catalogue.PARTS,
     catalogue.PLACEMENTS,
@@ -65,7 +66,15 @@ OWN = {
 
 # What else may have a name, and why.
 ALLOWED = {
-    "protos/spec.py": {"adamw", "constant", "crash", "ends", "lora", "low-rank"},  # what a run has that names none
+    "protos/spec.py": {
+        "adamw",
+        "constant",
+        "crash",
+        "ends",
+        "lora",
+        "low-rank",
+        "supervised",
+    },  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
     | catalogue.METHODS.keys() - {"blocks", "dora", "moments", "soka"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help

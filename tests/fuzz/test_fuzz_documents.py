@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from offsite.client.site.job import EngineSpec
 from offsite.client.site.policy import Policy
-from offsite.emulator import builders, methods, optimisers, parts, placements, schedules
+from offsite.emulator import builders, methods, objectives, optimisers, parts, placements, schedules
 from offsite.protos import addresses, recipes
 from offsite.protos.assignments import assign
 from offsite.protos.documents import from_json, from_toml, parse, to_json, to_plain
@@ -196,6 +196,7 @@ FAMILIES: list[Any] = [(builders.BUILDERS, builders.make), (methods.METHODS, met
 FAMILIES.append((placements.PLACEMENTS, placements.make))
 FAMILIES.append((parts.PARTS, parts.make))
 FAMILIES.append((schedules.SCHEDULES, schedules.make))
+FAMILIES.append((objectives.OBJECTIVES, objectives.make))
 FAMILIES.append((optimisers.OPTIMISERS, optimisers.make))
 SETTINGS = [
     "keep",

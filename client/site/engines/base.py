@@ -1,7 +1,7 @@
 """What all engines share, so that a run's arithmetic depends neither on the engine nor on the number of processes.
 
-Every process holds the whole batch and computes the loss of its own rows, weighted by their targets: the mean over
-the processes is then the mean over the batch's targets, and so is the gradient.
+Every process holds the whole batch and computes the loss of its own rows, weighted by their targets, or whatever an
+objective's loss is the mean over: the mean over the processes is then the mean over the batch, and so is the gradient.
 """
 
 import os
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import modality
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
+from offsite.emulator.objectives import Objective
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.spec import LocalTraining
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def step(self, batch: Batch) -> float:
-        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        """Take one optimiser step on a batch and return its mean loss before the step."""
         ...
 
     def gather(self, method: Method, places: Mapping[int, int]) -> Adapter:
@@ -99,10 +99,11 @@ def check_rows(training: LocalTraining, ranks: Ranks) -> None:
         )
 
 
-def own_loss(model: nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
-    """Loss of this process's rows; its mean over the processes is the batch's mean per target."""
+def own_loss(model: nn.Module, batch: Batch, ranks: Ranks, objective: Objective) -> Tensor:
+    """Loss of this process's rows; its mean over the processes is the objective's mean over the batch."""
     rows = batch.share(ranks.rank, ranks.world)
-    return modality.loss(model, rows.to(ranks.device)) * (rows.targets * ranks.world / batch.targets)
+    share = rows.terms * ranks.world / batch.terms
+    return objective.loss(model, rows.to(ranks.device), lambda own: mean(own * share, ranks)) * share
 
 
 def mean(loss: Tensor, ranks: Ranks) -> float:

@@ -7,6 +7,7 @@ from torch import distributed, nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
+from offsite.emulator import objectives
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.optimisers import Estimator
@@ -37,10 +38,11 @@ class Plain:
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
         self._optimizer = optimizer(self._parameters, training, first_step=first_step)
+        self._objective = objectives.make(training.objective.name, training.objective.settings)
         self._shares, self._steps = shares(training), 0
 
     def step(self, batch: Batch) -> float:
-        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         if isinstance(self._optimizer, Estimator):
             loss = self._optimizer.estimate(lambda: self._loss(batch))
@@ -51,10 +53,10 @@ class Plain:
         return loss
 
     def _loss(self, batch: Batch) -> float:
-        return mean(own_loss(self._model, batch, self._ranks), self._ranks)
+        return mean(own_loss(self._model, batch, self._ranks, self._objective), self._ranks)
 
     def _differentiate(self, batch: Batch) -> float:
-        loss = own_loss(self._model, batch, self._ranks)
+        loss = own_loss(self._model, batch, self._ranks, self._objective)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self._ranks.world > 1:
             self._average_gradients()

@@ -14,7 +14,7 @@ from torch import nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import optimisers
+from offsite.emulator import objectives, optimisers
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares
@@ -63,12 +63,13 @@ class Zero:
             config=config,
             dist_init_required=False,
         )
+        self._objective = objectives.make(training.objective.name, training.objective.settings)
         self._shares, self._steps = shares(training), 0
 
     def step(self, batch: Batch) -> float:
-        """Take one optimiser step on a batch and return its mean loss per target token before the step."""
+        """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
-        loss = own_loss(self._engine, batch, self._ranks)
+        loss = own_loss(self._engine, batch, self._ranks, self._objective)
         self._engine.backward(loss)
         self._engine.step()
         self._steps += 1

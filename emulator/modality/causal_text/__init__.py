@@ -71,6 +71,10 @@ class CausalText:
         """Return the mean negative log-likelihood of a target token, in nats."""
         return self._nll(model, batch, reduction="mean")
 
+    def likelihoods(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Return (b,) log-likelihoods of each sequence's target tokens, in nats."""
+        return -self._nll(model, batch, reduction="none").view(len(batch.labels), -1).sum(dim=1)
+
     def score(self, model: nn.Module, batch: TokenBatch) -> Score:
         """Return the negative log-likelihood of the target tokens, in nats."""
         return Score(float(self._nll(model, batch, reduction="sum")), batch.targets, self.metric)

@@ -133,6 +133,18 @@ def test_an_optimiser_is_known_and_has_a_rate_where_none_of_a_method_suits_it(mo
         legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adam"))))
 
 
+def test_an_objective_that_compares_answers_goes_without_text_that_the_base_is_tuned_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), training=TrainingSpec(objective=Choice(name="dpo")))
+    legality.judge(spec)
+    with pytest.raises(InputError, match="attack_text: .* the objective dpo compares answers, .* leave it out"):
+        legality.judge(replace(spec, attack_text="task.jsonl", attack_steps=4))
+    with pytest.raises(InputError, match="there is no objective 'ppo'"):
+        legality.judge(replace(spec, training=TrainingSpec(objective=Choice(name="ppo"))))
+
+
 def test_a_merged_model_of_what_weights_cannot_take_in_is_refused_with_what_to_do_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

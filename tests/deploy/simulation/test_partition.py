@@ -9,6 +9,7 @@ import pytest
 
 from offsite.deploy.simulation.data import Cut, open_data
 from offsite.deploy.simulation.partition import PARTITIONS
+from offsite.emulator import modality
 from offsite.protos.errors import InputError
 from offsite.protos.recipes import parse_one
 
@@ -26,7 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cut(file: Path, recipe: str, sites: int, seed: int = 0) -> list[list[int]]:
     """Return which rows each site has."""
-    data = Cut(file, sites, parse_one(recipe), seed=seed, odd_rows="refuse")
+    data = Cut(file, sites, parse_one(recipe), seed=seed, odd_rows="refuse", reader=modality.default())
     parts = [[int(row.completion.split()[0]) for row in data.reading(site).examples] for site in data.names]
     assert data.counts == [len(part) for part in parts]
     return parts
