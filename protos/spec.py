@@ -76,7 +76,7 @@ Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, 
 BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
 SCHEDULE, OPTIMISER = Choice(name="constant"), Choice(name="adamw")
-OBJECTIVE = Choice(name="supervised")
+OBJECTIVE, PART = Choice(name="supervised"), Choice(name="all")
 
 
 @document
@@ -91,6 +91,7 @@ class TrainingSpec:
     span: Literal["round", "run"] = "round"  # what both go over: each round anew, or all rounds of the run
     optimiser: Chosen = OPTIMISER  # what takes the steps
     objective: Chosen = OBJECTIVE  # what they lessen, and so what rows a site needs
+    part: Chosen = PART  # what of the adapter trains in a round, and leaves the site
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
@@ -260,4 +261,5 @@ class UpdateMetrics:
     losses: Annotated[tuple[Finite, ...], Field(max_length=100_000)] = ()
     spans: Annotated[tuple[Span, ...], Field(max_length=16)] = ()
     engine: Line
+    chosen: Layers = ()  # what of the adapter trained, where the task's part has the site choose
     peak_memory_bytes: Amount = 0

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,20 @@ import torch
 from offsite.client.site.handout import Handout
 from offsite.client.site.job import TrainerJob
 from offsite.emulator.methods import Adapter, Method
-from offsite.kernels.schema import Schema, TensorMap, settle
+from offsite.emulator.parts import Turn
+from offsite.emulator.parts.training import whole_schema
+from offsite.kernels.schema import Field, Schema, TensorMap
 from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical, to_json
 from offsite.protos.errors import MismatchError
 from offsite.protos.security.draws import derive
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload import Packed, Stage
+
+
+def turn(task: TaskSpec) -> Turn:
+    """Return the round of a task's site, from which the part that trains is drawn."""
+    return Turn(task.training.seed, task.rounds_before + task.round, task.site)
 
 
 def check(adapter: Adapter, broadcast: Adapter) -> None:
@@ -44,7 +51,7 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: Train
     partial = out / "metrics.json.partial"
     partial.write_bytes(to_json(metrics))
     partial.replace(out / "metrics.json")
-    packing = Packing.of(task, handout.method, adapter)
+    packing = Packing.of(task, handout.method, {**handout.broadcast, **adapter}, adapter)
     with ExitStack() as files:
         # One entry, because safetensors writes several in random order and the same work must give the same bytes.
         about = {"offsite": canonical(_about(task)).decode()}
@@ -66,26 +73,38 @@ def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: Train
 
 @dataclass(frozen=True)
 class Packing:
-    """What the updates of a task's tier are made of, before its stages and after."""
+    """What an update of a task's tier is made of, before its stages and after."""
 
     stages: list[Stage]
-    schema: Schema  # settled, of an adapter
+    schema: Schema  # settled, of what of the adapter trains
     leaves: Schema  # of what leaves the site
-    stays: Schema  # of what stages leave out and feed back
+    stays: Schema  # of what stages leave out of any part of the adapter, and feed back
 
     @classmethod
-    def of(cls, task: TaskSpec, method: Method, adapter: Adapter) -> "Packing":
-        """Ask the method and the stages; raises InputError and ValueError as `write` does."""
-        stages = upload.make(task.upload)
-        schema = settle(method.schema(adapter), {key: tensor.shape for key, tensor in adapter.items()})
-        return cls(stages, schema, upload.schema_of(stages, schema), upload.residual_of(stages, schema))
+    def of(cls, task: TaskSpec, method: Method, adapter: Adapter, part: Container[str]) -> "Packing":
+        """Ask the method and the stages, given a whole adapter of the tier and the keys of the part that trains.
+
+        Raises InputError and ValueError as `write` does.
+        """
+        stages, whole = upload.make(task.upload), whole_schema(method, adapter)
+        schema = {key: field for key, field in whole.items() if key in part}
+        return cls(stages, schema, upload.schema_of(stages, schema), upload.residual_of(stages, whole))
 
     def pack(
         self, adapter: Adapter, broadcast: Adapter, task: TaskSpec, *, secret: bytes, residual: TensorMap
     ) -> Iterator[Packed]:
-        """Yield what leaves the site and what stays, a group of tensors at a time; `secret` is the site's."""
+        """Yield what leaves the site and what stays, a group of tensors at a time; `secret` is the site's.
+
+        Of what does not train in this round, what was left out before stays: it is added when that trains again.
+        """
         key = derive(secret, "upload", task.run, task.round, task.site) if self.stages else b""
-        return upload.pack(self.stages, adapter, broadcast, self.schema, key=key, residual=residual)
+        yield from upload.pack(self.stages, adapter, broadcast, self.schema, key=key, residual=residual)
+        for name in sorted(self.stays.keys() - upload.residual_of(self.stages, self.schema).keys()):
+            yield Packed({}, {name: residual[name] if name in residual else _zeros(self.stays[name])})
+
+
+def _zeros(field: Field) -> torch.Tensor:
+    return torch.zeros([size or 0 for size in field.shape], dtype=tensors.DTYPES[field.dtype])
 
 
 def _about(task: TaskSpec) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
-from offsite.emulator import optimisers
+from offsite.emulator import optimisers, parts
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing, Measuring
 from offsite.emulator.methods.proof import Effects, Witness
+from offsite.emulator.parts.training import Trained, freeze, select, whole_schema
 from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import Span, UpdateMetrics
@@ -50,7 +51,9 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
 def tune(
     job: TrainerJob, handout: Handout, data: Reading, ranks: Ranks, *, say: Say, started: float
 ) -> tuple[Adapter, UpdateMetrics]:
-    """Train what a site was handed on its data; return the adapter and what is told of it. Raises OffsiteError.
+    """Train what a site was handed on its data; return what the adapter has become, and what is told of it.
+
+    Of the adapter it is the part that has trained. Raises OffsiteError.
 
     All but the reading and the writing of files is here, and all of the job's policy that is about data or emulator.
     """
@@ -65,7 +68,7 @@ def tune(
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
     if isinstance(handout.method, Measuring):
-        loaded = time.time()
+        loaded, trained = time.time(), Trained(whole_schema(handout.method, handout.broadcast))
         with faults("FAULT_EMULATOR"):
             steps = _measure(handout.method, handout, schedule, ranks, say=say)
         adapter = handout.method.state(handout.model, handout.places)
@@ -74,11 +77,12 @@ def tune(
             schedule = schedule.refer(reference)
         with faults("FAULT_EMULATOR"):
             _choose(handout, schedule, ranks)
-        engine, witness = _prepare(job, handout, ranks)
+            trained = _select(job, handout, schedule, ranks)
+        engine, witness = _prepare(job, handout, trained, ranks)
         loaded = time.time()
         steps = _run(job, engine, witness, schedule, say=say)
-        adapter = engine.gather(handout.method, handout.places)
-    outcome.check(adapter, handout.broadcast)
+        adapter = trained.of(engine.gather(handout.method, handout.places))
+    outcome.check(adapter, trained.of(handout.broadcast))
     return adapter, UpdateMetrics(
         examples=schedule.seen,
         tokens=sum(steps.targets),
@@ -89,6 +93,7 @@ def tune(
             Span(kind="training", start=loaded, end=max(loaded, time.time())),
         ),
         engine=f"{job.engine.title}, {ranks.device.type}",
+        chosen=trained.chosen,
         peak_memory_bytes=outcome.peak_memory_bytes(),
     )
 
@@ -115,17 +120,36 @@ def _choose(handout: Handout, schedule: Rows, ranks: Ranks) -> None:
                 distributed.broadcast(tensor, 0)
 
 
-def _prepare(job: TrainerJob, handout: Handout, ranks: Ranks) -> tuple[Engine, Witness | Effects]:
+def _select(job: TrainerJob, handout: Handout, schedule: Rows, ranks: Ranks) -> Trained:
+    """Return what of the adapter trains, the same in every process."""
+
+    def agree(scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.to(ranks.device)
+        if ranks.world > 1:
+            distributed.broadcast(scores, 0)
+        return scores
+
+    choice = job.task.training.part
+    return select(
+        parts.make(choice.name, choice.settings),
+        whole_schema(handout.method, handout.broadcast),
+        outcome.turn(job.task),
+        model=handout.model,
+        places=handout.places,
+        batch=lambda: next(schedule.texts()),
+        agree=agree,
+    )
+
+
+def _prepare(job: TrainerJob, handout: Handout, trained: Trained, ranks: Ranks) -> tuple[Engine, Witness | Effects]:
     """Return the engine of a job, and who sees that what is said to train does."""
     spec, task = job.task.training, job.task
-    trained = handout.method.named_parameters(handout.model, handout.places)
+    live = freeze(handout.method.named_parameters(handout.model, handout.places), trained)
     optimiser = optimisers.make(spec.optimiser.name, spec.optimiser.settings)
-    witness = Effects(handout.model, trained) if optimiser.forward_only else Witness(trained)
+    witness = Effects(handout.model, live) if optimiser.forward_only else Witness(live)
     rounds = task.rounds_before + task.round
     with because("FAULT_ENGINE"):
-        engine = ENGINES[job.engine.name](
-            handout.model, trained, spec, job.engine, ranks, first_step=rounds * spec.steps
-        )
+        engine = ENGINES[job.engine.name](handout.model, live, spec, job.engine, ranks, first_step=rounds * spec.steps)
     handout.model.train()
     torch.manual_seed(spec.seed + rounds * ranks.world + ranks.rank)  # of dropout; different in each process
     return engine, witness

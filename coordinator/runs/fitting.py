@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from offsite.coordinator.runs import pairs
+from offsite.coordinator.runs.partial import part_of
 from offsite.emulator import builders, methods, placements, zoo
 from offsite.emulator.anatomy.stack import refuse_mixture, restack
 from offsite.emulator.anatomy.structure import layers, positions
@@ -56,22 +57,28 @@ def judge_fit(spec: RunSpec, folder: Path) -> None:
                     f"one of the methods {', '.join(others) or 'none'}"
                 )
     method.fits(emulator, outline.places)
-    _judge_upload(spec, method, emulator, outline.places)
+    _judge_update(spec, method, emulator, outline.places)
 
 
-def _judge_upload(spec: RunSpec, method: Method, model: Any, places: Mapping[int, int]) -> None:
-    """Raise ValueError if a stage cannot pack what a site of some tier sends, by the shapes of the base.
+def _judge_update(spec: RunSpec, method: Method, model: Any, places: Mapping[int, int]) -> None:
+    """Raise ValueError if a round cannot train a part of some tier's adapter, or a stage not pack what a site sends.
+
+    It is judged by the shapes of the base.
 
     What only the built emulator has, or only values tell, is judged when it is built: what a method needs of builders,
     maps that these narrow, and schemas that depend on the start's values.
     """
-    stages = upload.make(spec.upload)
-    if not stages or method.needs:
+    stages, part = upload.make(spec.upload), part_of(spec.training)
+    if not (stages or part.partial) or method.needs:
         return
     for tier in sorted({method.tier_at(site) for site in spec.sites} or method.tiers()):
         with FakeTensorMode(allow_non_fake_inputs=True), suppress(*_OF_VALUES):
             start = method.start(model, places, seed=spec.training.seed, tier=tier)
             schema = settle(method.schema(start), {name: tensor.shape for name, tensor in start.items()})
+            try:
+                part.fits(schema)
+            except ValueError as error:
+                raise ValueError(f"training.part: {error}") from error
             try:
                 upload.schema_of(stages, schema)
             except ValueError as error:

@@ -34,6 +34,11 @@ class Grant(RunSpec):
     inputs: dict[Place, Input] = Field(default_factory=dict)  # its model and texts by place, once they were gathered
 
     @property
+    def rounds_before(self) -> int:
+        """Rounds that led to the version that the run goes on from."""
+        return self.continues.rounds if self.continues else 0
+
+    @property
     def weights(self) -> int:
         """Bytes of the base's weights, once its files were gathered; 0 before."""
         model = self.inputs.get(self.model)

@@ -8,6 +8,7 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
+from offsite.coordinator.runs.partial import part_of
 from offsite.emulator import builders, methods, objectives, optimisers, placements, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
@@ -19,7 +20,7 @@ from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import RunSpec, TrainingSpec
+from offsite.protos.spec import PART, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -38,6 +39,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         _judge_schedule(spec.training, rounds=spec.rounds)
         _judge_optimiser(spec.training)
         _judge_objective(spec)
+        part_of(spec.training)
         if spec.merge and not method.mergeable:
             raise ValueError(
                 f"merge: what {method.name} trains is no change of the base's weights, so that no model of the base's "
@@ -58,6 +60,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.strategies(method)) or 'none'}"
         )
     _judge_upload(spec, method, strategy)
+    _judge_part(spec, method, strategy)
     mixed = tiers(spec) or method.tiers()
     if len(mixed) > 1 and not strategy.mixed_tiers:
         raise InputError(
@@ -137,6 +140,27 @@ def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             why = f"works in the phases {', '.join(stage.phases)}, and a round has train alone so far; leave it out"
         if why:
             raise InputError(f"upload: stage {stage.name} {why}")
+
+
+def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
+    """Raise InputError if updates that lack groups cannot be folded, or what their stages leave out not fed back."""
+    part, stages = part_of(spec.training), upload.make(spec.upload)
+    if part.partial and isinstance(method, Measuring):
+        raise InputError(
+            f"training.part: the method {method.name} measures, and nothing of it trains; use part {PART.name}"
+        )
+    if not pairs.folds(strategy, part):
+        raise InputError(
+            f"training.part: strategy {strategy.name} folds all tensors together, and with part {part.name} an update "
+            f"lacks some; use part {PART.name}, or one of: {', '.join(pairs.strategies(method, part=part)) or 'none'}"
+        )
+    together, feeding = [one.name for one in stages if one.whole], [one.name for one in stages if one.feedback]
+    if part.partial and together and feeding:
+        raise InputError(
+            f"training.part: with part {part.name} rounds pack other tensors, and what stage {feeding[0]} leaves out "
+            f"of one cannot be added in another where stage {together[0]} packs all of them together; use part "
+            f"{PART.name}, or leave one of the two stages out"
+        )
 
 
 def _judge_schedule(training: TrainingSpec, *, rounds: int) -> None:

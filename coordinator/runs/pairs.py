@@ -6,16 +6,32 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.emulator import methods
 from offsite.emulator.methods import Method
+from offsite.emulator.parts import Part
 from offsite.kernels.schema import Rule
 
 
-def strategies(method: Method | type[Method], *, mixed: bool = False, summing: bool = False) -> list[str]:
-    """Name the strategies that fold what a method trains: at `mixed` tiers, or given no more than the updates' sum."""
+def strategies(
+    method: Method | type[Method],
+    *,
+    mixed: bool = False,
+    summing: bool = False,
+    part: Part | type[Part] | None = None,
+) -> list[str]:
+    """Name the strategies that fold what a method trains.
+
+    At `mixed` tiers, given no more than the updates' sum, or where updates have a part of an adapter.
+    """
     return sorted(
         name
         for name, kind in aggregation.STRATEGIES.sound().items()
         if method.rules <= kind.rules and kind.mixed_tiers >= mixed and (kind.needs == "sum") >= summing
+        if part is None or folds(kind, part)
     )
+
+
+def folds(strategy: Strategy | type[Strategy], part: Part | type[Part]) -> bool:
+    """Tell whether a strategy folds updates of a part: those that lack groups need one that folds groups apart."""
+    return not part.partial or hasattr(strategy, "join")
 
 
 def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:

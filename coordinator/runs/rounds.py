@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.partial import UpdateSizes
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT
@@ -28,6 +29,7 @@ class Round:
     def __init__(self, home: Home, journal: Journal, run: str, spec: Grant, history: History, number: int) -> None:
         self._home, self._journal, self._run, self._spec = home, journal, run, spec
         self._history, self._number = history, number
+        self._sizes = UpdateSizes(home.blobs, spec, history[BUILD])
         self._timed = 0.0  # when it was last looked who is out of time
 
     def open(self) -> None:
@@ -78,9 +80,7 @@ class Round:
             raise RunError(
                 f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
             )
-        return tuple(
-            Update(site=task.site, digest=task.update, examples=_examples(task), norm=task.norm) for task in done
-        )
+        return tuple(map(_update, done))
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
@@ -99,7 +99,9 @@ class Round:
 
     def _task(self, site: str, attempt: int, previous: str | None) -> TaskSpec:
         key = Key(self._run, self._number, site, attempt)
-        return task_of(key, self._spec, self._history, tier=self._history[BUILD].tiers[site], previous=previous)
+        tier = self._history[BUILD].tiers[site]
+        size = self._sizes.of(tier, self._number, site)
+        return task_of(key, self._spec, self._history, tier=tier, size=size, previous=previous)
 
     def _is_rotten(self, task: Row) -> bool:
         """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
@@ -114,8 +116,8 @@ class Round:
         return Key(self._run, self._number, task.site, task.attempt)
 
 
-def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, previous: str | None = None) -> TaskSpec:
-    """Return what one attempt of one site of a tier is asked for in a round."""
+def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, previous: str | None = None) -> TaskSpec:
+    """Return what one attempt of one site of a tier is asked for in a round; `size` is that of its update in bytes."""
     built, bundle = history[BUILD], history.bundle(key.round)
     start = history.version(key.round).broadcast[tier]
     return TaskSpec(
@@ -133,9 +135,10 @@ def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, previous: st
         continues=spec.continues,
         upload=spec.upload,
         previous=previous,
-        update_size=built.update_sizes[tier],
+        update_size=size,
     )
 
 
-def _examples(task: Row) -> int:
-    return from_json(UpdateMetrics, task.metrics, where="metrics").examples
+def _update(task: Row) -> Update:
+    metrics = from_json(UpdateMetrics, task.metrics, where="metrics")
+    return Update(site=task.site, digest=task.update, examples=metrics.examples, norm=task.norm, chosen=metrics.chosen)

@@ -271,7 +271,14 @@ class Supervisor:
             current.open()
             self._measure(number)  # while the sites train
             updates, last = self._updates(current), self._history.version(number)
-            order = Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=updates, groups=built.groups)
+            order = Aggregate(
+                last=last,
+                schema=built.schema,
+                tiers=built.tiers,
+                updates=updates,
+                round=self._spec.rounds_before + number,
+                groups=built.groups,
+            )
             self._do(step, order, partial(_folded, number + 1))
         elif self._history.get(step) is None and self._train:
             self._measure(number)

@@ -1,14 +1,18 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.partial import part_of, schema_of
 from offsite.coordinator.runs.steps.results import BUILD
 from offsite.coordinator.runs.versions import read_schema
 from offsite.coordinator.service.spool import SpoolFile
 from offsite.coordinator.store.blobs import Blobs, room
 from offsite.coordinator.store.journal import LIVE, OPEN, Journal, Key
+from offsite.emulator.parts import Scoring
+from offsite.kernels.schema import Schema
 from offsite.protos.chunks import algorithm_of, hasher, hex_of, is_digest, read_chunks
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, MismatchError, RefusedError, UnreachableError
@@ -66,14 +70,24 @@ class Upload:
         if not 0 < self._header.size <= limit:
             raise MismatchError(f"{self._what()}: {self._header.size} bytes announced, at most {limit} can be right")
         room(self._file.parent, self._header.size)
-        if not self._spec.upload:  # what stages have packed is judged when it has come
+        part = part_of(self._spec.training)
+        # What stages have packed is judged when it has come, and so is what a site chose.
+        if not self._spec.upload and not isinstance(part, Scoring):
             from offsite.protos.upload.change import Change  # torch: a server that only waits needs none
 
-            self._change = Change(self._blobs.served(self._spec.adapter))
+            self._change = Change(self._blobs.served(self._spec.adapter), self._schema() if part.partial else None)
         self._output = SpoolFile(self._file, self._header.size)
         for _, data in read_chunks(self._file):
             self._see(data)
         return self._kept
+
+    def _schema(self, chosen: Sequence[int] = ()) -> Schema:
+        """Return what the update has before stages pack it; raises MismatchError for a choice that no site can make."""
+        schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
+        try:
+            return schema_of(self._spec, schema, chosen=chosen)
+        except ValueError as error:
+            raise MismatchError(f"{self._what()}: {error}") from error
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
         """Append a chunk and return what came; raises UnreachableError, to resume, unless the chunk goes on there.
@@ -116,8 +130,8 @@ class Upload:
             self._check_digest()
             metrics = from_json(UpdateMetrics, self._header.metrics, where=f"{self._what()}: metrics")
             admit_metrics(metrics, self._spec)
+            schema = self._schema(metrics.chosen)
             most = from_json(RunSpec, self._run.spec, where="run spec").max_update_norm
-            schema = read_schema(self._blobs, History(self._journal, self._key.run)[BUILD].schema)
             broadcast = self._blobs.served(self._spec.adapter)
             norm = admit(self._file, self._spec, schema, broadcast=broadcast, change=self._change, max_norm=most)
             size = self._blobs.keep(self._file, self.digest)

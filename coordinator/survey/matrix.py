@@ -8,6 +8,7 @@ from offsite.emulator import builders
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.builders.base import STAGES, Builder
 from offsite.emulator.methods import METHODS, Method
+from offsite.emulator.parts import PARTS
 from offsite.protos import upload
 
 Table = dict[str, dict[str, str]]  # row -> column -> what of the pair
@@ -21,6 +22,7 @@ class Matrix:
     builders: Table  # of methods
     merging: dict[str, bool]  # of methods: whether a merged model may be asked for
     stages: Table  # of an upload, by strategies
+    parts: Table  # of an adapter, by strategies
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 
 
@@ -46,6 +48,10 @@ def matrix() -> Matrix:
                 other: "yes" * (not stage.hides or strategy.needs == "sum") for other, strategy in strategies.items()
             }
             for name, stage in sorted(upload.STAGES.sound().items())
+        },
+        parts={
+            name: {other: "yes" * pairs.folds(strategy, part) for other, strategy in strategies.items()}
+            for name, part in sorted(PARTS.sound().items())
         },
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )

@@ -7,13 +7,13 @@ from pathlib import Path
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin
 from offsite.coordinator.aggregation.folding import fold, part_of
-from offsite.coordinator.aggregation.keyed import Update
+from offsite.coordinator.aggregation.keyed import Share, Update
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.coordinator.store.opening import open_blobs
-from offsite.deploy.simulation.orders import FoldOrder
+from offsite.deploy.simulation.orders import Batch, FoldOrder
 from offsite.deploy.simulation.spool import Layout, Spool, Stretch
-from offsite.kernels.schema import Schema, TensorMap, Tensors, Tier, settle
+from offsite.kernels.schema import Schema, TensorMap, Tensors, Tier, groups, only, settle
 from offsite.protos import upload
 
 
@@ -24,7 +24,8 @@ def fold_part(order: FoldOrder, spool: Spool) -> Version:
     last, schema = load_version(blobs, order.last), read_schema(blobs, order.schema)
     strategy = aggregation.make(order.strategy.name, order.strategy.settings)
     updates = _Updates(order, spool, schema, last.broadcast)
-    version = fold(strategy, last, part_of(schema, order.part, order.parts), updates, tiers=order.tiers)
+    part = part_of(schema, order.part, order.parts)
+    version = fold(strategy, last, part, updates, tiers=order.tiers, shares=updates.shares)
     return store_version(kept, scratch, version, part=order.parts > 1)
 
 
@@ -38,10 +39,29 @@ class _Updates:
             tier: settle(schema, {name: tensor.shape for name, tensor in start.items()})
             for tier, start in broadcast.items()
         }
-        self._layouts = {
-            tier: Layout(upload.schema_of(self._stages, settled)) for tier, settled in self._settled.items()
-        }
+        self._known: dict[tuple[Tier, tuple[str, ...] | None], tuple[Schema, Layout]] = {}
         self._newest: dict[Tier, tuple[int, Stretch]] = {}
+
+    @property
+    def shares(self) -> dict[str, Share] | None:
+        """What each site's update has; None where all have everything."""
+        if all(batch.groups is None for batch in self._order.batches):
+            return None
+        return {
+            site: Share(weight, groups(self._of(batch)[0]))
+            for batch, weights in zip(self._order.batches, self._order.weights, strict=True)
+            for site, weight in zip(batch.sites, weights, strict=True)
+            if weight is not None
+        }
+
+    def _of(self, batch: Batch) -> tuple[Schema, Layout]:
+        """Return what updates of a batch have, and how it lies there."""
+        key = batch.tier, batch.groups
+        if key not in self._known:
+            whole = self._settled[batch.tier]
+            schema = whole if batch.groups is None else only(whole, batch.groups)
+            self._known[key] = schema, Layout(upload.schema_of(self._stages, schema))
+        return self._known[key]
 
     def __iter__(self) -> Iterator[Update]:
         batches, weights = self._order.batches, self._order.weights
@@ -59,8 +79,8 @@ class _Updates:
         batch = self._order.batches[number]
         newest, stretch = self._newest.get(batch.tier, (None, None))
         if stretch is None or newest != number:
-            file, layout = self._spool.file(batch.worker), self._layouts[batch.tier]
+            file, (_, layout) = self._spool.file(batch.worker), self._of(batch)
             stretch = Stretch(file, batch.offset, layout, len(batch.sites))
             self._newest[batch.tier] = number, stretch
-        packed, settled = stretch.row(row), self._settled[batch.tier]
-        return nullcontext(upload.unpack(self._stages, packed, self._broadcast[batch.tier], settled))
+        packed, (schema, _) = stretch.row(row), self._of(batch)
+        return nullcontext(upload.unpack(self._stages, packed, self._broadcast[batch.tier], schema))

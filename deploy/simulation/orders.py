@@ -17,6 +17,7 @@ from offsite.protos.ranges import (
     Digest,
     Finite,
     Flag,
+    Line,
     Name,
     Place,
     Positive,
@@ -78,6 +79,7 @@ class Batch:
     size: Amount  # bytes
     tier: Tier
     sites: tuple[Name, ...]
+    groups: tuple[Line, ...] | None = None  # of the adapter, that they have; None: all
 
 
 @document

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from offsite.coordinator.bundles.stored import lay_out
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
+from offsite.coordinator.runs.partial import UpdateSizes
 from offsite.coordinator.runs.rounds import NAMED, task_of
 from offsite.coordinator.runs.steps.results import BUILD, SELECT, Folded, Part, Step
 from offsite.coordinator.runs.steps.storage import load_version, store_version
@@ -86,6 +88,7 @@ class Rounds:
         self._passed = 0  # rounds of the clock
         self._has: dict[str, str] = {}  # site -> manifest of the bundle that it has
         self._stages = upload.make(spec.upload)
+        self._update_sizes: UpdateSizes | None = None
         self._newest: dict[str, int] = {}  # site -> round of its newest update, where stages feed back
         self._feeds_back = any(stage.feedback for stage in self._stages)
 
@@ -126,7 +129,7 @@ class Rounds:
 
     def _pass(self, history: History, number: int) -> dict[str, Visit]:
         """Let a round pass on the clock."""
-        built, bundle = history[BUILD], history.bundle(number)
+        built, bundle, sizes = history[BUILD], history.bundle(number), self._sizes(history)
         starts = history.version(number).broadcast
         size = bundle.manifest_size + bundle.bundle.bytes
         self._down: dict[str, int] = {}
@@ -135,11 +138,16 @@ class Rounds:
             tier = built.tiers[site]
             new = 0 if self._has.get(site) == bundle.manifest else size
             self._down[site] = new + starts[tier].size
-            loads[site] = Load(self._down[site], self._spec.training.steps, built.update_sizes[tier])
+            loads[site] = Load(self._down[site], self._spec.training.steps, sizes.of(tier, number, site))
         visits = self._clock.round(number, loads)
         self._has |= dict.fromkeys(visits, bundle.manifest)
         self._passed = number + 1
         return visits
+
+    def _sizes(self, history: History) -> UpdateSizes:
+        if self._update_sizes is None:
+            self._update_sizes = UpdateSizes(self._home.node.blobs, self._spec, history[BUILD])
+        return self._update_sizes
 
     def _recall(self, number: int, visits: dict[str, Visit]) -> None:
         """Remember whose updates a round took that was done before a kill."""
@@ -156,7 +164,10 @@ class Rounds:
         sites: dict[Tier, list[str]] = {}
         for site in sorted(site for site, visit in visits.items() if visit.state == "uploaded"):
             sites.setdefault(built.tiers[site], []).append(site)
-        asked = [Asked(tier, some, built.update_sizes[tier], self._newest) for tier, some in sorted(sites.items())]
+        alone = not self._sizes(history).part.alike
+        asked = [
+            Asked(tier, some, built.update_sizes[tier], alone, self._newest) for tier, some in sorted(sites.items())
+        ]
         works, done, total = list[Work](), 0, sum(map(len, sites.values()))
         with _losing():
             for work in self._pool.work(order, asked):
@@ -173,6 +184,7 @@ class Rounds:
         manifest: Manifest = lay_out(blobs, bundle.manifest, folder)
         key = Key(RUN, number, "virtual", 0)
         tiers = sorted({*built.tiers.values()})
+        sizes = {tier: self._sizes(history).of(tier, number, key.site) for tier in tiers}
         residuals = self._home.root / "residuals"
         if self._feeds_back:
             residuals.mkdir(mode=0o700, exist_ok=True)
@@ -183,7 +195,7 @@ class Rounds:
         return RoundOrder(
             bundle=str(folder),
             manifest=manifest,
-            tasks={tier: task_of(key, self._spec, history, tier=tier) for tier in tiers},
+            tasks={tier: task_of(key, self._spec, history, tier=tier, size=sizes[tier]) for tier in tiers},
             adapters={tier: str(blobs.path(starts[tier].digest)) for tier in tiers},
             max_norm=self._spec.max_update_norm,
             residuals=str(residuals) if self._feeds_back else "",
@@ -252,10 +264,11 @@ class Rounds:
 
         Its speed is not known yet.
         """
-        sizes, tiers = history[BUILD].update_sizes, history[BUILD].tiers
-        sent: dict[str, tuple[str, int, float]] = {}
+        sent: dict[str, tuple[str, int, float, int]] = {}
         for work in works:
-            sent |= zip(work.batch.sites, zip(work.metrics, work.tokens, work.loss, strict=True), strict=True)
+            size = work.batch.size // max(1, len(work.batch.sites))
+            rows_of = zip(work.metrics, work.tokens, work.loss, repeat(size), strict=False)
+            sent |= zip(work.batch.sites, rows_of, strict=False)
         failures = {one.site: one for work in works for one in work.failures}
         rows: list[tuple[Key, dict[str, Any]]] = []
         counts = dict.fromkeys(("uploaded", "stalled", "failed", "refused"), 0)
@@ -265,8 +278,7 @@ class Rounds:
             if failure := failures.get(site):
                 state, message = "refused" if failure.refused else "failed", failure.message
             elif site in sent:
-                metrics, tokens, loss = sent[site]
-                size = sizes[tiers[site]]
+                metrics, tokens, loss, size = sent[site]
                 all_tokens, all_loss = all_tokens + tokens, all_loss + loss * tokens
             counts[state] += 1
             up += size

@@ -17,6 +17,7 @@ class Asked:
     tier: Tier
     sites: Sequence[str]  # in the order of their names
     size: int  # bytes of an update
+    alone: bool = False  # whether each trains another part of the adapter, so that no two updates lie together
     newest: Mapping[str, int] = field(default_factory=dict)  # where stages feed back: the round of a site's last update
 
     def order(self, begin: int, end: int) -> Order:
@@ -62,7 +63,7 @@ class Todo:
             return None
         first, begin = self._asked[0], self._at
         share = (len(first.sites) - begin) // (2 * self._workers)
-        self._at += max(1, min(most, share, BATCH_BYTES // max(1, first.size)))
+        self._at += 1 if first.alone else max(1, min(most, share, BATCH_BYTES // max(1, first.size)))
         return first.order(begin, self._at)
 
     def end(self) -> None:

@@ -14,15 +14,17 @@ from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.outcome import Packing
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
+from offsite.coordinator.runs.partial import part_of, schema_of
 from offsite.deploy.simulation.data import Data
 from offsite.deploy.simulation.orders import RoundOrder
 from offsite.deploy.simulation.spool import Block, Layout
 from offsite.emulator import methods
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
-from offsite.kernels.schema import Tensors, Tier, entries, votes
+from offsite.emulator.parts.training import whole_schema
+from offsite.kernels.schema import Tensors, Tier, entries, groups, votes
 from offsite.protos import tensors
-from offsite.protos.errors import InputError, RefusedError
+from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.tensors import Held
 from offsite.protos.upload.admission import admit_metrics, described, judge_values
@@ -103,11 +105,13 @@ class TierRound:
         """Read what they start from, and hold their task against the policy of all; raises OffsiteError."""
         self._task, self._max_norm = order.tasks[tier], order.max_norm
         self.broadcast = Held(tensors.load(Path(order.adapters[tier])))
-        self.packing = Packing.of(
-            self._task, methods.make(self._task.method.name, self._task.method.settings), self.broadcast
-        )
-        self.layout = Layout(self.packing.leaves)
+        self._method = methods.make(self._task.method.name, self._task.method.settings)
+        self._schema, self._part = whole_schema(self._method, self.broadcast), part_of(self._task.training)
+        self._policy = policy
         self._block: Block | None = None
+        self.groups: tuple[str, ...] | None = None  # of the adapter, that updates have; None: all
+        if self._part.alike:
+            self._take(self._task)
         self._job = TrainerJob(
             bundle=order.bundle,
             manifest=order.manifest,
@@ -123,9 +127,20 @@ class TierRound:
         try:
             policy.check_task(self._task)
             policy.check_bundle(self._task, order.manifest)
-            policy.check_update(self.layout.size)
+            if self._part.alike:
+                policy.check_update(self.layout.size)
         except RefusedError as error:
             self._refusal = error
+
+    def _take(self, task: TaskSpec, chosen: tuple[int, ...] = ()) -> None:
+        """Take updates of what a task trains; raises MismatchError for a choice that no site can make."""
+        try:
+            schema = schema_of(task, self._schema, chosen=chosen)
+        except ValueError as error:
+            raise MismatchError(f"{described(task)}: {error}") from error
+        self.groups = tuple(groups(schema)) if self._part.partial else None
+        self.packing = Packing.of(self._task, self._method, self.broadcast, schema)
+        self.layout, self._block = Layout(self.packing.leaves), None
 
     def visit(self, site: str, source: Data, models: Models) -> Visit:
         """Return a site's task; raises RefusedError if its policy refuses it."""
@@ -140,9 +155,17 @@ class TierRound:
         self._block.count = 0
         return self._block
 
-    def pack(self, visit: Visit, adapter: Adapter, secret: bytes, residual: Tensors) -> tuple[Tensors, Tensors]:
-        """Return what leaves a site, and what stays there; raises MismatchError for another adapter than was sent."""
+    def pack(
+        self, visit: Visit, adapter: Adapter, metrics: UpdateMetrics, secret: bytes, residual: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Return what leaves a site, and what stays there.
+
+        Raises MismatchError for tensors of other names or shapes than train, RefusedError for an update too large.
+        """
         what = described(self._task, visit.site)
+        if not self._part.alike:
+            self._take(visit.task, metrics.chosen)
+            self._policy.check_update(self.layout.size)
         tensors.check_entries(Held(adapter).entries, self.packing.schema, what=what)
         if not self.packing.stages:
             return adapter, {}

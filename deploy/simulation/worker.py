@@ -97,21 +97,18 @@ class Worker:
         Raises ResourceError where memory or disk is missing.
         """
         tier, failures = self._tiers[order.tier], list[Failure]()
-        block = tier.block(len(order.sites))
         trained: list[tuple[str, UpdateMetrics]] = []
+        block: Block | None = None
         for site, previous in zip_longest(order.sites, order.previous):
             try:
-                trained.append((site, self._train_one(tier, block, site, previous)))
+                update, metrics = self._train_one(tier, site, previous)
+                block = block or tier.block(len(order.sites))  # before, no one knows what a site chooses to train
+                block.add(update)
+                trained.append((site, metrics))
             except Exception as fault:
                 failures.append(_failure(site, fault))
-        norms: dict[int, float] = {}
-        for row, ((site, metrics), norm) in enumerate(zip(trained, tier.norms(block), strict=True)):
-            try:
-                norms[row] = tier.admit(site, block.rows[row], norm, metrics)
-            except Exception as fault:
-                failures.append(_failure(site, fault))
-        block.keep([*norms])
-        offset, size = self._end, block.write(self._file, self._end)
+        norms, offset = _let_in(tier, block, trained, failures) if block else {}, self._end
+        size = block.write(self._file, self._end) if block else 0
         self._end += size
         let_in = [trained[row] for row in norms]
         return Work(
@@ -121,6 +118,7 @@ class Worker:
                 size=size,
                 tier=order.tier,
                 sites=tuple(site for site, _ in let_in),
+                groups=tier.groups,
             ),
             metrics=tuple(to_json(metrics).decode() for _, metrics in let_in),
             examples=tuple(metrics.examples for _, metrics in let_in),
@@ -130,21 +128,34 @@ class Worker:
             failures=tuple(failures),
         )
 
-    def _train_one(self, tier: TierRound, block: Block, site: str, previous: int | None) -> UpdateMetrics:
-        """Do a site's task, and add its update to a block."""
+    def _train_one(self, tier: TierRound, site: str, previous: int | None) -> tuple[Tensors, UpdateMetrics]:
+        """Do a site's task; return what leaves it."""
         visit = tier.visit(site, self._data, self._models)
         adapter, metrics = self._train(visit)
-        secret = derive(self._secret, site) if tier.packing.stages else b""
-        update, stays = tier.pack(visit, adapter, secret, self._residual(site, previous))
+        secret = derive(self._secret, site) if visit.task.upload else b""
+        update, stays = tier.pack(visit, adapter, metrics, secret, self._residual(site, previous))
         if file := self._round.residual(site, self._round.number):
             tensors.save(file, stays)
-        block.add(update)
-        return metrics
+        return update, metrics
 
     def _residual(self, site: str, previous: int | None) -> Tensors:
         """Return what stages left out of the last update of a site that the run took."""
         file = None if previous is None else self._round.residual(site, previous)
         return tensors.load(file) if file else {}
+
+
+def _let_in(
+    tier: TierRound, block: Block, trained: list[tuple[str, UpdateMetrics]], failures: list[Failure]
+) -> dict[int, float]:
+    """Keep the updates of a block that may be let in; return how far each went, by what its row was."""
+    norms: dict[int, float] = {}
+    for row, ((site, metrics), norm) in enumerate(zip(trained, tier.norms(block), strict=True)):
+        try:
+            norms[row] = tier.admit(site, block.rows[row], norm, metrics)
+        except Exception as fault:
+            failures.append(_failure(site, fault))
+    block.keep([*norms])
+    return norms
 
 
 def _failure(site: str, fault: Exception) -> Failure:

@@ -5,14 +5,17 @@ know it from the signed task alone, so that a site trains what the coordinator e
 at the site and does not leave it. Nothing that is imported here loads a tensor library.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from offsite.emulator.modality import Batch
 from offsite.kernels.schema import Rule, Schema, groups
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from offsite.emulator.modality import Batch
 
 Per = Literal["round", "site"]  # all sites of a round train the same part, or each has its own
 
@@ -56,7 +59,7 @@ class Part(Protocol):
 class Scoring(Protocol):
     """A part of which each site chooses by its own data, once a round, before the first step."""
 
-    def scores(self, model: "nn.Module", places: Mapping[int, int], batch: Batch, turn: Turn) -> "Tensor":
+    def scores(self, model: nn.Module, places: Mapping[int, int], batch: Batch, turn: Turn) -> Tensor:
         """Return one fp64 score for each trainable layer, in ascending order of the layers, on the model's device.
 
         `places` maps a place in the model to a layer of the base. The model stays as it is.

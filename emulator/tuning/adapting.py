@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from offsite.emulator import objectives, optimisers, schedules
+from offsite.emulator import objectives, optimisers, parts, schedules
 from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Choosing, Measuring, takes
+from offsite.emulator.modality import Batch
 from offsite.emulator.optimisers import Estimator
+from offsite.emulator.parts.training import freeze, select, whole_schema
 from offsite.emulator.tuning.state import identity, resume, save
 
 EVERY = 20  # steps between two states
+OWNER = ""  # where a site has its name
 
 
 class Chosen(Protocol):
@@ -70,6 +73,10 @@ class Rules(Protocol):
     @property
     def after(self) -> int:
         """And after it."""
+
+    @property
+    def part(self) -> Chosen:
+        """What of the adapter trains."""
 
     @property
     def weight_decay(self) -> float:
@@ -130,7 +137,7 @@ def adapt(
 
     Args:
         model: what the adapter is in.
-        parameters: of the adapter.
+        parameters: of the adapter, those that train.
         samples: those of the objective.
         rules: how to train.
         state: a file to go on from after a kill, of the adapter and what the optimiser keeps; its owner's to remove.
@@ -186,6 +193,9 @@ def adapted(
 ) -> nn.Module:
     """Return a model with a method's adapter in it that was trained from its start; the model itself is used up.
 
+    It trains the part of the adapter that a site called `OWNER` would in a first round. Raises ValueError as the part
+    does, and as `adapt`.
+
     Args:
         model: a base or an emulator, with modules of its own.
         method: what is trained.
@@ -200,11 +210,18 @@ def adapted(
     if isinstance(method, Measuring) or takes(method):
         why = f"begins from the {takes(method)} that sites measure" if takes(method) else "measures, and nothing trains"
         raise ValueError(f"the method {method.name} {why}; choose one that trains from a start of its own")
-    model = method.attach(model, places, method.start(model, places, seed=rules.seed))
-    if isinstance(method, Choosing):
+    start = method.start(model, places, seed=rules.seed)
+    model = method.attach(model, places, start)
+
+    def first() -> Batch:
         text = objectives.make(rules.objective.name, rules.objective.settings).text
         asked: Any = {"batch_size": rules.batch_size, "steps": 1, "first_step": 0, "seed": rules.seed}
-        first = training_batches(samples, **asked, collate=text)
-        method.choose(model, places, next(first))
-    adapt(model, method.named_parameters(model, places), samples, rules, state=state, tell=tell)
+        return next(training_batches(samples, **asked, collate=text))
+
+    if isinstance(method, Choosing):
+        method.choose(model, places, first())
+    part, turn = parts.make(rules.part.name, rules.part.settings), parts.Turn(rules.seed, 0, OWNER)
+    selected = select(part, whole_schema(method, start), turn, model=model, places=places, batch=first)
+    trained = freeze(method.named_parameters(model, places), selected)
+    adapt(model, trained, samples, rules, state=state, tell=tell)
     return model

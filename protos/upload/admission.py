@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from offsite.kernels.schema import Rule, Schema, entries, rules, settle, votes
+from offsite.kernels.schema import Rule, Schema, entries, rules, votes
 from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload.base import Stage
 from offsite.protos.upload.change import Change
-from offsite.protos.upload.files import reach
+from offsite.protos.upload.files import reach, settled
 
 
 def described(task: TaskSpec, site: str = "") -> str:
@@ -27,18 +27,17 @@ def admit(
     Args:
         file: the update.
         task: what was asked for.
-        schema: what the adapters of the run are made of, before the task's stages pack one.
+        schema: what of the run's adapters the task trains, before its stages pack it.
         broadcast: the adapter that the task starts from.
         max_norm: L2 norm of the largest change since the broadcast that is let in.
         change: what was seen of it as it came, where no stage packed it.
     """
     what = described(task)
     _check_origin(tensors.about(file), task)
-    settled = settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
     stages = upload.make(task.upload)
     seen = change.norm(file) if change and not stages else None
     with tensors.reading(file) as update, tensors.reading(broadcast) as start:
-        return judge(update, start, settled, stages, max_norm=max_norm, what=what, seen=seen)
+        return judge(update, start, settled(schema, broadcast), stages, max_norm=max_norm, what=what, seen=seen)
 
 
 def judge(

@@ -3,33 +3,53 @@
 import itertools
 import math
 import os
+from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from offsite.kernels.schema import FLOATS
+from offsite.kernels.schema import FLOATS, INTEGERS
 from offsite.protos import tensors
 
 NUMPY = {"F32": np.float32, "F64": np.float64}
 ROW = 1024  # values that are summed up in their own precision: what that loses is lost of so few
 
 
+class _Piece(NamedTuple):
+    """A tensor of the update that is still to come."""
+
+    end: int  # in the update, after its header
+    dtype: str
+    shift: int  # from there to the same tensor in the broadcast's file
+
+
 class Change:
     """The L2 norm of the change since a broadcast, over all tensors of an update together.
 
-    Of an update of floats that is laid out as the broadcast is and comes in pieces that split no value. It takes the
-    memory of two pieces. Nothing that the update says of itself is believed before `norm` is asked.
+    Of an update of floats that is laid out as the broadcast is, or as some tensors of it are, and comes in pieces that
+    split no value. It takes the memory of two pieces. Nothing that the update says of itself is believed before `norm`
+    is asked.
     """
 
-    def __init__(self, broadcast: Path) -> None:
-        self._start, self._entries = broadcast.open("rb", buffering=0), tensors.header(broadcast)
-        self._size = os.fstat(self._start.fileno()).st_size
-        sizes = [math.prod(entry.shape) * FLOATS.get(entry.dtype, 0) for entry in self._entries.values()]
-        self._ends = list(itertools.accumulate(sizes))
-        self._left = list(zip(self._ends, self._entries.values(), strict=True))[::-1]  # the next one is the last
+    def __init__(self, broadcast: Path, names: Container[str] | None = None) -> None:
+        """Take the broadcast, and which of its tensors the update has; None: all of them."""
+        self._start = broadcast.open("rb", buffering=0)
+        whole = tensors.header(broadcast)
+        self._entries = {name: entry for name, entry in whole.items() if names is None or name in names}
+        bytes_of = {**FLOATS, **INTEGERS}
+        sizes = {name: math.prod(entry.shape) * bytes_of.get(entry.dtype, 0) for name, entry in whole.items()}
+        begin = os.fstat(self._start.fileno()).st_size - sum(sizes.values())
+        begins = dict(zip(whole, itertools.accumulate(sizes.values(), initial=begin), strict=False))
+        ends = itertools.accumulate(sizes[name] for name in self._entries)
+        self._left = [  # the next one is the last
+            _Piece(end, entry.dtype, begins[name] + sizes[name] - end)
+            for end, (name, entry) in zip(ends, self._entries.items(), strict=True)
+        ][::-1]
         self._at: int | None = None  # how many bytes of tensors have come; None before the header
-        self._squares, self._odd = 0.0, 0 in sizes
+        self._squares = 0.0
+        self._odd = any(not sizes[name] or entry.dtype not in FLOATS for name, entry in self._entries.items())
         self._part, self._beside = (memoryview(bytearray(tensors.PIECE_BYTES)) for _ in range(2))
 
     def norm(self, update: Path) -> float | None:
@@ -48,17 +68,17 @@ class Change:
     def _add(self, data: memoryview) -> int:
         """Add what there is of the tensor that comes next; return how many bytes of the data that is."""
         assert self._at is not None, "the header has come"
-        end, entry = self._left[-1] if self._left else (self._at, None)
-        size = min(len(data), end - self._at, len(self._part))
-        if entry is None or size % FLOATS[entry.dtype]:
+        piece = self._left[-1] if self._left else None
+        size = min(len(data), piece.end - self._at, len(self._part)) if piece else 0
+        if piece is None or size % FLOATS[piece.dtype]:
             self._odd = True
             return len(data)
-        begin, part, beside = self._size - self._ends[-1], self._part[:size], self._beside[:size]
+        part, beside = self._part[:size], self._beside[:size]
         part[:] = data[:size]  # where its values are aligned, and can be written over
-        os.preadv(self._start.fileno(), [beside], begin + self._at)
-        self._squares += _squares(part, beside, entry.dtype)
+        os.preadv(self._start.fileno(), [beside], piece.shift + self._at)
+        self._squares += _squares(part, beside, piece.dtype)
         self._at += size
-        if self._at == end:
+        if self._at == piece.end:
             self._left.pop()
         return size
 

@@ -14,13 +14,13 @@ from offsite.protos.upload.base import Stage
 def opened(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage]) -> Iterator[TensorMap]:
     """Open an update as the adapter that it stands for; a tensor that no site can have packed raises ValueError."""
     with tensors.reading(update) as packed, tensors.reading(broadcast) as start:
-        yield upload.unpack(stages, packed, start, _settled(schema, broadcast))
+        yield upload.unpack(stages, packed, start, settled(schema, broadcast))
 
 
 def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage]) -> float:
     """L2 norm, over all tensors, of how far an update goes from its broadcast; raises ValueError as above."""
     with tensors.reading(update) as packed, tensors.reading(broadcast) as start:
-        return reach(packed, start, _settled(schema, broadcast), stages)
+        return reach(packed, start, settled(schema, broadcast), stages)
 
 
 def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> float:
@@ -49,5 +49,7 @@ def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:
     return distance(Vector(one[pair.at], one[pair.values]), Vector(other[pair.at], other[pair.values]))
 
 
-def _settled(schema: Schema, broadcast: Path) -> Schema:
-    return settle(schema, {name: entry.shape for name, entry in tensors.header(broadcast).items()})
+def settled(schema: Schema, broadcast: Path) -> Schema:
+    """Return a schema, or a part of one, with the sizes of a broadcast; raises ValueError if one does not fit."""
+    entries = tensors.header(broadcast).items()
+    return settle(schema, {name: entry.shape for name, entry in entries if name in schema})

@@ -68,6 +68,7 @@ OWN = {
 ALLOWED = {
     "protos/spec.py": {
         "adamw",
+        "all",
         "constant",
         "crash",
         "ends",

@@ -14,6 +14,7 @@ import pytest
 from offsite.client import Choice
 from offsite.client.site.policy import Policy
 from offsite.deploy import simulate
+from offsite.protos.recipes import parse_one
 
 from .conftest import ENVIRONMENT, Federation, wait_until
 
@@ -30,11 +31,18 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_virtual_sites_give_the_bytes_of_live_ones(coordinated: Federation, folder: Path, tmp_path: Path) -> None:
+PARTS = ('lisa(layers=1,per="site")', "ist(share=0.5)", "half")
+
+
+@pytest.mark.parametrize("part", ["all", *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)])
+def test_virtual_sites_give_the_bytes_of_live_ones(
+    coordinated: Federation, folder: Path, tmp_path: Path, part: str
+) -> None:
     coordinated.have(*SITES)
     method = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
     exam = {"bank": str(coordinated.material / "held-out.jsonl")}
     spec = coordinated.spec(rounds=2, method=method, min_sites=2, evaluation=exam)
+    spec = replace(spec, training=replace(spec.training, part=parse_one(part)))
     with coordinated.connect() as session:
         live = session.submit(replace(spec, sites=SITES))
         live.result(tmp_path / "live")

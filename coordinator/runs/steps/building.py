@@ -14,6 +14,7 @@ from offsite.coordinator.bundles.stored import open_bundle, recovered, store_ada
 from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.partial import part_of
 from offsite.coordinator.runs.steps.beginning import check_origin, first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
@@ -23,12 +24,13 @@ from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
-from offsite.emulator.methods import Adapter, Method
+from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import takes
 from offsite.emulator.outline import Draft, Outline
+from offsite.emulator.parts.training import whole_schema
 from offsite.emulator.precision import quicken
 from offsite.emulator.tuning.rates import suited
-from offsite.kernels.schema import Schema, groups, settle, size_bytes
+from offsite.kernels.schema import Schema, groups, size_bytes
 from offsite.protos import tensors, upload
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.documents import canonical, to_plain
@@ -65,7 +67,11 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         version = store_version(blobs, Path(scratch), begun)
         made_of = method.schema(begun.adapter)
         schema = store_schema(blobs, Path(scratch), made_of)
-        update_sizes = {tier: _update_size(spec, made_of, start) for tier, start in begun.broadcast.items()}
+        settled = {tier: whole_schema(method, start) for tier, start in begun.broadcast.items()}
+        update_sizes = {tier: _update_size(spec, own) for tier, own in settled.items()}
+        schemas = {}
+        if part_of(spec.training).partial:
+            schemas = {tier: store_schema(blobs, Path(scratch), own) for tier, own in settled.items()}
         rate = spec.training.learning_rate or suited(method.rate, emulator)
         take_step(emulator, method, layout.outline.places, begun.adapter)  # the last use of this copy
         recovery = None
@@ -82,6 +88,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         version=version,
         tiers=tiers,
         schema=schema,
+        schemas=schemas,
         groups=len(groups(made_of)) if isinstance(strategy, Separable) else 1,
         update_sizes=update_sizes,
         method=_told(spec.method, method),
@@ -143,11 +150,14 @@ def outline(outlined: Outlined) -> Outline:
     return Outline(outlined.layers, outlined.trainable, outlined.shared, building.grounds_of(outlined.grounds))
 
 
-def _update_size(spec: Grant, schema: Schema, start: Adapter) -> int:
-    """Bytes of the tensors that leave a site which starts from this adapter; raises InputError if a stage cannot."""
+def _update_size(spec: Grant, schema: Schema) -> int:
+    """Bytes of the tensors of a tier that leave a site; raises InputError if a stage, or the run's part, cannot."""
     try:
-        settled = settle(schema, {name: tensor.shape for name, tensor in start.items()})
-        return size_bytes(upload.schema_of(upload.make(spec.upload), settled))
+        part_of(spec.training).fits(schema)
+    except ValueError as error:
+        raise InputError(f"training.part: {error}") from error
+    try:
+        return size_bytes(upload.schema_of(upload.make(spec.upload), schema))
     except ValueError as error:
         raise InputError(f"upload: {error}") from error
 

@@ -13,14 +13,18 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation import Origin
-from offsite.coordinator.aggregation.folding import Sent, fold, part_of, weigh
+from offsite.coordinator.aggregation import Origin, folding
+from offsite.coordinator.aggregation.folding import Sent, fold, weigh
+from offsite.coordinator.aggregation.keyed import Share
 from offsite.coordinator.node import Node
+from offsite.coordinator.runs import partial
 from offsite.coordinator.runs.steps.orders import Aggregate, Join
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.versions import Version, read_schema
+from offsite.emulator.parts import Turn
+from offsite.kernels.schema import Schema, groups, only
 from offsite.protos import upload
 from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
@@ -46,21 +50,24 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
     ):
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.served(sent.digest) for tier, sent in order.last.broadcast.items()}
+        has = _schemas(spec, order, schema)
+        whole = all(one is schema for one in has.values())
         sent = []
         for update in order.updates:
             tier, norm = order.tiers[update.site], update.norm
             if norm is None:
-                norm = distance(blobs.path(update.digest), starts[tier], schema, stages)
+                norm = distance(blobs.path(update.digest), starts[tier], has[update.site], stages)
             sent.append(Sent(update.site, tier, update.examples, norm))
-        last, part = load_version(blobs, order.last), part_of(schema, order.part, order.parts)
+        last, part = load_version(blobs, order.last), folding.part_of(schema, order.part, order.parts)
         weighing, digests = weigh(sent, spec=spec), {update.site: update.digest for update in order.updates}
         files = ahead(threads, blobs.path, [digests[site] for site in weighing.weights])
         origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
         updates = (
-            (origin, opened(file, starts[origin.tier], schema, stages))
+            (origin, opened(file, starts[origin.tier], has[origin.site], stages))
             for origin, file in zip(origins, files, strict=True)
         )
-        version = fold(strategy, last, part, updates, tiers={*order.tiers.values()})
+        shares = {} if whole else {site: Share(weight, groups(has[site])) for site, weight in weighing.weights.items()}
+        version = fold(strategy, last, part, updates, tiers={*order.tiers.values()}, shares=shares)
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     return Folded(
         version=stored,
@@ -68,6 +75,17 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
         left_out=weighing.left_out,
         spans=tuple(timeline),
     )
+
+
+def _schemas(spec: RunSpec, order: Aggregate, schema: Schema) -> dict[str, Schema]:
+    """Return by site what of the schema its update has."""
+    part, seed = partial.part_of(spec.training), spec.training.seed
+    if not part.partial:
+        return {update.site: schema for update in order.updates}
+    return {
+        update.site: only(schema, part.groups(schema, Turn(seed, order.round, update.site), update.chosen))
+        for update in order.updates
+    }
 
 
 def ahead(threads: Executor, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -80,6 +80,7 @@ class Update:
     digest: Digest
     examples: Positive  # that it saw: its weight
     norm: AtLeastZero | None = None  # L2 norm of the change since its broadcast; None: to be measured
+    chosen: Layers = ()  # what of the adapter its site chose to train, where it does
 
 
 @document
@@ -91,6 +92,7 @@ class Aggregate:
     schema: Digest  # what adapters are made of
     tiers: dict[Name, Tier]  # of all sites of the run
     updates: tuple[Update, ...]
+    round: Count = 0  # from 0, counted with those of the runs that this one goes on from
     groups: Positive = 1  # of tensors that may be folded apart
     parts: Positive = 1  # in how many they are folded
     part: Count = 0  # which of them this is

@@ -35,6 +35,7 @@ class Built(Bundle):
     version: Version
     tiers: dict[Name, Tier]  # site -> what of the adapter it trains
     schema: Digest  # what adapters are made of
+    schemas: dict[Tier, Digest] = Field(default_factory=dict)  # settled, by tier; where a round trains a part of it
     groups: Positive = 1  # of its tensors that may be folded apart, by the run's strategy
     update_sizes: dict[Tier, Amount]  # bytes of the tensors of an update
     method: Choice  # as sites are told it

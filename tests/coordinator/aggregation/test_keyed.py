@@ -24,7 +24,9 @@ SCHEMA: Schema = {
     **{f"{at}.s.at": Field("I32", (None,), Rule.UNION, f"{at}.s", below=30) for at in LAYERS},
     **{f"{at}.s.values": Field("F32", (None,), Rule.UNION, f"{at}.s") for at in LAYERS},
 }
-STRATEGIES = sorted(aggregation.STRATEGIES)
+STRATEGIES = sorted(
+    name for name, kind in aggregation.STRATEGIES.items() if any(field.rule in kind.rules for field in SCHEMA.values())
+)
 WEIGHTS = {"bank": 0.5, "clinic": 0.3, "ward": 0.2}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offsite.client import Choice
+from offsite.client import Choice, TrainingSpec
 from offsite.client.site.policy import Policy
 from offsite.deploy.simulation import rounds, visit
 from offsite.deploy.simulation import simulate as module
@@ -19,6 +19,7 @@ from offsite.deploy.simulation.pool import Pool
 from offsite.deploy.simulation.worker import Worker
 from offsite.deploy.simulation.world import World
 from offsite.protos.errors import ConflictError, InputError, RunError, UnreachableError
+from offsite.protos.recipes import parse_one
 from offsite.protos.spec import UpdateMetrics
 
 from .conftest import Do, Here
@@ -110,6 +111,22 @@ def test_who_works_on_what_changes_no_byte(do: Do, strategy: str) -> None:
         examples = {name: 16 - int(name[-4:]) % 5 for name in weight}
         total = sum(examples.values())
         assert weight == {name: pytest.approx(seen / total) for name, seen in examples.items()}
+
+
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("lisa(layers=1)", 'lisa(layers=1,per="site")')]
+
+
+@pytest.mark.parametrize("part", ["ist(share=0.5)", *SLOW])
+def test_sites_that_train_a_part_each_give_the_same_bytes_whoever_works(do: Do, top: Any, part: str) -> None:
+    how: dict[str, Any] = {
+        **{"sites": 3, "rounds": 2, "upload": (Choice(name="top", settings={"share": 0.5}),)},
+        "training": TrainingSpec(steps=4, learning_rate=0.005, max_length=32, seed=3, part=parse_one(part)),
+    }
+    one, three = (do(f"by-{workers}", workers=workers, **how) for workers in (1, 3))
+    assert (one.out / ADAPTER).read_bytes() == (three.out / ADAPTER).read_bytes()
+    for moment, whole in zip(one.report["simulation"]["rounds"], three.report["simulation"]["rounds"], strict=True):
+        assert moment["updates"] == 3 and moment["bytes_up"] == whole["bytes_up"] > 0
+    assert one.report["left_out"] == []
 
 
 class Guest:
