@@ -37,7 +37,11 @@ def by_device(reference: Callable[P, T]) -> Callable[P, T]:
         first = arguments[0]
         assert isinstance(first, Tensor), "a kernel's first argument says where it runs"
         suits = first.is_cuda and first.dtype in PRECISIONS and not torch.is_autocast_enabled("cuda")
-        return (twin(reference) if suits and has_triton() else reference)(*arguments, **settings)
+        if not (suits and has_triton()):
+            return reference(*arguments, **settings)
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # where Triton starts what it runs
+            outcome: T = twin(reference)(*arguments, **settings)
+        return outcome
 
     return run
 

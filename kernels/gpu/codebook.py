@@ -28,7 +28,8 @@ def multiply(
 def _decode(codes, books, scales, n, k, inside, d_in, GROUP: tl.constexpr, BOOKS: tl.constexpr, BITS: tl.constexpr):
     """Return entries of W: the sum of the vectors that a group's codes name, times the scale of its row."""
     first = (n * (d_in // GROUP) + k // GROUP) * BOOKS
-    total = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32) * 0.0
+    scale = tl.load(scales + n + k * 0, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros_like(scale)
     for book in tl.static_range(BOOKS):
         if BITS == 4:
             code = nibble(codes, first + book, inside)
@@ -36,4 +37,4 @@ def _decode(codes, books, scales, n, k, inside, d_in, GROUP: tl.constexpr, BOOKS
             code = tl.load(codes + first + book, mask=inside, other=0).to(tl.int32)
         vector = ((book << BITS) + code) * GROUP
         total += tl.load(books + vector + k % GROUP, mask=inside, other=0.0).to(tl.float32)
-    return total * tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
+    return total * scale
