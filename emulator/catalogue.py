@@ -12,6 +12,7 @@ METHODS: Plugins[Any] = Plugins(
     "method",
     {
         "amt": "offsite.emulator.methods.amt:Amt",
+        "bi-lora": "offsite.emulator.methods.bi_lora:BiLora",
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",
         "compacter": "offsite.emulator.methods.compacter:Compacter",

@@ -30,6 +30,7 @@ class Rule(StrEnum):
     PRODUCT = "product"  # two factors, of which the product B @ A is averaged
     UNION = "union"  # entries of a sparse matrix and where they are, which sites choose; the matrix is averaged
     VOTE = "vote"  # packed bits, each of which becomes what most sites, by weight, have it to be
+    REQUANTISE = "requantise"  # packed codes, and the line that takes them to values; the values are averaged
     SUM = "sum"  # the sum of each value, in which a site counts as much as it has measured
     FIXED = "fixed"  # the same at every site and in every round, as an index is
     LOCAL = "local"  # a site's own, of which the coordinator makes others before they are folded
@@ -44,14 +45,18 @@ class Field:
     rule: Rule
     group: str = ""  # of tensors that are folded together, as the two factors of a product are
     below: int | None = None  # of integers, which are at least 0: what all of them are less than
-    bits: int | None = None  # of packed bits, the lowest of a byte first: how many there are; any others are zero
+    bits: int | None = None  # of packed values, the lowest of a byte first: how many they take; any others are zero
+    width: int = 1  # of packed values: the bits of one
 
     def __post_init__(self) -> None:
         """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
         if self.dtype not in FLOATS | INTEGERS:
             raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS | INTEGERS)}")
-        if (self.bits is not None) != (self.rule is Rule.VOTE):
-            raise ValueError(f"packed bits are voted on, and nothing else is: bits = {self.bits}, {self.rule}")
+        coded = self.rule is Rule.REQUANTISE and self.dtype in INTEGERS
+        if (self.bits is not None) != (coded or self.rule is Rule.VOTE):
+            raise ValueError(f"bits are voted on or codes, and nothing else is: bits = {self.bits}, {self.rule}")
+        if self.width != 1 and (not coded or self.width < 1 or (self.bits or 0) % self.width):
+            raise ValueError(f"{self.bits} bits are not values of {self.width} bits each, {self.rule}")
         if self.bits is not None and (self.dtype, self.shape, self.below) != ("U8", (-(-self.bits // 8),), None):
             raise ValueError(
                 f"{self.bits} packed bits are U8 ({-(-self.bits // 8)},) without a bound, not {self.dtype} "
@@ -75,10 +80,10 @@ class Field:
 
     @property
     def trained(self) -> int:
-        """How many values train for it: a score for each bit that is voted on, none for indices or what is fixed."""
+        """How many values train for it: one for each that is packed, none for indices, lines, or what is fixed."""
         if self.bits is not None:
-            return self.bits
-        moves = self.rule is not Rule.FIXED and self.dtype in FLOATS
+            return self.bits // self.width
+        moves = self.rule not in (Rule.FIXED, Rule.REQUANTISE) and self.dtype in FLOATS
         return self.size_bytes // FLOATS[self.dtype] if moves else 0
 
 
@@ -134,7 +139,35 @@ def entries(schema: Schema) -> dict[str, Entries]:
 
 def votes(schema: Schema) -> dict[str, int]:
     """Return the keys of the packed bits that are voted on, and how many bits each has."""
-    return {key: field.bits for key, field in schema.items() if field.bits is not None}
+    return {key: field.bits for key, field in schema.items() if field.rule is Rule.VOTE and field.bits is not None}
+
+
+class Codes(NamedTuple):
+    """The keys of values in few bits: their packed codes, and what takes these to values, (mean, deviation)."""
+
+    codes: str
+    line: str
+
+
+def codes(schema: Schema) -> dict[str, Codes]:
+    """Return the codes of each group that has some; raises ValueError for a group that is not codes and a line."""
+    keys: dict[str, list[str]] = {}
+    for key, field in schema.items():
+        if field.rule is Rule.REQUANTISE:
+            keys.setdefault(field.group, []).append(key)
+    pairs: dict[str, Codes] = {}
+    for group, members in keys.items():
+        packed = [key for key in members if schema[key].bits is not None]
+        lines = [key for key in members if (schema[key].dtype, schema[key].shape) == ("F32", (2,))]
+        if len(members) != 2 or len(packed) != 1 or len(lines) != 1:
+            raise ValueError(f"group {group!r}: values in few bits have codes and a line F32 (2,), not {members}")
+        pairs[group] = Codes(packed[0], lines[0])
+    return pairs
+
+
+def is_judged_by_value(schema: Schema) -> bool:
+    """Tell whether how far an update went is not the distance of its tensors: bits, codes or indices have none."""
+    return any(field.rule in (Rule.UNION, Rule.VOTE, Rule.REQUANTISE) for field in schema.values())
 
 
 def _is_open(field: Field, dimension: int) -> bool:

@@ -15,6 +15,7 @@ STRATEGIES: Plugins[Strategy] = Plugins(
         "index-union": "offsite.coordinator.aggregation.index_union:IndexUnion",
         "low-rank": "offsite.coordinator.aggregation.low_rank:LowRank",
         "mean": "offsite.coordinator.aggregation.mean:Mean",
+        "requantise": "offsite.coordinator.aggregation.requantise:Requantise",
         "sum": "offsite.coordinator.aggregation.sum:Sum",
         "vote": "offsite.coordinator.aggregation.vote:Vote",
     },

@@ -22,7 +22,7 @@ from offsite.emulator import methods
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.parts.training import whole_schema
-from offsite.kernels.schema import Tensors, Tier, entries, groups, votes
+from offsite.kernels.schema import Tensors, Tier, groups, is_judged_by_value
 from offsite.protos import tensors
 from offsite.protos.errors import InputError, MismatchError, RefusedError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -179,9 +179,9 @@ class TierRound:
     def norms(self, block: Block) -> Sequence[float | None]:
         """Return how far each update of a block went, where that is told of all at once.
 
-        That is where no stage has packed them, no index differs, and no bit is voted on.
+        That is where no stage has packed them, and they have no indices, bits or codes.
         """
-        alone = self.packing.stages or entries(self.packing.schema) or votes(self.packing.schema)
+        alone = self.packing.stages or is_judged_by_value(self.packing.schema)
         return [None] * block.count if alone else tensors.gaps(block.columns, self.broadcast)
 
     def admit(self, site: str, update: Held, norm: float | None, metrics: UpdateMetrics) -> float:

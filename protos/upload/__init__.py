@@ -87,8 +87,8 @@ def pack(
     """Pack, at the site, what an adapter has become since its broadcast, a group of a settled schema at a time.
 
     Without stages it is the adapter itself, since the change would not give it back bit for bit; and so are, of sparse
-    matrices, the values, for those of two indices have no difference, and bits that are voted on. `key` is of the site
-    and the task; `residual` is what stayed of the last update.
+    matrices, the values, for those of two indices have no difference, and bits and codes. `key` is of the site and
+    the task; `residual` is what stayed of the last update.
     """
     for schemas in _parts(stages, schema):
         part = {name: adapter[name] for name in schemas[0]}
@@ -143,9 +143,12 @@ class _Unpacked(Mapping[str, "Tensor"]):
         return len(self._parts)
 
 
+_WHOLE = (Rule.FIXED, Rule.UNION, Rule.VOTE, Rule.REQUANTISE)  # of which no difference leaves, but the tensor
+
+
 def _changing(schema: Schema) -> list[str]:
     """Return the tensors of which stages are given the change."""
-    return [key for key, field in schema.items() if field.rule not in (Rule.FIXED, Rule.UNION, Rule.VOTE)]
+    return [key for key, field in schema.items() if field.rule not in _WHOLE]
 
 
 def _lasting(schema: Schema) -> list[str]:

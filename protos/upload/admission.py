@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from offsite.kernels.schema import Rule, Schema, entries, rules, votes
+from offsite.kernels.schema import Rule, Schema, is_judged_by_value, rules
 from offsite.protos import tensors, upload
 from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
@@ -79,7 +79,7 @@ def judge_values(
 ) -> float:
     """Do the same for an update whose tensors are those of `packed`, which the stages make of the schema."""
     fixed = {name: broadcast[name] for name, field in packed.items() if field.rule is Rule.FIXED}
-    chosen = bool(entries(schema) or votes(schema))
+    chosen = is_judged_by_value(schema)
     if stages or chosen:
         tensors.check_values(update, packed, fixed=fixed, what=what)
     try:

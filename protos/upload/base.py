@@ -1,7 +1,7 @@
 """What a stage of an upload promises: one half at the site, the other at the coordinator.
 
-Stages are given the change since the broadcast (of sparse matrices, whose entries sites choose, and of bits that are
-voted on, the values themselves), or what the stage before them made of it, a group of the schema at a
+Stages are given the change since the broadcast (of sparse matrices, whose entries sites choose, and of bits and
+codes, the values themselves), or what the stage before them made of it, a group of the schema at a
 time: what is folded together is packed together, and neither end holds more than the largest group in memory. A cast, a
 sign or the largest values of each group need no more. A stage that must see all groups at once, as a bound on the norm
 of the whole change or the largest values of all, says that it is `whole`; its chain then works on all tensors together,

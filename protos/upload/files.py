@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.kernels.schema import Entries, Rule, Schema, TensorMap, entries, settle, votes
+from offsite.kernels.schema import Codes, Entries, Field, Rule, Schema, TensorMap, codes, entries, settle, votes
 from offsite.protos import tensors, upload
 from offsite.protos.upload.base import Stage
 
@@ -27,19 +27,22 @@ def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages:
     """Return the same distance, whatever an update of a settled schema is read from.
 
     Of what a union averages it is that of the matrices: an entry that one has and the other has not counts as zero. Of
-    bits that are voted on it is that of as many zeros and ones: the root of how many differ.
+    bits that are voted on it is that of as many zeros and ones: the root of how many differ. Of codes it is that of the
+    values that they stand for.
     """
-    matrices, bits = entries(schema), votes(schema)
+    matrices, bits, coded = entries(schema), votes(schema), codes(schema)
     change = upload.unpack(stages, packed, None, schema)
     if stages:
-        ruled = (Rule.FIXED, Rule.UNION, Rule.VOTE)
+        ruled = (Rule.FIXED, Rule.UNION, Rule.VOTE, Rule.REQUANTISE)
         norms = [tensors.norm(change[name]) for name, field in schema.items() if field.rule not in ruled]
         flips = [tensors.flips(tensors.Held({name: change[name]}), start, name) for name in bits]
     else:
-        apart = bits.keys() | {key for pair in matrices.values() for key in pair}
+        apart = bits.keys() | {key for pair in (*matrices.values(), *coded.values()) for key in pair}
         norms = [tensors.gap(packed, start, packed.keys() - apart)]
         flips = [tensors.flips(packed, start, name) for name in bits]
-    return math.hypot(math.sqrt(sum(flips)), *norms, *(_apart(change, start, pair) for pair in matrices.values()))
+    norms += [_apart(change, start, pair) for pair in matrices.values()]
+    norms += [_recoded(change, start, pair, schema[pair.codes]) for pair in coded.values()]
+    return math.hypot(math.sqrt(sum(flips)), *norms)
 
 
 def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:
@@ -47,6 +50,17 @@ def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:
     from offsite.kernels.sparse import Vector, distance  # where no matrix is sparse, none is loaded
 
     return distance(Vector(one[pair.at], one[pair.values]), Vector(other[pair.at], other[pair.values]))
+
+
+def _recoded(one: TensorMap, other: TensorMap, pair: Codes, field: Field) -> float:
+    """Return how far the values are apart that two tensors of codes stand for."""
+    from offsite.kernels.coded import decode, read  # where nothing is in few bits, none is loaded
+
+    values = [
+        decode(read(source[pair.codes], source[pair.line], field.trained, field.width), field.width)
+        for source in (one, other)
+    ]
+    return tensors.norm(values[0] - values[1])
 
 
 def settled(schema: Schema, broadcast: Path) -> Schema:

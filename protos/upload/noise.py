@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from offsite.kernels.schema import FLOATS, Rule, Schema, Tensors, groups, votes
+from offsite.kernels.schema import FLOATS, Rule, Schema, Tensors, groups
 from offsite.protos.documents import document
 from offsite.protos.security.draws import derive
 from offsite.protos.upload.base import At
@@ -40,7 +40,7 @@ class Noise:
 
     def schema(self, given: Schema) -> Schema:
         """Return the schema as it is; raises ValueError for bits, which no small noise can cover."""
-        if bits := sorted(votes(given)):
+        if bits := sorted(key for key, field in given.items() if field.bits is not None):
             raise ValueError(
                 f"stage {self.name} adds a little to values, and {bits[0]} is of bits; leave it out, or choose a "
                 "method that sends values"

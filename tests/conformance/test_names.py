@@ -99,13 +99,14 @@ HOMONYMS = {  # words that are also names
     "client/figures.py": {"all"},
     "coordinator/aggregation/low_rank.py": {"all", "sum"},  # what figures are of
     "coordinator/aggregation/index_union.py": {"all", "sum"},
+    "coordinator/aggregation/requantise.py": {"sum"},
     "coordinator/commands/methods.py": {"all"},  # strategies
     "emulator/builders/storage.py": {"all"},  # layers
     "emulator/builders/sketched.py": {"all"},
     "coordinator/policy.py": {"whole"},  # a field of a grant
     "emulator/zoo/weights.py": {"quantised"},
     "kernels/quantise.py": {"quantised"},
-    "kernels/schema.py": {"mean", "sum", "vote"},  # rules
+    "kernels/schema.py": {"mean", "requantise", "sum", "vote"},  # rules
     "emulator/anatomy/narrow.py": {"blocks"},  # how fused rows lie
     "emulator/anatomy/roles.py": {"blocks"},
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's

@@ -6,13 +6,16 @@ import sys
 import pytest
 
 from offsite.kernels.schema import (
+    Codes,
     Entries,
     Factors,
     Field,
     Rule,
     Schema,
+    codes,
     entries,
     factors,
+    is_judged_by_value,
     is_open,
     rules,
     settle,
@@ -130,8 +133,8 @@ def test_packed_bits_are_counted_by_the_bit_and_sent_by_the_byte() -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "rule", "bits", "words"),
     [
-        ("U8", (3,), Rule.VOTE, None, "packed bits are voted on, and nothing else is: bits = None, vote"),
-        ("F32", (3,), Rule.MEAN, 20, "packed bits are voted on, and nothing else is: bits = 20, mean"),
+        ("U8", (3,), Rule.VOTE, None, "bits are voted on or codes, and nothing else is: bits = None, vote"),
+        ("F32", (3,), Rule.MEAN, 20, "bits are voted on or codes, and nothing else is: bits = 20, mean"),
         ("U8", (2,), Rule.VOTE, 20, r"20 packed bits are U8 \(3,\) without a bound, not U8 \(2,\)"),
         ("I32", (3,), Rule.VOTE, 20, r"20 packed bits are U8 \(3,\) without a bound, not I32 \(3,\)"),
     ],
@@ -141,6 +144,22 @@ def test_bits_that_could_not_be_voted_on_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         Field(dtype, shape, rule, bits=bits)
+
+
+CODED: Schema = {
+    "3.codes": Field("U8", (3,), Rule.REQUANTISE, "3", bits=22, width=2),
+    "3.line": Field("F32", (2,), Rule.REQUANTISE, "3"),
+}
+
+
+def test_codes_and_their_line_are_told_apart_and_a_value_trains_for_each_code() -> None:
+    assert codes(CODED | LORA) == {"3": Codes(codes="3.codes", line="3.line")} and votes(CODED) == {}
+    assert [field.trained for field in CODED.values()] == [11, 0]
+    assert is_judged_by_value(CODED) and is_judged_by_value(UNION) and not is_judged_by_value(LORA | SPARSE)
+    with pytest.raises(ValueError, match=r"group '3': values in few bits have codes and a line F32 \(2,\)"):
+        codes({"3.codes": CODED["3.codes"]})
+    with pytest.raises(ValueError, match="21 bits are not values of 2 bits each"):
+        Field("U8", (3,), Rule.REQUANTISE, "3", bits=21, width=2)
 
 
 def test_it_brings_no_tensor_library() -> None:

@@ -136,6 +136,31 @@ def test_of_bits_the_change_is_the_root_of_how_many_differ_and_none_is_set_beyon
         judge([255, 15], 2.0)
 
 
+def test_of_codes_the_change_is_that_of_the_values_they_stand_for(tmp_path: Path) -> None:
+    schema: Schema = {
+        "0.codes": Field("U8", (2,), Rule.REQUANTISE, "0", bits=11),
+        "0.line": Field("F32", (2,), Rule.REQUANTISE, "0"),
+    }
+    start = {"0.codes": torch.tensor([255, 7], dtype=torch.uint8), "0.line": torch.tensor([0.0, 1.0])}
+    tensors.save(tmp_path / "broadcast", start)
+
+    def judge(codes: list[int], line: list[float], norm: float) -> None:
+        update = {"0.codes": torch.tensor(codes, dtype=torch.uint8), "0.line": torch.tensor(line)}
+        tensors.save(tmp_path / "update", update, metadata={"offsite": canonical(ORIGIN).decode()})
+        assert admit(
+            tmp_path / "update", TASK, schema, broadcast=tmp_path / "broadcast", max_norm=norm + 1e-6
+        ) == pytest.approx(norm)
+
+    judge([255, 7], [0.0, 1.0], 0.0)
+    judge([255, 7], [3.0, 1.0], 3 * 11**0.5)
+    judge([252, 7], [0.0, 1.0], 2 * 0.6745 * 2**0.5)  # two codes are others
+    judge([255, 7], [0.0, 3.0], 2 * 0.6745 * 11**0.5)
+    with pytest.raises(MismatchError, match="0.line holds 1 values that are not finite"):
+        judge([255, 7], [0.0, float("inf")], 0.0)
+    with pytest.raises(MismatchError, match="0.codes has bits beyond its 11"):
+        judge([255, 8], [0.0, 1.0], 0.0)
+
+
 def test_an_update_that_was_seen_as_it_came_is_judged_and_not_read_for_its_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
