@@ -111,14 +111,23 @@ class LabelReader:
 
 def _others(kind: Modality, examples: Sequence[Answers]) -> list[tuple[Answers, Any]]:
     """Return each example, and its prompt with the answer of the next one that has another."""
-    count, beside = len(examples), []
-    answers = [repr(one.cells["completion"]) for one in examples]
-    for at, one in enumerate(examples):
-        others = (number % count for number in range(at + 1, at + count))
-        other = next((number for number in others if answers[number] != answers[at]), None)
+    beside = []
+    for one, other in zip(
+        examples, _next_that_differ([repr(one.cells["completion"]) for one in examples]), strict=True
+    ):
         if other is None:
             raise ValueError("all answers are the same, and they are compared with one another; give several")
         cells = {name: value for name, value in one.cells.items() if name != "label"}
         cells["completion"] = examples[other].cells["completion"]
         beside.append((one, kind.example(cells, one.place)))
     return beside
+
+
+def _next_that_differ(answers: Sequence[str]) -> list[int | None]:
+    """Return of each answer the place of the next other one, the first following the last; None where all are one."""
+    count = len(answers)
+    following: list[int | None] = [None] * count
+    for place in reversed(range(2 * count)):  # twice round, as the last ones are followed by the first
+        at, after = place % count, (place + 1) % count
+        following[at] = after if answers[after] != answers[at] else following[after]
+    return following

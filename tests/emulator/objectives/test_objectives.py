@@ -229,6 +229,16 @@ def test_samples_of_another_objective_and_answers_that_are_all_the_same_are_refu
         objectives.make("dpo", {}).collate([replace(encoded("dpo")[0], reference=None)])
 
 
+def test_an_answer_is_beside_the_next_other_one(encoded: Any) -> None:
+    rows = [
+        {"prompt": f"w{at}", "completion": f"w{word}", "label": True} for at, word in enumerate((7, 7, 8, 9, 7), 10)
+    ]
+    samples = encoded("kto", rows)
+    beside = [[label for label in one.other.labels if label >= 0] for one in samples]
+    own = [[label for label in one.own.labels if label >= 0] for one in samples]
+    assert beside == [own[2], own[2], own[3], own[4], own[2]]
+
+
 def replace_answer(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"completion": "w7"}
 
