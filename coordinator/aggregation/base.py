@@ -63,7 +63,11 @@ class Strategy(Protocol):
 
 @runtime_checkable
 class Separable(Protocol):
-    """A strategy that folds each group of a schema by itself, so that several machines can fold some groups each."""
+    """A strategy that folds each group of a schema by itself, so that several machines can fold some groups each.
+
+    Updates may lack groups, and the tensors of a state have the keys of those that they are kept of: what is kept of a
+    group that nobody trained stays as it is.
+    """
 
     def join(self, parts: Sequence[Version]) -> Version:
         """Return the version of all groups; the bytes are those of one fold of them all."""

@@ -75,7 +75,7 @@ class Scoring(Protocol):
         ...
 
 
-class Everywhere:
+class Drawn:
     """What a part declares that is drawn from the task alone, once a round or for each site."""
 
     partial: ClassVar[bool] = True

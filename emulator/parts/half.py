@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from offsite.emulator.parts.base import Everywhere, Per, Turn, by_layer, refuse_choice
+from offsite.emulator.parts.base import Drawn, Per, Turn, by_layer, refuse_choice
 from offsite.emulator.parts.draws import drawn
 from offsite.kernels.schema import Schema, groups
 
 
 @dataclass(frozen=True)
-class Half(Everywhere):
+class Half(Drawn):
     """Draw one half of the groups of each layer."""
 
     per: Per = "round"

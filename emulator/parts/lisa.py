@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from offsite.emulator.parts.base import Everywhere, Per, Turn, by_layer, refuse_choice
+from offsite.emulator.parts.base import Drawn, Per, Turn, by_layer, refuse_choice
 from offsite.emulator.parts.draws import drawn
 from offsite.kernels.schema import Schema
 
 
 @dataclass(frozen=True)
-class Lisa(Everywhere):
+class Lisa(Drawn):
     """Draw so many of the layers, each as likely as any other."""
 
     layers: int = 2

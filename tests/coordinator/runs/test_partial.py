@@ -244,6 +244,14 @@ def test_a_strategy_that_folds_all_together_is_refused_with_those_that_do_not(mo
         judged(training=training("lisa"))
 
 
+def test_a_part_of_a_method_of_which_nothing_trains_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    measuring: dict[str, Any] = {"method": Choice(name="moments"), "strategy": Choice(name="sum")}
+    judged(**measuring)
+    with pytest.raises(InputError, match="training.part: the method moments measures, and nothing of it trains; use"):
+        judged(**measuring, training=training("half"))
+
+
 def test_feedback_beside_a_stage_that_packs_all_together_is_refused_in_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     common: dict[str, Any] = {"hides": False, "phases": ("train",), "noise": 0.0}
     stages = {
