@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from offsite.emulator import builders, catalogue, modality
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import Method
+from offsite.emulator.outline import Draft
 from offsite.emulator.placements import Kept
 from offsite.kernels.schema import Rule, settle, size_bytes
 
@@ -31,10 +33,7 @@ class Size:
 
 def measure(method: Method) -> Size:
     """Measure a method at its settings, on the layer as the builders make it that give what it needs."""
-    base = _layer()
-    names = [name for name, kind in builders.BUILDERS.items() if kind.provides & method.needs] or [catalogue.FIRST]
-    text = Material(batches=[modality.default().probe(base, rows=1, length=16)])
-    draft = builders.run([builders.make(name, {}) for name in names[:1]], Kept(), base, text)
+    _, draft = layer(method)
     start = method.start(draft.model, draft.outline.places, seed=0)
     schema = settle(method.schema(start), {key: tensor.shape for key, tensor in start.items()})
     return Size(
@@ -44,7 +43,12 @@ def measure(method: Method) -> Size:
     )
 
 
-def _layer() -> nn.Module:
-    config = LlamaConfig(**SHAPES, vocab_size=64, num_hidden_layers=1)
-    model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
-    return model
+def layer(method: Method) -> tuple[nn.Module, Draft]:
+    """Return a base of one layer, the same always, and what the builders make of it that give what a method needs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        base: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES, vocab_size=64, num_hidden_layers=1))
+    base.eval()
+    names = [name for name, kind in builders.BUILDERS.items() if kind.provides & method.needs] or [catalogue.FIRST]
+    text = Material(batches=[modality.default().probe(base, rows=1, length=16)])
+    return base, builders.run([builders.make(name, {}) for name in names[:1]], Kept(), base, text)

@@ -1,0 +1,175 @@
+"""What a step of each method costs, and how much it learns in as many steps, beside LoRA on the same model in one run.
+
+    python tests/bench/methods.py [--methods 'lora' 'paca(rank=16)' ...] [--steps 20] [--layers 30] [--out FOLDER]
+
+The model is SmolLM2-135M in fp32, of which all layers train, or those at its ends; the texts are those of the demo's
+four sites. A step is one of AdamW on 4 x 128 tokens; the steps of all methods take turns, and of each the least
+processor time counts. Memory is what a step holds beside the model's weights: what is saved for the backward pass, and
+values, gradients and moments of what trains. The loss is that of held-out answers after as many steps of 4 sequences,
+each method at its own learning rate. FOLDER gets `methods.md`, a table, and `methods.svg`, a plot.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from offsite.client.demo import data
+from offsite.coordinator.comparison.plots import GOOD, INK, QUIET, STYLE
+from offsite.emulator import methods, modality, zoo
+from offsite.emulator.anatomy.stack import restack
+from offsite.emulator.anatomy.structure import layers
+from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.evaluation.cost import costs
+from offsite.emulator.methods import Method
+from offsite.emulator.methods.base import Choosing
+from offsite.emulator.modality import MODALITIES, Batch, encode, read
+from offsite.emulator.placements import Ends
+from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.protos.grammar import read_one
+
+MODEL, LENGTH, ROWS, REPEATS = "smollm2-135m-instruct", 128, 4, 5
+NEAR = 0.02  # nats by which a loss is as good as another
+RECIPES = (
+    *("lora", "dora", "paca", "paca(rank=16)", "s2ft", "s2ft(channels=0.1)", "mos", "hydra", "soka", "loldu", "ssf"),
+    *("bottleneck", "compacter", "sara", "lt-sft", "spiel", "ia3", "vera", "blocks"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Those of one method."""
+
+    values: int  # that train
+    step_s: float  # processor time of a step
+    saved: int  # bytes of activations for the backward pass
+    memory: int  # these, and all that is held of what trains
+    loss: float  # nats of a held-out target
+
+
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, each storage once, the model's own none."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = modality.loss(model, batch)
+    del loss  # not before: what is alive has an address of its own
+    return sum(kept.values())
+
+
+def attached(base: nn.Module, method: Method, places: Mapping[int, int], first: Batch) -> nn.Module:
+    """Return a twin of the base, of the same tensors, with the method's start in it."""
+    model = restack(base, range(len(layers(base))))
+    model = method.attach(model, places, method.start(model, places, seed=0))
+    if isinstance(method, Choosing):
+        method.choose(model, places, first)
+    return model
+
+
+def measure(recipes: Iterable[str], *, steps: int, count: int | None) -> dict[str, Figures]:
+    """Measure each method that a recipe names."""
+    cache = zoo.cache_folder()
+    base, tokenizer = zoo.load_base(zoo.locate(MODEL, cache=cache), torch.float32)
+    depth = len(layers(base))
+    trained = Ends(-(-count // 2), count // 2).fixed(depth) if count else range(depth)
+    places = {layer: layer for layer in trained}
+    with tempfile.TemporaryDirectory() as folder:
+        sites = data.prepare(Path(folder), cache=cache, examples=80, held_out=16, seed=0)
+        train, exam = (
+            encode([row for file in files for row in read(file)], tokenizer, max_length=LENGTH, divide=False)
+            for files in ([site.train for site in sites], [site.held_out for site in sites])
+        )
+    batch = MODALITIES.make("causal-text", {}).probe(base, rows=ROWS, length=LENGTH)
+    held_out = evaluation_batches(exam, batch_size=8)
+    first = evaluation_batches(train[:ROWS], batch_size=ROWS)[0]
+    chosen = {}
+    for recipe in recipes:
+        name, settings = read_one(recipe)[0]
+        chosen[recipe] = methods.make(name, settings)
+    models = {recipe: attached(base, method, places, first) for recipe, method in chosen.items()}
+    live = {recipe: method.named_parameters(models[recipe], places) for recipe, method in chosen.items()}
+    spent = costs({recipe: (models[recipe], live[recipe]) for recipe in chosen}, batch, repeats=REPEATS)
+    figures: dict[str, Figures] = {}
+    for recipe, method in chosen.items():
+        model, parameters = models[recipe], live[recipe]
+        model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        saved, values = saved_bytes(model, batch), sum(parameter.numel() for parameter in parameters.values())
+        tune(model, parameters, train, Schedule(steps, method.rate, batch_size=ROWS, decay="cosine"))
+        loss = modality.score(model, held_out).mean
+        figures[recipe] = Figures(values, spent[recipe].cpu_s, saved, saved + 4 * 4 * values, loss)
+        print(json.dumps({"method": recipe} | figures[recipe].__dict__), flush=True)
+    print(json.dumps({"base": modality.score(base, held_out).mean}), flush=True)
+    return figures
+
+
+def table(figures: Mapping[str, Figures]) -> str:
+    """Return the figures as a table in Markdown, with those of LoRA as the yardstick of costs."""
+    lora = figures["lora"]
+    lines = [
+        "| method | values that train | held-out loss | CPU time of a step | saved for backward | memory of a step |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{name}` | {one.values:,} | {one.loss:.3f} | {one.step_s / lora.step_s:.2f} | "
+        f"{one.saved / lora.saved:.2f} | {one.memory / lora.memory:.2f} |"
+        for name, one in sorted(figures.items(), key=lambda item: item[1].step_s)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: Mapping[str, Figures], file: Path) -> None:
+    """Draw memory over time, both as shares of LoRA's; what learned as much as LoRA is filled."""
+    lora = figures["lora"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for name, one in figures.items():
+            x, y, good = one.step_s / lora.step_s, one.memory / lora.memory, one.loss <= lora.loss + NEAR
+            axes.scatter(
+                [x], [y], s=36, facecolor=GOOD if good else "none", edgecolor=GOOD if good else QUIET, zorder=3
+            )
+            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=INK)
+        axes.axvline(0.75, color=QUIET, linewidth=0.8, linestyle=":")
+        axes.axhline(0.65, color=QUIET, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("CPU time of a step, of LoRA's")
+        axes.set_ylabel("memory of a step beside the weights, of LoRA's")
+        axes.set_title(f"filled: held-out loss at most {NEAR} nats above LoRA's", fontsize=9, color=INK, loc="left")
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure, print a JSON line a method, and write the table and the plot if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(RECIPES), help="recipes; lora is always one of them")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, help="that train, at both ends of the model; all by default")
+    parser.add_argument("--out", type=Path, help="folder for methods.md and methods.svg")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    figures = measure(dict.fromkeys(["lora", *asked.methods]), steps=asked.steps, count=asked.layers)
+    print(table(figures))
+    if asked.out:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        (asked.out / "methods.md").write_text(table(figures))
+        plot(figures, asked.out / "methods.svg")
+
+
+if __name__ == "__main__":
+    main()
