@@ -13,6 +13,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def methods(
     format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Measure the errors of what is not exact, too; Markdown always has them.")
+    ] = False,
 ) -> None:
     """List the methods: what trains, what crosses the wire, how it is averaged, and on which emulators it works.
 
@@ -22,22 +25,24 @@ def methods(
     from rich.table import Table
 
     from offsite.coordinator.survey import pages
-    from offsite.coordinator.survey.rows import emulators, survey
+    from offsite.coordinator.survey.rows import approximations, emulators, survey
     from offsite.emulator.catalogue import METHODS
 
-    rows, faults = survey()
+    rows, faults = survey(measured=errors or format == "markdown")
     if format == "json":
         print(json.dumps({"methods": [asdict(row) for row in rows], "refused": METHODS.refused}, indent=2))
     elif format == "markdown":
         print(pages.methods(rows, METHODS.refused), end="")
     else:
-        table = Table("method", "values", "kB", "exact by", "merges", "seed", "emulators")
+        near = ["near by, and the error"] if errors else []
+        table = Table("method", "values", "kB", "exact by", *near, "merges", "seed", "emulators")
         for row in rows:
             table.add_row(
                 row.name,
                 f"{row.values:,}",
                 f"{row.update_bytes / 1000:,.0f}",
                 ("all" if not row.near else ", ".join(row.exact)) or "none",
+                *([approximations(row)] if errors else []),
                 "yes" if row.mergeable else "no",
                 "common" if row.seeded else "any",
                 emulators(row),

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import jinja2
 
 from offsite.coordinator.survey.matrix import Matrix
-from offsite.coordinator.survey.rows import Row, emulators
+from offsite.coordinator.survey.rows import Row, approximations, emulators
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("offsite.coordinator.survey", "."),
@@ -19,7 +19,9 @@ _ENVIRONMENT = jinja2.Environment(
 
 def methods(rows: list[Row], refused: Mapping[str, str]) -> str:
     """Return the page of the methods, and of the names that are none, each with its reason."""
-    return _ENVIRONMENT.get_template("methods.md.j2").render(rows=rows, refused=refused, emulators=emulators)
+    return _ENVIRONMENT.get_template("methods.md.j2").render(
+        rows=rows, refused=refused, emulators=emulators, approximations=approximations
+    )
 
 
 def legality(matrix: Matrix) -> str:

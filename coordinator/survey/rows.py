@@ -5,6 +5,7 @@ from typing import Any
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.runs import pairs
+from offsite.coordinator.survey.errors import errors
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.size import measure
 from offsite.emulator.methods import METHODS, Method
@@ -26,6 +27,7 @@ class Row:
     tensors: dict[str, str]  # a part's name -> its dtype and how it is averaged
     exact: list[str]  # the strategies that make the mean of the changes
     near: list[str]  # those that make an approximation
+    errors: dict[str, float]  # of these, where they were measured (see `errors`)
     mergeable: bool
     seeded: bool
     needs: list[str]  # builders, of which one must be in the chain
@@ -33,21 +35,22 @@ class Row:
     rate: float
 
 
-def survey() -> tuple[list[Row], list[str]]:
-    """Return the rows of all methods, by name, and why other plug-ins have none."""
+def survey(*, measured: bool = False) -> tuple[list[Row], list[str]]:
+    """Return the rows of all methods, by name, and why other plug-ins have none; `measured` ones have their errors."""
     rows, faults = [], METHODS.unsound()
     for name, kind in sorted(METHODS.sound().items()):
         try:
-            rows.append(_row(METHODS.make(name, {})))
+            rows.append(_row(METHODS.make(name, {}), measured=measured))
         except ValueError as error:
             faults.append(f"method {name!r} ({kind.__module__}) does not train a layer of SmolLM2-135M: {error}")
     return rows, faults
 
 
-def _row(method: Method) -> Row:
+def _row(method: Method, *, measured: bool) -> Row:
     kind, size = type(method), measure(method)
     strategies = {name: aggregation.STRATEGIES[name] for name in pairs.strategies(method)}
     exact = [name for name, strategy in strategies.items() if pairs.is_exact(method, strategy)]
+    near = [name for name in strategies if name not in exact]
     altering: list[tuple[str, Any]] = list(BUILDERS.sound().items())
     return Row(
         name=method.name,
@@ -60,7 +63,8 @@ def _row(method: Method) -> Row:
         training_bytes=size.training_bytes,
         tensors={part: f"{dtype} {rule}" for part, (dtype, rule) in sorted(size.tensors.items())},
         exact=exact,
-        near=[name for name in strategies if name not in exact],
+        near=near,
+        errors=errors(method, near) if measured and near else {},
         mergeable=method.mergeable,
         seeded=method.seeded,
         needs=sorted(name for name, builder in BUILDERS.sound().items() if builder.provides & method.needs),
@@ -77,3 +81,11 @@ def emulators(row: Row) -> str:
     """Say in words on which emulators a method trains."""
     needs = f"of {' or '.join(row.needs)}" if row.needs else "any"
     return needs + f" but {', '.join(row.spares)} where it trains" * bool(row.spares)
+
+
+def approximations(row: Row) -> str:
+    """Name the strategies that are near, those of one error together, and the error if it was measured."""
+    together: dict[str, list[str]] = {}
+    for name in row.near:
+        together.setdefault(f"{row.errors[name]:.1g}" if name in row.errors else "", []).append(name)
+    return "; ".join(", ".join(names) + f": {error}" * bool(error) for error, names in together.items()) or "none"

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offsite.coordinator import aggregation
 from offsite.coordinator.commands.legality import legality as print_legality
 from offsite.coordinator.commands.methods import methods as print_methods
-from offsite.coordinator.runs import legality
+from offsite.coordinator.runs import legality, pairs
 from offsite.coordinator.survey import rows as survey_rows
+from offsite.coordinator.survey.errors import errors
 from offsite.coordinator.survey.matrix import Matrix, matrix
 from offsite.coordinator.survey.rows import Row, emulators, survey
 from offsite.emulator.builders import BUILDERS
@@ -32,8 +35,26 @@ def rows() -> dict[str, Row]:
 
 @pytest.fixture
 def printed(rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands print the rows that were found once, for all are measured."""
-    monkeypatch.setattr(survey_rows, "survey", lambda: (list(rows.values()), []))
+    """The commands print the rows that were found once, for all are measured, with the errors of the page."""
+    errors = documented()
+    told = [replace(row, errors=errors[name]) for name, row in rows.items()]
+    monkeypatch.setattr(survey_rows, "survey", lambda **_: (told, []))
+
+
+def documented() -> dict[str, dict[str, float]]:
+    """Return the errors that the page of methods has, by method and strategy."""
+    page = (ROOT / "docs" / "methods.md").read_text().partition("## How it is averaged")[2].partition("\n- ")[0]
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
+    return {
+        cell[0].strip("|` "): {
+            name: float(error)
+            for part in cell[3].split("; ")
+            for names, _, error in [part.partition(": ")]
+            for name in names.split(", ")
+            if error
+        }
+        for cell in cells
+    }
 
 
 @pytest.mark.usefixtures("printed")
@@ -58,11 +79,23 @@ def test_every_method_has_a_row_with_the_sizes_of_a_layer(rows: dict[str, Row]) 
     assert emulators(rows["grids"]) == "of sketch"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_is_called_exact_is_and_the_error_of_what_is_near_is_the_pages(name: str) -> None:
+    method = METHODS.make(name, {})
+    measured = errors(method, pairs.strategies(method))
+    for strategy, error in measured.items():
+        if pairs.is_exact(method, aggregation.STRATEGIES[strategy]):
+            assert error < 1e-5, strategy
+        else:
+            assert error == pytest.approx(documented()[name][strategy], rel=0.3) and error > 1e-3, strategy
+
+
 @pytest.mark.usefixtures("printed")
 def test_programs_get_the_same_rows(rows: dict[str, Row], capsys: pytest.CaptureFixture[str]) -> None:
     print_methods(format="json")
     document = json.loads(capsys.readouterr().out)
-    assert [Row(**row) for row in document["methods"]] == [rows[name] for name in sorted(rows)]
+    assert [Row(**row | {"errors": {}}) for row in document["methods"]] == [rows[name] for name in sorted(rows)]
     assert document["refused"]["prompt_tuning"].startswith("it trains tokens") and not document["refused"].keys() & rows
 
 
