@@ -27,11 +27,13 @@ from offsite.emulator.plug import plug
 
 STEPS, ROWS, LENGTH = 20, 2, 16
 SITES = ("one", "other")
+# A third as wide as SmolLM2-135M is.
+SHAPES = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
 
 
 def errors(method: Method, strategies: Iterable[str]) -> dict[str, float]:
     """Return the relative error of each strategy, by name."""
-    base, draft = layer(method)
+    base, draft = layer(method, SHAPES)
     start = method.start(draft.model, draft.outline.places, seed=0)
     text = modality.default().probe(base, rows=ROWS * len(SITES), length=LENGTH)
     adapters = {site: _trained(method, draft, start, text.share(at, len(SITES))) for at, site in enumerate(SITES)}

@@ -1,5 +1,6 @@
 """What a method trains and sends of one layer, measured on random weights in the shapes of SmolLM2-135M."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,11 @@ def measure(method: Method) -> Size:
     )
 
 
-def layer(method: Method) -> tuple[nn.Module, Draft]:
+def layer(method: Method, shapes: Mapping[str, int] = SHAPES) -> tuple[nn.Module, Draft]:
     """Return a base of one layer, the same always, and what the builders make of it that give what a method needs."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        base: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES, vocab_size=64, num_hidden_layers=1))
+        base: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**shapes, vocab_size=64, num_hidden_layers=1))
     base.eval()
     names = [name for name, kind in builders.BUILDERS.items() if kind.provides & method.needs] or [catalogue.FIRST]
     text = Material(batches=[modality.default().probe(base, rows=1, length=16)])
