@@ -6,7 +6,8 @@ step of gradient descent would move most (see `methods.grown`). A whole training
 speaks of. The strategy keeps the largest entries of what the sites have made of theirs, and all train these from then
 on. Not here are the paper's penalty on changes, and one threshold for all maps: each has its share.
 
-Changes are sums: adapters of a language and of a task that were trained apart can be merged into one base.
+Changes are sums: adapters of a language and of a task that were trained apart can be merged into one base, or be
+composed into one adapter (`offsite.emulator.composition`).
 """
 
 from dataclasses import dataclass

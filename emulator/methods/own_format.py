@@ -37,6 +37,11 @@ def write(directory: Path, method: Method, adapter: Adapter, *, base_name: str) 
     save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
 
 
+def base(directory: Path) -> str:
+    """Return the name of the base that an adapter which `write` wrote is of."""
+    return str(json.loads((directory / DOCUMENT).read_text()).get("base", ""))
+
+
 def read(directory: Path) -> tuple[Method, Adapter]:
     """Read what `write` wrote; raises ValueError if it is not that."""
     file = directory / DOCUMENT
