@@ -63,6 +63,7 @@ class OwnerPolicy:
         "sara",
         "shira",
         "spiel",
+        "spt",
         "ssf",
         "vera",
         "waveft",

@@ -46,6 +46,7 @@ METHODS: Plugins[Any] = Plugins(
         "sara": "offsite.emulator.methods.sara:Sara",
         "spiel": "offsite.emulator.methods.spiel:Spiel",
         "soka": "offsite.emulator.methods.soka:Soka",
+        "spt": "offsite.emulator.methods.spt:Spt",
         "ssf": "offsite.emulator.methods.ssf:Ssf",
     },
     group="offsite.methods",

@@ -81,6 +81,78 @@ def tensors(parts: Mapping[Place, Sparse]) -> Adapter:
     return adapter
 
 
+def fields(parts: Mapping[Place, Sparse]) -> Schema:
+    """Return the fields of parts whose changes are averaged, and whose indices all sites have in common."""
+    schema: Schema = {}
+    for place, (index, _, (d_out, d_in)) in parts.items():
+        group = f"{place.layer}.{place.path}"
+        schema[place.key("index")] = Field("I32", (len(index),), Rule.FIXED, group, below=d_out * d_in)
+        schema[place.key("change")] = Field("F32", (len(index),), Rule.MEAN, group)
+        schema[place.key("size")] = Field("I32", (2,), Rule.FIXED, group, below=max(d_out, d_in) + 1)
+    return schema
+
+
+def put(model: nn.Module, parts: Mapping[Place, Sparse]) -> None:
+    """Put changes beside maps at a model's own layer numbers, and freeze the rest; raises ValueError if one misfits."""
+    check(model, parts)
+    model.requires_grad_(False)
+    stack = find(model).layers
+    for place, (index, change, size) in parts.items():
+        linear = linear_at(model, place)
+        device = next(chain(linear.parameters(), linear.buffers())).device
+        part = Sparse(index.to(device, copy=True), change.detach().to(device, torch.float32, copy=True), size)
+        stack[place.layer].set_submodule(place.path, Entries(linear, part))
+
+
+def read(model: nn.Module, places: Mapping[int, int]) -> Adapter:
+    """Read what `put` put there as CPU copies."""
+    return tensors(
+        {
+            place: Sparse(
+                entries.get_buffer("index").to("cpu", copy=True),
+                entries.change.detach().to("cpu", torch.float32, copy=True),
+                entries.size,
+            )
+            for place, entries in wrapped(model, places, Entries).items()
+        }
+    )
+
+
+def add(base: nn.Module, parts: Mapping[Place, Sparse]) -> None:
+    """Add changes to the weights, in place and in fp32; raises ValueError if they do not fit."""
+    check(base, parts)
+    with torch.no_grad():
+        for place, (index, change, size) in parts.items():
+            module = linear_at(base, place)
+            weight = module.get_parameter("weight")
+            device = weight.device
+            added = dense(index.to(device), change.to(device, torch.float32), size)
+            weight.copy_(weight.float() + (added.T if is_transposed(module) else added))
+
+
+def widened(parts: Mapping[Place, Sparse], recovery: Mapping[str, Tensor]) -> dict[Place, Sparse]:
+    """Return parts as the base's maps have them where the emulator's were narrowed; raises ValueError on a misfit.
+
+    `recovery` is as `methods.recovery.widen` has it.
+    """
+    wide: dict[Place, Sparse] = {}
+    for place, part in parts.items():
+        name = f"{place.layer}.{place.path}"
+        if f"{name}.shape" in recovery:
+            d_out, d_in = recovery[f"{name}.shape"].tolist()
+            rows = recovery.get(f"{name}.rows", torch.arange(d_out))
+            columns = recovery.get(f"{name}.columns", torch.arange(d_in))
+            if part.size != (len(rows), len(columns)):
+                raise ValueError(
+                    f"{name}: entries of a map {part.size} do not fit one narrowed to {(len(rows), len(columns))}"
+                )
+            at = part.at.long()
+            index, order = (rows[at // len(columns)] * d_in + columns[at % len(columns)]).sort()
+            part = Sparse(index.int(), part.change[order], (d_out, d_in))
+        wide[place] = part
+    return wide
+
+
 class SparseEntries(Averaged, ABC):
     """A method of this kind; it says which entries of each map it trains.
 
@@ -125,13 +197,7 @@ class SparseEntries(Averaged, ABC):
 
     def schema(self, start: Adapter) -> Schema:
         """Return changes that are averaged, and indices that all sites have in common."""
-        fields: Schema = {}
-        for place, (index, _, (d_out, d_in)) in sparse(start).items():
-            group = f"{place.layer}.{place.path}"
-            fields[place.key("index")] = Field("I32", (len(index),), Rule.FIXED, group, below=d_out * d_in)
-            fields[place.key("change")] = Field("F32", (len(index),), Rule.MEAN, group)
-            fields[place.key("size")] = Field("I32", (2,), Rule.FIXED, group, below=max(d_out, d_in) + 1)
-        return fields
+        return fields(sparse(start))
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
         """Return changes of zero of the entries that train."""
@@ -147,29 +213,12 @@ class SparseEntries(Averaged, ABC):
     def attach(self, model: nn.Module, places: Mapping[int, int], adapter: Adapter) -> nn.Module:
         """Put the changes beside the maps, in place; raises ValueError if they do not fit."""
         parts = sparse(adapter)
-        there = {at: parts[place] for place, at in moved(parts, places).items()}
-        _check(model, there)
-        model.requires_grad_(False)
-        stack = find(model).layers
-        for place, (index, change, size) in there.items():
-            linear = linear_at(model, place)
-            device = next(chain(linear.parameters(), linear.buffers())).device
-            part = Sparse(index.to(device, copy=True), change.detach().to(device, torch.float32, copy=True), size)
-            stack[place.layer].set_submodule(place.path, Entries(linear, part))
+        put(model, {at: parts[place] for place, at in moved(parts, places).items()})
         return model
 
     def state(self, model: nn.Module, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off an attached model as CPU copies."""
-        return tensors(
-            {
-                place: Sparse(
-                    entries.get_buffer("index").to("cpu", copy=True),
-                    entries.change.detach().to("cpu", torch.float32, copy=True),
-                    entries.size,
-                )
-                for place, entries in wrapped(model, places, Entries).items()
-            }
-        )
+        return read(model, places)
 
     def named_parameters(self, model: nn.Module, places: Mapping[int, int]) -> dict[str, nn.Parameter]:
         """Return the live changes of an attached model by adapter key."""
@@ -180,38 +229,15 @@ class SparseEntries(Averaged, ABC):
 
         `recovery` is as `methods.recovery.widen` has it. Raises ValueError if it does not fit.
         """
-        wide: dict[Place, Sparse] = {}
-        for place, part in sparse(adapter).items():
-            name = f"{place.layer}.{place.path}"
-            if f"{name}.shape" in recovery:
-                d_out, d_in = recovery[f"{name}.shape"].tolist()
-                rows = recovery.get(f"{name}.rows", torch.arange(d_out))
-                columns = recovery.get(f"{name}.columns", torch.arange(d_in))
-                if part.size != (len(rows), len(columns)):
-                    raise ValueError(
-                        f"{name}: entries of a map {part.size} do not fit one narrowed to {(len(rows), len(columns))}"
-                    )
-                at = part.at.long()
-                index, order = (rows[at // len(columns)] * d_in + columns[at % len(columns)]).sort()
-                part = Sparse(index.int(), part.change[order], (d_out, d_in))
-            wide[place] = part
-        return tensors(wide)
+        return tensors(widened(sparse(adapter), recovery))
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:
         """Add the changes to the weights, in place and in fp32; raises ValueError if they do not fit."""
-        parts = sparse(adapter)
-        _check(base, parts)
-        with torch.no_grad():
-            for place, (index, change, size) in parts.items():
-                module = linear_at(base, place)
-                weight = module.get_parameter("weight")
-                device = weight.device
-                added = dense(index.to(device), change.to(device, torch.float32), size)
-                weight.copy_(weight.float() + (added.T if is_transposed(module) else added))
+        add(base, sparse(adapter))
 
     def export(self, directory: Path, adapter: Adapter, *, base: nn.Module, base_name: str) -> None:
         """Write the entries in the format of this project: peft's types for single entries fix how many a map has."""
-        _check(base, sparse(adapter))
+        check(base, sparse(adapter))
         own_format.write(directory, self, adapter, base_name=base_name)
 
     def _maps(self, model: nn.Module, places: Mapping[int, int]) -> dict[Place, nn.Module]:
@@ -228,7 +254,7 @@ class SparseEntries(Averaged, ABC):
         return maps
 
 
-def _check(model: nn.Module, parts: Mapping[Place, Sparse]) -> None:
+def check(model: nn.Module, parts: Mapping[Place, Sparse]) -> None:
     """Raise ValueError unless a model has these maps at its own layer numbers, of the sizes that they say."""
     for place, (index, _, size) in parts.items():
         if size != (own := shape(linear_at(model, place))):

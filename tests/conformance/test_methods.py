@@ -35,6 +35,7 @@ def case(name: str, *settings: dict[str, Any]) -> Any:
     return pytest.param(name, *settings, marks=[pytest.mark.slow] * beyond)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {"spt": {"share": 0.1}}  # with which a tiny model has all kinds of tensors
 VARIANTS: list[Any] = [
     *(case(name, {}) for name in sorted(METHODS)),
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
@@ -43,6 +44,7 @@ VARIANTS: list[Any] = [
     *(("lora", {"init": init}) for init in INITS),
     ("moments", {"of": "gradients"}),
     ("moments", {"of": "squares"}),
+    ("spt", {"share": 0.1}),
 ]
 
 
@@ -51,7 +53,7 @@ VARIANTS: list[Any] = [
 )
 def method(request: pytest.FixtureRequest) -> Method:
     name, _, init = request.param.partition(" ")
-    return make(name, {"init": init} if init else {})
+    return make(name, {"init": init} if init else SETTINGS.get(name, {}))
 
 
 def emulator(method: Method, base: Any, text: list[Batch]) -> Draft:

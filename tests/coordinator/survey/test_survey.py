@@ -124,6 +124,7 @@ def judge(method: str, builders: tuple[str, ...], strategy: str, text: Path, *, 
     chain = tuple(Choice(name=name) for name in builders)
     spec = RunSpec(
         model="nowhere",
+        start="sums",  # for methods that begin from what was measured
         builders=chain,
         method=Choice(name=method),
         strategy=Choice(name=strategy),
