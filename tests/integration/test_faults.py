@@ -55,22 +55,24 @@ def test_a_killed_coordinator_and_a_killed_site_finish_with_the_same_bytes(feder
 
 
 @pytest.mark.slow
-def test_an_adapter_beside_the_maps_is_trained_by_zero_2_and_a_kill_leaves_no_trace(
-    federation: Any, wait: Any, tmp_path: Path
+@pytest.mark.parametrize(("name", "settings"), [("bottleneck", {"width": 4}), ("paca", {"rank": 4})])
+def test_what_is_beside_the_maps_or_some_columns_is_trained_by_zero_2_and_a_kill_leaves_no_trace(
+    name: str, settings: dict[str, int], federation: Any, wait: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     from offsite.emulator.plug import load
 
-    method = Choice(name="bottleneck", settings={"width": 4})
+    method = Choice(name=name, settings=settings)
     exam = {"exam": str(federation.material / "held-out.jsonl")}
     spec = federation.spec(rounds=2, method=method, sites=("hospital",), evaluation=exam)
-    allowed = 'bases = ["any"]\nmethods = ["bottleneck"]\n'
+    allowed = f'bases = ["any"]\nmethods = ["{name}"]\n'
     federation.coordinate()
     federation.join("hospital", policy=allowed, engine="deepspeed")
     with federation.connect() as session:
-        with pytest.raises(InputError, match="merge: what bottleneck trains.*leave merge out"):
-            session.submit(replace(spec, merge=True))
+        if name == "bottleneck":
+            with pytest.raises(InputError, match="merge: what bottleneck trains.*leave merge out"):
+                session.submit(replace(spec, merge=True))
         first = session.submit(spec)
         folder = first.result(tmp_path / "out")
         assert first.report["overall"]["plug_in"] < first.report["overall"]["base_zero_shot"]
