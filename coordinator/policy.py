@@ -18,11 +18,11 @@ from offsite.emulator.catalogue import BUILDERS, FIRST, METHODS
 from offsite.protos.documents import document, from_toml, nearest, parse, to_plain
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
 from offsite.protos.ranges import AboveZero, Flag, Name, Place, Positive, Share, Word
+from offsite.protos.recipes import render
 from offsite.protos.security.certificates import Role
 from offsite.protos.spec import Ancestor, Choice, RunSpec
 
 MIB = 1 << 20
-WEIGHTLESS = ("random", "eva", "lora-ga")  # starts that are not made of parts of the weights
 Words = Annotated[tuple[Word, ...], Field(max_length=256)]
 
 
@@ -39,6 +39,7 @@ class OwnerPolicy:
         "bottleneck",
         "c3a",
         "compacter",
+        "dora",
         "fourierft",
         "gralora",
         "grids",
@@ -62,16 +63,17 @@ class OwnerPolicy:
         "s2ft",
         "sara",
         "shira",
+        "soka",
         "spiel",
         "spt",
         "ssf",
         "vera",
         "waveft",
-    )  # `blocks` publishes layers of the base, trained a little, `dora` lengths of its rows, `soka` parts of its maps,
-    # and `moments` what the sites' activations or gradients are like
+    )  # `blocks` publishes layers of the base, trained a little, and `moments` what the sites' activations or gradients
+    # are like. Of these here some disclose parts or figures of the base's weights, and are for those of `merged` alone
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
-    merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in an adapter of them
+    merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in what adapters disclose
     continued: Flag = True  # whether runs may go on from a version of another one of theirs
     max_rounds: Positive = 20  # of a run, and of those that it goes on from
     max_steps: Positive = 1000  # optimiser steps of one round at one site
@@ -148,10 +150,11 @@ class OwnerPolicy:
             raise _refused("methods", f"method {spec.method.name} is not among {', '.join(self.methods)}")
         if spec.merge and person not in self.merged:
             raise _refused("merged", f"a merged model holds all of the base, and {person} may not have one")
-        if (init := spec.method.settings.get("init", "random")) not in WEIGHTLESS and person not in self.merged:
+        if person not in self.merged and (disclosure := _disclosure(spec.method)):
             raise _refused(
                 "merged",
-                f"init {init!r} makes the adapter of parts of the base's weights, which {person} may not have",
+                f"an adapter of {render([spec.method])} has {disclosure} of the base's weights in it, which {person} "
+                "may not have",
             )
         if continues and not self.continued:
             raise _refused("continued", "a run begins from what changes nothing, not from a version of another one")
@@ -214,7 +217,11 @@ class OwnerPolicy:
             ("methods", ", ".join(self.methods), "blocks publishes layers of the base, trained a little"),
             ("most disclosed", f"{self.max_disclosed:.0%}", f"verbatim {share}"),
             ("with few bits", f"{self.max_disclosed_lossy:.0%}", f"verbatim or rounded {share}"),
-            ("merged models", ", ".join(self.merged) or "owners only", "who may have the base with the change in it"),
+            (
+                "merged models",
+                ", ".join(self.merged) or "owners only",
+                "who may have the base with the change in it, or parts of it in an adapter",
+            ),
             ("continued runs", "yes" if self.continued else "no", "from a version of another run of theirs"),
             ("most rounds", str(self.max_rounds), "of one run and of those that it goes on from"),
             ("most steps", str(self.max_steps), "of one round at one site"),
@@ -230,6 +237,15 @@ class OwnerPolicy:
             ("largest adapter", f"{self.max_adapter_mib:g} MiB", "that sites start from and send back"),
             ("largest emulator", f"{self.max_bundle_mib:g} MiB", "that each site downloads"),
         ]
+
+
+def _disclosure(choice: Choice) -> str:
+    """Say what of the base's weights the adapters of a method disclose; raises InputError for unfit settings."""
+    try:
+        disclosure: str = METHODS.make(choice.name, choice.settings).disclosure
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return disclosure
 
 
 def _folder(policy: Path, place: str) -> Path:

@@ -52,7 +52,7 @@ METHODS: Plugins[Any] = Plugins(
     group="offsite.methods",
     states=(
         *("needs", "spares", "rate", "rules", "attaches", "mergeable", "withheld"),
-        *("paper", "kind", "formula", "linear", "seeded"),
+        *("paper", "kind", "formula", "linear", "seeded", "disclosure"),
     ),
     refused=refusals.PEFT,
 )

@@ -14,7 +14,7 @@ MODEL = "base"  # what the owner's policy calls it
 
 
 def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -> Path:
-    """Write the owner's policy: one model, the owner's own texts, and no merged model unless it was asked for."""
+    """Write the owner's policy: one model, the owner's own texts, and the base's weights if they were asked for."""
     bounds = {  # the safe value where no more is asked for
         "max_rounds": max(settings.rounds, 20),
         "max_steps": max(settings.steps, 1000),
@@ -25,11 +25,12 @@ def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -
         "max_adapter_mib": 1024.0,  # whatever model it is shown with
         "max_bundle_mib": 65536.0,
     }
+    discloses = METHODS.make(settings.method.name, settings.method.settings).disclosure
     path.write_text(
         "# What the owner allows researchers; what is left out has its safe value.\n"
         f"methods = [{json.dumps(settings.method.name)}]\n"
         f"data = [{json.dumps(str(texts))}]\n"
-        f"merged = {json.dumps(['researcher'] if settings.merge else [])}\n"
+        f"merged = {json.dumps(['researcher'] if settings.merge or discloses else [])}\n"
         + "".join(f"{name} = {value}\n" for name, value in bounds.items())
         + f"[models]\n{MODEL} = {json.dumps(model)}\n"
     )

@@ -15,7 +15,7 @@ from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import refusal
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
-from offsite.emulator.methods.base import takes
+from offsite.emulator.methods.base import Disclosure, takes
 from offsite.emulator.modality import Batch
 from offsite.kernels.schema import Rule, settle
 from offsite.protos import tensors
@@ -68,8 +68,8 @@ def _begun(path: Path, method: Method, start: Adapter) -> Adapter:
 
 
 def is_derived(method: Method) -> bool:
-    """Tell whether a method's start is computed from the weights, in whose last digits two machines may differ."""
-    return bool(getattr(method, "derived", False))
+    """Tell whether a method's start is computed from weights, in the last digits of which two machines may differ."""
+    return method.disclosure is Disclosure.PARTS
 
 
 def strange_start(broadcast: Adapter, start: Adapter, dtype: torch.dtype, *, derived: bool = False) -> list[str]:

@@ -57,7 +57,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             token = f"{person.name} {request.token or run}"  # one person's token is nobody else's
             granted = None
             if not await in_thread(self._journal.submitted, token):
-                grant = await in_thread(self._grant, spec, person)
+                grant = await asyncio.to_thread(self._grant, spec, person)
                 await asyncio.to_thread(_judge, grant, self._journal, self._blobs)
                 granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
             row = await in_thread(

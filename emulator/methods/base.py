@@ -28,6 +28,14 @@ class Kind(StrEnum):
     MEASURED = "measured"  # nothing: sites measure what their data are like
 
 
+class Disclosure(StrEnum):
+    """What of the base's weights whoever has an adapter has with it, beside the values that train."""
+
+    NOTHING = ""
+    PARTS = "parts"  # of which its start is computed, so that two machines may differ in the last digits of it
+    FIGURES = "figures"  # which what is exported needs, and no start
+
+
 class Formula(NamedTuple):
     """How many values train, as Python expressions of the method's settings and the sizes of each thing that trains.
 
@@ -108,6 +116,7 @@ class Method(Protocol):
     formula: ClassVar[Formula]
     linear: ClassVar[bool]  # whether the mean of adapters, value by value, changes W by the mean of their changes
     seeded: ClassVar[bool]  # whether its start is drawn from the run's seed, which all sites must have in common
+    disclosure: ClassVar[Disclosure]
 
     def tier_at(self, site: str) -> Tier:
         """The tier of a site: what it trains of the adapter, or at which size; "" for methods with only one."""
@@ -229,6 +238,7 @@ class Averaged:
     attaches: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
     withheld: ClassVar[frozenset[str]] = frozenset()
+    disclosure: ClassVar[Disclosure] = Disclosure.NOTHING
 
     def tier_at(self, site: str) -> Tier:
         """Return "": all sites train the same."""

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import peft_format
-from offsite.emulator.methods.base import Adapter, Factors, Formula, Kind
+from offsite.emulator.methods.base import Adapter, Disclosure, Factors, Formula, Kind
 from offsite.emulator.methods.beside import Axes, Beside, BesideMaps, Parts, grouped
 from offsite.emulator.methods.recovery import refuse
 from offsite.emulator.methods.targets import Modules
@@ -81,6 +81,7 @@ class Dora(BesideMaps):
     kind: ClassVar[Kind] = Kind.REPARAMETERISED
     formula: ClassVar[Formula] = Formula("map", "rank * (d_in + d_out) + d_out")
     mergeable: ClassVar[bool] = True
+    disclosure: ClassVar[Disclosure] = Disclosure.FIGURES  # an export has the lengths of rows, as the paper trains them
 
     def __post_init__(self) -> None:
         """Check the ranges."""

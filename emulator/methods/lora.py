@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find, is_transposed, shape
 from offsite.emulator.methods import peft_format
-from offsite.emulator.methods.base import Adapter, Factors, Formula, Kind, Place, factors
+from offsite.emulator.methods.base import Adapter, Disclosure, Factors, Formula, Kind, Place, factors
 from offsite.emulator.methods.initial import INITS, Init
 from offsite.emulator.methods.measured import STARTS, Measured
 from offsite.emulator.methods.recovery import widen
@@ -61,6 +61,7 @@ class Lora:
     formula: ClassVar[Formula] = Formula("map", "rank * (d_in + d_out)")
     linear: ClassVar[bool] = False
     seeded: ClassVar[bool] = True  # but not with an init of W
+    disclosure: ClassVar[Disclosure] = Disclosure.NOTHING  # but parts of W with an init that has them
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -79,16 +80,18 @@ class Lora:
                     "one; leave out ranks, or take init 'random'"
                 )
             object.__setattr__(self, "rules", self.rules | {Rule.FIXED})  # the dataclass is frozen
-        if self.derived:
+        if self._weighty:
             object.__setattr__(self, "seeded", False)
+        if self._weighty or (self.init in STARTS and STARTS[self.init].weights):
+            object.__setattr__(self, "disclosure", Disclosure.PARTS)
 
     @property
     def _patterns(self) -> dict[str, Mapping[str, float]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     @property
-    def derived(self) -> bool:
-        """Whether a start is made of weights alone, so that two machines may differ in its last digits."""
+    def _weighty(self) -> bool:
+        """Whether a start is made of weights alone."""
         return self.init in INITS
 
     @property
@@ -159,7 +162,7 @@ class Lora:
         adapter: Adapter = {}
         for place, linear in self._linears(model, places):
             (d_out, d_in), rank = shape(linear), self._rank_of(place.path, tier)
-            if self.derived:
+            if self._weighty:
                 pair = INITS[self.init](_weight(linear), rank, self.scale_of(place.path))
             else:
                 A = torch.empty(rank, d_in)

@@ -22,9 +22,13 @@ GAMMA = 16  # LoRA-GA's, of its published code
 
 
 class Start(NamedTuple):
-    """A start of this kind: what it takes, how many directions of a map a rank takes, and what makes it."""
+    """A start of this kind: what it takes, how many directions of a map a rank takes, and what makes it.
+
+    `weights` tells whether it has parts of W in it.
+    """
 
     takes: str
+    weights: bool
     directions: int
     make: Callable[[Tensor, Statistics, Place, int, float], Factors]  # of W (d_out, d_in), with rank and scale
 
@@ -95,11 +99,12 @@ def _corda(*, smallest: bool) -> Callable[[Tensor, Statistics, Place, int, float
 
 
 STARTS: dict[str, Start] = {
-    "corda": Start("inputs", 1, _corda(smallest=False)),
-    "corda-kpm": Start("inputs", 1, _corda(smallest=True)),
-    "eva": Start("inputs", 1, lambda W, of, place, rank, scale: eva(W, of.mean_outer(place), rank)),
+    "corda": Start("inputs", True, 1, _corda(smallest=False)),
+    "corda-kpm": Start("inputs", True, 1, _corda(smallest=True)),
+    "eva": Start("inputs", False, 1, lambda W, of, place, rank, scale: eva(W, of.mean_outer(place), rank)),
     "lora-ga": Start(
         "gradients",
+        False,
         2,
         lambda W, of, place, rank, scale: lora_ga(of.of_weight(place, "gradients", (W.shape[0], W.shape[1])), rank),
     ),

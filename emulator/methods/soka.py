@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.formats.packed import dense
-from offsite.emulator.methods.base import Adapter, Formula, Kind, Place
+from offsite.emulator.methods.base import Adapter, Disclosure, Formula, Kind, Place
 from offsite.emulator.methods.beside import Axes, Beside, BesideMaps, Parts, grouped
 from offsite.emulator.methods.initial import principal
 from offsite.emulator.methods.recovery import refuse
@@ -108,7 +108,7 @@ class Soka(BesideMaps):
     formula: ClassVar[Formula] = Formula("map", "terms * (cells + d_out * d_in // cells)")
     mergeable: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
-    derived: ClassVar[bool] = True  # its start is made of weights, so that two machines may differ in its last digits
+    disclosure: ClassVar[Disclosure] = Disclosure.PARTS
     fixed: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
     def __post_init__(self) -> None:

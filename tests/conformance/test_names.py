@@ -77,7 +77,7 @@ ALLOWED = {
         "supervised",
     },  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | catalogue.METHODS.keys() - {"blocks", "dora", "moments", "soka"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks", "moments"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from offsite.coordinator.runs.legality import judge
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.evaluation.portion import Portion
 from offsite.emulator.methods import METHODS
+from offsite.emulator.methods.base import Disclosure
 from offsite.emulator.modality import read
 from offsite.protos.documents import parse
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
@@ -79,7 +81,10 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"builders": (Choice(name="whole"),)}, r"\(builders\)"),
         ({"method": Choice(name="blocks")}, r"\(methods\)"),
         ({"merge": True}, r"\(merged\)"),
-        ({"method": Choice(name="lora", settings={"init": "pissa"})}, r"\(merged\): init 'pissa' makes the adapter of"),
+        ({"method": Choice(name="lora", settings={"init": "pissa"})}, r"\(merged\): .* lora\(init=pissa\) has parts"),
+        ({"method": Choice(name="lora", settings={"init": "corda"})}, r"\(merged\): .* lora\(init=corda\) has parts"),
+        ({"method": Choice(name="soka")}, r"\(merged\): an adapter of soka has parts of the base's weights"),
+        ({"method": Choice(name="dora")}, r"\(merged\): an adapter of dora has figures of the base's weights"),
         ({"method": Choice(name="lora", settings={"rank": 257})}, r"\(max_rank\): 257 is more than 256"),
         ({"method": Choice(name="lora", settings={"rank_pattern": {"q_proj": 257}})}, r"\(max_rank\): 257 is more"),
         ({"rounds": 21}, r"\(max_rounds\): 21 is more than 20"),
@@ -136,8 +141,23 @@ def test_merged_models_are_for_those_the_policy_names(policy: OwnerPolicy, place
     (place / "owner.toml").write_text('merged = ["alice"]\n[models]\nbase = "model"\n')
     other = OwnerPolicy.load(place / "owner.toml")
     assert grant(other, merge=True).merge
-    assert grant(other, method=Choice(name="lora", settings={"init": "olora"})).method.settings
+    for method in (Choice(name="lora", settings={"init": "olora"}), Choice(name="soka"), Choice(name="dora")):
+        assert grant(other, method=method).method == method
     assert other.may_fetch("merged/model.safetensors", role="researcher", person="alice")
+
+
+@pytest.mark.parametrize("disclosure", Disclosure)
+def test_a_method_of_another_package_is_held_back_by_what_it_declares(
+    place: Path, monkeypatch: pytest.MonkeyPatch, disclosure: Disclosure
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "plugin")
+    monkeypatch.setitem(METHODS._points, "sparse", [EntryPoint("sparse", "offsite_sparse:Sparse", METHODS.group)])
+    monkeypatch.setitem(METHODS._loaded, "sparse", type("Declared", (METHODS["sparse"],), {"disclosure": disclosure}))
+    for merged in ((), ("alice",)):
+        policy = OwnerPolicy(models={"base": str(place / "model")}, methods=("sparse",), merged=merged)
+        refused = pytest.raises(RefusedError, match=rf"\(merged\): an adapter of sparse has {disclosure} of the base's")
+        with refused if disclosure and not merged else contextlib.nullcontext():
+            grant(policy, method=Choice(name="sparse"))
 
 
 @pytest.mark.parametrize(
@@ -163,9 +183,7 @@ def test_the_example_and_the_table_have_every_bound_and_the_default_all_builders
     assert len(default.describe()) == len(OwnerPolicy.__dataclass_fields__) - 1  # batch and length share a row
     assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {
         "blocks",
-        "dora",
         "moments",
-        "soka",
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from offsite.emulator.anatomy.structure import adaptable, find
-from offsite.emulator.methods.base import Formula, Kind
+from offsite.emulator.methods.base import Disclosure, Formula, Kind
 from offsite.emulator.outline import NARROWED, PACKED
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, Tier
@@ -54,6 +54,7 @@ class Sparse:
     formula: ClassVar[Formula] = Formula("map", "entries")
     linear: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    disclosure: ClassVar[Disclosure] = Disclosure.NOTHING
 
     def tier_at(self, site: str) -> Tier:
         return ""
