@@ -10,20 +10,18 @@ from torch import Tensor, nn
 from offsite.emulator import builders
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, make
-from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.placements import Ends
 from offsite.emulator.plug import load, plug
 from offsite.kernels.schema import groups, settle
 
 FAMILIES = ("gpt2", "bert", "vit")
-SAMPLE = {"miss", "vera"}  # of peft's types
+SAMPLE = {"lora", "bottleneck", "paca", "amt", "miss"}
 CASES = [
-    pytest.param(
-        family, name, marks=[pytest.mark.slow] * (issubclass(METHODS[name], PeftMethod) and name not in SAMPLE)
-    )
+    pytest.param(family, name, marks=[pytest.mark.slow] * (name not in SAMPLE))
     for family in FAMILIES
-    for name in sorted(METHODS)
-    if not METHODS[name].needs  # what a builder gives that looks at how a model writes text
+    for name, kind in sorted(METHODS.items())
+    # Not what a builder gives that looks at how a model writes text, nor what does not train.
+    if not kind.needs and not hasattr(kind, "measure")
 ]
 
 

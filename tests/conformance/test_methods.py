@@ -1,5 +1,6 @@
 """What every method owes, on an emulator that has what it trains, run over the family's own mapping."""
 
+import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,17 @@ def emulator(method: Method, base: Any, text: list[Batch]) -> Draft:
     return builders.run(chain, Ends(1, 1), base, Material(batches=text))
 
 
+@pytest.fixture(scope="module")
+def once() -> dict[str, Any]:
+    """What of a method is made once, for tests that take a copy of it."""
+    return {}
+
+
 @pytest.fixture
-def draft(method: Method, tiny: Any, text: list[Batch]) -> Draft:
-    return emulator(method, tiny(), text)
+def draft(method: Method, tiny: Any, text: list[Batch], once: dict[str, Any]) -> Draft:
+    if f"draft of {method}" not in once:
+        once[f"draft of {method}"] = emulator(method, tiny(), text)
+    return copy.deepcopy(once[f"draft of {method}"])
 
 
 @pytest.fixture
@@ -74,8 +83,14 @@ def start(method: Method, draft: Draft) -> Adapter:
 
 
 @pytest.fixture
-def trained(method: Method, draft: Draft, start: Adapter, tokenizer: Any) -> Any:
+def trained(method: Method, draft: Draft, start: Adapter, tokenizer: Any, once: dict[str, Any]) -> Any:
     """The emulator with an adapter that has learned for two steps, or measured a batch."""
+    if f"trained {method}" not in once:
+        once[f"trained {method}"] = learned(method, copy.deepcopy(draft), start, tokenizer)
+    return copy.deepcopy(once[f"trained {method}"])
+
+
+def learned(method: Method, draft: Draft, start: Adapter, tokenizer: Any) -> Any:
     places = draft.outline.places
     examples = [TextExample("", " ".join(f"w{3 + (7 * row + at) % 80}" for at in range(12))) for row in range(8)]
     model = method.attach(draft.model, places, start)
