@@ -35,6 +35,7 @@ class OwnerPolicy:
     builders: Words = ("additive", "crash", "distilled", "loram", "quantised", "sketch", "uniform")
     methods: Words = (
         "amt",
+        "apet",
         "bi-lora",
         "bottleneck",
         "c3a",

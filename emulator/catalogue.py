@@ -12,6 +12,7 @@ METHODS: Plugins[Any] = Plugins(
     "method",
     {
         "amt": "offsite.emulator.methods.amt:Amt",
+        "apet": "offsite.emulator.methods.apet:Apet",
         "bi-lora": "offsite.emulator.methods.bi_lora:BiLora",
         "blocks": "offsite.emulator.methods.blocks:Blocks",
         "bottleneck": "offsite.emulator.methods.bottleneck:Bottleneck",

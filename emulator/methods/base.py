@@ -39,10 +39,10 @@ class Disclosure(StrEnum):
 class Formula(NamedTuple):
     """How many values train, as Python expressions of the method's settings and the sizes of each thing that trains.
 
-    A "map" has `d_out`, `d_in`, `bias` (whether it has one), `cells`, the blocks that SoKA cuts it into, and, if it is
-    sketched, `grids` of a row. A "layer" has `parameters`, the hidden width `d`, the MLP's `d_ff` channels and `inward`
-    maps before them, `heads` of queries and `kv` of keys and values, and `width`, that of a head. `once` is of settings
-    alone.
+    A "map" has `d_out`, `d_in`, `bias` (whether it has one), `cells`, the blocks that SoKA cuts it into, `pair`, the
+    rank of a pair of factors beside it or 0, and, if it is sketched, `grids` of a row. A "layer" has `parameters`, the
+    hidden width `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and `kv` of keys and
+    values, and `width`, that of a head. `once` is of settings alone.
     """
 
     each: Literal["map", "layer"]

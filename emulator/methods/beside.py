@@ -106,6 +106,10 @@ class BesideMaps(Averaged, ABC):
         """Return the tensors that one map has: all of them, unless its kind of map lacks what some would change."""
         return self.axes
 
+    def expected(self, linear: nn.Module, parts: Parts) -> Axes:
+        """Return the tensors that a map has which has some of these: `of_map`, unless other ones may be there."""
+        return self.of_map(linear)
+
     def size(self, linear: nn.Module, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor beside a map."""
         d_out, d_in = shape(linear)
@@ -241,7 +245,7 @@ class BesideMaps(Averaged, ABC):
         for place, parts in maps.items():
             linear = linear_at(model, place)
             d_out, d_in = shape(linear)
-            axes, sizes = self.of_map(linear), {"rows": d_out, "columns": d_in}
+            axes, sizes = self.expected(linear, parts), {"rows": d_out, "columns": d_in}
             if parts.keys() != axes.keys():
                 raise ValueError(
                     f"{place.layer}.{place.path} takes {', '.join(axes)}, the adapter has {', '.join(parts)}"

@@ -36,7 +36,10 @@ def case(name: str, *settings: dict[str, Any]) -> Any:
     return pytest.param(name, *settings, marks=[pytest.mark.slow] * beyond)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {"spt": {"share": 0.1}}  # with which a tiny model has all kinds of tensors
+SETTINGS: dict[str, dict[str, Any]] = {  # with which a tiny model has all kinds of tensors
+    "apet": {"share": 0.25},
+    "spt": {"share": 0.1},
+}
 VARIANTS: list[Any] = [
     *(case(name, {}) for name in sorted(METHODS)),
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
@@ -45,6 +48,7 @@ VARIANTS: list[Any] = [
     *(("lora", {"init": init}) for init in INITS),
     ("moments", {"of": "gradients"}),
     ("moments", {"of": "squares"}),
+    ("apet", {"share": 0.25}),
     ("spt", {"share": 0.1}),
 ]
 
@@ -250,7 +254,9 @@ def sizes(draft: Draft, start: Adapter, each: str) -> list[dict[str, float]]:
         position = {layer: place for place, layer in places.items()}
         names = {key.rpartition(".")[0] for key in start}
         maps = [stack[position[int(name.partition(".")[0])]].get_submodule(name.partition(".")[2]) for name in names]
-        return [dict(zip(("d_out", "d_in"), shape(one), strict=True)) | _more(one) for one in maps]
+        pairs = [{"pair": len(start[f"{name}.A"]) if f"{name}.A" in start else 0} for name in names]
+        known = [dict(zip(("d_out", "d_in"), shape(one), strict=True)) | _more(one) for one in maps]
+        return [one | pair for one, pair in zip(known, pairs, strict=True)]
     found = []
     for place in places:
         maps = roles(draft.model, place)
@@ -315,4 +321,5 @@ def test_the_mean_of_adapters_changes_a_model_by_the_mean_of_their_changes_where
 
 def test_a_start_is_drawn_from_the_seed_where_the_method_says_so(method: Method, draft: Draft, start: Adapter) -> None:
     other = method.start(draft.model, draft.outline.places, seed=1)
-    assert any(not torch.equal(tensor, other[key]) for key, tensor in start.items()) == method.seeded
+    same = start.keys() == other.keys() and all(torch.equal(start[key], other[key]) for key in start)
+    assert same != method.seeded
