@@ -32,9 +32,22 @@ MOMENTS = Choice(name="moments", settings={"of": "inputs"})
 CORDA = Choice(name="lora", settings={"rank": 2, "init": "corda"})
 
 
-@pytest.fixture
-def home(tmp_path: Path, kit: Path) -> Home:
-    return Home(tmp_path / "home", kit).prepare()
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, kit: Path) -> Home:
+    return Home(tmp_path_factory.mktemp("measured") / "home", kit).prepare()
+
+
+@pytest.fixture(scope="module")
+def finished(home: Home, material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Built, Ancestor]:
+    """A run of one round that has measured, in the journal."""
+    grant, journal = Grant(**fields(material)), home.journal()
+    built = build(home.node, grant, Build(sites=SITES))
+    folded = aggregate(home.node, grant, measured(home, material, built, tmp_path_factory.mktemp("scratch")))
+    journal.add_run("sums", token="sums", owner="alice", spec=to_json(grant), granted=to_plain(grant))
+    journal.add_step("sums", "version:0", to_plain(built))
+    journal.add_step("sums", "version:1", to_plain(folded))
+    journal.end_run("sums", Completed(), report="{}", published={})
+    return built, ancestor(journal, "sums")
 
 
 def fields(material: Path, **changes: Any) -> dict[str, Any]:
@@ -66,20 +79,10 @@ def measured(home: Home, material: Path, built: Built, scratch: Path) -> Aggrega
     return Aggregate(last=built.version, schema=built.schema, tiers=built.tiers, updates=tuple(updates))
 
 
-def finished(home: Home, material: Path, scratch: Path) -> tuple[Built, Ancestor]:
-    """A run of one round that has measured, in the journal."""
-    grant, journal = Grant(**fields(material)), home.journal()
-    built = build(home.node, grant, Build(sites=SITES))
-    folded = aggregate(home.node, grant, measured(home, material, built, scratch))
-    journal.add_run("sums", token="sums", owner="alice", spec=to_json(grant), granted=to_plain(grant))
-    journal.add_step("sums", "version:0", to_plain(built))
-    journal.add_step("sums", "version:1", to_plain(folded))
-    journal.end_run("sums", Completed(), report="{}", published={})
-    return built, ancestor(journal, "sums")
-
-
-def test_sites_measure_and_the_next_run_begins_from_the_sums_of_all(home: Home, material: Path, tmp_path: Path) -> None:
-    built, sums = finished(home, material, tmp_path)
+def test_sites_measure_and_the_next_run_begins_from_the_sums_of_all(
+    home: Home, finished: tuple[Built, Ancestor], material: Path, tmp_path: Path
+) -> None:
+    built, sums = finished
     last = continued(home.journal(), sums)
     total = tensors.load(home.blobs().path(last.version.adapter))
     assert all(bool(value.any()) for value in total.values())
@@ -112,7 +115,9 @@ def test_sites_measure_and_the_next_run_begins_from_the_sums_of_all(home: Home, 
     assert "adapter/offsite_adapter.safetensors" in published.artifacts
 
 
-def test_a_run_without_what_it_begins_from_is_told_what_to_do(home: Home, material: Path, tmp_path: Path) -> None:
+def test_a_run_without_what_it_begins_from_is_told_what_to_do(
+    home: Home, finished: tuple[Built, Ancestor], material: Path
+) -> None:
     run = fields(material, method=CORDA, strategy=Choice(name="low-rank"))
     with pytest.raises(
         InputError, match="start: the method lora with these settings begins from the inputs .* moments"
@@ -120,7 +125,7 @@ def test_a_run_without_what_it_begins_from_is_told_what_to_do(home: Home, materi
         judge(RunSpec(**run))
     with pytest.raises(InputError, match="strategy low-rank cannot average method moments.*use one of: sum"):
         judge(RunSpec(**fields(material, strategy=Choice(name="low-rank"))))
-    _, sums = finished(home, material, tmp_path)
+    _, sums = finished
     journal, blobs = home.journal(), home.blobs()
 
     def refused(words: str, **changes: Any) -> None:
