@@ -13,6 +13,9 @@ SITES = ("bank", "hospital")
 RANKS = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
 
 
+MOMENTS, CORDA = Choice(name="moments"), Choice(name="lora", settings={"rank": 4, "init": "corda"})
+
+
 def published(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -75,3 +78,32 @@ def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_
         queued.cancel()
     with federation.connect(federation.researcher) as session, pytest.raises(NotFoundError, match=first.id):
         session.submit(spec, start=first.id)
+
+
+@pytest.mark.slow
+def test_lora_begins_from_moments_with_the_same_bytes_though_the_coordinator_is_killed_before(
+    federation: Any, wait: Any, tmp_path: Path
+) -> None:
+    federation.coordinate()
+    for site in SITES:
+        federation.join(site, policy='bases = ["any"]\nmethods = ["moments", "lora"]\n')
+    measuring = federation.spec(method=MOMENTS, strategy=Choice(name="sum"), sites=SITES, min_sites=2)
+    training = federation.spec(method=CORDA, sites=SITES, min_sites=2)
+    with federation.connect() as session:
+        sums = session.submit(measuring)
+        wanted = sums.result(tmp_path / "sums")
+        tuned = session.submit(training, start=sums)
+        bytes_wanted = published(tuned.result(tmp_path / "tuned"))
+        assert tuned.report["continues"] == {"run": sums.id, "round": 1, "rounds": 1}
+
+        again = session.submit(measuring)
+        uploads = len(federation.events("bank", "uploaded"))
+        wait(lambda: len(federation.events("bank", "uploaded")) > uploads, "an upload of what was measured")
+        federation.kill("coordinator")
+        federation.coordinate()
+        file = "adapter/offsite_adapter.safetensors"
+        assert (again.result(tmp_path / "again") / file).read_bytes() == (wanted / file).read_bytes()
+        federation.kill("coordinator")
+        federation.coordinate()
+        rest = session.submit(training, start=again)
+        assert published(rest.result(tmp_path / "rest")) == bytes_wanted

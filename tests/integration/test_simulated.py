@@ -8,14 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offsite.client import Choice
 from offsite.client.site.policy import Policy
 from offsite.deploy import simulate
+from offsite.deploy.simulation import simulate as module
 from offsite.protos.recipes import parse_one
 
+from ..deploy.simulation.conftest import Here
 from .conftest import ENVIRONMENT, Federation, wait_until
 
 SITES = ("bank", "hospital")
@@ -31,24 +34,63 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-PARTS = ('lisa(layers=1,per="site")', "ist(share=0.5)", "half")
+LORA = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
+KINDS: list[Any] = [  # of training: what is not the default of a run
+    pytest.param({}, id="as usual"),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow, id=" and ".join(kind.values()))
+        for kind in (
+            {"part": 'lisa(layers=1,per="site")'},
+            {"part": "ist(share=0.5)"},
+            {"part": "half"},
+            {"objective": "dpo(beta=1.0)", "optimiser": "natural-galore(rank=2,history=3,every=4)"},
+            {"optimiser": "spsa-gc(draws=2)"},
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize("part", ["all", *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)])
+@pytest.fixture
+def pairs(coordinated: Federation, folder: Path) -> Path:
+    """A folder with pairs of answers for a site each, which has joined: its chosen answers are a site's text."""
+    made = coordinated.folder / "pairs"
+    made.mkdir()
+    for site in SITES:
+        rows = [json.loads(line) for line in (folder / f"{site}.jsonl").read_text().splitlines()]
+        answers = [row["completion"] for row in rows]
+        compared = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other}
+            for row, other in zip(rows, answers[1:] + answers[:1], strict=True)
+        ]
+        file = made / f"{site}-pairs.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in compared))
+        coordinated.join(file.stem, data=file)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_virtual_sites_give_the_bytes_of_live_ones(
-    coordinated: Federation, folder: Path, tmp_path: Path, part: str
+    coordinated: Federation,
+    folder: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: dict[str, str],
 ) -> None:
-    coordinated.have(*SITES)
-    method = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
+    if kind:  # workers are processes of their own in the first case, and in this one in the others
+        monkeypatch.setattr(module, "Pool", Here)
     exam = {"bank": str(coordinated.material / "held-out.jsonl")}
-    spec = coordinated.spec(rounds=2, method=method, min_sites=2, evaluation=exam)
-    spec = replace(spec, training=replace(spec.training, part=parse_one(part)))
+    spec = coordinated.spec(rounds=2, method=LORA, min_sites=2, evaluation=exam)
+    spec = replace(spec, training=replace(spec.training, **{name: parse_one(recipe) for name, recipe in kind.items()}))
+    data = request.getfixturevalue("pairs") if "objective" in kind else folder
+    sites = tuple(sorted(file.stem for file in data.iterdir()))
+    coordinated.have(*sites)
     with coordinated.connect() as session:
-        live = session.submit(replace(spec, sites=SITES))
+        live = session.submit(replace(spec, sites=sites))
         live.result(tmp_path / "live")
         report = live.report
-    policy = Policy(bases=("any",), data=(str(folder),), **LAX)
-    virtual = simulate(replace(spec, sites=SITES), data=folder, out=tmp_path / "virtual", policy=policy, workers=2)
+    policy = Policy(bases=("any",), data=(str(data),), **LAX)
+    virtual = simulate(replace(spec, sites=sites), data=data, out=tmp_path / "virtual", policy=policy, workers=2)
     files = sorted(path.relative_to(tmp_path / "live") for path in (tmp_path / "live" / "adapter").iterdir())
     assert files and all(
         (tmp_path / "live" / file).read_bytes() == (tmp_path / "virtual" / file).read_bytes() for file in files
@@ -56,7 +98,7 @@ def test_virtual_sites_give_the_bytes_of_live_ones(
     assert virtual.report["overall"] == report["overall"] and virtual.report["sites"] == report["sites"]
     for mine, its in zip(virtual.report["rounds"], report["rounds"], strict=True):
         assert mine["figures"] == its["figures"]
-        for site in SITES:
+        for site in sites:
             same = ("loss", "losses", "examples", "weight")
             assert [mine["sites"][site][key] for key in same] == [its["sites"][site][key] for key in same]
 
