@@ -35,6 +35,8 @@ Say = Callable[..., None]
 def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     """Do this process's part of a job; the first rank writes what is sent. Raises OffsiteError and system errors."""
     started = time.time()
+    with faults("FAULT_TASK"):
+        ENGINES[job.engine.name].check(job.task.training, job.engine)
     with because("FAULT_ENGINE"):
         ranks = join(job.engine, rendezvous)
     make_repeatable()
@@ -63,7 +65,6 @@ def tune(
     job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
     with faults("FAULT_TASK"):
         job.policy.check_shares(shares(job.task.training))
-        optimisers.make(job.task.training.optimiser.name, job.task.training.optimiser.settings)  # or is not known
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)

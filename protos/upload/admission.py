@@ -11,7 +11,7 @@ from offsite.protos.errors import MismatchError
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 from offsite.protos.upload.base import Stage
 from offsite.protos.upload.change import Change
-from offsite.protos.upload.files import reach, settled
+from offsite.protos.upload.files import Reach, reach, settled
 
 
 def described(task: TaskSpec, site: str = "") -> str:
@@ -57,7 +57,8 @@ def judge(
         broadcast: those that it starts from.
         schema: settled, of what the stages were given.
         stages: what packed it.
-        max_norm: L2 norm of the largest change that is let in; of no bearing on sums.
+        max_norm: L2 norm of the largest change that is let in. It does not hold for sums, nor for bits that are voted
+            on, of which a site cannot change more than all and by which none gets more than its weight.
         what: names it in messages.
         seen: the norm, if it is known already.
     """
@@ -83,14 +84,14 @@ def judge_values(
     if stages or chosen:
         tensors.check_values(update, packed, fixed=fixed, what=what)
     try:
-        norm = reach(update, broadcast, schema, stages) if seen is None else seen
+        change = reach(update, broadcast, schema, stages) if seen is None else Reach(seen)
     except ValueError as error:
         raise MismatchError(f"{what}: {error}") from error
-    if not (stages or chosen) and (fixed or not math.isfinite(norm)):
+    if not (stages or chosen) and (fixed or not math.isfinite(change.norm)):
         tensors.check_values(update, packed, fixed=fixed, what=what)  # says where
-    if Rule.SUM not in rules(schema) and not norm <= max_norm:  # a sum is as large as what it is of
-        raise MismatchError(f"{what}: changed by a norm of {norm:.3g}, the run allows {max_norm:g}")
-    return norm
+    if Rule.SUM not in rules(schema) and not change.values <= max_norm:  # a sum is as large as what it is of
+        raise MismatchError(f"{what}: changed by a norm of {change.values:.3g}, the run allows {max_norm:g}")
+    return change.norm
 
 
 def admit_metrics(metrics: UpdateMetrics, task: TaskSpec, *, site: str = "") -> None:

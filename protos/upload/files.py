@@ -4,10 +4,23 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from offsite.kernels.schema import Codes, Entries, Field, Rule, Schema, TensorMap, codes, entries, settle, votes
 from offsite.protos import tensors, upload
 from offsite.protos.upload.base import Stage
+
+
+class Reach(NamedTuple):
+    """How far an update goes from its broadcast: the L2 norm of the change of values, and how many bits differ."""
+
+    values: float
+    bits: int = 0  # of those that are voted on
+
+    @property
+    def norm(self) -> float:
+        """Both together, a bit that differs being a change of one."""
+        return math.hypot(math.sqrt(self.bits), self.values)
 
 
 @contextmanager
@@ -20,15 +33,14 @@ def opened(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage
 def distance(update: Path, broadcast: Path, schema: Schema, stages: Sequence[Stage]) -> float:
     """L2 norm, over all tensors, of how far an update goes from its broadcast; raises ValueError as above."""
     with tensors.reading(update) as packed, tensors.reading(broadcast) as start:
-        return reach(packed, start, settled(schema, broadcast), stages)
+        return reach(packed, start, settled(schema, broadcast), stages).norm
 
 
-def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> float:
+def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages: Sequence[Stage]) -> Reach:
     """Return the same distance, whatever an update of a settled schema is read from.
 
     Of what a union averages it is that of the matrices: an entry that one has and the other has not counts as zero. Of
-    bits that are voted on it is that of as many zeros and ones: the root of how many differ. Of codes it is that of the
-    values that they stand for.
+    codes it is that of the values that they stand for.
     """
     matrices, bits, coded = entries(schema), votes(schema), codes(schema)
     change = upload.unpack(stages, packed, None, schema)
@@ -42,7 +54,7 @@ def reach(packed: tensors.Source, start: tensors.Source, schema: Schema, stages:
         flips = [tensors.flips(packed, start, name) for name in bits]
     norms += [_apart(change, start, pair) for pair in matrices.values()]
     norms += [_recoded(change, start, pair, schema[pair.codes]) for pair in coded.values()]
-    return math.hypot(math.sqrt(sum(flips)), *norms)
+    return Reach(math.hypot(*norms), sum(flips))
 
 
 def _apart(one: TensorMap, other: TensorMap, pair: Entries) -> float:

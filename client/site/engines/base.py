@@ -54,6 +54,14 @@ class Engine(Protocol):
         """Import what trainers need beside torch, before they are forked: no thread, no tensor, no GPU."""
         ...
 
+    @classmethod
+    def check(cls, training: LocalTraining, spec: EngineSpec) -> None:
+        """Raise InputError for what it cannot train, and ValueError for an optimiser that is not known.
+
+        Asked before anything is read: what is made of it afterwards asks for nothing else.
+        """
+        ...
+
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         ...
@@ -90,11 +98,11 @@ def _device(spec: EngineSpec, index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_rows(training: LocalTraining, ranks: Ranks) -> None:
+def check_rows(training: LocalTraining, spec: EngineSpec) -> None:
     """Raise InputError if some process would have no row of a batch."""
-    if training.batch_size < ranks.world:
+    if training.batch_size < spec.processes:
         raise InputError(
-            f"a batch of {training.batch_size} sequences cannot be split over {ranks.world} processes; "
+            f"a batch of {training.batch_size} sequences cannot be split over {spec.processes} processes; "
             "the site should use fewer processes or the run a larger batch_size"
         )
 

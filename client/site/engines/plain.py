@@ -7,7 +7,7 @@ from torch import distributed, nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import objectives
+from offsite.emulator import objectives, optimisers
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.optimisers import Estimator
@@ -22,6 +22,12 @@ class Plain:
     def preload(cls) -> None:
         """Nothing is needed."""
 
+    @classmethod
+    def check(cls, training: LocalTraining, spec: EngineSpec) -> None:
+        """Take any optimiser; each process needs a row."""
+        check_rows(training, spec)
+        optimisers.make(training.optimiser.name, training.optimiser.settings)
+
     def __init__(
         self,
         model: nn.Module,
@@ -32,8 +38,7 @@ class Plain:
         *,
         first_step: int = 0,
     ) -> None:
-        """Take a model with its adapter attached; raises InputError."""
-        check_rows(training, ranks)
+        """Take a model with its adapter attached."""
         self._model = model.to(ranks.device)
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks

@@ -36,6 +36,21 @@ class Zero:
                 _import()
                 importlib.import_module(LATE)
 
+    @classmethod
+    def check(cls, training: LocalTraining, spec: EngineSpec) -> None:
+        """Refuse an optimiser that cannot work on a part of the values, in any order, or takes no gradient.
+
+        DeepSpeed hands it flat pieces of all tensors together, and has computed their gradients before.
+        """
+        check_rows(training, spec)
+        optimiser = optimisers.make(training.optimiser.name, training.optimiser.settings)
+        if not optimiser.elementwise or optimiser.forward_only:
+            what = "takes losses and no gradient" if optimiser.forward_only else "needs whole matrices"
+            raise InputError(
+                f"the optimiser {optimiser.name} {what}, and the engine 'deepspeed' has flat pieces of gradients; the "
+                "engine 'plain' can take its steps (--engine plain)"
+            )
+
     def __init__(
         self,
         model: nn.Module,
@@ -46,9 +61,7 @@ class Zero:
         *,
         first_step: int = 0,
     ) -> None:
-        """Take a model with its adapter attached; raises InputError."""
-        check_rows(training, ranks)
-        _check_optimiser(training)
+        """Take a model with its adapter attached; raises InputError where DeepSpeed is not installed."""
         self._deepspeed = _import()
         self._training, self._ranks, self._spec = training, ranks, spec
         self._optimizer = optimizer(list(trained.values()), training, first_step=first_step)
@@ -81,20 +94,6 @@ class Zero:
         trained = list(method.named_parameters(model, places).values())
         with self._deepspeed.zero.GatheredParameters(trained, enabled=self._spec.zero_stage == 3):
             return method.state(model, places)
-
-
-def _check_optimiser(training: LocalTraining) -> None:
-    """Raise InputError for an optimiser that cannot work on a part of the values, in any order, or takes no gradient.
-
-    DeepSpeed hands it flat pieces of all tensors together, and has computed their gradients before.
-    """
-    optimiser = optimisers.make(training.optimiser.name, training.optimiser.settings)
-    if not optimiser.elementwise or optimiser.forward_only:
-        what = "takes losses and no gradient" if optimiser.forward_only else "needs whole matrices"
-        raise InputError(
-            f"the optimiser {optimiser.name} {what}, and the engine 'deepspeed' has flat pieces of gradients; the "
-            "engine 'plain' can take its steps (--engine plain)"
-        )
 
 
 def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from offsite.client.site.engines import ENGINES, Ranks
+from offsite.client.site.engines import ENGINES
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.launch import launch
 from offsite.client.site.training import train
@@ -177,22 +177,24 @@ def test_a_site_trains_from_losses_alone_along_other_directions_in_each_round(jo
 @pytest.mark.parametrize(
     ("optimiser", "why"), [(SPSA, "takes losses and no gradient"), ("natural-galore", "needs whole matrices")]
 )
-def test_deepspeed_refuses_an_optimiser_that_it_cannot_feed_and_names_the_engine_that_can(
-    job: Jobs, optimiser: str, why: str
+def test_deepspeed_refuses_an_optimiser_that_it_cannot_feed_and_names_the_engine_that_can_before_it_reads_a_file(
+    job: Jobs, tmp_path: Path, optimiser: str, why: str
 ) -> None:
-    one = job(training={"optimiser": optimiser})
-    ranks, parameters = Ranks(0, 1, torch.device("cpu")), {"5.w.A": nn.Parameter(torch.zeros(1))}
+    one = job(name="deepspeed", training={"optimiser": optimiser})
+    nothing = str(tmp_path / "nothing")
     with pytest.raises(InputError, match=f"{why}, .*the engine 'plain' can take its steps"):
-        ENGINES["deepspeed"](nn.Identity(), parameters, one.task.training, one.engine, ranks)
+        train(
+            replace(one, bundle=nothing, data=nothing, adapter=nothing),
+            say=lambda event, **fields: None,
+            rendezvous=tmp_path / "rendezvous",
+        )
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(job: Jobs, name: str) -> None:
-    one = job(training={"batch_size": 1})
-    parameters = {"5.w.A": nn.Parameter(torch.zeros(1))}
-    ranks = Ranks(0, 2, torch.device("cpu"))
+    one = job(training={"batch_size": 1}, **TWO)
     with pytest.raises(InputError, match="a batch of 1 sequences cannot be split over 2 processes"):
-        ENGINES[name](nn.Identity(), parameters, one.task.training, one.engine, ranks)
+        ENGINES[name].check(one.task.training, one.engine)
 
 
 @pytest.mark.slow

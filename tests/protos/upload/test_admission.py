@@ -117,7 +117,9 @@ def test_of_a_sparse_matrix_the_change_is_that_of_the_matrix_and_its_index_rises
     judge([2, 7], [3.0, 1.0], exact, norm=3**0.5)
 
 
-def test_of_bits_the_change_is_the_root_of_how_many_differ_and_none_is_set_beyond_them(tmp_path: Path) -> None:
+def test_of_bits_the_change_is_the_root_of_how_many_differ_which_has_no_bound_and_none_is_set_beyond_them(
+    tmp_path: Path,
+) -> None:
     schema: Schema = {"0.mask": Field("U8", (2,), Rule.VOTE, bits=11), "1.norm": Field("F32", (2,), Rule.MEAN)}
     start = {"0.mask": torch.tensor([255, 7], dtype=torch.uint8), "1.norm": torch.zeros(2)}
     tensors.save(tmp_path / "broadcast", start)
@@ -125,7 +127,9 @@ def test_of_bits_the_change_is_the_root_of_how_many_differ_and_none_is_set_beyon
     def judge(mask: list[int], norm: float) -> None:
         update = {"0.mask": torch.tensor(mask, dtype=torch.uint8), "1.norm": torch.tensor([2.0, 0.0])}
         tensors.save(tmp_path / "update", update, metadata={"offsite": canonical(ORIGIN).decode()})
-        reached = admit(tmp_path / "update", TASK, schema, broadcast=tmp_path / "broadcast", max_norm=norm + 1e-6)
+        reached = admit(tmp_path / "update", TASK, schema, broadcast=tmp_path / "broadcast", max_norm=2.0)
+        with pytest.raises(MismatchError, match="changed by a norm of 2, the run allows 1.9"):
+            admit(tmp_path / "update", TASK, schema, broadcast=tmp_path / "broadcast", max_norm=1.9)
         held = judge_held(tensors.Held(update), tensors.Held(start), schema, [], max_norm=9.0, what="it")
         assert reached == held == pytest.approx(norm)
 
