@@ -104,7 +104,7 @@ OPTIMISERS: Plugins[Any] = Plugins(
         "spsa-gc": "offsite.emulator.optimisers.spsa_gc:SpsaGc",
     },
     group="offsite.optimisers",
-    states=("paper", "elementwise", "forward_only", "scale_free"),
+    states=("paper", "elementwise", "forward_only", "scale_free", "aligned"),
     refused={
         "galore": "it is natural-galore without a history, natural-galore(history=0)",
         "spsa": "it is spsa-gc without correction, spsa-gc(momentum=0.0)",

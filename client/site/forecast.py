@@ -48,7 +48,6 @@ def forecast(
 def main() -> int:
     """Answer what is asked on standard input; a fault of the input is one line on standard error."""
     from offsite.emulator import modality, objectives, zoo
-    from offsite.emulator.examples import collect
 
     request = json.loads(sys.stdin.read())
     folders = [Path(folder) for folder in request["folders"]]
@@ -56,8 +55,7 @@ def main() -> int:
         tokenizer = zoo.load_tokenizer(Path(request["tokenizer"]))
         kind, odd_rows = modality.default(), request["odd_rows"]
         objective = objectives.make(request["objective"], {})
-        reader = objective.reader(kind)
-        examples = collect(Path(request["data"]), reader, folders=folders, odd_rows=odd_rows).examples
+        examples = objectives.read(objective, Path(request["data"]), folders=folders, odd_rows=odd_rows).examples
         encoding = objective.encode(kind, examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows)
     except ValueError as error:
         print(error, file=sys.stderr)

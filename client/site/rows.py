@@ -10,7 +10,7 @@ from torch import nn
 from offsite.client.site.job import TrainerJob
 from offsite.emulator import modality, objectives
 from offsite.emulator.batches import schedule
-from offsite.emulator.examples import Reading, collect
+from offsite.emulator.examples import Reading
 from offsite.emulator.modality import Batch
 from offsite.emulator.objectives import Objective
 
@@ -58,8 +58,7 @@ class Rows:
 def read(job: TrainerJob) -> Reading:
     """Read the site's examples; raises ValueError at a fault that the policy does not let pass."""
     folders = [Path(folder) for folder in job.policy.data]
-    reader = _objective(job).reader(modality.default())
-    return collect(Path(job.data), reader, folders=folders, odd_rows=job.policy.odd_rows)
+    return objectives.read(_objective(job), Path(job.data), folders=folders, odd_rows=job.policy.odd_rows)
 
 
 def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:

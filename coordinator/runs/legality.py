@@ -143,7 +143,7 @@ def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
 
 
 def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
-    """Raise InputError if updates that lack groups cannot be folded, or what their stages leave out not fed back."""
+    """Raise InputError for a part with which updates cannot be folded, or fed back, or steps not taken together."""
     part, stages = part_of(spec.training), upload.make(spec.upload)
     if part.partial and isinstance(method, Measuring):
         raise InputError(
@@ -153,6 +153,14 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
         raise InputError(
             f"training.part: strategy {strategy.name} folds all tensors together, and with part {part.name} an update "
             f"lacks some; use part {PART.name}, or one of: {', '.join(pairs.strategies(method, part=part)) or 'none'}"
+        )
+    optimiser = optimisers.make(spec.training.optimiser.name, spec.training.optimiser.settings)
+    if optimiser.aligned and not part.alike:
+        raise InputError(
+            f"training.part: with the optimiser {optimiser.name} all sites move along the same directions, and with "
+            f"part {part.name} as it is set each site trains another part; use one of the parts "
+            f"{', '.join(pairs.alike(strategy))}, drawn once a round, or one of the optimisers "
+            f"{', '.join(pairs.unaligned())}"
         )
     together, feeding = [one.name for one in stages if one.whole], [one.name for one in stages if one.feedback]
     if part.partial and together and feeding:

@@ -4,9 +4,9 @@ from collections.abc import Collection
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
-from offsite.emulator import methods
+from offsite.emulator import methods, optimisers
 from offsite.emulator.methods import Method
-from offsite.emulator.parts import Part
+from offsite.emulator.parts import PARTS, Part
 from offsite.kernels.schema import Rule
 
 
@@ -32,6 +32,16 @@ def strategies(
 def folds(strategy: Strategy | type[Strategy], part: Part | type[Part]) -> bool:
     """Tell whether a strategy folds updates of a part: those that lack groups need one that folds groups apart."""
     return not part.partial or hasattr(strategy, "join")
+
+
+def alike(strategy: Strategy | type[Strategy]) -> list[str]:
+    """Name the parts that are the same at all sites of a round, as they are without settings, and that are folded."""
+    return sorted(name for name, kind in PARTS.sound().items() if folds(strategy, kind) and PARTS.make(name, {}).alike)
+
+
+def unaligned() -> list[str]:
+    """Name the optimisers with which each site may train another part."""
+    return sorted(name for name, kind in optimisers.OPTIMISERS.sound().items() if not kind.aligned)
 
 
 def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:

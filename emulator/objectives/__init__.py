@@ -11,19 +11,51 @@ from offsite.kernels.plugins import Plugins
 OBJECTIVES: Plugins[Objective] = catalogue.OBJECTIVES
 make = OBJECTIVES.make
 
-__all__ = ["OBJECTIVES", "Mean", "Objective", "make", "survey"]
+__all__ = ["OBJECTIVES", "Mean", "Objective", "make", "read", "survey"]
+
+
+def read(objective: Objective, path: Path, *, folders: Sequence[Path] = (), odd_rows: OddRows = "skip") -> Reading:
+    """Read examples of an objective; raises ValueError as `collect`, with the objectives that the rows are for."""
+    try:
+        return _collect(objective, path, folders, odd_rows)
+    except ValueError as fault:
+        others = [name for name in OBJECTIVES if name != objective.name and _has(name, path, folders, odd_rows)]
+        if not others:
+            raise
+        raise ValueError(
+            f"{fault}; the run's objective is {objective.name}, and the rows are for {' or '.join(others)}: ask for a "
+            "run with that objective (under training), or give rows of the shape expected here"
+        ) from fault
 
 
 def survey(path: Path, *, folders: Sequence[Path] = (), odd_rows: OddRows = "skip") -> tuple[Objective, Reading]:
-    """Read examples for the first objective that has some, where nobody says for which; raises ValueError as `collect`.
+    """Read examples for an objective that has some, where nobody says for which; raises ValueError as `collect`.
 
+    It is one that compares answers if all rows are such, whose answers may be text to another one, and else the first.
     What is raised is about the objective of a run that names none.
     """
+    for name, kind in OBJECTIVES.sound().items():
+        if kind.compares and _has(name, path, folders, "refuse"):
+            objective = OBJECTIVES.make(name, {})
+            return objective, _collect(objective, path, folders, odd_rows)
     faults = []
     for name in OBJECTIVES:
         objective = OBJECTIVES.make(name, {})
         try:
-            return objective, collect(path, objective.reader(modality.default()), folders=folders, odd_rows=odd_rows)
+            return objective, _collect(objective, path, folders, odd_rows)
         except ValueError as fault:
             faults.append(fault)
     raise faults[0]
+
+
+def _collect(objective: Objective, path: Path, folders: Sequence[Path], odd_rows: OddRows) -> Reading:
+    return collect(path, objective.reader(modality.default()), folders=folders, odd_rows=odd_rows)
+
+
+def _has(name: str, path: Path, folders: Sequence[Path], odd_rows: OddRows) -> bool:
+    """Tell whether an objective reads rows."""
+    try:
+        _collect(OBJECTIVES.make(name, {}), path, folders, odd_rows)
+    except ValueError:
+        return False
+    return True

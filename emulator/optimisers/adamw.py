@@ -16,6 +16,7 @@ class AdamW:
     elementwise: ClassVar[bool] = True
     forward_only: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
+    aligned: ClassVar[bool] = False
 
     def make(
         self,

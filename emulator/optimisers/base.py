@@ -14,6 +14,9 @@ class Optimiser(Protocol):
     elementwise: ClassVar[bool]  # whether it moves each value by that value's own gradients: any part of them will do
     forward_only: ClassVar[bool]  # whether it asks for losses and never for a gradient; what it makes is an `Estimator`
     scale_free: ClassVar[bool]  # whether a step is as long as the rate says, so that the rates of methods suit it
+    aligned: ClassVar[
+        bool
+    ]  # whether sites move along the same directions, for which they have to train the same values
 
     def make(
         self,

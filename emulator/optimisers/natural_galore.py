@@ -32,6 +32,7 @@ class NaturalGalore:
     elementwise: ClassVar[bool] = False
     forward_only: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
+    aligned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -31,6 +31,7 @@ class SpsaGc:
     elementwise: ClassVar[bool] = False
     forward_only: ClassVar[bool] = True
     scale_free: ClassVar[bool] = False
+    aligned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges; a gain that falls faster would make a round one of few steps."""

@@ -13,6 +13,7 @@ from offsite.coordinator.runs import legality
 from offsite.emulator.catalogue import METHODS
 from offsite.kernels.schema import Schema
 from offsite.protos.errors import InputError
+from offsite.protos.recipes import parse_one
 from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
 WHOLE = Choice(name="whole")
@@ -131,6 +132,23 @@ def test_an_optimiser_is_known_and_has_a_rate_where_none_of_a_method_suits_it(mo
     legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="natural-galore"))))
     with pytest.raises(InputError, match="there is no optimiser 'adam' .did you mean adamw"):
         legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adam"))))
+
+
+@pytest.mark.parametrize(
+    ("part", "refused"), [("ist", True), ("lisa(per=site)", True), ("half", False), ("all", False)]
+)
+def test_sites_that_move_along_the_same_directions_train_the_same_part(
+    monkeypatch: pytest.MonkeyPatch, part: str, refused: bool
+) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    training = TrainingSpec(optimiser=Choice(name="spsa-gc"), learning_rate=1e-3, part=parse_one(part))
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), training=training)
+    words = (
+        r"spsa-gc all sites move .* one of the parts all, half, lisa, .* one of the optimisers adamw, natural-galore$"
+    )
+    with pytest.raises(InputError, match=words) if refused else nullcontext():
+        legality.judge(spec)
+    legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adamw"))))
 
 
 def test_an_objective_that_compares_answers_goes_without_text_that_the_base_is_tuned_on(
