@@ -14,8 +14,9 @@ def legality(
     format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
 ) -> None:
     """Show which parts of a run go together, by what each declares; a pair that is empty is refused."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from offsite.coordinator.survey import pages
     from offsite.coordinator.survey.matrix import matrix
@@ -26,9 +27,23 @@ def legality(
     elif format == "markdown":
         print(pages.legality(pairs), end="")
     else:
-        for corner, rows in (("method", pairs.strategies), ("method", pairs.builders), ("stage", pairs.stages)):
-            table = Table(corner, *next(iter(rows.values())), show_lines=True)
+        tables = [
+            ("method", pairs.strategies),
+            ("method", pairs.builders),
+            ("stage", pairs.stages),
+            ("part", pairs.parts),
+            ("optimiser", pairs.optimisers),
+        ]
+        for corner, rows in tables:
+            table = Table(
+                Column(corner, no_wrap=True),
+                *next(iter(rows.values())),
+                box=SIMPLE_HEAD,
+                pad_edge=False,
+                padding=(0, 1, 0, 0),
+            )
             for name, cells in rows.items():
                 table.add_row(name, *cells.values())
             Console().print(table)
+        Console().print("spared: a builder may change any layer but those that train.")
         Console().print(f"Merged models: {', '.join(name for name, yes in pairs.merging.items() if yes)}.")

@@ -8,6 +8,7 @@ from offsite.emulator import builders
 from offsite.emulator.builders import BUILDERS
 from offsite.emulator.builders.base import STAGES, Builder
 from offsite.emulator.methods import METHODS, Method
+from offsite.emulator.optimisers import OPTIMISERS
 from offsite.emulator.parts import PARTS
 from offsite.protos import upload
 
@@ -23,6 +24,7 @@ class Matrix:
     merging: dict[str, bool]  # of methods: whether a merged model may be asked for
     stages: Table  # of an upload, by strategies
     parts: Table  # of an adapter, by strategies
+    optimisers: Table  # by the engines of sites
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 
 
@@ -53,6 +55,10 @@ def matrix() -> Matrix:
             name: {other: "yes" * pairs.folds(strategy, part) for other, strategy in strategies.items()}
             for name, part in sorted(PARTS.sound().items())
         },
+        optimisers={
+            name: {"plain": "yes", "deepspeed": "yes" * (kind.elementwise and not kind.forward_only)}
+            for name, kind in sorted(OPTIMISERS.sound().items())
+        },
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )
 
@@ -63,4 +69,4 @@ def _trains(method: type[Method], builder: type[Builder]) -> str:
         others = [kind for kind in BUILDERS.sound().values() if missing[0] in kind.provides]
         apart = any(kind.stage != builder.stage for kind in others)
         return f"with {builders.providers(missing[0])}" * apart
-    return "layers left as they are" if method.spares & getattr(builder, "alters", frozenset()) else "yes"
+    return "spared" if method.spares & getattr(builder, "alters", frozenset()) else "yes"
