@@ -48,6 +48,7 @@ class OwnerPolicy:
         "hira",
         "hra",
         "ia3",
+        "invertible",
         "loha",
         "lokr",
         "loldu",
@@ -168,7 +169,7 @@ class OwnerPolicy:
             "max_tuning_steps": max(spec.realign_steps, spec.attack_steps * spec.attack_longest, *tuning),
             "max_batch_size": max(training.batch_size, *batches),
             "max_length": training.max_length,
-            "max_rank": _largest(spec.method, "rank", "r", "width", "rank_pattern"),
+            "max_rank": _largest(spec.method, "rank", "r", "width", "bottleneck", "rank_pattern"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
         }.items():

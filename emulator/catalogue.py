@@ -20,6 +20,7 @@ METHODS: Plugins[Any] = Plugins(
         "dora": "offsite.emulator.methods.dora:Dora",
         "grids": "offsite.emulator.methods.grids:Grids",
         "hydra": "offsite.emulator.methods.hydra:Hydra",
+        "invertible": "offsite.emulator.methods.invertible:Invertible",
         "loldu": "offsite.emulator.methods.loldu:Loldu",
         "lora": "offsite.emulator.methods.lora:Lora",
         "c3a": "offsite.emulator.methods.peft_types:C3a",

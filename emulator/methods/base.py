@@ -42,7 +42,7 @@ class Formula(NamedTuple):
     A "map" has `d_out`, `d_in`, `bias` (whether it has one), `cells`, the blocks that SoKA cuts it into, `pair`, the
     rank of a pair of factors beside it or 0, and, if it is sketched, `grids` of a row. A "layer" has `parameters`, the
     hidden width `d`, the MLP's `d_ff` channels and `inward` maps before them, `heads` of queries and `kv` of keys and
-    values, and `width`, that of a head. `once` is of settings alone.
+    values, and `width`, that of a head. `once` is of settings, and of sizes that all have in common.
     """
 
     each: Literal["map", "layer"]

@@ -19,7 +19,7 @@ from offsite.emulator.formats.packed import dense
 from offsite.emulator.methods import own_format
 from offsite.emulator.methods.base import Adapter, Averaged, Formula, Kind, Place
 from offsite.emulator.methods.maps import linear_at, moved, wrapped
-from offsite.emulator.methods.targets import Attention, Modules, Outputs, targets
+from offsite.emulator.methods.targets import Attention, MlpOutput, Modules, Outputs, targets
 from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Tier
 
@@ -84,7 +84,7 @@ class BesideMaps(Averaged, ABC):
 
     @property
     @abstractmethod
-    def modules(self) -> Modules | Outputs | Attention:
+    def modules(self) -> Modules | Outputs | MlpOutput | Attention:
         """Which maps they are beside: a setting of each method."""
 
     def draw(self, part: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:

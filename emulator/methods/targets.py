@@ -10,11 +10,12 @@ from offsite.emulator.anatomy.structure import adaptable, find, linears
 
 Modules: TypeAlias = Literal["all-linear"] | tuple[str, ...]  # or the endings of the maps' paths
 Outputs: TypeAlias = Literal["outputs"]  # those that attention and MLP end in
+MlpOutput: TypeAlias = Literal["mlp-output"]  # the one that the MLP ends in
 Attention: TypeAlias = Literal["attention"]  # all of the attention's
 
 
 def targets(
-    model: nn.Module, places: Mapping[int, int], modules: Modules | Outputs | Attention
+    model: nn.Module, places: Mapping[int, int], modules: Modules | Outputs | MlpOutput | Attention
 ) -> dict[int, list[str]]:
     """Return the paths of the maps at each place, perhaps none.
 
@@ -23,6 +24,8 @@ def targets(
     stack = find(model).layers
     if modules == "outputs":
         return {at: [(its := roles(model, at)).output, its.mlp_out] for at in places}
+    if modules == "mlp-output":
+        return {at: [roles(model, at).mlp_out] for at in places}
     if modules == "attention":
         return {at: [path for path in linears(stack[at]) if path in roles(model, at).attention] for at in places}
     if modules == "all-linear":

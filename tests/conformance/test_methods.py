@@ -45,6 +45,7 @@ VARIANTS: list[Any] = [
     ("s2ft", {"channels": 0.3, "groups": 0.5, "before": True}),
     ("s2ft", {"channels": 0.0, "groups": 0.1}),
     ("bottleneck", {"form": "parallel"}),
+    ("bottleneck", {"biases": True, "modules": "mlp-output"}),
     *(("lora", {"init": init}) for init in INITS),
     ("moments", {"of": "gradients"}),
     ("moments", {"of": "squares"}),
@@ -289,7 +290,7 @@ def test_as_many_values_train_as_its_formula_says(
     values = sum(field.trained for field in schema_of(method, start).values())
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     each, formula = sizes(draft, start, method.formula.each), method.formula
-    once = eval(formula.once, {}, own) if formula.once else 0
+    once = eval(formula.once, {}, own | each[0]) if formula.once else 0
     assert each and once + sum(eval(formula.values, {}, own | one) for one in each) == values
     live = method.named_parameters(method.attach(draft.model, draft.outline.places, start), draft.outline.places)
     assert isinstance(method, Measuring) or values == sum(parameter.numel() for parameter in live.values())
