@@ -7,7 +7,6 @@ from offsite.coordinator.aggregation import Strategy
 from offsite.emulator import methods, optimisers
 from offsite.emulator.methods import Method
 from offsite.emulator.parts import PARTS, Part
-from offsite.kernels.schema import Rule
 
 
 def strategies(
@@ -45,11 +44,8 @@ def unaligned() -> list[str]:
 
 
 def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:
-    """Tell whether a strategy makes of adapters the one that changes the model by the mean of their changes.
-
-    A mean of values does so only where the weights are linear in them.
-    """
-    return method.rules <= strategy.exact and (method.linear or Rule.MEAN not in method.rules)
+    """Tell whether a strategy makes of adapters the one that changes the model by the mean of their changes."""
+    return method.linear and method.rules <= strategy.exact
 
 
 def trainers(provided: Collection[str], altered: Collection[str] = ()) -> list[str]:

@@ -65,6 +65,7 @@ class Apet(BesideMaps):
     kind: ClassVar[Kind] = Kind.HYBRID
     formula: ClassVar[Formula] = Formula("map", "pair * (d_out + d_in) or d_out * d_in")
     mergeable: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

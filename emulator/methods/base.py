@@ -114,7 +114,7 @@ class Method(Protocol):
     paper: ClassVar[str]  # where it is from, such as "arXiv 2106.09685"
     kind: ClassVar[Kind]
     formula: ClassVar[Formula]
-    linear: ClassVar[bool]  # whether the mean of adapters, value by value, changes W by the mean of their changes
+    linear: ClassVar[bool]  # whether W is linear in its products and other values together: their means give W's mean
     seeded: ClassVar[bool]  # whether its start is drawn from the run's seed, which all sites must have in common
     disclosure: ClassVar[Disclosure]
 

@@ -51,6 +51,7 @@ class Hydra(BesideMaps):
     kind: ClassVar[Kind] = Kind.REPARAMETERISED
     formula: ClassVar[Formula] = Formula("map", "rank * (d_in + 3 * d_out)")
     mergeable: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

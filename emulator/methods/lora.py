@@ -59,7 +59,7 @@ class Lora:
     paper: ClassVar[str] = "arXiv 2106.09685"
     kind: ClassVar[Kind] = Kind.REPARAMETERISED
     formula: ClassVar[Formula] = Formula("map", "rank * (d_in + d_out)")
-    linear: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     seeded: ClassVar[bool] = True  # but not with an init of W
     disclosure: ClassVar[Disclosure] = Disclosure.NOTHING  # but parts of W with an init that has them
 

@@ -73,7 +73,7 @@ class Moments(Averaged):
     paper: ClassVar[str] = "arXiv 2406.05223"
     kind: ClassVar[Kind] = Kind.MEASURED
     formula: ClassVar[Formula] = Formula("map", "d_in * (d_in + 1) // 2 + 1 if of == 'inputs' else d_out * d_in")
-    linear: ClassVar[bool] = False
+    linear: ClassVar[bool] = True  # W stays as it is
     seeded: ClassVar[bool] = False
 
     @property

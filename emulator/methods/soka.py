@@ -107,6 +107,7 @@ class Soka(BesideMaps):
     kind: ClassVar[Kind] = Kind.REPARAMETERISED
     formula: ClassVar[Formula] = Formula("map", "terms * (cells + d_out * d_in // cells)")
     mergeable: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
     disclosure: ClassVar[Disclosure] = Disclosure.PARTS
     fixed: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})

@@ -72,7 +72,7 @@ class Spt(Averaged):
     paper: ClassVar[str] = "arXiv 2303.08566"
     kind: ClassVar[Kind] = Kind.HYBRID
     formula: ClassVar[Formula] = Formula("map", "max(1, round(share * d_out * d_in))")
-    linear: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
