@@ -76,22 +76,22 @@ class Ist:
         """
         from offsite.emulator.parts.responses import losses  # torch
 
-        found = dict.fromkeys(sorted(places.values()), 0.0)
-        count = max(1, int(SUPPRESSED * len(found)))
+        scores = dict.fromkeys(sorted(places.values()), 0.0)
+        count = max(1, int(SUPPRESSED * len(scores)))
         at = {layer: place for place, layer in places.items()}
         (whole,) = losses(model, batch, [()], self.response)
         if not math.isfinite(whole):
             raise ValueError(f"the loss of the emulator is {whole}, so that part ist cannot tell which layers matter")
         for trial in range(self.trials):
-            chances = {layer: _sigma(score) for layer, score in found.items()}
+            chances = {layer: _sigma(score) for layer, score in scores.items()}
             draws = [weighted(chances, count, self.name, "trial", trial, number, *turn) for number in range(TRIED)]
             tried = losses(model, batch, [[at[layer] for layer in draw] for draw in draws], self.response)
             rewards = [math.exp(min(whole - loss, LARGEST)) if math.isfinite(loss) else 0.0 for loss in tried]
             for draw, reward in zip(draws, rewards, strict=True):
                 for layer in draw:
                     chance = chances[layer]
-                    found[layer] += RATE * (reward - sum(rewards) / TRIED) * chance * (1 - chance)
-        return _tensor(list(found.values()), model)
+                    scores[layer] += RATE * (reward - sum(rewards) / TRIED) * chance * (1 - chance)
+        return _tensor(list(scores.values()), model)
 
     def choose(self, schema: Schema, turn: Turn, scores: Sequence[float]) -> tuple[int, ...]:
         """Return the layers that train, in ascending order; raises ValueError unless each has a score."""

@@ -23,13 +23,13 @@ def losses(model: nn.Module, batch: Batch, draws: Sequence[Sequence[int]], respo
     batch = batch.to(device)
     model.eval()
     try:
-        found: list[float] = []
+        measured: list[float] = []
         for places in draws:
             with ExitStack() as hooks:
                 for place in places:
                     hooks.enter_context(_suppressed(layers(model)[place], response))
-                found.append(float(modality.loss(model, batch)))
-        return found
+                measured.append(float(modality.loss(model, batch)))
+        return measured
     finally:
         model.train(training)
 
