@@ -96,9 +96,12 @@ class LowRank(optim.Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         if "step" not in state and not gradient.any():
             return  # it has no direction yet, as that of LoRA's A while B is zero
-        if float(state.get("step", 0)) % self._settings.every == 0:
+        anew = float(state.get("step", 0)) % self._settings.every == 0
+        if anew:
             self._project_anew(gradient, state, sides)
         low = _down(gradient, state)
+        if anew and len(sides) == 2:
+            low = low.diagonal().diag()  # all else is rounding, of which Adam would make a whole step
         if self._settings.history:
             low = self._freed(low, state)
         move = torch.zeros_like(low)

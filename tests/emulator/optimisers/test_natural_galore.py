@@ -82,6 +82,17 @@ def test_without_a_history_it_is_galore() -> None:
     torch.testing.assert_close(matrix.detach(), expected)
 
 
+def test_the_rounding_of_a_gradient_turns_no_first_step() -> None:
+    """Beside the diagonal of U^T G V is nothing but rounding, and Adam would make as much of it as of the rest."""
+    moves = []
+    for rounding in (0.0, 1e-6):
+        matrix = nn.Parameter(torch.zeros(64, 30))
+        matrix.grad = 1e3 * (drawn(64, 30) + rounding * drawn(64, 30, number=1))
+        made(matrix).step()
+        moves.append(matrix.detach())
+    assert float((moves[0] - moves[1]).norm()) < 1e-3 * float(moves[0].norm())
+
+
 def test_a_matrix_without_a_gradient_waits_for_its_subspace() -> None:
     """As LoRA's A does in the first step, in which B is zero."""
     matrix, only = nn.Parameter(torch.ones(8, 30)), nn.Parameter(torch.ones(8, 30))
