@@ -88,7 +88,7 @@ def test_what_is_called_exact_is_and_the_error_of_what_is_near_is_the_pages(name
         if pairs.is_exact(method, aggregation.STRATEGIES[strategy]):
             assert error < 1e-5, strategy
         else:
-            assert error == pytest.approx(documented()[name][strategy], rel=0.3) and error > 1e-3, strategy
+            assert error == pytest.approx(documented()[name][strategy], rel=0.5) and error > 1e-3, strategy
 
 
 @pytest.mark.usefixtures("printed")

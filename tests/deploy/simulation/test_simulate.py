@@ -113,10 +113,8 @@ def test_who_works_on_what_changes_no_byte(do: Do, strategy: str) -> None:
         assert weight == {name: pytest.approx(seen / total) for name, seen in examples.items()}
 
 
-SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("lisa(layers=1)", 'lisa(layers=1,per="site")')]
-
-
-@pytest.mark.parametrize("part", ["ist(share=0.5)", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["ist(share=0.5)", "lisa(layers=1)"])
 def test_sites_that_train_a_part_each_give_the_same_bytes_whoever_works(do: Do, top: Any, part: str) -> None:
     how: dict[str, Any] = {
         **{"sites": 3, "rounds": 2, "upload": (Choice(name="top", settings={"share": 0.5}),)},
