@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offsite.client.adapters import compose
     from offsite.client.session import Artifact, Event, Run, Session, Site, Status, connect
     from offsite.protos.errors import OffsiteError
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
@@ -23,10 +24,12 @@ __all__ = [
     "Site",
     "Status",
     "TrainingSpec",
+    "compose",
     "connect",
 ]
 
 _HOMES = {
+    "offsite.client.adapters": ("compose",),
     "offsite.client.session": ("Artifact", "Event", "Run", "Session", "Site", "Status", "connect"),
     "offsite.protos.errors": ("OffsiteError",),
     "offsite.protos.spec": ("Choice", "RunSpec", "TrainingSpec"),

@@ -20,6 +20,7 @@ EXTRAS = {
     "legality": "coordinator",
     "methods": "coordinator",
     "pki": "coordinator",
+    "run": "model",
     "site": "client",
     "demo": "all",
     "simulate": "all",

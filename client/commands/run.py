@@ -145,6 +145,22 @@ def fetch(
 
 
 @app.command()
+def compose(
+    out: Annotated[Path, typer.Argument(help="A new folder for what they make together.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of adapters that were fetched, of one base.")
+    ],
+    without: Annotated[
+        list[Path] | None, typer.Option(metavar="ADAPTER", help="The folder of one to take off again; may be repeated.")
+    ] = None,
+) -> None:
+    """Add up published adapters of single entries (lt-sft, spiel, sara), such as those of a language and of a task."""
+    from offsite.client.adapters import compose as add_up
+
+    print(add_up(out, adapters, without=without or []))
+
+
+@app.command()
 def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
     """List the enrolled sites and when each was last heard."""
     from offsite.client.session import connect
