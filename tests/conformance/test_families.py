@@ -11,6 +11,8 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Strategy, Version
 from offsite.emulator import builders, formats, methods, modality, objectives, optimisers, parts, placements, schedules
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
+from offsite.kernels.bits import pack, unpack
+from offsite.kernels.coded import decode, encode, read
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -86,7 +88,12 @@ SCHEMA: Schema = {
     "0.index": Field("I64", (4,), Rule.FIXED, below=9),
     "0.s.at": Field("I32", (None,), Rule.UNION, "0.s", below=30),
     "0.s.values": Field("F32", (None,), Rule.UNION, "0.s"),
+    "0.mask": Field("U8", (2,), Rule.VOTE, bits=11),
+    "0.c.codes": Field("U8", (2,), Rule.REQUANTISE, "0.c", bits=11),
+    "0.c.line": Field("F32", (2,), Rule.REQUANTISE, "0.c"),
+    "0.total": Field("F32", (4,), Rule.SUM),
 }
+SHARES = [0.4, 0.35, 0.25]  # of which no one is a majority
 
 
 def schema(strategy: Strategy) -> Schema:
@@ -96,18 +103,22 @@ def schema(strategy: Strategy) -> Schema:
 
 def updates(count: int) -> list[Tensors]:
     draw = torch.Generator().manual_seed(0)
-    shapes = {"0.q.A": (3, 10), "0.q.B": (8, 3), "0.norm": (5,), "0.s.values": (6,)}
-    index = {"0.index": torch.tensor([0, 8, 3, 3])}
-    return [
-        {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
-        | index
-        | {"0.s.at": torch.randperm(30, generator=draw)[:6].sort().values.int()}
-        for _ in range(count)
-    ]
+    shapes = {"0.q.A": (3, 10), "0.q.B": (8, 3), "0.norm": (5,), "0.s.values": (6,), "0.total": (4,)}
+    made = []
+    for _ in range(count):
+        one = {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+        one["0.index"] = torch.tensor([0, 8, 3, 3])
+        one["0.s.at"] = torch.randperm(30, generator=draw)[:6].sort().values.int()
+        one["0.mask"] = pack(torch.rand(11, generator=draw) < 0.5)
+        coded = encode(torch.randn(11, generator=draw), 1)
+        one |= {"0.c.codes": pack(coded.codes), "0.c.line": torch.tensor([coded.mean, coded.deviation])}
+        made.append(one)
+    return made
 
 
 def folded(strategy: Strategy, given: list[tuple[Tensors, float]]) -> Version:
-    fold = strategy.begin(Version(updates(1)[0], {"r3": updates(1)[0]}), schema(strategy))
+    last = updates(1)[0] | {"0.total": torch.zeros(4)}
+    fold = strategy.begin(Version(last, {"r3": last}), schema(strategy))
     for at, (update, weight) in enumerate(given):
         fold.add({key: update[key] for key in schema(strategy)}, Origin(f"site-{at}", "r3", weight))
     return fold.finish(["r3"])
@@ -118,14 +129,24 @@ def effects(adapter: Tensors) -> list[torch.Tensor]:
     matrices = [adapter["0.q.B"].double() @ adapter["0.q.A"].double()] if "0.q.A" in adapter else []
     if "0.s.at" in adapter:
         matrices.append(torch.zeros(30).double().index_add(0, adapter["0.s.at"], adapter["0.s.values"].double()))
-    return matrices + [adapter[key].double() for key in ("0.norm", "0.index") if key in adapter]
+    if "0.mask" in adapter:
+        matrices.append(unpack(adapter["0.mask"], 11).double())
+    if "0.c.codes" in adapter:
+        matrices.append(decode(read(adapter["0.c.codes"], adapter["0.c.line"], 11, 1), 1))
+    return matrices + [adapter[key].double() for key in ("0.norm", "0.index", "0.total") if key in adapter]
+
+
+def pooled(each: list[Any], rule: Rule) -> Any:
+    """What values of three sites are together by a rule: of sums the sum, and of all others the mean."""
+    return sum(each if rule is Rule.SUM else [share * one for share, one in zip(SHARES, each, strict=True)])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_sites_that_agree_are_averaged_to_what_they_agree_on(name: str) -> None:
     strategy, only = aggregation.make(name, {}), updates(1)[0]
-    version = folded(strategy, [(only, 0.5), (only, 0.25), (only, 0.25)])
-    wanted = effects({key: only[key] for key in schema(strategy)})
+    version = folded(strategy, [(only, share) for share in SHARES])
+    agreed = only | {"0.total": 3 * only["0.total"]}
+    wanted = effects({key: agreed[key] for key in schema(strategy)})
     assert version.adapter.keys() == version.broadcast["r3"].keys() == schema(strategy).keys()
     torch.testing.assert_close(effects(version.adapter), wanted, rtol=1e-5, atol=1e-5)
 
@@ -134,13 +155,14 @@ def test_sites_that_agree_are_averaged_to_what_they_agree_on(name: str) -> None:
 def test_one_site_is_passed_through_bit_for_bit(name: str) -> None:
     (only,) = updates(1)
     version = folded(aggregation.make(name, {}), [(only, 1.0)])
-    for tensors in (version.adapter, version.broadcast["r3"]):
-        assert all(torch.equal(tensor, only[key]) for key, tensor in tensors.items())
+    for tensors, total in ((version.adapter, only["0.total"]), (version.broadcast["r3"], torch.zeros(4))):
+        expected = only | {"0.total": total}  # no site is sent what was measured
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_order_of_arrival_does_not_matter(name: str) -> None:
-    given = list(zip(updates(3), [0.5, 0.3, 0.2], strict=True))
+    given = list(zip(updates(3), SHARES, strict=True))
     one, other = (folded(aggregation.make(name, {}), [given[at] for at in order]) for order in ([0, 1, 2], [2, 0, 1]))
     torch.testing.assert_close(effects(one.adapter), effects(other.adapter), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(effects(one.broadcast["r3"]), effects(other.broadcast["r3"]), rtol=1e-5, atol=1e-5)
@@ -148,15 +170,13 @@ def test_the_order_of_arrival_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_makes_the_mean_of_what_tensors_do_by_each_rule_that_it_calls_exact(name: str) -> None:
-    strategy, shares = aggregation.make(name, {}), [0.5, 0.3, 0.2]
-    version = folded(strategy, list(zip(updates(3), shares, strict=True)))
+    strategy = aggregation.make(name, {})
+    version = folded(strategy, list(zip(updates(3), SHARES, strict=True)))
     exact = set()
     for rule in strategy.rules:
         keys = [key for key, field in schema(strategy).items() if field.rule is rule]
         each = [effects({key: update[key] for key in keys}) for update in updates(3)]
-        mean = [
-            sum(share * one for share, one in zip(shares, effect, strict=True)) for effect in zip(*each, strict=True)
-        ]
+        mean = [pooled(list(effect), rule) for effect in zip(*each, strict=True)]
         made = effects({key: version.adapter[key] for key in keys})
         if all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made, mean, strict=True)):
             exact.add(rule)
@@ -166,8 +186,9 @@ def test_a_strategy_makes_the_mean_of_what_tensors_do_by_each_rule_that_it_calls
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_that_needs_only_the_sum_makes_the_same_of_the_sum(name: str) -> None:
     strategy = aggregation.make(name, {})
-    given = list(zip(updates(3), [0.5, 0.3, 0.2], strict=True))
-    total = {key: sum(weight * update[key] for update, weight in given) for key in ("0.q.A", "0.q.B", "0.norm")}
+    given = list(zip(updates(3), SHARES, strict=True))
+    summed = ("0.q.A", "0.q.B", "0.norm", "0.total")
+    total = {key: pooled([update[key] for update, _ in given], SCHEMA[key].rule) for key in summed}
     alone = folded(strategy, [(given[0][0] | total, 1.0)])
     every = folded(strategy, given)
     same = [
