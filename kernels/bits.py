@@ -3,13 +3,15 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def pack(values: Tensor, width: int = 1) -> Tensor:
     """Store integers (n,) below 2^width in `width` bits each: uint8 (ceil(n * width / 8),) on the CPU."""
-    codes = values.detach().to("cpu", torch.uint8).numpy()
-    bits = np.unpackbits(codes[:, None], axis=1, count=width, bitorder="little")
-    return torch.from_numpy(np.packbits(bits, bitorder="little"))
+    codes = values.detach().to("cpu", torch.uint8)
+    bits = (codes[:, None] >> torch.arange(width, dtype=torch.uint8) & 1).flatten()
+    of_bytes = functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (of_bytes << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, count: int, width: int = 1) -> Tensor:

@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
 
 from offsite.emulator import catalogue
@@ -65,10 +66,13 @@ class PeftMethod(Averaged):
         self.start(model, places, seed=0)
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
-        """Return what peft draws for each map alone, of its shape and not of its weights. Raises ValueError."""
+        """Return what peft draws for each map alone, of its shape and not of its weights. Raises ValueError.
+
+        It has values though what is around it be fake, for torch moves no module of fake tensors that are in use.
+        """
         adapter: Adapter = {}
         path = find(model).path
-        with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with unset_fake_temporarily(), quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("error", UserWarning)  # a setting that peft would change to one that fits
             for name, linear in self._maps(model, places).items():
                 position, _, inside = name.removeprefix(f"{path}.").partition(".")

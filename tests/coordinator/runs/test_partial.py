@@ -276,6 +276,9 @@ def test_a_part_of_too_few_layers_is_refused_before_anything_is_built(material: 
         InputError, match="training.part: part lisa draws 4 layers in each round, and the adapter has 4"
     ):
         legality.judge(spec)
-    legality.judge(replace(spec, training=replace(spec.training, part=parse_one("lisa(layers=3)"))))
+    fewer = replace(spec, training=replace(spec.training, part=parse_one("lisa(layers=3)")))
+    legality.judge(fewer)
+    for method, strategy in (("amt", "vote"), ("ia3", "mean")):  # which are packed, and of peft's making
+        legality.judge(replace(fewer, method=Choice(name=method), strategy=Choice(name=strategy)))
     with pytest.raises(InputError, match="there is no part 'lsa' .did you mean lisa"):
         legality.judge(replace(spec, training=replace(spec.training, part=Choice(name="lsa"))))
