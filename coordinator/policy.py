@@ -56,6 +56,7 @@ class OwnerPolicy:
         "lt-sft",
         "miss",
         "mos",
+        "mosa",
         "oft",
         "paca",
         "peanut",

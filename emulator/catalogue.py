@@ -41,6 +41,7 @@ METHODS: Plugins[Any] = Plugins(
         "vera": "offsite.emulator.methods.peft_types:Vera",
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
         "moments": "offsite.emulator.methods.moments:Moments",
+        "mosa": "offsite.emulator.methods.mosa:Mosa",
         "mos": "offsite.emulator.methods.mos:Mos",
         "paca": "offsite.emulator.methods.paca:Paca",
         "s2ft": "offsite.emulator.methods.s2ft:S2ft",
@@ -142,6 +143,7 @@ PARTS: Plugins[Any] = Plugins(
     "part",
     {
         "all": "offsite.emulator.parts.whole:Whole",
+        "by-expert": "offsite.emulator.parts.by_expert:ByExpert",
         "half": "offsite.emulator.parts.half:Half",
         "ist": "offsite.emulator.parts.ist:Ist",
         "lisa": "offsite.emulator.parts.lisa:Lisa",

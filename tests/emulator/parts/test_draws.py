@@ -27,6 +27,7 @@ PAIRS: Schema = {
     for name in MAPS
     for factor in "AB"
 }
+EXPERTS: Schema = {f"{layer}.mlp.{number}": Field("F32", (4,), Rule.MEAN) for layer in LAYERS for number in range(3)}
 OWN = by_layer(SCHEMA).own
 CRITICAL = {1: 6.63, 7: 18.48}  # of chi squared at p = 0.01, by degrees of freedom
 
@@ -79,10 +80,10 @@ def test_rounds_and_seeds_differ_and_sites_do_where_they_are_to(name: str) -> No
 
 @pytest.mark.parametrize("name", parts.PARTS)
 def test_a_group_trains_whole_or_not_at_all(name: str) -> None:
-    part = parts.make(name, {})
-    chosen = part.largest(_settled(PAIRS)) if isinstance(part, parts.Scoring) else ()
-    found = part.groups(PAIRS, Turn(0, 0, "ward"), chosen)
-    assert found <= groups(PAIRS).keys() and (found < groups(PAIRS).keys()) == part.partial
+    part, schema = parts.make(name, {}), PAIRS | EXPERTS
+    chosen = part.largest(_settled(schema)) if isinstance(part, parts.Scoring) else ()
+    found = part.groups(schema, Turn(0, 0, "ward"), chosen)
+    assert found <= groups(schema).keys() and (found < groups(schema).keys()) == part.partial
 
 
 def _settled(schema: Schema) -> Schema:
