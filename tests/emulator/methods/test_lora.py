@@ -181,6 +181,6 @@ def test_settings_out_of_range_are_refused() -> None:
         make("lora", {"rank": 0})
     with pytest.raises(ValueError, match=r"method 'lora': ranks: site 'small' must have a rank in 1..4, got 8"):
         make("lora", {"rank": 4, "ranks": {"small": 8}})
-    with pytest.raises(ValueError, match=r"no method 'laro'; known are blocks, .*, lora, "):
+    with pytest.raises(ValueError, match=r"no method 'laro'; known are amt, .*, lora, "):
         make("laro", {})
     assert all(METHODS[name].name == name for name in METHODS)
