@@ -15,7 +15,6 @@ from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
 from offsite.emulator.methods.base import Measuring
 from offsite.emulator.methods.initial import INITS
-from offsite.emulator.methods.peft_hub import PeftMethod
 from offsite.emulator.methods.soka import Grid
 from offsite.emulator.modality import Batch, collate, encode
 from offsite.emulator.modality.causal_text.shapes import TextExample
@@ -27,12 +26,16 @@ from offsite.kernels.schema import Rule, Schema, factors, groups, rules, settle
 from offsite.protos import tensors
 
 TRAINED = {"0", "5"}  # layers of a base of six
-SAMPLE = {"miss", "oft", "vera"}  # of peft's types: linear, not linear, and with matrices that no adapter has
+# One of each kind; CI runs those that are built like them.
+SAMPLE = {
+    *("amt", "bi-lora", "blocks", "bottleneck", "grids", "invertible", "lora", "miss", "moments", "mos", "mosa"),
+    *("oft", "paca", "s2ft", "spiel", "spt", "vera"),
+}
 
 
 def case(name: str, *settings: dict[str, Any]) -> Any:
-    """Return a parameter of a test, slow for peft's types beyond the sample."""
-    beyond = issubclass(METHODS[name], PeftMethod) and name not in SAMPLE
+    """Return a parameter of a test, slow for those of our methods that are like one of the sample."""
+    beyond = METHODS[name].__module__.startswith("offsite.emulator.") and name not in SAMPLE
     return pytest.param(name, *settings, marks=[pytest.mark.slow] * beyond)
 
 
