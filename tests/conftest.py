@@ -66,9 +66,13 @@ Tiny = Callable[..., Any]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage in what is slow: it would add a third to that, and shorter tests go the same ways."""
+    """Measure no coverage in what is slow: it would add a third to that, and shorter tests go the same ways.
+
+    Where none do, a test says so: `slow(alone=True)`.
+    """
     for item in items:
-        if item.get_closest_marker("slow"):
+        slow = item.get_closest_marker("slow")
+        if slow and not slow.kwargs.get("alone"):
             item.add_marker("no_cover")
 
 

@@ -8,7 +8,7 @@ from offsite.kernels import mixed
 from offsite.kernels.device import twin
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-pytestmark = pytest.mark.slow  # as the interpreter is; CI runs them
+pytestmark = pytest.mark.slow(alone=True)  # as the interpreter is; CI runs them
 
 CASES = {  # the adapter of each row, and where each adapter's factors start
     "one row of each": ([0, 1, 2], (0, 3, 4, 8)),

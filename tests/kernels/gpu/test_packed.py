@@ -10,7 +10,7 @@ from offsite.kernels import codebook, quantise, sketch
 from offsite.kernels.device import twin
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-pytestmark = pytest.mark.slow  # as the interpreter is; CI runs them
+pytestmark = pytest.mark.slow(alone=True)  # as the interpreter is; CI runs them
 
 Case = tuple[Any, tuple[Any, ...], dict[str, int]]  # a reference, the parts of a matrix, and its settings
 

@@ -8,7 +8,7 @@ from offsite.kernels import partial
 from offsite.kernels.device import twin
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-pytestmark = pytest.mark.slow  # as the interpreter is; CI runs them
+pytestmark = pytest.mark.slow(alone=True)  # as the interpreter is; CI runs them
 
 SIZES = {  # rows of x, d_in, d_out, r
     "one tile": (3, 20, 9, 4),

@@ -12,7 +12,7 @@ from offsite.emulator.formats.packed import dense, packed
 from offsite.kernels import device, mixed, partial, sparse
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-pytestmark = pytest.mark.slow  # as the interpreter is; CI runs them
+pytestmark = pytest.mark.slow(alone=True)  # as the interpreter is; CI runs them
 
 AT = torch.tensor([5, 0, 3])
 Pass = Callable[..., Tensor]

@@ -8,7 +8,7 @@ from offsite.kernels import sparse
 from offsite.kernels.device import twin
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-pytestmark = pytest.mark.slow  # as the interpreter is; CI runs them
+pytestmark = pytest.mark.slow(alone=True)  # as the interpreter is; CI runs them
 
 CASES = {  # rows of x, (d_out, d_in), entries
     "a few": (3, (5, 7), 6),
