@@ -141,17 +141,19 @@ def plot(figures: Mapping[str, Figures], file: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
-        for name, one in figures.items():
+        for at, (name, one) in enumerate(sorted(figures.items(), key=lambda item: item[1].step_s)):
             x, y, good = one.step_s / lora.step_s, one.memory / lora.memory, one.loss <= lora.loss + NEAR
             axes.scatter(
                 [x], [y], s=36, facecolor=GOOD if good else "none", edgecolor=GOOD if good else QUIET, zorder=3
             )
-            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=INK)
+            axes.annotate(name, (x, y), xytext=(5, (3, -9)[at % 2]), textcoords="offset points", fontsize=7, color=INK)
         axes.axvline(0.75, color=QUIET, linewidth=0.8, linestyle=":")
         axes.axhline(0.65, color=QUIET, linewidth=0.8, linestyle=":")
         axes.set_xlabel("CPU time of a step, of LoRA's")
         axes.set_ylabel("memory of a step beside the weights, of LoRA's")
-        axes.set_title(f"filled: held-out loss at most {NEAR} nats above LoRA's", fontsize=9, color=INK, loc="left")
+        axes.set_title(
+            f"filled: a loss of at most {NEAR} nats above LoRA's; dotted: the aim", fontsize=9, color=INK, loc="left"
+        )
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
