@@ -21,12 +21,16 @@ class Compensated:
         """Add a term; raises ValueError if it has another shape."""
         if term.shape != self._sum.shape:  # torch would broadcast a size of 1
             raise ValueError(f"a sum of terms {list(self._sum.shape)} does not take one of {list(term.shape)}")
-        term = term.double()
-        after = self._sum + term
-        part = after - self._sum
-        self._lost += (self._sum - (after - part)) + (term - part)
-        self._sum = after
+        self._sum, lost = two_sum(self._sum, term.double())
+        self._lost += lost
 
     def value(self) -> Tensor:
         """Return the sum in the dtype of its first term."""
         return (self._sum + self._lost).to(self._dtype)
+
+
+def two_sum(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rounded sum of two tensors, and exactly what rounding took from it (Knuth, 1969)."""
+    total = one + other
+    part = total - one
+    return total, (one - (total - part)) + (other - part)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from offsite.kernels.compensated import two_sum
 from offsite.kernels.device import by_device
 
 Size = tuple[int, int]  # (d_out, d_in)
@@ -95,11 +96,8 @@ class Total:
         if bool((index.diff() < 1).any()):
             raise ValueError("an index names an entry twice, or not in order: expected integers that rise")
         at = self._places(index)
-        term, before = weight * values.double(), self._sum[at]
-        after = before + term
-        part = after - before
-        self._sum[at] = after
-        self._lost[at] += (before - (after - part)) + (term - part)
+        self._sum[at], lost = two_sum(self._sum[at], weight * values.double())
+        self._lost[at] += lost
 
     def _places(self, index: Tensor) -> Tensor:
         """Return where the entries of an index are in the union, which has all of them then."""
