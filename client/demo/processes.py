@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from offsite.protos.errors import KINDS, OffsiteError, RunError
 
@@ -110,21 +112,31 @@ class Processes:
         # A second Ctrl-C must not leave half of them.
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
         try:
+            family = [one for child in self._children.values() for one in _descendants(child.pid)]
             for child in self._children.values():
                 if child.poll() is None:
                     child.terminate()
             deadline = time.monotonic() + GRACE_S
             for child in self._children.values():
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    pass
-                try:
+                family += _descendants(child.pid)
+                with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 child.wait()
+            # Ray's own are in other groups, and some look for what is gone for a minute before they end.
+            for one in family:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(family, timeout=GRACE_S)
         finally:
             self._children.clear()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _descendants(process: int) -> list[psutil.Process]:
+    """Return what a process has started, and what that has."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).children(recursive=True)
+    return []

@@ -17,7 +17,8 @@ import json, signal, subprocess, sys, time
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else signal.SIG_DFL)
 if "parent" in sys.argv:
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    for apart in (False, True):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=apart)
 print(json.dumps({"event": "ready"}), flush=True)
 for step in range(6000):
     print(json.dumps({"event": "step", "step": step}), flush=True)
