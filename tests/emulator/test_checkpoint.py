@@ -17,7 +17,7 @@ from offsite.emulator.modality import Batch
 from offsite.emulator.precision import DTYPES
 
 
-@pytest.fixture(params=["fp32", "bf16"])
+@pytest.fixture(params=[pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def stored(request: pytest.FixtureRequest) -> torch.dtype:
     """The dtype of the base on disk."""
     return DTYPES[request.param]

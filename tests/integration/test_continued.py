@@ -20,6 +20,7 @@ def published(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow(alone=True)
 def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_bytes(
     coordinated: Any, tmp_path: Path, offsite: Any
 ) -> None:

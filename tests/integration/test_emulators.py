@@ -129,7 +129,10 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize(("builder", "method", "strategy"), RECIPES)
+@pytest.mark.parametrize(
+    ("builder", "method", "strategy"),
+    [pytest.param(*recipe, marks=[pytest.mark.slow] if at > 3 else []) for at, recipe in enumerate(RECIPES)],
+)
 def test_what_is_trained_on_an_emulator_comes_back_to_the_base(
     tmp_path: Path, material: Path, builder: str, method: str, strategy: str
 ) -> None:

@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "offsite.json"
@@ -42,6 +43,7 @@ def asked(dashboard: dict[str, Any]) -> set[str]:
     return {name for query in queries for name in re.findall(r"\b(?:offsite|process)_[a-z_]+", query)}
 
 
+@pytest.mark.slow(alone=True)
 def test_both_ends_tell_of_a_run_what_the_dashboard_asks_for(coordinated: Any, wait: Any) -> None:
     coordinated.join(SITE, data=coordinated.material / "hospital.jsonl", cold=True)  # its trainers are its own
     gateway = coordinated.events("coordinator", "ready")[-1]["metrics"]

@@ -133,6 +133,7 @@ IN_PARTS = {
 }
 
 
+@pytest.mark.slow(alone=True)
 @pytest.mark.parametrize("chain", IN_PARTS.values(), ids=IN_PARTS)
 def test_an_emulator_built_in_parts_has_the_bytes_of_one_that_is_built_at_once(
     spec: Grant, node: Callable[[str], Node], chain: tuple[Choice, ...]

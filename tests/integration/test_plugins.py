@@ -53,6 +53,7 @@ def test_a_run_names_the_plug_ins_of_another_package(extended: Any, tmp_path: Pa
     assert "k_proj" not in (folder / "adapter" / "adapter_config.json").read_text()
 
 
+@pytest.mark.slow(alone=True)
 def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(extended: Any, tmp_path: Path) -> None:
     method = Choice(name="sparse", settings={"entries": 12})
     adapters = []
@@ -73,6 +74,7 @@ def test_sites_train_at_an_index_that_is_kept_while_their_values_are_averaged(ex
         assert torch.equal(merged[name], base[name].flatten().index_add(0, index.long(), values).view_as(base[name]))
 
 
+@pytest.mark.slow(alone=True)
 def test_a_stage_of_another_package_that_changes_size_sends_integers_and_feeds_back(
     extended: Any, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_site_without_the_package_has_no_such_method_to_allow(federation: Any)
     assert ended.returncode == 3 and "there is no method 'query-value'" in ended.stderr
 
 
+@pytest.mark.slow(alone=True)
 def test_the_conformance_suites_hold_it_too(environment: dict[str, str], tmp_path: Path) -> None:
     flags = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'suite'}", "-k", " or ".join(PLUGINS)]
     ended = subprocess.run(

@@ -134,6 +134,7 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     assert float((adapted - base).abs().max()) > 0.05
 
 
+@pytest.mark.slow(alone=True)
 def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(federation: Any, wait: Any) -> None:
     federation.coordinate("--log-format", "json", executor="ray")
     federation.join("hospital", engine="deepspeed")

@@ -36,7 +36,7 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LORA = Choice(name="lora", settings={"rank": 4, "alpha": 8.0, "ranks": {"bank": 2}})
 KINDS: list[Any] = [  # of training: what is not the default of a run
-    pytest.param({}, id="as usual"),
+    pytest.param({}, marks=pytest.mark.slow(alone=True), id="as usual"),
     *(
         pytest.param(kind, marks=pytest.mark.slow, id=" and ".join(kind.values()))
         for kind in (

@@ -4,11 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def published(run: Any, folder: Path) -> bytes:
     return (Path(run.result(folder)) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow(alone=True)
 def test_a_run_from_postgresql_and_s3_gives_the_same_bytes_and_goes_on_with_nothing_near(
     coordinated: Any, federations: Any, s3: Any, postgresql: Any, tmp_path: Path
 ) -> None:

@@ -282,6 +282,7 @@ def test_a_run_that_cannot_be_done_is_refused_before_anything_is_trained(federat
         run.cancel()
 
 
+@pytest.mark.slow(alone=True)
 def test_a_taken_port_and_a_taken_folder_are_said_to_be_so(federation: Any) -> None:
     kit = str(federation.folder / "pki" / "coordinator")
 

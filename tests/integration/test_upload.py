@@ -18,6 +18,7 @@ def exam(federation: Any) -> dict[str, str]:
     return {"exam": str(federation.material / "held-out.jsonl")}
 
 
+@pytest.mark.slow(alone=True)
 def test_noise_costs_nothing_that_can_be_measured_and_a_site_may_insist_on_it(coordinated: Any, tmp_path: Path) -> None:
     federation = coordinated
     federation.have("bank")

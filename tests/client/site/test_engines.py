@@ -59,7 +59,8 @@ def agree(start: Any, job: TrainerJob, reference: TrainerJob, folder: Path) -> N
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
+@pytest.mark.slow(alone=True)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
     start: Any, job: Jobs, tmp_path: Path, stage: int
 ) -> None:

@@ -196,6 +196,7 @@ def named(job: TrainerJob, run: str) -> TrainerJob:
     return replace(job, task=replace(job.task, run=run))
 
 
+@pytest.mark.slow(alone=True)
 def test_trainers_end_when_their_agent_is_killed(idle: ForkServer, job: Jobs, tmp_path: Path) -> None:
     (tmp_path / "wanted.json").write_bytes(to_json(job(processes=2)))
     agent = """if True:
@@ -261,6 +262,7 @@ def test_a_stopped_trainer_is_gone_and_says_so(start: Any, job: Jobs, tmp_path: 
     trainer.stop()
 
 
+@pytest.mark.slow(alone=True)
 def test_a_trainer_may_be_stopped_before_its_server_is_ready(idle: ForkServer, job: Jobs, tmp_path: Path) -> None:
     trainer = launch(job(processes=2), tmp_path / "task", idle)
     trainer.stop()

@@ -97,6 +97,7 @@ def rows(home: Home) -> Rows:
         return {name: [dict(row) for row in result.mappings()] for name, result in found.items()}
 
 
+@pytest.mark.slow(alone=True)
 @FAR
 def test_a_home_with_any_stores_becomes_one_with_any_stores(
     source: str, target: str, kit: Path, folder: Path, urls: Any, tmp_path: Path
@@ -208,6 +209,7 @@ def test_a_restore_that_is_cut_short_is_done_again(
     assert [run["id"] for run in rows(other)["runs"]] == ["run"]
 
 
+@pytest.mark.slow(alone=True)
 def test_what_is_damaged_is_refused_and_named(home: Home, folder: Path, kit: Path, tmp_path: Path) -> None:
     begin(home, "live")
     begin(home, "over", over=True)

@@ -72,6 +72,7 @@ def outcome(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome
     return Outcome(compare(plan, folder, tell=after), plan, folder, before, after)
 
 
+@pytest.mark.slow(alone=True)
 def test_where_nothing_is_dropped_emulator_plug_in_and_bound_are_the_same_model(outcome: Outcome) -> None:
     for number in (3, 4):
         figures = outcome.one(number).figures

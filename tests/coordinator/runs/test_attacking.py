@@ -92,6 +92,7 @@ def test_with_public_text_alone_it_is_healed(home: Home, material: Path) -> None
     assert names == {"heal 2", "tuned, heal 2"}
 
 
+@pytest.mark.slow(alone=True)
 def test_a_killed_attack_goes_on_with_what_is_left(home: Home, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Grant(**fields(material))
     order = ordered(home, spec)

@@ -365,6 +365,7 @@ for size in (1 << 20, 96 << 20):
 """
 
 
+@pytest.mark.slow(alone=True)
 def test_a_large_blob_is_put_and_fetched_in_pieces(s3: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, s3.url(), str(tmp_path)]
     small, large = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

@@ -146,6 +146,7 @@ for number in range(int(sys.argv[3])):
 """
 
 
+@pytest.mark.slow(alone=True)
 def test_who_reads_on_from_a_number_misses_nothing_of_what_processes_write_though_their_server_is_killed(
     url: str, request: pytest.FixtureRequest
 ) -> None:

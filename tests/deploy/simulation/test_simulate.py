@@ -92,7 +92,7 @@ def test_every_check_of_a_coordinator_is_made(do: Do) -> None:
     assert set(done.report["rounds"][0]["sites"]) == {f"site-000{number}" for number in (4, 6, 7, 8)}
 
 
-@pytest.mark.parametrize("strategy", ["low-rank", "factor-mean"])
+@pytest.mark.parametrize("strategy", ["low-rank", pytest.param("factor-mean", marks=pytest.mark.slow)])
 def test_who_works_on_what_changes_no_byte(do: Do, strategy: str) -> None:
     """Though some sites' updates are not let in or left out, there are more sites than columns, and two tiers."""
     how: dict[str, Any] = {"train": f"{__name__}:odd", "sites": 50, "rounds": 2, "max_update_norm": 1e5}
@@ -146,6 +146,7 @@ class Guest:
         assert self.lost.is_set()
 
 
+@pytest.mark.slow(alone=True)
 def test_a_worker_that_joins_and_is_lost_changes_no_byte(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
     guests: list[Guest] = []
 

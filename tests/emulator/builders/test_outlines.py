@@ -194,6 +194,7 @@ def tied(model: Any, text: list[Batch]) -> Any:
     return model
 
 
+@pytest.mark.slow(alone=True)
 def test_neither_the_rounding_of_bf16_nor_the_cut_into_batches_chooses_layers(tiny: Any, text: list[Batch]) -> None:
     model = tied(stepwise(tiny("llama", 9), {3, 6}), text)
     chosen, weakest = [], []
