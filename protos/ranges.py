@@ -55,7 +55,8 @@ Digest = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:._-]{0,127}$", ma
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=64)]
 
 Tier = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$", max_length=64)]  # of sites; see methods
-
+# What a run learns; short enough for names that are made of it.
+Task = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,39})?$", max_length=40)]
 Start = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?)?$", max_length=80)]
 
 

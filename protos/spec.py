@@ -24,6 +24,7 @@ from offsite.protos.ranges import (
     Seed,
     Settings,
     Start,
+    Task,
     Tier,
     Word,
 )
@@ -77,6 +78,7 @@ BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
 SCHEDULE, OPTIMISER = Choice(name="constant"), Choice(name="adamw")
 OBJECTIVE, PART = Choice(name="supervised"), Choice(name="all")
+MEMORY = Choice(name="none")
 
 
 @document
@@ -138,6 +140,8 @@ class RunSpec:
     evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end
     merge: Flag = False  # also publish the merged model
     start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing
+    task: Task = ""  # what the run learns, by a name of its own; empty: it has none
+    memory: Chosen = MEMORY  # how versions accumulate over rounds, and over the runs that go on from one another
 
 
 @document

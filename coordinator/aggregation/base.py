@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
 
 Sums = dict[str, dict[str, float]]  # by name and group: what figures are made of
+MEMORY = "memory."  # so the names of a state begin that memories keep; see `memory.base`
+KEPT = (MEMORY,)  # so those of all that others keep, which strategies are not given
 
 
 @dataclass(frozen=True)

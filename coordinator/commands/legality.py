@@ -32,6 +32,7 @@ def legality(
             ("method", pairs.builders),
             ("stage", pairs.stages),
             ("part", pairs.parts),
+            ("memory", pairs.memories),
             ("optimiser", pairs.optimisers),
         ]
         for corner, rows in tables:

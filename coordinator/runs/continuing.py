@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from offsite.coordinator import memory as memories
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps.orders import Continued
@@ -12,7 +13,7 @@ from offsite.coordinator.store.journal import Journal
 from offsite.kernels.schema import Tier
 from offsite.protos.documents import canonical, from_json, to_plain
 from offsite.protos.errors import InputError
-from offsite.protos.spec import Ancestor, RunSpec
+from offsite.protos.spec import MEMORY, Ancestor, RunSpec
 
 
 def granted(journal: Journal, run: str) -> Grant:
@@ -73,10 +74,17 @@ def judge(
         own, its = (canonical(to_plain(spec)[name]).decode() for spec in (grant, other))
         if own != its:
             raise InputError(f"{what} is of {name} {its}, this run of {own}; a run goes on with the same")
-    if last.state and grant.strategy.name != other.strategy.name:
+    if (state := sorted(last.bare.state)) and grant.strategy.name != other.strategy.name:
         raise InputError(
-            f"{what} keeps what strategy {grant.strategy.name} does not know ({', '.join(sorted(last.state))}); go on "
-            f"with {other.strategy.name}"
+            f"{what} keeps what strategy {grant.strategy.name} does not know ({', '.join(state)}); go on with "
+            f"{other.strategy.name}"
+        )
+    remembered = sorted(name for name in last.state if name.startswith(memories.PREFIX))
+    memory = memories.make(grant.memory.name, grant.memory.settings)
+    if remembered and memory.accumulates and memory.name != other.memory.name:
+        raise InputError(
+            f"{what} keeps what memory {memory.name} does not know ({', '.join(remembered)}); go on with "
+            f"{other.memory.name}, or with {MEMORY.name}, which forgets it"
         )
     if not begins and (missing := sorted(tiers - last.broadcast.keys())):
         raise InputError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from offsite.coordinator import aggregation
+from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
@@ -59,6 +59,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.strategies(method)) or 'none'}"
         )
+    _judge_memory(spec, method)
     _judge_upload(spec, method, strategy)
     _judge_part(spec, method, strategy)
     mixed = tiers(spec) or method.tiers()
@@ -125,6 +126,15 @@ def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
         )
 
     return why if taken else None
+
+
+def _judge_memory(spec: RunSpec, method: Method) -> None:
+    """Raise InputError if a run's memory is not known, or cannot accumulate what its method trains."""
+    if not pairs.remembers(memory.make(spec.memory.name, spec.memory.settings), method):
+        raise InputError(
+            f"memory {spec.memory.name} cannot accumulate what method {method.name} trains, whose tensors are "
+            f"averaged by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.memories(method))}"
+        )
 
 
 def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
+from offsite.coordinator.memory import MEMORIES, Memory
 from offsite.emulator import methods, optimisers
 from offsite.emulator.methods import Method
 from offsite.emulator.parts import PARTS, Part
@@ -46,6 +47,16 @@ def unaligned() -> list[str]:
 def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:
     """Tell whether a strategy makes of adapters the one that changes the model by the mean of their changes."""
     return method.linear and method.rules <= strategy.exact
+
+
+def remembers(memory: Memory | type[Memory], method: Method | type[Method]) -> bool:
+    """Tell whether a memory can accumulate what a method trains."""
+    return method.rules <= memory.rules
+
+
+def memories(method: Method | type[Method]) -> list[str]:
+    """Name the memories that can accumulate what a method trains."""
+    return sorted(name for name, kind in MEMORIES.sound().items() if remembers(kind, method))
 
 
 def trainers(provided: Collection[str], altered: Collection[str] = ()) -> list[str]:

@@ -40,9 +40,13 @@ def in_parts(order: Order, spec: Grant, parts: int, do: Callable[[Sequence[Order
             spans = tuple(span for one in measured for span in one.spans)
             return to_json(Evaluation(sets=dict(sorted(scores.items())), spans=spans))
         case Aggregate() if parts > 1:
-            results = do([replace(order, parts=parts, part=part) for part in range(parts)])
+            bare = replace(order, last=order.last.bare, parts=parts)
+            results = do([replace(bare, part=part) for part in range(parts)])
             folded = [from_json(Folded, result, where="step aggregate") for result in results]
-            (whole,) = do([Join(parts=tuple(one.version for one in folded))])
+            join = Join(
+                last=order.last, schema=order.schema, round=order.round, parts=tuple(one.version for one in folded)
+            )
+            (whole,) = do([join])
             version = from_json(Version, whole, where="step join")
             spans = tuple(span for one in folded for span in one.spans)
             return to_json(replace(folded[0], version=version, spans=spans))

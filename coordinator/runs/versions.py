@@ -1,7 +1,10 @@
 """Versions, and what their tensors are, by the files that hold them; the journal keeps these names."""
 
+from dataclasses import replace
+
 from pydantic import Field
 
+from offsite.coordinator.aggregation.base import KEPT
 from offsite.coordinator.store.blobs import Blobs, Stored
 from offsite.kernels.schema import Schema
 from offsite.protos.documents import document, from_json
@@ -17,6 +20,11 @@ class Version:
     state: dict[Word, Digest] = Field(default_factory=dict)  # what the owner keeps for later rounds, by its name
     figures: dict[Word, Finite | None] = Field(default_factory=dict)
     sums: dict[Line, dict[str, Finite | None]] = Field(default_factory=dict)  # of a part of it
+
+    @property
+    def bare(self) -> "Version":
+        """This version as strategies know it; without the state that others keep."""
+        return replace(self, state={name: kept for name, kept in self.state.items() if not name.startswith(KEPT)})
 
     @property
     def digests(self) -> set[str]:

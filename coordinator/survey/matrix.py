@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from offsite.coordinator import aggregation
+from offsite.coordinator.memory import MEMORIES
 from offsite.coordinator.runs import pairs
 from offsite.emulator import builders
 from offsite.emulator.builders import BUILDERS
@@ -10,6 +11,7 @@ from offsite.emulator.builders.base import STAGES, Builder
 from offsite.emulator.methods import METHODS, Method
 from offsite.emulator.optimisers import OPTIMISERS
 from offsite.emulator.parts import PARTS
+from offsite.kernels.schema import Rule
 from offsite.protos import upload
 
 Table = dict[str, dict[str, str]]  # row -> column -> what of the pair
@@ -25,6 +27,7 @@ class Matrix:
     stages: Table  # of an upload, by strategies
     parts: Table  # of an adapter, by strategies
     optimisers: Table  # by the engines of sites
+    memories: Table  # by the rules of what methods train
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 
 
@@ -58,6 +61,10 @@ def matrix() -> Matrix:
         optimisers={
             name: {"plain": "yes", "deepspeed": "yes" * (kind.elementwise and not kind.forward_only)}
             for name, kind in sorted(OPTIMISERS.sound().items())
+        },
+        memories={
+            name: {rule: "yes" * (rule in kind.rules) for rule in Rule if rule is not Rule.LOCAL}
+            for name, kind in sorted(MEMORIES.sound().items())
         },
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )

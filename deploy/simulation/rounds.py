@@ -20,15 +20,17 @@ from offsite.coordinator.aggregation import Separable
 from offsite.coordinator.aggregation.folding import Sent, Weighing, weigh
 from offsite.coordinator.bundles.stored import lay_out
 from offsite.coordinator.home import Home
+from offsite.coordinator.memory import make as make_memory
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes
 from offsite.coordinator.runs.rounds import NAMED, task_of
+from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.results import BUILD, SELECT, Folded, Part, Step
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.supervisor import Lost
-from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.coordinator.store.journal import Journal, Key
 from offsite.coordinator.store.opening import open_blobs, url_of
 from offsite.deploy.simulation.clock import Clock, Load, Visit
@@ -90,6 +92,7 @@ class Rounds:
         self._stages = upload.make(spec.upload)
         self._update_sizes: UpdateSizes | None = None
         self._newest: dict[str, int] = {}  # site -> round of its newest update, where stages feed back
+        self._accumulates = make_memory(spec.memory.name, spec.memory.settings).accumulates
         self._feeds_back = any(stage.feedback for stage in self._stages)
 
     def __call__(self, history: History, number: int) -> Folded:
@@ -107,7 +110,7 @@ class Rounds:
                 weighing = self._weigh(number, visits, works)
                 parts = self._begin_fold(history, number, works, weighing, scratch)
                 done = self._record(history, number, visits, works, began_s)  # meanwhile
-                version = self._join([part.result() for part in parts], scratch)
+                version = self._join(history, number, [part.result() for part in parts], scratch)
         if self._feeds_back:
             self._newest |= dict.fromkeys((site for work in works for site in work.batch.sites), number)
         trained = sum(len(work.batch.sites) + len(work.failures) for work in works)
@@ -228,11 +231,11 @@ class Rounds:
         whole = FoldOrder(
             strategy=self._spec.strategy,
             upload=self._spec.upload,
-            last=history.version(number),
+            last=history.version(number).bare,
             schema=built.schema,
             tiers=tuple(sorted({*built.tiers.values()})),
             blobs=self._home.node.url,
-            kept=self._home.node.url if parts == 1 else url_of("file", scratch / "parts"),
+            kept=self._home.node.url if parts == 1 and not self._accumulates else url_of("file", scratch / "parts"),
             scratch="",
             batches=tuple(work.batch for work in works),
             weights=tuple(tuple(map(weighing.weights.get, work.batch.sites)) for work in works),
@@ -246,16 +249,20 @@ class Rounds:
             orders.append(replace(whole, part=part, scratch=str(folder)))
         return self._pool.fold(orders)
 
-    def _join(self, parts: Sequence[Version], scratch: Path) -> Version:
-        """Put the parts of a version together."""
-        if len(parts) == 1:
+    def _join(self, history: History, number: int, parts: Sequence[Version], scratch: Path) -> Version:
+        """Put the parts of a version together, and have the run's memory take it."""
+        if len(parts) == 1 and not self._accumulates:
             return parts[0]
-        blobs = open_blobs(url_of("file", scratch / "parts"), cache=scratch)
+        kept, blobs = open_blobs(url_of("file", scratch / "parts"), cache=scratch), self._home.node.blobs()
         strategy = aggregation.make(self._spec.strategy.name, self._spec.strategy.settings)
-        assert isinstance(strategy, Separable), "or there is one group"
         with _one_thread():
-            joined = strategy.join([load_version(blobs, part) for part in parts])
-        return store_version(self._home.node.blobs(), scratch, joined)
+            version, *more = [load_version(kept, part) for part in parts]
+            if more:
+                assert isinstance(strategy, Separable), "or there is one group"
+                version = strategy.join([version, *more])
+            schema, last = read_schema(blobs, history[BUILD].schema), history.version(number)
+            version = memory.after(blobs, self._spec, last, version, schema, number=number)
+        return store_version(blobs, scratch, version)
 
     def _record(
         self, history: History, number: int, visits: dict[str, Visit], works: Sequence[Work], began_s: float

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from offsite.coordinator import aggregation
+from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Origin, Strategy, Version
 from offsite.emulator import builders, formats, methods, modality, objectives, optimisers, parts, placements, schedules
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
@@ -18,6 +18,7 @@ from offsite.kernels.schema import Field, Rule, Schema, Tensors
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "builder": (dict(builders.BUILDERS), builders.make),
     "format": (dict(formats.FORMATS), formats.make),
+    "memory": (dict(memory.MEMORIES), memory.make),
     "method": (dict(methods.METHODS), methods.make),
     "modality": (dict(modality.MODALITIES), modality.MODALITIES.make),
     "objective": (dict(objectives.OBJECTIVES), objectives.make),
@@ -30,6 +31,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
 PROTOCOLS: dict[str, Any] = {
     "builder": Builder,
     "format": formats.Format,
+    "memory": memory.Memory,
     "method": methods.Method,
     "modality": modality.Modality,
     "objective": objectives.Objective,

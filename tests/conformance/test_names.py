@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from offsite.coordinator import aggregation
+from offsite.coordinator import aggregation, memory
 from offsite.emulator import catalogue
 from offsite.kernels.plugins import Plugins
 
 ROOT = Path(__file__).parents[2]
 FAMILIES: list[Plugins[object]] = [
     aggregation.STRATEGIES,
+    memory.MEMORIES,
     catalogue.BUILDERS,
     catalogue.FORMATS,
     catalogue.METHODS,
@@ -24,7 +25,7 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.PLACEMENTS,
     catalogue.SCHEDULES,
 ]
-NAMES = {name for family in FAMILIES for name in family}
+NAMES = {name for family in FAMILIES for name in family} - {"none"}  # which much is that is no plug-in
 # No words of English: a sentence that has one of them speaks of the plug-in.
 WORDS = {
     "additive",
@@ -47,7 +48,7 @@ COINED = NAMES - WORDS - {"uniform", "whole"}
 MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {
     *("offsite.emulator.placements", "offsite.emulator.schedules"),  # the families' own rooms
 }
-FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py"}
+FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py", "coordinator/memory/__init__.py"}
 
 
 def files(module: str) -> list[str]:

@@ -15,6 +15,7 @@ from offsite.coordinator.bundles.trial import take_step
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.partial import part_of
+from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.beginning import check_origin, first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
@@ -100,12 +101,13 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         portions=built.portions,
         spans=tuple(timeline),
     )
-    if order.continued is None:
-        return result
-    if statistics is not None:
+    origin = result.version
+    if order.continued and statistics is not None:
         check_origin(result, order.continued)
-        return result
-    return replace(result, version=go_on(blobs, result, order.continued))
+    elif order.continued:
+        origin = go_on(blobs, result, order.continued)
+    with TemporaryDirectory(dir=node.scratch) as scratch:
+        return replace(result, version=memory.begin(blobs, Path(scratch), spec, origin, made_of))
 
 
 def _emulator(node: Node, spec: Grant, encoded: Encodings | None, folder: Path) -> building.Built:

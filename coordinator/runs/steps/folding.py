@@ -18,6 +18,8 @@ from offsite.coordinator.aggregation.folding import Sent, fold, weigh
 from offsite.coordinator.aggregation.keyed import Share
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import partial
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.orders import Aggregate, Join
 from offsite.coordinator.runs.steps.results import Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
@@ -35,7 +37,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
+def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
     """Fold the updates of a round, in the order of the sites' names, and store the next version, or a part of it.
 
     Those far larger than the others are left out, and named; raises RunError if too few are left.
@@ -58,7 +60,7 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
             if norm is None:
                 norm = distance(blobs.path(update.digest), starts[tier], has[update.site], stages)
             sent.append(Sent(update.site, tier, update.examples, norm))
-        last, part = load_version(blobs, order.last), folding.part_of(schema, order.part, order.parts)
+        last, part = load_version(blobs, order.last.bare), folding.part_of(schema, order.part, order.parts)
         weighing, digests = weigh(sent, spec=spec), {update.site: update.digest for update in order.updates}
         files = ahead(threads, blobs.path, [digests[site] for site in weighing.weights])
         origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
@@ -68,6 +70,8 @@ def aggregate(node: Node, spec: RunSpec, order: Aggregate) -> Folded:
         )
         shares = {} if whole else {site: Share(weight, groups(has[site])) for site, weight in weighing.weights.items()}
         version = fold(strategy, last, part, updates, tiers={*order.tiers.values()}, shares=shares)
+        if order.parts == 1:
+            version = memory.after(blobs, spec, order.last, version, schema, number=order.round)
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     return Folded(
         version=stored,
@@ -99,11 +103,12 @@ def ahead(threads: Executor, do: Callable[[T], R], items: Iterable[T]) -> Iterat
         yield waiting.popleft().result()
 
 
-def join(node: Node, spec: RunSpec, order: Join) -> Version:
-    """Put the parts of a version together, and store it whole."""
+def join(node: Node, spec: Grant, order: Join) -> Version:
+    """Put the parts of a version together, have the run's memory take it, and store it whole."""
     blobs, strategy = node.blobs(), aggregation.make(spec.strategy.name, spec.strategy.settings)
     if not isinstance(strategy, aggregation.Separable):
         raise InputError(f"strategy {spec.strategy.name} folds all groups of tensors together, and joins no parts")
     version = strategy.join([load_version(blobs, part) for part in order.parts])
+    version = memory.after(blobs, spec, order.last, version, read_schema(blobs, order.schema), number=order.round)
     with TemporaryDirectory(dir=node.scratch) as scratch:
         return store_version(blobs, Path(scratch), version)

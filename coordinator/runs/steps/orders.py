@@ -103,6 +103,9 @@ class Join:
     """Put the parts of a version together."""
 
     step: ClassVar[str] = "join"
+    last: Version  # what the round began from
+    schema: Digest
+    round: Count  # as the order had it whose parts they are
     parts: tuple[Version, ...]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from offsite.coordinator.aggregation import STRATEGIES
+from offsite.coordinator.memory import MEMORIES
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.performing import perform
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def preload() -> None:
     """Import what steps import when they first need it."""
-    for family in (METHODS, BUILDERS, FORMATS, MODALITIES, STRATEGIES):
+    for family in (METHODS, BUILDERS, FORMATS, MEMORIES, MODALITIES, STRATEGIES):
         family.preload()
 
 

@@ -15,6 +15,7 @@ import torch
 from offsite.coordinator.aggregation import Origin
 from offsite.coordinator.aggregation.mean import Mean
 from offsite.coordinator.node import Node
+from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import storage
 from offsite.coordinator.runs.steps.folding import AHEAD, aggregate, ahead
 from offsite.coordinator.runs.steps.orders import Aggregate, Update
@@ -24,7 +25,7 @@ from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos import tensors
 from offsite.protos.documents import to_json
 from offsite.protos.errors import InputError, MismatchError
-from offsite.protos.spec import Choice, RunSpec
+from offsite.protos.spec import Choice
 
 BLOCK_BYTES = 1 << 14  # of a file at a time, in place of a million
 SIZES = (0, 1, BLOCK_BYTES // 4, BLOCK_BYTES // 4 + 1, tensors.ALONE + 1)  # values, around where files are cut
@@ -36,7 +37,7 @@ SCHEMA: Schema = {
 }
 SMALL = {key: field for key, field in SCHEMA.items() if field.size_bytes < BLOCK_BYTES}
 SITES = ("bank", "clinic", "school", "town")
-SPEC = RunSpec(model="m", strategy=Choice(name="mean"))
+SPEC = Grant(model="m", strategy=Choice(name="mean"))
 ORIGIN = Origin("ward", "", 0.25)
 
 
