@@ -26,6 +26,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(strict=True, ge=0, le=LARGEST, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(strict=True, gt=0, le=LARGEST, allow_inf_nan=False)]
 Moment = Annotated[float, Field(strict=True, ge=0, le=1e11, allow_inf_nan=False)]  # seconds since the epoch
+Nanoseconds = Annotated[int, Field(strict=True, ge=0, le=SEED)]  # since the epoch, as a file's time is kept
 Flag = Annotated[bool, Field(strict=True)]
 
 

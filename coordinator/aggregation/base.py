@@ -81,9 +81,11 @@ def joined(parts: Sequence[Version]) -> Version:
     for part in parts:
         for name, values in part.sums.items():
             sums[name] = dict(sorted({**sums.get(name, {}), **values}.items()))
+    adapter = {key: tensor for part in parts for key, tensor in part.adapter.items()}
+    alike = {tier for tier in parts[0].broadcast if all(part.broadcast.get(tier) is part.adapter for part in parts)}
     return Version(
-        adapter={key: tensor for part in parts for key, tensor in part.adapter.items()},
-        broadcast=_united([part.broadcast for part in parts]),
+        adapter=adapter,
+        broadcast=_united([part.broadcast for part in parts]) | dict.fromkeys(alike, adapter),
         state=_united([part.state for part in parts]),
         sums=sums,
     )

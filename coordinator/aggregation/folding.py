@@ -1,12 +1,14 @@
 """One round's updates become the next version, wherever they are kept: in files, or in a simulation's spool."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation.base import Strategy, Version
+from offsite.coordinator.aggregation.base import Separable, Strategy, Version
 from offsite.coordinator.aggregation.keyed import Share, Update, fold_keyed, is_partial
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.kernels.schema import Rule, Schema, Tier, groups
@@ -75,6 +77,32 @@ def fold(
     if not all(bool(torch.isfinite(tensor).all()) for tensor in version.adapter.values()):
         raise MismatchError("the average of the updates is not finite; lower max_update_norm and look at the sites")
     return version
+
+
+def fold_apart(
+    strategy: Strategy,
+    last: Version,
+    schema: Schema,
+    updates: Callable[[], Iterable[Update]],
+    threads: int,
+    *,
+    tiers: Collection[Tier],
+    shares: Mapping[str, Share] | None = None,
+) -> Version:
+    """Fold by so many threads, each of which asks for the updates and folds some groups: the bytes are those of `fold`.
+
+    One thread folds all groups of a strategy that folds them together.
+    """
+    parts = min(threads, len(groups(schema)))
+    if parts < 2 or not isinstance(strategy, Separable):
+        return fold(strategy, last, schema, updates(), tiers=tiers, shares=shares)
+
+    def part(number: int) -> Version:
+        return fold(strategy, last, part_of(schema, number, parts), updates(), tiers=tiers, shares=shares)
+
+    with ThreadPoolExecutor(parts, thread_name_prefix="fold") as pool:
+        work = [pool.submit(copy_context().run, part, number) for number in range(parts)]
+        return strategy.join([one.result() for one in work])
 
 
 def _fold_whole(

@@ -1,7 +1,9 @@
 """One round of a run: tasks are offered to its sites, and waited for until each has given an update or cannot."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
@@ -10,6 +12,7 @@ from offsite.coordinator.runs.partial import UpdateSizes
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT
+from offsite.coordinator.store.blobs import Blobs, Stamp
 from offsite.coordinator.store.journal import Journal, Key, Row
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
@@ -19,6 +22,7 @@ from offsite.protos.security.signing import sign
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 ATTEMPTS = 2  # a site that fails a task is asked once more
+CHECKS = 4  # updates whose digests are checked at once, on as many cores as there are
 TIME_EVERY_S = 1.0
 NAMED = 20  # sites that an error names, at most
 
@@ -71,7 +75,8 @@ class Round:
         """
         tasks = list({task.site: task for task in self._journal.tasks(self._run, self._number)}.values())  # the last
         done = [task for task in tasks if task.state == "uploaded"]
-        if any([self._is_rotten(task) for task in done]):  # a list: each one is looked at
+        stamps = self._stamps(done)
+        if len(stamps) < len(done):
             return None
         if len(done) < self._spec.min_sites:
             reasons = [f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded"]
@@ -80,7 +85,7 @@ class Round:
             raise RunError(
                 f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
             )
-        return tuple(map(_update, done))
+        return tuple(map(_update, done, stamps))
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
@@ -103,14 +108,15 @@ class Round:
         size = self._sizes.of(tier, self._number, site)
         return task_of(key, self._spec, self._history, tier=tier, size=size, previous=previous)
 
-    def _is_rotten(self, task: Row) -> bool:
-        """Tell whether an accepted update is no longer what the site sent; the attempt has failed then."""
-        try:
-            self._home.blobs().path(task.update)
-        except (MismatchError, NotFoundError) as error:
-            self._journal.lose_update(self._key(task), f"its update was lost at the coordinator: {error}")
-            return True
-        return False
+    def _stamps(self, tasks: Sequence[Row]) -> list[Stamp]:
+        """Return the stamps of the accepted updates that are what their sites sent; the other attempts have failed."""
+        stamps = []
+        for task, check in zip(tasks, checks(self._home.blobs(), [task.update for task in tasks]), strict=True):
+            try:
+                stamps.append(check.result())
+            except (MismatchError, NotFoundError) as error:
+                self._journal.lose_update(self._key(task), f"its update was lost at the coordinator: {error}")
+        return stamps
 
     def _key(self, task: Row) -> Key:
         return Key(self._run, self._number, task.site, task.attempt)
@@ -139,6 +145,19 @@ def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, p
     )
 
 
-def _update(task: Row) -> Update:
+def checks(blobs: Blobs, digests: Iterable[str]) -> list[Future[Stamp]]:
+    """Check blobs by several threads; what comes of each is its stamp, or the error that says what is wrong with it."""
+    with ThreadPoolExecutor(CHECKS, thread_name_prefix="digests") as threads:
+        return [threads.submit(copy_context().run, blobs.stamp, digest) for digest in digests]
+
+
+def _update(task: Row, stamp: Stamp) -> Update:
     metrics = from_json(UpdateMetrics, task.metrics, where="metrics")
-    return Update(site=task.site, digest=task.update, examples=metrics.examples, norm=task.norm, chosen=metrics.chosen)
+    return Update(
+        site=task.site,
+        digest=task.update,
+        examples=metrics.examples,
+        norm=task.norm,
+        chosen=metrics.chosen,
+        stamp=stamp,
+    )

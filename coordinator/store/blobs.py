@@ -15,7 +15,7 @@ from typing import Protocol
 from offsite.protos.chunks import ALGORITHMS, algorithm_of, digest_file, hex_of, is_digest
 from offsite.protos.documents import document
 from offsite.protos.errors import InputError, MismatchError, NotFoundError, ResourceError
-from offsite.protos.ranges import Amount, Digest
+from offsite.protos.ranges import Amount, Digest, Moment, Nanoseconds
 
 FRESH_S = 600.0
 COPY_BYTES = 1 << 20
@@ -32,6 +32,19 @@ class Stored:
     size: Amount
 
 
+@document
+class Stamp:
+    """When a blob's bytes were checked, and what its file was then, for a process of the same machine that reads it.
+
+    Whoever writes to a file changes its size or its time, and then its bytes are checked again. What alone is missed is
+    what a disk loses by itself within FRESH_S, of bytes that the system mostly still has in its memory.
+    """
+
+    at: Moment
+    size: Amount
+    mtime_ns: Nanoseconds
+
+
 class Blobs(Protocol):
     """Files by digest, wherever they are kept; what is read of them are files of this machine.
 
@@ -41,8 +54,14 @@ class Blobs(Protocol):
     def check(self) -> None:
         """Raise Unusable if they cannot be reached now."""
 
-    def path(self, digest: str) -> Path:
-        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
+    def path(self, digest: str, stamp: Stamp | None = None) -> Path:
+        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed.
+
+        Not again if a stamp tells that they were within the last minutes, and that its file is as it was.
+        """
+
+    def stamp(self, digest: str) -> Stamp:
+        """Check a blob's bytes, as `path` does, and tell of it."""
 
     def served(self, digest: str) -> Path:
         """The same for a file that is sent again and again: checked when it was not within the last minutes."""
@@ -95,11 +114,22 @@ class Folder(Blobs):
     def check(self) -> None:
         """Nothing: it was made if it was missing."""
 
-    def path(self, digest: str) -> Path:
-        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed."""
+    def path(self, digest: str, stamp: Stamp | None = None) -> Path:
+        """Where a blob is, its bytes checked; raises NotFoundError, or MismatchError when they have changed.
+
+        Not again if a stamp tells that they were within the last minutes, and that its file is as it was.
+        """
         path = self._file(digest)
-        self._judge(path, digest, digest_file(path, like=digest))
+        seen = stamp and 0 <= time.time() - stamp.at < FRESH_S and (stamp.size, stamp.mtime_ns) == _state(path)
+        if not seen:
+            self._judge(path, digest, digest_file(path, like=digest))
         return path
+
+    def stamp(self, digest: str) -> Stamp:
+        """Check a blob's bytes, as `path` does, and tell of it."""
+        at, (size, mtime_ns) = time.time(), _state(self._file(digest))  # before they are read
+        self.path(digest)
+        return Stamp(at=at, size=size, mtime_ns=mtime_ns)
 
     def served(self, digest: str) -> Path:
         """The same for a file that is read again and again: checked when it was not within the last minutes."""

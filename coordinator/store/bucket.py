@@ -8,13 +8,14 @@ import fcntl
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import obstore
 
-from offsite.coordinator.store.blobs import Blobs, log, room
+from offsite.coordinator.store.blobs import Blobs, Stamp, log, room
 from offsite.coordinator.store.cache import Cache
 from offsite.coordinator.store.removals import Removals
 from offsite.coordinator.store.s3 import HURRIED_S, PATIENT_S, SKEW_S, client, in_words, parse
@@ -42,9 +43,13 @@ class Bucket(Blobs):
         with in_words(self._at):
             next(obstore.list(client(self._at, HURRIED_S), chunk_size=1), None)
 
-    def path(self, digest: str) -> Path:
+    def path(self, digest: str, stamp: Stamp | None = None) -> Path:
         """See `Blobs`; fetched if it is not here."""
-        return self._here(self._cache.path, digest)
+        return self._here(partial(self._cache.path, stamp=stamp), digest)
+
+    def stamp(self, digest: str) -> Stamp:
+        """See `Blobs`; fetched if it is not here."""
+        return self._here(self._cache.stamp, digest)
 
     def served(self, digest: str) -> Path:
         """See `Blobs`; fetched if it is not here."""

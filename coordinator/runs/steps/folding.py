@@ -1,20 +1,24 @@
 """Folding the updates of a round into the next version.
 
-Each update is read twice, the second time from the system's cache: threads check the digests of the next ones, or fetch
-them, while one is folded. So nothing is folded that has changed since it was stored, whichever order a file has.
+Threads fold some groups of tensors each, and read no others. An update whose file is as it was when the supervisor
+checked its digest, minutes ago, is read once; else other threads check the next ones, or fetch them, while one is
+folded. So nothing is folded that has changed since it was stored, whichever order a file has.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextvars import copy_context
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from threading import Lock
+from typing import Generic, TypeVar
+
+import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation import Origin, folding
-from offsite.coordinator.aggregation.folding import Sent, fold, weigh
+from offsite.coordinator.aggregation import Origin, folding, keyed
+from offsite.coordinator.aggregation.folding import Sent, fold_apart, weigh
 from offsite.coordinator.aggregation.keyed import Share
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import partial
@@ -33,6 +37,7 @@ from offsite.protos.spec import RunSpec
 from offsite.protos.upload.files import distance, opened
 
 AHEAD = 2  # updates that are checked while one is folded: a digest takes longer than a sum
+THREADS = 4  # that fold, at most: the memory is busy with fewer than a large machine has
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -48,7 +53,7 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
     with (
         timeline.span("aggregation"),
         TemporaryDirectory(dir=node.scratch) as scratch,
-        ThreadPoolExecutor(AHEAD, thread_name_prefix="digests") as threads,
+        ThreadPoolExecutor(AHEAD, thread_name_prefix="digests") as digests,
     ):
         schema, stages = read_schema(blobs, order.schema), upload.make(spec.upload)
         starts = {tier: blobs.served(sent.digest) for tier, sent in order.last.broadcast.items()}
@@ -58,24 +63,26 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
         for update in order.updates:
             tier, norm = order.tiers[update.site], update.norm
             if norm is None:
-                norm = distance(blobs.path(update.digest), starts[tier], has[update.site], stages)
+                norm = distance(blobs.path(update.digest, update.stamp), starts[tier], has[update.site], stages)
             sent.append(Sent(update.site, tier, update.examples, norm))
         last, part = load_version(blobs, order.last.bare), folding.part_of(schema, order.part, order.parts)
-        weighing, digests = weigh(sent, spec=spec), {update.site: update.digest for update in order.updates}
-        files = ahead(threads, blobs.path, [digests[site] for site in weighing.weights])
+        weighing, updates = weigh(sent, spec=spec), {update.site: update for update in order.updates}
         origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
-        updates = (
-            (origin, opened(file, starts[origin.tier], has[origin.site], stages))
-            for origin, file in zip(origins, files, strict=True)
-        )
+        files = Ahead(digests, lambda one: blobs.path(one.digest, one.stamp), [updates[one.site] for one in origins])
+
+        def opens() -> Iterator[keyed.Update]:
+            for origin, file in zip(origins, files, strict=True):
+                yield origin, opened(file, starts[origin.tier], has[origin.site], stages)
+
         shares = {} if whole else {site: Share(weight, groups(has[site])) for site, weight in weighing.weights.items()}
-        version = fold(strategy, last, part, updates, tiers={*order.tiers.values()}, shares=shares)
+        threads = min(THREADS, torch.get_num_threads())
+        version = fold_apart(strategy, last, part, opens, threads, tiers={*order.tiers.values()}, shares=shares)
         if order.parts == 1:
             version = memory.after(blobs, spec, order.last, version, schema, number=order.round)
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     return Folded(
         version=stored,
-        lineage={site: Part(update=digests[site], weight=weight) for site, weight in weighing.weights.items()},
+        lineage={site: Part(update=updates[site].digest, weight=weight) for site, weight in weighing.weights.items()},
         left_out=weighing.left_out,
         spans=tuple(timeline),
     )
@@ -92,15 +99,24 @@ def _schemas(spec: RunSpec, order: Aggregate, schema: Schema) -> dict[str, Schem
     }
 
 
-def ahead(threads: Executor, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield what is done of each item in their order; threads do the next AHEAD meanwhile."""
-    waiting = deque[Future[R]]()
-    for item in items:
-        waiting.append(threads.submit(copy_context().run, do, item))
-        if len(waiting) > AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+class Ahead(Generic[T, R]):
+    """What is done of each item, in their order, for all who ask; threads do the next AHEAD meanwhile."""
+
+    def __init__(self, threads: Executor, do: Callable[[T], R], items: Iterable[T]) -> None:
+        """Take the threads, what they do, and of what."""
+        self._threads, self._do, self._items = threads, do, iter(items)
+        self._work: list[Future[R]] = []
+        self._lock = Lock()
+
+    def __iter__(self) -> Iterator[R]:
+        """Yield the results; an item's error is raised to each who comes to it."""
+        for at in count():
+            with self._lock:
+                for item in islice(self._items, max(0, at + AHEAD + 1 - len(self._work))):
+                    self._work.append(self._threads.submit(copy_context().run, self._do, item))
+            if at == len(self._work):
+                return
+            yield self._work[at].result()
 
 
 def join(node: Node, spec: Grant, order: Join) -> Version:

@@ -3,6 +3,7 @@
 from typing import ClassVar, get_args
 
 from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
 from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier
 from offsite.protos.spec import Grounds, Layers, Shared
@@ -81,6 +82,7 @@ class Update:
     examples: Positive  # that it saw: its weight
     norm: AtLeastZero | None = None  # L2 norm of the change since its broadcast; None: to be measured
     chosen: Layers = ()  # what of the adapter its site chose to train, where it does
+    stamp: Stamp | None = None  # of its file's check; None, or on another machine: it is checked before it is folded
 
 
 @document

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,9 @@ class Stand:
 
     def _aggregate(self, order: bytes) -> Folded:
         asked = self._take(Aggregate, order)
+        known = replace(asked, updates=tuple(replace(update, stamp=None) for update in asked.updates))
         return Folded(
-            version=version(order),
+            version=version(to_json(known)),
             lineage={one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates},
             spans=SPANS,
         )

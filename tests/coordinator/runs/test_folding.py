@@ -17,9 +17,10 @@ from offsite.coordinator.aggregation.mean import Mean
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import storage
-from offsite.coordinator.runs.steps.folding import AHEAD, aggregate, ahead
+from offsite.coordinator.runs.steps.folding import AHEAD, Ahead, aggregate
 from offsite.coordinator.runs.steps.orders import Aggregate, Update
 from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.store import blobs
 from offsite.coordinator.store.blobs import Stored
 from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos import tensors
@@ -73,6 +74,10 @@ class Round:
         tensors.save(self._folder / "file", adapter)
         digest, size = self.blobs.take(self._folder / "file")
         return Stored(digest=digest, size=size)
+
+    def stamped(self) -> Aggregate:
+        updates = (replace(update, stamp=self.blobs.stamp(update.digest)) for update in self.order.updates)
+        return replace(self.order, updates=tuple(updates))
 
     def files(self) -> set[str]:
         return {str(path) for path in (self._folder / "blobs").rglob("*")}
@@ -149,14 +154,64 @@ def test_the_next_files_are_checked_while_one_is_folded_and_no_others() -> None:
         return -item
 
     with ThreadPoolExecutor(1) as threads:
-        one = ahead(threads, do, range(1, AHEAD + 4))
+        one = iter(Ahead(threads, do, range(1, AHEAD + 4)))
         assert next(one) == -1
         assert second.wait(60), "it is done before anybody asks for it"
         assert done == [*range(1, AHEAD + 2)]
         assert [next(one) for _ in range(AHEAD + 1)] == [-item for item in range(2, AHEAD + 3)]
         with pytest.raises(MismatchError, match="the last"):
             next(one)
-        assert [*ahead(threads, do, [0])] == [0] and not [*ahead(threads, do, [])]
+        assert [*Ahead(threads, do, [0])] == [0] and not [*Ahead(threads, do, [])]
+
+
+def test_each_who_asks_gets_all_files_and_the_error_of_one_that_has_changed() -> None:
+    def do(item: int) -> int:
+        done.append(item)
+        if item == AHEAD + 2:
+            raise MismatchError("it has changed")
+        return -item
+
+    done = list[int]()
+    with ThreadPoolExecutor(2) as threads:
+        files = Ahead(threads, do, range(AHEAD + 3))
+        first, second = iter(files), iter(files)
+        assert [next(first) for _ in range(AHEAD + 2)] == [next(second) for _ in range(AHEAD + 2)]
+        for one in (first, second):
+            with pytest.raises(MismatchError, match="it has changed"):
+                next(one)
+    assert sorted(done) == [*range(AHEAD + 3)], "each is done once"
+
+
+def test_an_update_is_not_checked_again_if_its_file_is_as_it_was_when_it_was_stamped(
+    round_: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, digest_file = list[str](), blobs.digest_file
+
+    def noted(path: Path, **like: Any) -> str:
+        checked.append(digest_file(path, **like))
+        return checked[-1]
+
+    whole = aggregate(round_.node, SPEC, round_.order)
+    order = round_.stamped()
+    monkeypatch.setattr(blobs, "digest_file", noted)
+    one, path = aggregate(round_.node, SPEC, order), round_.blobs.path(order.updates[0].digest)
+    assert (one.version, one.lineage) == (whole.version, whole.lineage)
+    assert not {update.digest for update in order.updates[1:]} & {*checked}
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(MismatchError, match="the file has changed since it was stored"):
+        aggregate(round_.node, SPEC, order)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_fold_by_several_threads_is_a_fold(round_: Round, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    whole = aggregate(round_.node, SPEC, round_.order)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for order in (round_.order, round_.stamped()):
+        assert replace(aggregate(round_.node, SPEC, order), spans=()) == replace(whole, spans=())
+    path = round_.blobs.path(round_.order.updates[-1].digest)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(MismatchError, match="the file has changed since it was stored"):
+        aggregate(round_.node, SPEC, round_.order)
 
 
 def test_a_broadcast_that_is_the_adapter_is_written_once(round_: Round, monkeypatch: pytest.MonkeyPatch) -> None:

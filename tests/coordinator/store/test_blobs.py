@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -259,6 +260,34 @@ def test_what_is_read_is_here_and_is_fetched_when_it_is_not_or_has_rotted(
     with pytest.raises(MismatchError, match="had changed since it was stored; it is fetched again"):
         judge(digest_bytes(path.read_bytes()))
     assert stored.blobs.passed(digest)[0].read_bytes() == b"one"
+
+
+def test_what_was_stamped_is_checked_again_once_its_file_or_its_time_has_changed(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(path: Path, **like: Any) -> str:
+        checked.append(path)
+        return digest_file(path, **like)
+
+    digest_file, checked, digest = blobs_module.digest_file, list[Path](), kept.take(b"one")
+    monkeypatch.setattr(blobs_module, "digest_file", noted)
+    stamp = kept.blobs.stamp(digest)
+    assert len(checked) == 1 and kept.blobs.path(digest, stamp) == checked[0] and len(checked) == 1
+    for seconds, times in ((-blobs_module.FRESH_S - 1, 2), (60, 3)):  # too long ago; or by a clock that is wrong
+        kept.blobs.path(digest, replace(stamp, at=stamp.at + seconds))
+        assert len(checked) == times
+    about = checked[0].stat()
+    os.utime(checked[0], ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    kept.blobs.path(digest, stamp)
+    assert len(checked) == 4
+    stamp = kept.blobs.stamp(digest)
+    checked[0].write_bytes(b"onf")
+    if isinstance(kept.blobs, Bucket):
+        assert kept.blobs.path(digest, stamp).read_bytes() == b"one", "it is fetched again"
+        return
+    for read in (lambda: kept.blobs.path(digest, stamp), lambda: kept.blobs.stamp(digest)):
+        with pytest.raises(MismatchError, match="has changed since it was stored"):
+            read()
 
 
 def test_what_is_here_stays_within_its_bound_and_what_was_used_just_now_stays(s3: Any, tmp_path: Path) -> None:
