@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.emulator import catalogue
 from offsite.emulator.examples import Example, collect
-from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Sample, Score
+from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Sample, Score, Words
 from offsite.kernels.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "read",
     "run",
     "score",
+    "words",
 ]
 
 
@@ -93,6 +94,17 @@ def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(kind, Likelihoods):
         raise ValueError(f"the modality {kind.name} does not say how likely a sample is, so that none are compared")
     return kind.likelihoods(model, batch)
+
+
+def words(batch: Batch) -> list[tuple[int, ...]]:
+    """Return the token ids of each sample that it does not learn, as of a prompt; all of one that learns all.
+
+    Raises ValueError where the modality's samples are no sequences of tokens.
+    """
+    kind = _of(batch)
+    if not isinstance(kind, Words):
+        raise ValueError(f"the modality {kind.name} has no words, so that none are counted")
+    return kind.words(batch)
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> Score:

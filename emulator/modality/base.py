@@ -118,6 +118,15 @@ class Likelihoods(Protocol):
         ...
 
 
+@runtime_checkable
+class Words(Protocol):
+    """A modality whose samples are sequences of token ids, by which texts are told apart."""
+
+    def words(self, batch: Any) -> list[tuple[int, ...]]:
+        """Return the token ids of each sample that it does not learn, as of a prompt; all of one that learns all."""
+        ...
+
+
 class Modality(Reader, Protocol):
     """A kind of data: it reads, encodes, collates, runs and scores. Its samples and batches bear its name."""
 

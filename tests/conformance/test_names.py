@@ -38,7 +38,9 @@ WORDS = {
     "kept",
     "mean",
     "miss",
+    "prototype",
     "road",
+    "signature",
     "sketch",
     "spread",
 } | {
@@ -78,7 +80,7 @@ ALLOWED = {
         "supervised",
     },  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | catalogue.METHODS.keys() - {"blocks", "moments"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks", "moments", "prototype", "signature"},  # what is safe to allow
     "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
@@ -101,6 +103,10 @@ HOMONYMS = {  # words that are also names
     "coordinator/aggregation/low_rank.py": {"all", "sum"},  # what figures are of
     "coordinator/aggregation/index_union.py": {"all", "sum"},
     "coordinator/aggregation/requantise.py": {"sum"},
+    "coordinator/backup/inventory.py": {"signature"},  # of a document
+    "coordinator/commands/emulator.py": {"signature"},
+    "coordinator/store/tables.py": {"signature"},
+    "coordinator/store/tasks.py": {"signature"},
     "coordinator/commands/methods.py": {"all"},  # strategies
     "emulator/builders/storage.py": {"all"},  # layers
     "emulator/builders/sketched.py": {"all"},

@@ -184,6 +184,8 @@ def test_the_example_and_the_table_have_every_bound_and_the_default_all_builders
     assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {
         "blocks",
         "moments",
+        "prototype",
+        "signature",
     }
 
 

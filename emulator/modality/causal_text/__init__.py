@@ -75,6 +75,10 @@ class CausalText:
         """Return (b,) log-likelihoods of each sequence's target tokens, in nats."""
         return -self._nll(model, batch, reduction="none").view(len(batch.labels), -1).sum(dim=1)
 
+    def words(self, batch: TokenBatch) -> list[tuple[int, ...]]:
+        """Return the tokens of each sequence without a label; all of it if at most one has none, as in a plain text."""
+        return [prompt if len(prompt := one.prompt) > 1 else one.input_ids for one in batch.samples]
+
     def score(self, model: nn.Module, batch: TokenBatch) -> Score:
         """Return the negative log-likelihood of the target tokens, in nats."""
         return Score(float(self._nll(model, batch, reduction="sum")), batch.targets, self.metric)

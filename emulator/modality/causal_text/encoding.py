@@ -26,6 +26,11 @@ class Tokens:
         """Count the tokens."""
         return len(self.input_ids)
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens without a label."""
+        return tuple(one for one, label in zip(self.input_ids, self.labels, strict=True) if label == IGNORED)
+
 
 def encode(
     examples: Sequence[TextExample], tokenizer: Any, *, max_length: int, divide: bool, odd_rows: OddRows
