@@ -87,6 +87,7 @@ ALLOWED = {
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
     "coordinator/commands/emulator.py": {"crash", "distilled", "quantised"},  # examples in its help
     "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
+    "coordinator/commands/transfer.py": {"kept"},  # its own default: every layer
 }
 HOMONYMS = {  # words that are also names
     **{f"coordinator/aggregation/{name}.py": {"sum"} for name in ("base", "factor_mean", "vote")},
@@ -123,6 +124,7 @@ HOMONYMS = {  # words that are also names
     "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise
     "emulator/builders/distilled.py": {"cosine"},  # how its own tuning decays
     "emulator/tuning/loop.py": {"cosine"},
+    "emulator/transfer/move.py": {"cosine"},
 }
 
 

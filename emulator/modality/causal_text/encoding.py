@@ -42,8 +42,7 @@ def encode(
     tokenizer's chat template does not take is left out, unless odd rows are to be refused. Raises ValueError then, and
     if nothing is left.
     """
-    # A tokenizer that starts every text with a token of its own shows it on an empty text.
-    start = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
+    start = _start(tokenizer)
     useful: list[Tokens] = []
     counter = Counter()
     divided = cut = without_target = 0
@@ -81,6 +80,17 @@ def encode(
         "left_out": sum(one.count for one in left_out),  # what the tokenizer's chat template does not take
     }
     return Encoding(useful, counts, _warnings(counts, left_out))
+
+
+def opening(example: TextExample, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that a model is given of an example before the first that it is to write; raises Fault."""
+    one = _sequences(example, tokenizer, _start(tokenizer))[0]
+    return one.input_ids[: next(at for at, label in enumerate(one.labels) if label != IGNORED)]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """Return the token of its own with which a tokenizer starts every text, as it shows on an empty one."""
+    return [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def _warnings(counts: dict[str, int], left_out: Sequence[LeftOut]) -> list[str]:
