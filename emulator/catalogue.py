@@ -153,3 +153,15 @@ PARTS: Plugins[Any] = Plugins(
     group="offsite.parts",
     states=("partial",),
 )
+RETENTIONS: Plugins[Any] = Plugins(
+    "retention",
+    {
+        "none": "offsite.emulator.retention.none:Plain",
+        "ewc": "offsite.emulator.retention.ewc:Ewc",
+        "orthogonal": "offsite.emulator.retention.orthogonal:Orthogonal",
+        "surgery": "offsite.emulator.retention.surgery:Surgery",
+    },
+    group="offsite.retentions",
+    states=("paper", "active", "starts", "asks", "rules", "needs", "valued", "compares"),
+    refused={"o-lora": "it is orthogonal", "mos": "it is surgery", "lwf": "it is distil"},
+)

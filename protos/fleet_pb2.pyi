@@ -40,6 +40,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOUND_SUSPICIOUS: _ClassVar[Reason]
     BOUND_MIN_NOISE: _ClassVar[Reason]
     BOUND_CONTINUED: _ClassVar[Reason]
+    BOUND_RETENTIONS: _ClassVar[Reason]
     FAULT_INTERNAL: _ClassVar[Reason]
     FAULT_DATA: _ClassVar[Reason]
     FAULT_EMULATOR: _ClassVar[Reason]
@@ -79,6 +80,7 @@ BOUND_MAX_EMULATOR_PERPLEXITY: Reason
 BOUND_SUSPICIOUS: Reason
 BOUND_MIN_NOISE: Reason
 BOUND_CONTINUED: Reason
+BOUND_RETENTIONS: Reason
 FAULT_INTERNAL: Reason
 FAULT_DATA: Reason
 FAULT_EMULATOR: Reason

@@ -79,6 +79,7 @@ TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(n
 SCHEDULE, OPTIMISER = Choice(name="constant"), Choice(name="adamw")
 OBJECTIVE, PART = Choice(name="supervised"), Choice(name="all")
 MEMORY = Choice(name="none")
+RETENTION = Choice(name="none")
 
 
 @document
@@ -94,6 +95,7 @@ class TrainingSpec:
     optimiser: Chosen = OPTIMISER  # what takes the steps
     objective: Chosen = OBJECTIVE  # what they lessen, and so what rows a site needs
     part: Chosen = PART  # what of the adapter trains in a round, and leaves the site
+    retention: Chosen = RETENTION  # what a site does so as not to forget what earlier runs have learned
     weight_decay: AtLeastZero = 0.0
     gradient_clipping: AboveZero = 1.0
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
@@ -233,6 +235,8 @@ class TaskSpec:
     previous: Digest | None = None  # the run's newest update of this site, where stages feed back what they left out
     update_size: Amount  # bytes of the tensors that leave
     continues: Ancestor | None = None  # what the run goes on from; None: from what the method and the seed give
+    anchor: Digest | None = None  # digest of what the retention holds training to, beside the broadcast
+    anchor_size: Amount = 0
 
     @property
     def rounds_before(self) -> int:

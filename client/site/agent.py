@@ -202,6 +202,7 @@ class Agent:
             bundle=str(bundle),
             manifest=manifest,
             adapter=str(adapter),
+            anchor=str(self._work.anchor(task) or ""),
             data=str(self._config.data.resolve()),
             policy=self._config.policy,
             task=task,
@@ -256,7 +257,10 @@ class Agent:
             self._say("warning", {"message": warning})
 
     def _fetch(self, task: TaskSpec, reporter: Reporter) -> tuple[Manifest, Path, Path]:
-        """Download what is missing of the bundle and the adapter; return the manifest and where they are."""
+        """Download what is missing of the bundle, the adapter and what training is held to.
+
+        Returns the manifest, and where the first two are.
+        """
         reporter.now(pb.DOWNLOADING)
         bundle = self._work.bundle(task)
         document = bundle.with_suffix(".json")
@@ -266,6 +270,8 @@ class Agent:
         adapter = self._work.adapter(task)
         files = [(entry.digest, bundle / entry.path, entry.size) for entry in manifest.files]
         files.append((task.adapter, adapter, task.adapter_size))
+        if task.anchor and (anchor := self._work.anchor(task)):
+            files.append((task.anchor, anchor, task.anchor_size))
         all_of((partial(self._get, *file, reporter) for file in files), most=FILES)
         return manifest, bundle, adapter
 

@@ -7,6 +7,7 @@
     trainers.log    what the process that trainers are forked from says
     bundles/        emulators, kept for later rounds and runs
     adapters/       what the open tasks, or the last one, start from
+    anchors/        what they are held to, so as not to forget earlier tasks
     tasks/RUN/      what the open tasks give
     residuals/RUN/  what stages left out of an update, by its digest, for the run's next round
 
@@ -101,6 +102,10 @@ class WorkFolder:
         """Return the file of what a task starts from."""
         return self.path / "adapters" / f"{hex_of(task.adapter, most=16)}.safetensors"
 
+    def anchor(self, task: TaskSpec) -> Path | None:
+        """Return the file of what a task's retention holds training to; None if it needs none."""
+        return self.path / "anchors" / f"{hex_of(task.anchor, most=16)}.safetensors" if task.anchor else None
+
     def task(self, task: TaskSpec) -> Path:
         """Return the folder of what a task gives."""
         return self.path / "tasks" / task.run / f"round-{task.round}-{task.attempt}"
@@ -137,10 +142,11 @@ class WorkFolder:
         self._clear_adapters()
 
     def _clear_adapters(self) -> None:
-        """Remove all but the newest, of which the next one may hold much."""
-        files = sorted((self.path / "adapters").glob("*"), key=lambda one: one.stat().st_mtime)
-        for file in files[:-1]:
-            file.unlink()
+        """Remove all but the newest, of which the next one may hold much, and the newest of what they are held to."""
+        for kind in ("adapters", "anchors"):
+            files = sorted((self.path / kind).glob("*"), key=lambda one: one.stat().st_mtime)
+            for file in files[:-1]:
+                file.unlink()
 
     def clear_residuals(self, task: TaskSpec) -> None:
         """Remove what belongs to no update that the coordinator has last from this site in the task's run."""

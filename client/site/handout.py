@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.client.site.inspection import is_derived, receive, strange_start
+from offsite.client.site.inspection import is_derived, receive, receive_anchor, strange_start
 from offsite.client.site.job import TrainerJob
 from offsite.emulator import bundle, methods, objectives
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
+from offsite.kernels.schema import Tensors
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Handout:
     start: Adapter  # what the method and the seed give
     adapter: str  # digest of the broadcast
     broadcast: Adapter
+    anchor: Tensors  # what training is held to, checked
     signs: list[str]
 
 
@@ -40,7 +42,8 @@ def load(job: TrainerJob) -> Handout:
     start = method.start(model, places, seed=task.training.seed, tier=task.tier)
     broadcast, signs = _receive(job, method, start)
     attached = method.attach(model, places, broadcast)
-    return Handout(attached, tokenizer, method, places, start, task.adapter, broadcast, signs)
+    anchor = receive_anchor(job, method, broadcast)
+    return Handout(attached, tokenizer, method, places, start, task.adapter, broadcast, anchor, signs)
 
 
 def again(handout: Handout, job: TrainerJob) -> Handout:

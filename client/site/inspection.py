@@ -13,11 +13,14 @@ from torch import nn
 
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.policy import refusal
+from offsite.client.site.reasons import faults
+from offsite.emulator import retention
 from offsite.emulator.evaluation.inspection import inspect
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.methods.base import Disclosure, takes
 from offsite.emulator.modality import Batch
-from offsite.kernels.schema import Rule, settle
+from offsite.emulator.parts.training import whole_schema
+from offsite.kernels.schema import Rule, Tensors, settle
 from offsite.protos import tensors
 from offsite.protos.errors import MismatchError
 
@@ -65,6 +68,25 @@ def _begun(path: Path, method: Method, start: Adapter) -> Adapter:
     if own != sent:
         raise MismatchError(f"the adapter to start from has {sent} values that train, the task's method {own}")
     return broadcast
+
+
+def receive_anchor(job: TrainerJob, method: Method, broadcast: Adapter) -> Tensors:
+    """Read what the task's retention holds training to; raises MismatchError unless it is of the broadcast's tensors.
+
+    Raises ValueError for a retention that is not known.
+    """
+    chosen, schema = job.task.training.retention, whole_schema(method, broadcast)
+    expected, what = retention.make(chosen.name, chosen.settings).expects(schema), "what training is held to"
+    if bool(expected) != bool(job.anchor):
+        raise MismatchError(f"{what}: the retention {chosen.name} needs {'some' if expected else 'no'} tensors")
+    if not job.anchor:
+        return {}
+    entries = tensors.header(Path(job.anchor))
+    if expected.keys() == entries.keys():
+        with faults("FAULT_EMULATOR", MismatchError):
+            expected = settle(expected, {key: entry.shape for key, entry in entries.items()})
+    tensors.check(Path(job.anchor), expected, what=what)
+    return tensors.load(Path(job.anchor))
 
 
 def is_derived(method: Method) -> bool:

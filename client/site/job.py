@@ -43,6 +43,7 @@ class TrainerJob:
     bundle: Place  # folder
     manifest: Manifest
     adapter: Place  # the broadcast, a safetensors file
+    anchor: Place = ""  # what the task's retention holds training to, another one; empty: it needs none
     data: Place  # a file or folder of examples
     policy: Policy  # of the site
     task: TaskSpec

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from offsite.emulator.catalogue import METHODS
+from offsite.emulator.catalogue import METHODS, RETENTIONS
 from offsite.protos import upload
 from offsite.protos.documents import document, from_toml, nearest
 from offsite.protos.errors import InputError, MismatchError, RefusedError
@@ -61,6 +61,9 @@ class Policy:
     )
     # As open as a second round, which nobody can derive from a seed either: a site that wants neither allows one round.
     continued: Flag = _bound(True, "runs that go on from another run's adapter, as later rounds do from the last one's")
+    retentions: Annotated[tuple[Word, ...], Field(max_length=64)] = _bound(
+        ("any",), "what may hold training to what earlier runs have learned, by name, or any"
+    )
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
     keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
@@ -71,6 +74,9 @@ class Policy:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods: there is no method {method!r}; {nearest(method, list(METHODS))}")
+        for retention in self.retentions:
+            if retention not in ("any", *RETENTIONS):
+                raise ValueError(f"retentions: there is no {retention!r}; {nearest(retention, list(RETENTIONS))}")
         for name in ("steps", "batch_size", "length"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if least > most:
@@ -117,6 +123,7 @@ class Policy:
                 raise refusal(f"min_{bound}", f"{what}: {value:g} asked for, at least {least:g} allowed")
             if value > most:
                 raise refusal(f"max_{bound}", f"{what}: {value:g} asked for, at most {most:g} allowed")
+        self._check_retention(task)
         stages = upload.make(task.upload)
         noise = max((stage.noise for stage in stages), default=0.0)
         if noise < self.min_noise:
@@ -124,6 +131,14 @@ class Policy:
                 "min_noise", f"noise on the update: {noise:g} of the change's rms, at least {self.min_noise:g}"
             )
         self.check_update(task.update_size)
+
+    def _check_retention(self, task: TaskSpec) -> None:
+        name = task.training.retention.name
+        if "any" not in self.retentions and name not in self.retentions:
+            raise refusal("retentions", f"retention {name} is not among {', '.join(self.retentions)}")
+        if task.anchor_size > self.max_bundle_mib * MIB:
+            what = f"what training is held to, of {task.anchor_size / MIB:.0f} MiB,"
+            raise refusal("max_bundle_mib", f"{what} is more than {self.max_bundle_mib:g}")
 
     def check_rows(self, task: TaskSpec, *, seen: int, distinct: int) -> None:
         """Raise RefusedError for a round that sees too few distinct sequences, or a run that sees them too often."""

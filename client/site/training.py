@@ -17,15 +17,16 @@ from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
-from offsite.emulator import optimisers, parts
+from offsite.emulator import optimisers, parts, retention
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing, Measuring
 from offsite.emulator.methods.proof import Effects, Witness
 from offsite.emulator.parts.training import Trained, freeze, select, whole_schema
+from offsite.emulator.retention import Pulling
 from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
-from offsite.protos.spec import Span, UpdateMetrics
+from offsite.protos.spec import LocalTraining, Span, UpdateMetrics
 
 SENTENCE = 300  # characters of a warning; events of several processes must not mix
 
@@ -64,7 +65,7 @@ def tune(
     say("data", **schedule.counts, warnings=[warning[:SENTENCE] for warning in schedule.warnings[:4]])
     job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
     with faults("FAULT_TASK"):
-        job.policy.check_shares(shares(job.task.training))
+        job.policy.check_shares(_shares(job.task.training))
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
@@ -97,6 +98,14 @@ def tune(
         chosen=trained.chosen,
         peak_memory_bytes=outcome.peak_memory_bytes(),
     )
+
+
+def _shares(spec: LocalTraining) -> list[float]:
+    """Return the share of the learning rate of each step of a round, as far as it is left at the end."""
+    held, steps = retention.make(spec.retention.name, spec.retention.settings), shares(spec)
+    if not isinstance(held, Pulling):
+        return steps
+    return [share * held.remains ** (len(steps) - step) for step, share in enumerate(steps)]
 
 
 def make_repeatable() -> None:
@@ -150,7 +159,9 @@ def _prepare(job: TrainerJob, handout: Handout, trained: Trained, ranks: Ranks) 
     witness = Effects(handout.model, live) if optimiser.forward_only else Witness(live)
     rounds = task.rounds_before + task.round
     with because("FAULT_ENGINE"):
-        engine = ENGINES[job.engine.name](handout.model, live, spec, job.engine, ranks, first_step=rounds * spec.steps)
+        engine = ENGINES[job.engine.name](
+            *(handout.model, live, spec, job.engine, ranks), first_step=rounds * spec.steps, anchor=handout.anchor
+        )
     handout.model.train()
     torch.manual_seed(spec.seed + rounds * ranks.world + ranks.rank)  # of dropout; different in each process
     return engine, witness

@@ -14,7 +14,8 @@ from offsite.kernels.schema import Rule, Schema, TensorMap, Tensors, Tier
 
 Sums = dict[str, dict[str, float]]  # by name and group: what figures are made of
 MEMORY = "memory."  # so the names of a state begin that memories keep; see `memory.base`
-KEPT = (MEMORY,)  # so those of all that others keep, which strategies are not given
+RETENTION = "retention."  # so the names of a state begin that sites are held to; see `emulator.retention`
+KEPT = (MEMORY, RETENTION)  # so those of all that others keep, which strategies are not given
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from offsite.coordinator import memory as memories
+from offsite.coordinator.aggregation.base import RETENTION
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps.orders import Continued
@@ -10,6 +11,7 @@ from offsite.coordinator.runs.steps.results import BUILD, fold
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
+from offsite.emulator import retention
 from offsite.kernels.schema import Tier
 from offsite.protos.documents import canonical, from_json, to_plain
 from offsite.protos.errors import InputError
@@ -85,6 +87,12 @@ def judge(
         raise InputError(
             f"{what} keeps what memory {memory.name} does not know ({', '.join(remembered)}); go on with "
             f"{other.memory.name}, or with {MEMORY.name}, which forgets it"
+        )
+    held = retention.make(grant.training.retention.name, grant.training.retention.settings)
+    if missing := sorted(held.asks - {name.removeprefix(RETENTION) for name in last.state}):
+        raise InputError(
+            f"{what} has no {missing[0]}, which training.retention {held.name} needs; run the method {missing[0]} on "
+            "from it, and go on from that run"
         )
     if not begins and (missing := sorted(tiers - last.broadcast.keys())):
         raise InputError(

@@ -9,7 +9,7 @@ from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.coordinator.runs.partial import part_of
-from offsite.emulator import builders, methods, objectives, optimisers, placements, schedules, zoo
+from offsite.emulator import builders, methods, objectives, optimisers, placements, retention, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
@@ -20,7 +20,7 @@ from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import PART, RunSpec, TrainingSpec
+from offsite.protos.spec import PART, RETENTION, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -62,6 +62,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     _judge_memory(spec, method)
     _judge_upload(spec, method, strategy)
     _judge_part(spec, method, strategy)
+    _judge_retention(spec, method, strategy)
     mixed = tiers(spec) or method.tiers()
     if len(mixed) > 1 and not strategy.mixed_tiers:
         raise InputError(
@@ -178,6 +179,39 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             f"training.part: with part {part.name} rounds pack other tensors, and what stage {feeding[0]} leaves out "
             f"of one cannot be added in another where stage {together[0]} packs all of them together; use part "
             f"{PART.name}, or leave one of the two stages out"
+        )
+
+
+def _judge_retention(spec: RunSpec, method: Method, strategy: Strategy) -> None:
+    """Raise InputError for a retention that has nothing to hold to, or cannot hold what the run trains."""
+    chosen, objective = spec.training.retention, spec.training.objective
+    try:
+        held = retention.make(chosen.name, chosen.settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    what = f"training.retention: {held.name}"
+    if held.starts and not spec.start:
+        raise InputError(
+            f"{what} holds training to the version that a run goes on from, and this one begins anew; name that "
+            f"version as start, or use retention {RETENTION.name}"
+        )
+    others = ", ".join(pairs.retentions(method, strategy))
+    if not pairs.retains(held, method):
+        raise InputError(f"{what} cannot hold what method {method.name} trains; use one of: {others}")
+    if held.valued and not pairs.keeps_values(method, strategy):
+        keeping = [
+            name for name in pairs.strategies(method) if pairs.keeps_values(method, aggregation.STRATEGIES[name])
+        ]
+        raise InputError(
+            f"{what} compares values one by one, and strategy {strategy.name} writes products in other factors after "
+            f"each round; use one of the strategies {', '.join(keeping) or 'none'}, or one of the retentions {others}"
+        )
+    if held.valued and len(tiers(spec) or method.tiers()) > 1:
+        raise InputError(f"{what} compares values one by one, and sites of several tiers have others; use one tier")
+    if not held.compares and objectives.make(objective.name, objective.settings).compares:
+        raise InputError(
+            f"{what} is about text that is predicted, and the objective {objective.name} compares answers; use one of: "
+            f"{', '.join(name for name in others.split(', ') if retention.RETENTIONS[name].compares)}"
         )
 
 

@@ -8,6 +8,8 @@ from offsite.coordinator.memory import MEMORIES, Memory
 from offsite.emulator import methods, optimisers
 from offsite.emulator.methods import Method
 from offsite.emulator.parts import PARTS, Part
+from offsite.emulator.retention import RETENTIONS, Retention
+from offsite.kernels.schema import Rule
 
 
 def strategies(
@@ -37,6 +39,28 @@ def folds(strategy: Strategy | type[Strategy], part: Part | type[Part]) -> bool:
 def alike(strategy: Strategy | type[Strategy]) -> list[str]:
     """Name the parts that are the same at all sites of a round, as they are without settings, and that are folded."""
     return sorted(name for name, kind in PARTS.sound().items() if folds(strategy, kind) and PARTS.make(name, {}).alike)
+
+
+def retains(retention: Retention | type[Retention], method: Method | type[Method]) -> bool:
+    """Tell whether a retention can hold what a method trains to what it was."""
+    if not retention.active:
+        return True
+    trains = not hasattr(method, "gives")
+    return trains and method.rules <= retention.rules and (not retention.needs or bool(method.rules & retention.needs))
+
+
+def keeps_values(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> bool:
+    """Tell whether a value means the same in each version: an exact mean of products is written in factors anew."""
+    return Rule.PRODUCT not in method.rules or Rule.PRODUCT not in strategy.exact
+
+
+def retentions(method: Method, strategy: Strategy) -> list[str]:
+    """Name the retentions that go with a method and a strategy."""
+    return sorted(
+        name
+        for name, kind in RETENTIONS.sound().items()
+        if retains(kind, method) and (not kind.valued or keeps_values(method, strategy))
+    )
 
 
 def unaligned() -> list[str]:

@@ -125,7 +125,7 @@ class Round:
 def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, previous: str | None = None) -> TaskSpec:
     """Return what one attempt of one site of a tier is asked for in a round; `size` is that of its update in bytes."""
     built, bundle = history[BUILD], history.bundle(key.round)
-    start = history.version(key.round).broadcast[tier]
+    start, anchor = history.version(key.round).broadcast[tier], built.anchors.get(tier)
     return TaskSpec(
         **key._asdict(),
         rounds=spec.rounds,
@@ -139,6 +139,8 @@ def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, p
         tier=tier,
         training=training(spec, built.learning_rate, number=key.round),
         continues=spec.continues,
+        anchor=anchor.digest if anchor else None,
+        anchor_size=anchor.size if anchor else 0,
         upload=spec.upload,
         previous=previous,
         update_size=size,

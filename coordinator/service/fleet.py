@@ -96,6 +96,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         for task in self._journal.open_tasks(site):
             spec = _task(task.spec)
             granted |= {spec.manifest, spec.adapter} | self._listed(spec.manifest)
+            granted |= {spec.anchor} if spec.anchor else set()
         return granted
 
     def _listed(self, digest: str) -> frozenset[str]:

@@ -23,6 +23,7 @@ _HINTS = {
     "max_bundle_mib": "the emulator is too large for it",
     "max_emulator_perplexity": "the emulator predicts its text too badly",
     "continued": "let the run begin from the start, not from a version of another run",
+    "retentions": "choose another training.retention, or none",
     "suspicious": "the emulator or its first adapter has signs of being made to leak text",
 }
 _FAULTS = {

@@ -11,6 +11,7 @@ from offsite.emulator.builders.base import STAGES, Builder
 from offsite.emulator.methods import METHODS, Method
 from offsite.emulator.optimisers import OPTIMISERS
 from offsite.emulator.parts import PARTS
+from offsite.emulator.retention import RETENTIONS, Retention
 from offsite.kernels.schema import Rule
 from offsite.protos import upload
 
@@ -26,6 +27,7 @@ class Matrix:
     merging: dict[str, bool]  # of methods: whether a merged model may be asked for
     stages: Table  # of an upload, by strategies
     parts: Table  # of an adapter, by strategies
+    retentions: Table  # by methods, a method a row
     optimisers: Table  # by the engines of sites
     memories: Table  # by the rules of what methods train
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
@@ -58,6 +60,10 @@ def matrix() -> Matrix:
             name: {other: "yes" * pairs.folds(strategy, part) for other, strategy in strategies.items()}
             for name, part in sorted(PARTS.sound().items())
         },
+        retentions={
+            name: {other: _retains(method, held) for other, held in sorted(RETENTIONS.sound().items())}
+            for name, method in methods.items()
+        },
         optimisers={
             name: {"plain": "yes", "deepspeed": "yes" * (kind.elementwise and not kind.forward_only)}
             for name, kind in sorted(OPTIMISERS.sound().items())
@@ -68,6 +74,15 @@ def matrix() -> Matrix:
         },
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )
+
+
+def _retains(method: type[Method], held: type[Retention]) -> str:
+    """Say with which strategies a retention holds what a method trains; nothing: with none."""
+    if not pairs.retains(held, method):
+        return ""
+    folding = pairs.strategies(method)
+    keeping = [name for name in folding if pairs.keeps_values(method, aggregation.STRATEGIES[name])]
+    return "yes" if not held.valued or keeping == folding else f"with {', '.join(keeping)}" * bool(keeping)
 
 
 def _trains(method: type[Method], builder: type[Builder]) -> str:

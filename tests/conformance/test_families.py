@@ -9,7 +9,18 @@ import torch
 
 from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Origin, Strategy, Version
-from offsite.emulator import builders, formats, methods, modality, objectives, optimisers, parts, placements, schedules
+from offsite.emulator import (
+    builders,
+    formats,
+    methods,
+    modality,
+    objectives,
+    optimisers,
+    parts,
+    placements,
+    retention,
+    schedules,
+)
 from offsite.emulator.builders.base import Builder, ChangeBuilder, DepthBuilder
 from offsite.kernels.bits import pack, unpack
 from offsite.kernels.coded import decode, encode, read
@@ -25,6 +36,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "optimiser": (dict(optimisers.OPTIMISERS), optimisers.make),
     "part": (dict(parts.PARTS), parts.make),
     "placement": (dict(placements.PLACEMENTS), placements.make),
+    "retention": (dict(retention.RETENTIONS), retention.make),
     "schedule": (dict(schedules.SCHEDULES), schedules.make),
     "strategy": (dict(aggregation.STRATEGIES), aggregation.make),
 }
@@ -38,6 +50,7 @@ PROTOCOLS: dict[str, Any] = {
     "optimiser": optimisers.Optimiser,
     "part": parts.Part,
     "placement": placements.Placement,
+    "retention": retention.Retention,
     "schedule": schedules.Schedule,
     "strategy": aggregation.Strategy,
 }

@@ -23,6 +23,7 @@ FAMILIES: list[Plugins[object]] = [
     catalogue.OPTIMISERS,
     catalogue.PARTS,
     catalogue.PLACEMENTS,
+    catalogue.RETENTIONS,
     catalogue.SCHEDULES,
 ]
 NAMES = {name for family in FAMILIES for name in family} - {"none"}  # which much is that is no plug-in
@@ -38,11 +39,14 @@ WORDS = {
     "kept",
     "mean",
     "miss",
+    "orthogonal",
     "prototype",
+    "replay",
     "road",
     "signature",
     "sketch",
     "spread",
+    "surgery",
 } | {
     *("constant", "cosine", "linear", "polynomial"),
 }
@@ -120,6 +124,7 @@ HOMONYMS = {  # words that are also names
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
     "emulator/modality/causal_text/__init__.py": {"mean", "sum"},  # how a loss is reduced
     "emulator/methods/base.py": {"additive"},  # a kind of methods
+    "emulator/retention/surgery.py": {"mean"},  # of tasks
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
     "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise
     "emulator/builders/distilled.py": {"cosine"},  # how its own tuning decays

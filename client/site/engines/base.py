@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from offsite.client.site.job import EngineSpec
+from offsite.emulator import retention
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.objectives import Objective
+from offsite.emulator.retention.hold import Hold
+from offsite.kernels.schema import TensorMap
 from offsite.protos.errors import InputError, ResourceError
 from offsite.protos.spec import LocalTraining
 
@@ -42,10 +45,12 @@ class Engine(Protocol):
         ranks: Ranks,
         *,
         first_step: int = 0,
+        anchor: TensorMap | None = None,
     ) -> None:
         """Take an attached model, its trained parameters by adapter key, and how and by whom they are trained.
 
-        `first_step` is how many steps of the run, and of those that it goes on from, led to this round.
+        `first_step` is how many steps of the run, and of those that it goes on from, led to this round; `anchor` is
+        what the training's retention holds the parameters to.
         """
         ...
 
@@ -112,6 +117,11 @@ def own_loss(model: nn.Module, batch: Batch, ranks: Ranks, objective: Objective)
     rows = batch.share(ranks.rank, ranks.world)
     share = rows.terms * ranks.world / batch.terms
     return objective.loss(model, rows.to(ranks.device), lambda own: mean(own * share, ranks)) * share
+
+
+def hold(training: LocalTraining, trained: Mapping[str, nn.Parameter], anchor: TensorMap | None) -> Hold:
+    """Return what holds the parameters of a training to what they were; raises ValueError on an unknown retention."""
+    return Hold(retention.make(training.retention.name, training.retention.settings), trained, anchor or {})
 
 
 def mean(loss: Tensor, ranks: Ranks) -> float:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import distributed, nn
 
-from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
+from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
 from offsite.client.site.job import EngineSpec
 from offsite.emulator import objectives, optimisers
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.optimisers import Estimator
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares, update
+from offsite.kernels.schema import TensorMap
 from offsite.protos.spec import LocalTraining
 
 
@@ -37,6 +38,7 @@ class Plain:
         ranks: Ranks,
         *,
         first_step: int = 0,
+        anchor: TensorMap | None = None,
     ) -> None:
         """Take a model with its adapter attached."""
         self._model = model.to(ranks.device)
@@ -45,24 +47,32 @@ class Plain:
         self._optimizer = optimizer(self._parameters, training, first_step=first_step)
         self._objective = objectives.make(training.objective.name, training.objective.settings)
         self._shares, self._steps = shares(training), 0
+        self._hold = hold(training, trained, anchor)
 
     def step(self, batch: Batch) -> float:
-        """Take one optimiser step on a batch and return its mean loss before the step."""
+        """Take one optimiser step on a batch and return its mean loss before the step.
+
+        A penalty is no part of that, but where an optimiser estimates gradients from what is lessened.
+        """
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         if isinstance(self._optimizer, Estimator):
             loss = self._optimizer.estimate(lambda: self._loss(batch))
         else:
             loss = self._differentiate(batch)
         update(self._optimizer, self._parameters, self._training)
+        self._hold.pull()
         self._steps += 1
         return loss
 
     def _loss(self, batch: Batch) -> float:
-        return mean(own_loss(self._model, batch, self._ranks, self._objective), self._ranks)
+        return mean(self._hold.added_to(self._own_loss(batch)), self._ranks)
+
+    def _own_loss(self, batch: Batch) -> torch.Tensor:
+        return own_loss(self._model, batch, self._ranks, self._objective)
 
     def _differentiate(self, batch: Batch) -> float:
-        loss = own_loss(self._model, batch, self._ranks, self._objective)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        loss = self._own_loss(batch)
+        self._hold.added_to(loss).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self._ranks.world > 1:
             self._average_gradients()
         return mean(loss, self._ranks)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.client.site.engines.base import Ranks, check_rows, mean, own_loss
+from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import objectives, optimisers
+from offsite.emulator import objectives, optimisers, retention
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
+from offsite.emulator.retention import Penalising, Pulling
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares
+from offsite.kernels.schema import TensorMap
 from offsite.protos.errors import InputError
 from offsite.protos.spec import LocalTraining
 
@@ -40,7 +42,8 @@ class Zero:
     def check(cls, training: LocalTraining, spec: EngineSpec) -> None:
         """Refuse an optimiser that cannot work on a part of the values, in any order, or takes no gradient.
 
-        DeepSpeed hands it flat pieces of all tensors together, and has computed their gradients before.
+        DeepSpeed hands it flat pieces of all tensors together, and has computed their gradients before. It steps
+        copies of its own, so that no retention can move what trains, and has spread it in stage 3, where none sees it.
         """
         check_rows(training, spec)
         optimiser = optimisers.make(training.optimiser.name, training.optimiser.settings)
@@ -49,6 +52,14 @@ class Zero:
             raise InputError(
                 f"the optimiser {optimiser.name} {what}, and the engine 'deepspeed' has flat pieces of gradients; the "
                 "engine 'plain' can take its steps (--engine plain)"
+            )
+        held = retention.make(training.retention.name, training.retention.settings)
+        if isinstance(held, Pulling) or (isinstance(held, Penalising) and spec.zero_stage == 3):
+            what = "moves what trains after each step" if isinstance(held, Pulling) else "looks at what trains as whole"
+            where = "has copies of its own of it" if isinstance(held, Pulling) else "has spread it in stage 3"
+            raise InputError(
+                f"the retention {held.name} {what}, and the engine 'deepspeed' {where}; the engine 'plain' can train "
+                "so (--engine plain)"
             )
 
     def __init__(
@@ -60,6 +71,7 @@ class Zero:
         ranks: Ranks,
         *,
         first_step: int = 0,
+        anchor: TensorMap | None = None,
     ) -> None:
         """Take a model with its adapter attached; raises InputError where DeepSpeed is not installed."""
         self._deepspeed = _import()
@@ -78,12 +90,13 @@ class Zero:
         )
         self._objective = objectives.make(training.objective.name, training.objective.settings)
         self._shares, self._steps = shares(training), 0
+        self._hold = hold(training, trained, anchor)
 
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         loss = own_loss(self._engine, batch, self._ranks, self._objective)
-        self._engine.backward(loss)
+        self._engine.backward(self._hold.added_to(loss))
         self._engine.step()
         self._steps += 1
         return mean(loss, self._ranks)

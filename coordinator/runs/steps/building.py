@@ -20,6 +20,7 @@ from offsite.coordinator.runs.steps.beginning import check_origin, first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
+from offsite.coordinator.runs.steps.retaining import retain
 from offsite.coordinator.runs.steps.storage import store_schema, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
@@ -107,7 +108,9 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
     elif order.continued:
         origin = go_on(blobs, result, order.continued)
     with TemporaryDirectory(dir=node.scratch) as scratch:
-        return replace(result, version=memory.begin(blobs, Path(scratch), spec, origin, made_of))
+        origin, anchors = retain(blobs, Path(scratch), spec.training, origin, made_of)
+        version = memory.begin(blobs, Path(scratch), spec, origin, made_of)
+    return replace(result, version=version, anchors=anchors)
 
 
 def _emulator(node: Node, spec: Grant, encoded: Encodings | None, folder: Path) -> building.Built:

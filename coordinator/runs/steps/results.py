@@ -37,6 +37,7 @@ class Built(Bundle):
     schema: Digest  # what adapters are made of
     schemas: dict[Tier, Digest] = Field(default_factory=dict)  # settled, by tier; where a round trains a part of it
     groups: Positive = 1  # of its tensors that may be folded apart, by the run's strategy
+    anchors: dict[Tier, Stored] = Field(default_factory=dict)  # what sites are held to, by the run's retention
     update_sizes: dict[Tier, Amount]  # bytes of the tensors of an update
     method: Choice  # as sites are told it
     method_hash: Digest  # of the base, the method and the layers it trains
