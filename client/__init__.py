@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offsite.client.adapters import compose
-    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, connect
+    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, Version, Withdrawal, connect
     from offsite.protos.errors import OffsiteError
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
@@ -24,13 +24,25 @@ __all__ = [
     "Site",
     "Status",
     "TrainingSpec",
+    "Version",
+    "Withdrawal",
     "compose",
     "connect",
 ]
 
 _HOMES = {
     "offsite.client.adapters": ("compose",),
-    "offsite.client.session": ("Artifact", "Event", "Run", "Session", "Site", "Status", "connect"),
+    "offsite.client.session": (
+        "Artifact",
+        "Event",
+        "Run",
+        "Session",
+        "Site",
+        "Status",
+        "Version",
+        "Withdrawal",
+        "connect",
+    ),
     "offsite.protos.errors": ("OffsiteError",),
     "offsite.protos.spec": ("Choice", "RunSpec", "TrainingSpec"),
 }

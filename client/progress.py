@@ -27,6 +27,7 @@ from offsite.protos.events import (
     UpdateAccepted,
     Waiting,
     Warned,
+    Withdrawn,
     read,
 )
 from offsite.protos.figures import FIGURES, perplexity, title, without_infinities
@@ -136,6 +137,9 @@ class RunView:
         for site in self.sites.values():
             site.state, site.step = "waiting", 0
         return f"round {event.round}: {event.sites} updates averaged{more}"
+
+    def _on_withdrawn(self, event: Withdrawn) -> str:
+        return f"round {event.round}: its version was taken back by {event.by}: {event.reason}"
 
     def time_left(self) -> float | None:
         """Seconds of training left at the pace so far; None before there is a pace."""

@@ -86,6 +86,37 @@ class Site:
     version: str
 
 
+@dataclass(frozen=True)
+class Withdrawal:
+    """Who took a version back, when, in seconds since the epoch, and why."""
+
+    at: float
+    by: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a round of a run ended in, and what later runs may go on from."""
+
+    run: str
+    round: int  # counted from one
+    task: str  # that its run learned; empty: it has no name
+    owner: str  # who submitted that
+    at: float  # when it was there, in seconds since the epoch
+    start: str  # RUN:ROUND that its run went on from; empty: from what changes nothing
+    figures: dict[str, float]
+    sites: tuple[str, ...]  # whose updates are in it
+    state: tuple[str, ...]  # what the owner keeps of it for later rounds, by its name
+    digest: str  # of what goes into the base
+    withdrawal: Withdrawal | None  # None: it was not taken back
+
+    @property
+    def id(self) -> str:
+        """RUN:ROUND, as `start` takes it."""
+        return f"{self.run}:{self.round}"
+
+
 class Run:
     """A submitted run."""
 
@@ -192,6 +223,17 @@ def _copied(cls: type[T], message: Any, **others: Any) -> T:
     return cls(**{name: getattr(message, name) for name in names}, **others)
 
 
+def _version(message: pb.Version) -> Version:
+    return _copied(
+        Version,
+        message,
+        figures=dict(message.figures),
+        sites=tuple(message.sites),
+        state=tuple(message.state),
+        withdrawal=_copied(Withdrawal, message.withdrawal) if message.HasField("withdrawal") else None,
+    )
+
+
 def _event(message: pb.Event) -> Event:
     """Read an event; raises MismatchError for one that is not as the protocol has it."""
     try:
@@ -257,6 +299,28 @@ class Session:
             runs += [Run(self, reply) for reply in page.runs]
             more = page.more and bool(page.runs) and (limit is None or len(runs) < limit)
         return runs[::-1]
+
+    def versions(self, run: Run | str | None = None, *, limit: int = 0) -> list[Version]:
+        """Return the versions of a run, after those that it went on from, oldest first; raises NotFoundError.
+
+        Without a run it is the newest version that stands of each of the newest runs, or of the newest `limit` ones.
+        """
+        named = run.id if isinstance(run, Run) else run or ""
+        reply = self.call("Versions", pb.VersionsRequest(run=named, limit=limit))
+        return [_version(message) for message in reply.versions]
+
+    def roll_back(self, version: Version | str, *, reason: str) -> list[Version]:
+        """Take back all that came after a version, "RUN:ROUND", in its run and in those that went on from there.
+
+        What was taken back stays, but no run begins from it, and `start` names the newest version of a run that stands.
+        Returns the versions of the run, as `versions` does. Raises NotFoundError, InputError for a version that was
+        taken back itself, ConflictError while a run works on what came after it.
+        """
+        run, _, number = (version.id if isinstance(version, Version) else version).partition(":")
+        if not (number.isdecimal() and 0 < int(number) < 2**32):
+            raise InputError(f"{version}: expected RUN:ROUND, such as {run or 'a1b2c3d4'}:2, the last to stay")
+        reply = self.call("RollBack", pb.RollBackRequest(run=run, round=int(number), reason=reason))
+        return [_version(message) for message in reply.versions]
 
     def sites(self) -> list[Site]:
         """Return the enrolled sites, by name."""

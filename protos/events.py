@@ -10,7 +10,7 @@ from pydantic import Field
 
 from offsite.protos.documents import document, parse, to_plain
 from offsite.protos.figures import Score
-from offsite.protos.ranges import TEXT, Amount, AtLeastZero, Count, Finite, Name, Positive, Word
+from offsite.protos.ranges import TEXT, Amount, AtLeastZero, Count, Finite, Line, Name, Positive, Word
 from offsite.protos.spec import Layers
 
 Message = Annotated[str, Field(max_length=TEXT)]
@@ -117,6 +117,16 @@ class RoundDone:
 
 
 @document
+class Withdrawn:
+    """The version that a round ended in was taken back: nobody goes on from it."""
+
+    kind: ClassVar[str] = "withdrawn"
+    round: Positive
+    by: Line
+    reason: Message
+
+
+@document
 class Completed:
     """The run is over and has its outcome."""
 
@@ -152,6 +162,7 @@ Event = (
     | SiteState
     | UpdateAccepted
     | RoundDone
+    | Withdrawn
     | Completed
     | Failed
     | Cancelled

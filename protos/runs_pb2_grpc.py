@@ -71,6 +71,16 @@ class RunsStub:
                 request_serializer=offsite_dot_protos_dot_runs__pb2.SitesRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_runs__pb2.SitesReply.FromString,
                 _registered_method=True)
+        self.Versions = channel.unary_unary(
+                '/offsite.v1.Runs/Versions',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.VersionsRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
+                _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/offsite.v1.Runs/RollBack',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
+                _registered_method=True)
 
 
 class RunsServicer:
@@ -121,6 +131,20 @@ class RunsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Versions(self, request, context):
+        """The versions of a run and of those that it went on from, oldest first; without a run the newest of each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBack(self, request, context):
+        """Takes back all that came after a version, in its run and in those that went on from there. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +182,16 @@ def add_RunsServicer_to_server(servicer, server):
                     servicer.Sites,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.SitesRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_runs__pb2.SitesReply.SerializeToString,
+            ),
+            'Versions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Versions,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.VersionsRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.RollBackRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +384,60 @@ class Runs:
             '/offsite.v1.Runs/Sites',
             offsite_dot_protos_dot_runs__pb2.SitesRequest.SerializeToString,
             offsite_dot_protos_dot_runs__pb2.SitesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Versions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/Versions',
+            offsite_dot_protos_dot_runs__pb2.VersionsRequest.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/RollBack',
+            offsite_dot_protos_dot_runs__pb2.RollBackRequest.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
             options,
             channel_credentials,
             insecure,

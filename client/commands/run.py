@@ -47,7 +47,7 @@ def submit(
     document = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
     with connect(coordinator, identity=identity) as session:
         run = session.submit(document, token=token, start=start)
-        print(_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
+        print(as_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
         if watch:
             _follow(run, format)
 
@@ -70,7 +70,7 @@ def list_(
     with connect(coordinator, identity=identity) as session:
         runs = session.runs(limit=limit)
     if format == "json":
-        print(_json([_plain(run, brief=True) for run in runs], indent=2))
+        print(as_json([_plain(run, brief=True) for run in runs], indent=2))
         return
     if not runs:
         print("no runs yet; `offsite run submit` makes one")
@@ -99,7 +99,7 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
     with connect(coordinator, identity=identity) as session:
         run = session.run(id)
     if format == "json":
-        print(_json(_plain(run) | {"spec": to_plain(run.spec), "report": run.report}, indent=2))
+        print(as_json(_plain(run) | {"spec": to_plain(run.spec), "report": run.report}, indent=2))
         return
     console = Console()
     status = run.status
@@ -130,7 +130,7 @@ def cancel(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "te
 
     with connect(coordinator, identity=identity) as session:
         run = session.run(id).cancel()
-    print(_json(_plain(run)) if format == "json" else f"run {run.id} is {run.state}")
+    print(as_json(_plain(run)) if format == "json" else f"run {run.id} is {run.state}")
 
 
 @app.command()
@@ -169,7 +169,7 @@ def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> N
     with connect(coordinator, identity=identity) as session:
         enrolled = session.sites()
     if format == "json":
-        print(_json([asdict(site) for site in enrolled]))
+        print(as_json([asdict(site) for site in enrolled]))
         return
     if not enrolled:
         print("no sites yet; one enrols with `offsite site join`")
@@ -198,7 +198,7 @@ def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
     return {name: value for name, value in status.items() if not (brief and name == "artifacts")}
 
 
-def _json(value: Any, **layout: Any) -> str:
+def as_json(value: Any, **layout: Any) -> str:
     """Write what a coordinator says as JSON, null for times that are no numbers, as one that lies may send."""
     from offsite.protos.figures import without_infinities
 

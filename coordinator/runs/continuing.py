@@ -13,7 +13,7 @@ from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
 from offsite.emulator import retention
 from offsite.kernels.schema import Tier
-from offsite.protos.documents import canonical, from_json, to_plain
+from offsite.protos.documents import canonical, from_json, plain, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.spec import MEMORY, Ancestor, RunSpec
 
@@ -33,8 +33,14 @@ def ancestor(journal: Journal, start: str) -> Ancestor:
         raise InputError(f"start: run {run} is {state}; name a round of it that is done, such as {run}:{done}")
     if int(number or done) > done:
         raise InputError(f"start: run {run} has no round {number}; {run}:{done} is the last that is done")
+    gone = journal.withdrawn([run])
+    left = [at for at in range(1, done + 1) if (run, at) not in gone]
+    chosen = int(number) if number else max(left, default=done)
+    if row := gone.get((run, chosen)):
+        last = f"{run}:{left[-1]} is the last that was not" if left else "and so was all of the run; name another"
+        raise InputError(f"start: {run}:{chosen} was taken back by {row.by} ({plain(row.reason)}); {last}")
     before = granted(journal, run).continues
-    return Ancestor(run=run, round=int(number or done), rounds=int(number or done) + (before.rounds if before else 0))
+    return Ancestor(run=run, round=chosen, rounds=chosen + (before.rounds if before else 0))
 
 
 def version(journal: Journal, continues: Ancestor) -> Version:

@@ -8,11 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
-from offsite.coordinator.runs import continuing
+from offsite.coordinator.runs import continuing, lineage
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import in_thread
 from offsite.coordinator.service.transfers import send
+from offsite.coordinator.service.versions import reply
 from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.changes import Changes
@@ -28,6 +29,7 @@ from offsite.protos.security.tls import Peer
 from offsite.protos.spec import RunSpec
 
 RECHECK_S = 2.0  # one who watches a run in which nothing happens
+HEADS = 50  # runs of whose newest version one list tells, each of which is read whole
 PAGE = 500  # runs of one list, whose errors are sentences
 
 
@@ -135,6 +137,36 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                 sites=[pb.Site(name=r.name, seen_at=r.seen_at, examples=r.examples, version=r.version) for r in rows]
             )
 
+    async def Versions(self, request: pb.VersionsRequest, context: Any) -> pb.VersionsReply:
+        """Return the lineage of a run, or the newest version of each of the newest runs."""
+        async with self._gate(context, *PEOPLE, request=request) as person:
+            return await in_thread(self._versions, request, person)
+
+    async def RollBack(self, request: pb.RollBackRequest, context: Any) -> pb.VersionsReply:
+        """Take back what came after a version, and return the lineage of its run."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            await in_thread(self._roll_back, request, person)
+            return await in_thread(self._versions, pb.VersionsRequest(run=request.run), person)
+
+    def _versions(self, request: pb.VersionsRequest, person: Peer) -> pb.VersionsReply:
+        if request.run:
+            self._seen(request.run, person)
+            return reply(lineage.lineage(self._journal, request.run))
+        owner = person.name if person.role == "researcher" else None
+        rows = self._journal.page(limit=min(request.limit or HEADS, HEADS), owner=owner)
+        heads = [lineage.newest(self._journal, row.id) for row in reversed(rows)]
+        return reply(head for head in heads if head)
+
+    def _roll_back(self, request: pb.RollBackRequest, person: Peer) -> None:
+        for run in (request.run, *lineage.later(self._journal, request.run, request.round)):
+            if not self._is_theirs(self._journal.run(run), person):
+                if run == request.run:
+                    raise no_run(run)
+                raise RefusedError(
+                    f"the owner went on from what came after {request.run}:{request.round}; ask the owner"
+                )
+        lineage.roll_back(self._journal, request.run, request.round, by=person.name, reason=request.reason)
+
     def _grant(self, spec: RunSpec, person: Peer) -> Grant:
         live = self._journal.live_of(person.name)
         continues = None
@@ -146,9 +178,13 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     def _seen(self, run: str, person: Peer) -> Row:
         """Return a run that a person may see; for others' runs the error is that of one that does not exist."""
         row = self._journal.run(run)
-        if person.role == "researcher" and row.owner != person.name:
+        if not self._is_theirs(row, person):
             raise no_run(run)
         return row
+
+    @staticmethod
+    def _is_theirs(row: Row, person: Peer) -> bool:
+        return person.role != "researcher" or bool(row.owner == person.name)
 
     def _status(self, run: str, person: Peer) -> pb.RunStatus:
         row = self._seen(run, person)

@@ -14,12 +14,13 @@ from offsite.coordinator.store.rounds import Rounds
 from offsite.coordinator.store.runs import Runs, no_run
 from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, events
 from offsite.coordinator.store.tasks import Key, Move, Tasks
+from offsite.coordinator.store.withdrawals import Withdrawals
 from offsite.protos.events import Event
 
 __all__ = ["LIVE", "OPEN", "Journal", "Key", "Move", "Row", "no_run"]
 
 
-class Journal(Runs, Tasks, Rounds, Gateways, Memberships, Copies, Counts):
+class Journal(Runs, Tasks, Rounds, Withdrawals, Gateways, Memberships, Copies, Counts):
     """Typed access to the tables; every method is one transaction and may be repeated."""
 
     def add_event(self, run: str, event: Event) -> None:

@@ -114,6 +114,15 @@ artifacts = sa.Table(
     sa.Column("digest", Text, index=True),
     sa.Column("size", Whole),
 )
+withdrawals = sa.Table(  # of versions that were taken back
+    "withdrawals",
+    metadata,
+    sa.Column("run", Text, primary_key=True),
+    sa.Column("round", Whole, primary_key=True),
+    sa.Column("at", sa.Double),
+    sa.Column("by", Text),
+    sa.Column("reason", Text),
+)
 requests = sa.Table(  # for certificates, and what the authority answered
     "requests",
     metadata,

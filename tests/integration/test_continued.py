@@ -77,6 +77,21 @@ def test_rounds_in_one_run_and_in_runs_that_go_on_from_each_other_give_the_same_
         with pytest.raises(InputError, match=f"run {queued.id} is .*, and none of its rounds is done"):
             session.submit(spec, start=queued)
         queued.cancel()
+
+        listed = json.loads(offsite("version", "list", fourth.id, *kit, "--format", "json").stdout)
+        ids = [f"{run.id}:1" for run in (whole, third, fourth)]
+        assert [f"{one['run']}:{one['round']}" for one in listed] == ids and listed[-1]["sites"] == [*SITES]
+        shown = json.loads(offsite("version", "show", fourth.id, *kit, "--format", "json").stdout)
+        assert shown["lineage"] == ids[:2] and shown["start"] == ids[1] and "residual.r2" in shown["state"]
+        text = offsite("version", "rollback", f"{whole.id}:1", "--reason", "too much", *kit).stdout
+        assert "taken back by" in text and "too much" in text
+        assert [one.id for one in session.versions(third) if one.withdrawal] == [f"{third.id}:1"]
+        assert session.versions(whole)[0].withdrawal is None
+        with pytest.raises(InputError, match="was taken back by"):
+            session.submit(spec, start=third)
+        assert session.submit(spec, start=whole).cancel().spec.start == whole.id, "its first round stands"
+        heads = {one.run: one.round for one in session.versions()}
+        assert heads[whole.id] == 1 and third.id not in heads and heads[second.id] == 1
     with federation.connect(federation.researcher) as session, pytest.raises(NotFoundError, match=first.id):
         session.submit(spec, start=first.id)
 

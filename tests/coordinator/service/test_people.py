@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.results import Folded
+from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.service import people
 from offsite.coordinator.service.people import RunsService
 from offsite.coordinator.store.changes import Changes
@@ -17,16 +20,24 @@ from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal
 from offsite.coordinator.store.opening import open_journal
 from offsite.protos import runs_pb2 as pb
+from offsite.protos.chunks import digest_bytes
+from offsite.protos.documents import to_json, to_plain
+from offsite.protos.errors import NotFoundError, RefusedError
 from offsite.protos.events import Completed, StepBegun
 from offsite.protos.security.certificates import Peer
+from offsite.protos.spec import Ancestor
 
 
 class Open:
     """A gate that lets one person in."""
 
+    def __init__(self, role: str = "owner", name: str = "olga") -> None:
+        self._person: Any = Peer(role=role, name=name, serial=1, expires=datetime.max.replace(tzinfo=UTC))  # type: ignore[arg-type]
+
     @asynccontextmanager
     async def __call__(self, context: Any, *roles: str, request: Any) -> AsyncIterator[Peer]:
-        yield Peer(role="owner", name="olga", serial=1, expires=datetime.max.replace(tzinfo=UTC))
+        assert self._person.role in roles
+        yield self._person
 
     def recheck(self, caller: Peer) -> None: ...
 
@@ -57,4 +68,44 @@ def test_who_watches_a_run_waits_while_the_journal_is_away_and_misses_nothing(
             return [event.kind async for event in service.Watch(pb.WatchRequest(id="r"), None)]
 
     assert asyncio.run(kinds()) == ["step", "completed"]
+    journal.close()
+
+
+def add(journal: Journal, name: str, *, owner: str, start: str = "") -> None:
+    """A completed run of two rounds."""
+    its, _, number = start.partition(":")
+    continues = Ancestor(run=its, round=int(number), rounds=1) if start else None
+    grant = Grant(model="m", rounds=2, continues=continues)
+    journal.add_run(name, token=name, owner=owner, spec=to_json(grant), granted=to_plain(grant))
+    digest = digest_bytes(name.encode())
+    version = Version(adapter=digest, broadcast={})
+    for at in range(3):
+        journal.add_step(name, f"version:{at}", to_plain(Folded(version=version, lineage={})))
+    journal.end_run(name, Completed())
+
+
+def test_a_researcher_sees_and_takes_back_versions_of_their_own_alone(tmp_path: Path) -> None:
+    journal = open_journal(f"sqlite://{tmp_path}/journal.db")
+    for name, owner, start in [("a", "rosa", ""), ("b", "rosa", "a:1"), ("c", "olga", "b:2"), ("x", "olga", "")]:
+        add(journal, name, owner=owner, start=start)
+
+    def asked(role: str, person: str, call: str, request: Any) -> list[str]:
+        gate: Any = Open(role, person)
+        service = RunsService(journal, None, gate, Changes(journal), policy=OwnerPolicy())  # type: ignore[arg-type]
+        reply = asyncio.run(getattr(service, call)(request, None))
+        return [f"{one.run}{'-' if one.HasField('withdrawal') else ''}" for one in reply.versions]
+
+    assert asked("researcher", "rosa", "Versions", pb.VersionsRequest(run="b")) == ["a", "b", "b"]
+    assert asked("researcher", "rosa", "Versions", pb.VersionsRequest()) == ["a", "b"]
+    assert asked("auditor", "ada", "Versions", pb.VersionsRequest(limit=2)) == ["c", "x"]
+    for run in ("x", "nowhere"):
+        with pytest.raises(NotFoundError, match=f"there is no run '{run}'"):
+            asked("researcher", "rosa", "Versions", pb.VersionsRequest(run=run))
+        with pytest.raises(NotFoundError, match=f"there is no run '{run}'"):
+            asked("researcher", "rosa", "RollBack", pb.RollBackRequest(run=run, round=1, reason="why"))
+    back = pb.RollBackRequest(run="b", round=1, reason="why")
+    with pytest.raises(RefusedError, match="the owner went on from what came after b:1; ask the owner"):
+        asked("researcher", "rosa", "RollBack", back)
+    assert asked("owner", "olga", "RollBack", back) == ["a", "b", "b-"]
+    assert asked("auditor", "ada", "Versions", pb.VersionsRequest(run="c")) == ["a", "b", "b-", "c-", "c-"]
     journal.close()
