@@ -45,6 +45,10 @@ def table(report: dict[str, Any]) -> RenderableType:
         f"attack: {one['name']}: perplexity {short(one['overall']) or 'not finite'}"
         for one in report.get("attacks", ())
     ]
+    notes += [
+        f"of the plug-in's ensemble, {name} alone: perplexity {short(one['overall']) or 'not finite'}"
+        for name, one in report.get("experts", {}).items()
+    ]
     notes.append(f"{report['protection']['label']}: {report['protection']['reason']}")
     return Group(grid, *_lines(notes), Text(moved(report)))
 

@@ -1,11 +1,16 @@
 """An adapter in the base: the plug-in, to be measured, or to be used."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from offsite.emulator.anatomy.structure import layers
+from offsite.emulator.ensemble import Ensemble, twin
 from offsite.emulator.methods import Adapter, Method, own_format
+
+ENSEMBLE = "ensemble.json"  # how several published adapters answer together, and the folder of each
 
 
 def plug(base: nn.Module, method: Method, adapter: Adapter) -> nn.Module:
@@ -19,12 +24,27 @@ def plug(base: nn.Module, method: Method, adapter: Adapter) -> nn.Module:
     return base
 
 
+def plug_all(base: nn.Module, method: Method, adapters: Mapping[str, Adapter]) -> nn.Module:
+    """Put recovered adapters into a base, that answer together where they are several; raises ValueError as `plug`.
+
+    The model is the base itself for one adapter, else an ensemble whose experts share all layers but these adapters'.
+    """
+    if len(adapters) == 1:
+        return plug(base, method, *adapters.values())
+    return Ensemble({name: plug(twin(base, _itself(one)), method, one) for name, one in adapters.items()})
+
+
 def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = None) -> nn.Module:
     """Put a published adapter beside a model's weights, in place, and return the model with it.
 
     The folder is one that a run has published, in peft's format or in ours. `places` maps a place in the model to a
-    layer of the base; a base needs none. Raises ValueError if the folder has no such adapter, or it does not fit.
+    layer of the base; a base needs none. Of a folder that has several adapters, as a run's that ends in an ensemble,
+    these answer together. Raises ValueError if the folder has no such adapter, or it does not fit.
     """
+    if (directory / ENSEMBLE).is_file():
+        folders = _experts(directory / ENSEMBLE)
+        whole = range(len(layers(model)))
+        return Ensemble({name: load(twin(model, whole), directory / one, places) for name, one in folders.items()})
     if (directory / own_format.DOCUMENT).is_file():
         method, adapter = own_format.read(directory)
         return method.attach(model, places or _itself(adapter), adapter)
@@ -36,6 +56,21 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = N
         return peft_hub.load(model, directory, places)
     adapter, scales = peft_format.read(directory)
     return peft_format.attach(model, places or _itself(adapter), adapter, scales)
+
+
+def _experts(document: Path) -> dict[str, str]:
+    """Read by name the folders of adapters that answer together."""
+    try:
+        written = json.loads(document.read_text())
+        combine, folders = written["combine"], {str(name): str(folder) for name, folder in written["experts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{document}: expected how adapters answer together, got {type(error).__name__}") from None
+    if combine != "max" or not folders:
+        raise ValueError(
+            f"{document}: of its adapters one has to be chosen (combine = {combine!r}); load one of the folders "
+            f"{', '.join(folders.values())}"
+        )
+    return folders
 
 
 def _itself(adapter: Adapter) -> dict[int, int]:

@@ -11,10 +11,12 @@ __all__ = ["MEMORIES", "PREFIX", "Combine", "Memory", "Moment", "make"]
 MEMORIES: Plugins[Memory] = Plugins(
     "memory",
     {
+        "ema": "offsite.coordinator.memory.ema:Ema",
+        "lae": "offsite.coordinator.memory.lae:Lae",
         "none": "offsite.coordinator.memory.none:Nothing",
     },
     group="offsite.memories",
-    states=("rules", "accumulates"),
+    states=("rules", "accumulates", "replaces", "combine"),
 )
 
 

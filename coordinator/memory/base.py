@@ -30,11 +30,16 @@ class Moment:
 
 
 class Memory(Protocol):
-    """A family member; its settings are its fields. The names of the state that it keeps begin with PREFIX."""
+    """A family member; its settings are its fields. The names of the state that it keeps begin with PREFIX.
+
+    What the sites of each tier start from is made of the adapter by the run's strategy, as that of a round with one
+    site: a memory that gives another adapter leaves the broadcasts as they were, unless it makes them itself.
+    """
 
     name: ClassVar[str]
     rules: ClassVar[frozenset[Rule]]  # of a schema's tensors, those that it can accumulate
     accumulates: ClassVar[bool]  # whether it ever changes a version
+    replaces: ClassVar[bool]  # whether it may give another adapter than the fold's, for sites to go on from
 
     @property
     def combine(self) -> Combine:

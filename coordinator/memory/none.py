@@ -15,6 +15,7 @@ class Nothing:
     name: ClassVar[str] = "none"
     rules: ClassVar[frozenset[Rule]] = frozenset(Rule)
     accumulates: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     combine: ClassVar[Combine] = "one"
 
     def begin(self, last: Version, schema: Schema, moment: Moment) -> Version:

@@ -59,7 +59,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.strategies(method)) or 'none'}"
         )
-    _judge_memory(spec, method)
+    _judge_memory(spec, method, strategy)
     _judge_upload(spec, method, strategy)
     _judge_part(spec, method, strategy)
     _judge_retention(spec, method, strategy)
@@ -129,12 +129,25 @@ def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
     return why if taken else None
 
 
-def _judge_memory(spec: RunSpec, method: Method) -> None:
+def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     """Raise InputError if a run's memory is not known, or cannot accumulate what its method trains."""
-    if not pairs.remembers(memory.make(spec.memory.name, spec.memory.settings), method):
+    own = memory.make(spec.memory.name, spec.memory.settings)
+    others = ", ".join(pairs.memories(method, strategy))
+    if not method.rules <= own.rules:
         raise InputError(
-            f"memory {spec.memory.name} cannot accumulate what method {method.name} trains, whose tensors are "
-            f"averaged by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.memories(method))}"
+            f"memory {own.name} cannot accumulate what method {method.name} trains, whose tensors are averaged by "
+            f"{', '.join(sorted(method.rules))}; use one of: {others}"
+        )
+    if not pairs.remembers(own, method, strategy):
+        raise InputError(
+            f"memory {own.name} has sites go on from its average, and strategy {strategy.name} would make another of "
+            f"it for them; use a strategy that is exact by {', '.join(sorted(method.rules))}, or one of the memories: "
+            f"{others}"
+        )
+    if spec.merge and own.combine != "one":
+        raise InputError(
+            f"merge: memory {own.name} as it is set answers by several adapters, and no one model has them merged; "
+            "leave merge out, or have the memory serve one"
         )
 
 

@@ -6,7 +6,7 @@ as the run computes (4 in fp32, 2 in bf16):
     gather     nothing            aggregate  4 x what goes to the sites, of all tiers; join the same
     build      2 x the files of the base, unless one builder works alone: that may read layer by layer; divide the same
     encode     the files of the base
-    realign    2 (P + E)          evaluate   w P, or w E of the emulator
+    realign    2 (P + E)          evaluate   w P, with a memory the layers that train twice, or w E of the emulator
     tune       w P                attack     16 E: weights, gradients and two moments; w E where a GPU has these
     publish    2 P, and as much again for a merged model
 
@@ -72,7 +72,8 @@ def _once_built(order: Order, spec: Grant, built: Built) -> Needs:
     width = 4 if spec.training.precision == "fp32" else 2
     match order:
         case Evaluate():
-            return Needs(width * (base if order.manifest is None else emulator), gpu=True)
+            twice = base * len(built.bundle.trainable) // built.base.layers if order.memory else 0
+            return Needs(width * (base + twice if order.manifest is None else emulator), gpu=True)
         case Attack():
             return Needs(16 * emulator, loaded=width * emulator, gpu=True)
         case Tune():

@@ -73,14 +73,19 @@ def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy])
     return method.linear and method.rules <= strategy.exact
 
 
-def remembers(memory: Memory | type[Memory], method: Method | type[Method]) -> bool:
-    """Tell whether a memory can accumulate what a method trains."""
-    return method.rules <= memory.rules
+def remembers(
+    memory: Memory | type[Memory], method: Method | type[Method], strategy: Strategy | type[Strategy]
+) -> bool:
+    """Tell whether a memory can accumulate what a method trains, and sites go on from that if it has them do so.
+
+    A strategy that is not exact by some rule makes of one adapter another.
+    """
+    return method.rules <= memory.rules and (not memory.replaces or method.rules <= strategy.exact)
 
 
-def memories(method: Method | type[Method]) -> list[str]:
-    """Name the memories that can accumulate what a method trains."""
-    return sorted(name for name, kind in MEMORIES.sound().items() if remembers(kind, method))
+def memories(method: Method | type[Method], strategy: Strategy | type[Strategy]) -> list[str]:
+    """Name the memories that can accumulate what a method trains and a strategy folds."""
+    return sorted(name for name, kind in MEMORIES.sound().items() if remembers(kind, method, strategy))
 
 
 def trainers(provided: Collection[str], altered: Collection[str] = ()) -> list[str]:

@@ -63,11 +63,14 @@ def assemble(journal: Journal, run: str) -> str:
         "bundle": {key: bundle[key] for key in (*BUNDLE, "layers", "trainable")},
         "method": to_plain(spec.method),
         "strategy": to_plain(spec.strategy),
+        "memory": to_plain(spec.memory),
+        "task": spec.task,
         "upload": [to_plain(stage) for stage in spec.upload],
         "training": to_plain(training(spec, built.learning_rate)),
         "rounds": [_round(number, history, accepted) for number in range(spec.rounds)],
         "overall": overall,
         "sites": sites,
+        "experts": _experts(history),
         "tokens": {name: score.tokens for name, score in measured.get(BASE_ZERO_SHOT, {}).items()},
         "bytes": {"down": sum(task.bytes_down for task in tasks), "up": sum(task.bytes_up for task in tasks)},
         "seconds": seconds(spans, start=row.submitted_at, end=time.time()),
@@ -137,6 +140,15 @@ def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> lis
     if base and plug_in and plug_in >= base:
         objections.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
     return objections + sentences({name: why for name, why in wrong.items() if name not in odd})
+
+
+def _experts(history: History) -> dict[str, Any]:
+    """Return the perplexities of each expert alone, where the plug-in is an ensemble."""
+    served = history.get(evaluate(PLUG_IN))
+    return {
+        name: {"overall": perplexity(sets.values()), "sites": {one: perplexity([score]) for one, score in sets.items()}}
+        for name, sets in (served.experts if served else {}).items()
+    }
 
 
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:

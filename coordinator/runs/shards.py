@@ -37,8 +37,12 @@ def in_parts(order: Order, spec: Grant, parts: int, do: Callable[[Sequence[Order
             results = do([replace(order, sets=tuple(names[part::parts])) for part in range(parts)])
             measured = [from_json(Evaluation, result, where="step evaluate") for result in results]
             scores = {name: score for one in measured for name, score in one.sets.items()}
+            experts = {
+                expert: dict(sorted((name, score) for one in measured for name, score in one.experts[expert].items()))
+                for expert in measured[0].experts
+            }
             spans = tuple(span for one in measured for span in one.spans)
-            return to_json(Evaluation(sets=dict(sorted(scores.items())), spans=spans))
+            return to_json(Evaluation(sets=dict(sorted(scores.items())), experts=experts, spans=spans))
         case Aggregate() if parts > 1:
             bare = replace(order, last=order.last.bare, parts=parts)
             results = do([replace(bare, part=part) for part in range(parts)])

@@ -239,9 +239,13 @@ class Supervisor:
         if self._journal.leader() != self._leader:
             raise Superseded
 
-    def _evaluate(self, figure: str, *, manifest: str | None, adapter: str | None) -> None:
+    def _evaluate(
+        self, figure: str, *, manifest: str | None, adapter: str | None, memory: dict[str, str] | None = None
+    ) -> None:
         built = self._history[BUILD]
-        order = Evaluate(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
+        order = Evaluate(
+            base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery, memory=memory or {}
+        )
         self._do(results.evaluate(figure), order, partial(self._measured, figure))
 
     def _measured(self, figure: str, measured: Evaluation) -> list[Event]:
@@ -298,8 +302,8 @@ class Supervisor:
             self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
             self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
         elif every and number % every == 0:
-            adapter = self._history[results.fold(number)].version.adapter
-            self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=adapter)
+            version = self._history[results.fold(number)].version
+            self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=version.adapter, memory=version.memory)
 
     def _updates(self, current: Round) -> tuple[Update, ...]:
         """Wait until a round's tasks are done; return the updates, or fail the run if they are too few."""
@@ -321,17 +325,19 @@ class Supervisor:
 
     def _outcome(self) -> None:
         built, rounds = self._history[BUILD], self._spec.rounds
-        adapter = self._history[results.fold(rounds)].version.adapter
+        version = self._history[results.fold(rounds)].version
+        adapter = version.adapter
         if self._spec.evaluation:
             self._evaluate(EMULATOR_TUNED, manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._evaluate(PLUG_IN, manifest=None, adapter=adapter)
+            self._evaluate(PLUG_IN, manifest=None, adapter=adapter, memory=version.memory)
         if self._spec.attack_steps:
             if self._spec.attack_text:
                 tune = Tune(base=built.base.digest, trainable=built.bundle.trainable)
                 self._do(results.evaluate(BASE_TUNED), tune, partial(self._measured, BASE_TUNED))
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
             self._do(results.ATTACK, order, lambda result: [Measured(name=figures.ATTACK, sets=result.attacks[0].sets)])
-        published = self._do(PUBLISH, Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery))
+        publish = Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery, memory=version.memory)
+        published = self._do(PUBLISH, publish)
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)
 

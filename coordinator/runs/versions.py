@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from offsite.coordinator.aggregation.base import KEPT
+from offsite.coordinator.aggregation.base import KEPT, MEMORY
 from offsite.coordinator.store.blobs import Blobs, Stored
 from offsite.kernels.schema import Schema
 from offsite.protos.documents import document, from_json
@@ -25,6 +25,11 @@ class Version:
     def bare(self) -> "Version":
         """This version as strategies know it; without the state that others keep."""
         return replace(self, state={name: kept for name, kept in self.state.items() if not name.startswith(KEPT)})
+
+    @property
+    def memory(self) -> dict[str, str]:
+        """Its state that the run's memory keeps."""
+        return {name: kept for name, kept in self.state.items() if name.startswith(MEMORY)}
 
     @property
     def digests(self) -> set[str]:

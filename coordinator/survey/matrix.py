@@ -30,6 +30,7 @@ class Matrix:
     retentions: Table  # by methods, a method a row
     optimisers: Table  # by the engines of sites
     memories: Table  # by the rules of what methods train
+    replacing: dict[str, bool]  # of memories: whether sites go on from what it made
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 
 
@@ -72,6 +73,7 @@ def matrix() -> Matrix:
             name: {rule: "yes" * (rule in kind.rules) for rule in Rule if rule is not Rule.LOCAL}
             for name, kind in sorted(MEMORIES.sound().items())
         },
+        replacing={name: kind.replaces for name, kind in sorted(MEMORIES.sound().items())},
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )
 

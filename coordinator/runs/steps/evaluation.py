@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.coordinator.bundles.stored import open_bundle, recovered
+from offsite.coordinator.bundles.stored import open_bundle
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.inputs import samples, the_base
 from offsite.coordinator.runs.steps.orders import Evaluate
 from offsite.coordinator.runs.steps.results import Evaluation
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, modality, zoo
+from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.ensemble import Ensemble, twin
+from offsite.emulator.methods import Method
 from offsite.emulator.modality import Batch
-from offsite.emulator.plug import plug
+from offsite.emulator.plug import plug_all
 from offsite.emulator.precision import DTYPES
 from offsite.protos import tensors
 from offsite.protos.figures import Score
@@ -32,22 +36,50 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
     timeline = Timeline()
     blobs = node.blobs()
     method = methods.make(spec.method.name, spec.method.settings)
+    if order.manifest is None and order.adapter is not None:
+        return _plugged(node, spec, order, method)
     with timeline.span("loading"), TemporaryDirectory(dir=node.scratch) as scratch:
         adapter = tensors.load(blobs.path(order.adapter)) if order.adapter else None
         if order.manifest is None:
             model, tokenizer = zoo.load_base(the_base(node, spec, order.base), dtype=DTYPES[spec.training.precision])
-            if adapter is not None:
-                adapter = recovered(blobs, method, adapter, order.recovery)
-                model = plug(model, method, adapter)
         else:
             listed, model, tokenizer = open_bundle(
                 blobs, order.manifest, Path(scratch), dtype=DTYPES[spec.training.precision]
             )
             if adapter is not None:
                 model = method.attach(model, bundle.described(listed).outline.places, adapter)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model.to(_device()).eval()
     scores = measure(model, exams(node, spec, tokenizer, sets=order.sets), timeline)
     return Evaluation(sets=scores, spans=tuple(timeline))
+
+
+def _plugged(node: Node, spec: Grant, order: Evaluate, method: Method) -> Evaluation:
+    """Measure the base with what a version answers by.
+
+    Of an ensemble also each expert alone; where one of several is chosen, a set by that of its name, or the newest one.
+    """
+    timeline, blobs, scores = Timeline(), node.blobs(), dict[str, Score]()
+    with timeline.span("loading"):
+        base, tokenizer = zoo.load_base(the_base(node, spec, order.base), dtype=DTYPES[spec.training.precision])
+        adapters = memory.experts(blobs, spec, order)
+    texts = exams(node, spec, tokenizer, sets=order.sets)
+    if memory.combine(spec) == "route" and len(adapters) > 1:
+        for name, batches in texts.items():
+            expert = adapters[name if name in adapters else [*adapters][0]]
+            model = plug_all(twin(base, range(len(layers(base)))), method, {name: expert}).to(_device()).eval()
+            scores |= measure(model, {name: batches}, timeline)
+        return Evaluation(sets=scores, spans=tuple(timeline))
+    with timeline.span("loading"):
+        model = plug_all(base, method, adapters).to(_device()).eval()
+    scores = measure(model, texts, timeline)
+    alone = {}
+    if isinstance(model, Ensemble):
+        alone = {name: measure(one, texts, timeline) for name, one in zip(model.names, model.experts, strict=True)}
+    return Evaluation(sets=scores, experts=alone, spans=tuple(timeline))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def exams(node: Node, spec: Grant, tokenizer: Any, *, sets: Sequence[str] = ()) -> dict[str, list[Batch]]:

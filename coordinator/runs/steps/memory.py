@@ -4,22 +4,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from offsite.coordinator import aggregation, memory
-from offsite.coordinator.aggregation.base import KEPT
-from offsite.coordinator.memory import PREFIX, Moment
+from offsite.coordinator.aggregation.base import KEPT, Origin
+from offsite.coordinator.bundles.stored import recovered
+from offsite.coordinator.memory import PREFIX, Combine, Moment
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.steps.orders import Evaluate, Publish
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs
 from offsite.emulator import methods
+from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import takes
 from offsite.kernels.schema import Schema
+from offsite.protos import tensors
 
 
 def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, schema: Schema) -> Version:
     """Return what a run begins from, given the version that it goes on from, or the one that changes nothing."""
     own = memory.make(spec.memory.name, spec.memory.settings)
     if own.accumulates:
-        return store_version(blobs, scratch, own.begin(load_version(blobs, version), schema, _moment(spec, 0)))
+        last = load_version(blobs, version)
+        begun = own.begin(last, schema, _moment(spec, 0))
+        return store_version(blobs, scratch, _handed_on(spec, last, begun, schema))
     return replace(version, state={name: kept for name, kept in version.state.items() if not name.startswith(PREFIX)})
 
 
@@ -35,8 +41,45 @@ def after(
         return new
     before = load_version(blobs, last)
     version = own.after(before, new, schema, _moment(spec, number - spec.rounds_before + 1))
+    version = _handed_on(spec, new, version, schema)
     others = [name for name in before.state if name.startswith(KEPT) and not name.startswith(PREFIX)]
     return replace(version, state=version.state | {name: before.state[name] for name in others})
+
+
+def experts(blobs: Blobs, spec: Grant, order: Evaluate | Publish) -> dict[str, Adapter]:
+    """Return by name the adapters by which a version answers, as they are recovered: the first is the newest.
+
+    It has none, and so the base is as it is, where the order names no adapter.
+    """
+    if order.adapter is None:
+        return {}
+    version = aggregation.Version(
+        adapter=tensors.load(blobs.path(order.adapter)),
+        broadcast={},
+        state={name: tensors.load(blobs.path(digest)) for name, digest in order.memory.items()},
+    )
+    method = methods.make(spec.method.name, spec.method.settings)
+    adapters = memory.make(spec.memory.name, spec.memory.settings).experts(version)
+    return {name: recovered(blobs, method, one, order.recovery) for name, one in adapters.items()}
+
+
+def combine(spec: Grant) -> Combine:
+    """Return how they answer together."""
+    return memory.make(spec.memory.name, spec.memory.settings).combine
+
+
+def _handed_on(
+    spec: Grant, given: aggregation.Version, made: aggregation.Version, schema: Schema
+) -> aggregation.Version:
+    """Have sites start from what a memory made, if it is another adapter than it was given, with their old starts."""
+    if made.adapter is given.adapter or made.broadcast is not given.broadcast:
+        return made
+    tiers = sorted(made.broadcast)
+    strategy = aggregation.make(spec.strategy.name, spec.strategy.settings)
+    fold = strategy.begin(replace(given, state={}), schema)
+    fold.add(made.adapter, Origin(memory.PREFIX, tiers[0], 1.0))
+    started = fold.finish(tiers)
+    return replace(made, broadcast=started.broadcast, state=made.state | started.state)
 
 
 def _moment(spec: Grant, number: int) -> Moment:

@@ -2,10 +2,12 @@
 
 from typing import ClassVar, get_args
 
+from pydantic import Field
+
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier
+from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier, Word
 from offsite.protos.spec import Grounds, Layers, Shared
 
 
@@ -131,6 +133,7 @@ class Evaluate:
     manifest: Digest | None  # of the emulator; None: measure the base
     adapter: Digest | None  # the adapter in it; None: as it is
     recovery: Digest | None
+    memory: dict[Word, Digest] = Field(default_factory=dict)  # that the adapter's version has; empty: none answers
     sets: tuple[Name, ...] = ()  # of held-out data; none: all
 
 
@@ -160,6 +163,7 @@ class Publish:
     base: Digest
     adapter: Digest
     recovery: Digest | None
+    memory: dict[Word, Digest] = Field(default_factory=dict)  # that the adapter's version has
 
 
 Order = Gather | Build | Divide | Encode | Aggregate | Join | Realign | Evaluate | Attack | Tune | Publish

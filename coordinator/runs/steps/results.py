@@ -99,6 +99,7 @@ class Evaluation:
     """One figure."""
 
     sets: dict[Name, Score]
+    experts: dict[Name, dict[Name, Score]] = Field(default_factory=dict)  # of an ensemble, what each gives alone
     spans: tuple[Span, ...] = ()
 
 

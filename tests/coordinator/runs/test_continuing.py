@@ -15,6 +15,7 @@ from offsite.coordinator.store.journal import Journal
 from offsite.protos.documents import to_json, to_plain
 from offsite.protos.errors import InputError, NotFoundError
 from offsite.protos.events import Completed, Failed
+from offsite.protos.recipes import parse_one
 from offsite.protos.spec import Ancestor, Choice
 
 BOTH = frozenset({"r2", "r4"})
@@ -32,13 +33,14 @@ def stored(home: Home, content: str) -> Stored:
     return Stored(digest=digest, size=size)
 
 
-def make_run(home: Home, journal: Journal, name: str, *, rounds: int, **spec: Any) -> None:
+def make_run(home: Home, journal: Journal, name: str, *, rounds: int, kept: str = "", **spec: Any) -> None:
     """A run with so many rounds that are done."""
     grant = Grant(model="m", **spec)
     journal.add_run(name, token=name, owner="alice", spec=to_json(grant), granted=to_plain(grant))
     journal.add_step(name, "version:0", {})
     sent = {tier: stored(home, tier) for tier in BOTH}
-    version = Version(adapter=sent["r4"].digest, broadcast=sent, state={"residual.r2": stored(home, "rest").digest})
+    state = dict.fromkeys(["residual.r2", *([kept] if kept else [])], stored(home, "rest").digest)
+    version = Version(adapter=sent["r4"].digest, broadcast=sent, state=state)
     for number in range(1, rounds + 1):
         journal.add_step(name, f"version:{number}", to_plain(Folded(version=version, lineage={})))
 
@@ -80,6 +82,19 @@ def test_a_run_goes_on_only_with_what_the_version_is_of(home: Home, changes: dic
     judge(journal, home.blobs(), Grant(model="other"), tiers=BOTH)
     with pytest.raises(InputError, match=f"start: round 1 of run old {words}|keeps what {words}"):
         judge(journal, home.blobs(), Grant(**fields | changes), tiers=BOTH)
+
+
+def test_a_memory_is_not_another_s_to_go_on_with_but_may_be_forgotten(home: Home) -> None:
+    journal, blobs = home.journal(), home.blobs()
+    make_run(home, journal, "old", rounds=1, memory=Choice(name="lae"), kept="memory.offline")
+    fields: dict[str, Any] = {"model": "m", "continues": ancestor(journal, "old:1")}
+    for other in ("lae", "lae(c=3.0)", "none"):
+        judge(journal, blobs, Grant(**fields, memory=parse_one(other)), tiers=BOTH)
+    words = r"keeps what memory ema does not know \(memory.offline\); go on with lae, or with none, which forgets it"
+    with pytest.raises(InputError, match=f"start: round 1 of run old {words}"):
+        judge(journal, blobs, Grant(**fields, memory=Choice(name="ema")), tiers=BOTH)
+    with pytest.raises(InputError, match=r"strategy mean does not know \(residual.r2\); go on"):
+        judge(journal, blobs, Grant(**fields, strategy=Choice(name="mean")), tiers=BOTH)
 
 
 def test_a_tier_that_the_version_has_nothing_for_and_files_that_are_gone_are_named(home: Home) -> None:

@@ -1,17 +1,38 @@
 """What steps do with a run's memory: what it is given, what is kept of it, and what a run without one forgets."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from offsite.coordinator import aggregation
+from offsite.coordinator.bundles.stored import store_adapter
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.legality import judge
+from offsite.coordinator.runs.shards import in_parts
 from offsite.coordinator.runs.steps import memory
+from offsite.coordinator.runs.steps.building import build
+from offsite.coordinator.runs.steps.evaluation import evaluate
+from offsite.coordinator.runs.steps.folding import aggregate
+from offsite.coordinator.runs.steps.orders import Aggregate, Build, Continued, Evaluate, Publish, Update
+from offsite.coordinator.runs.steps.publishing import publish
+from offsite.coordinator.runs.steps.results import Built, Evaluation
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version
+from offsite.emulator import modality, zoo
+from offsite.emulator.batches import evaluation_batches
+from offsite.emulator.modality import encode, read
+from offsite.emulator.plug import load
 from offsite.kernels.schema import Field, Rule, Schema
+from offsite.protos import tensors
+from offsite.protos.documents import from_json, to_json
+from offsite.protos.errors import InputError
+from offsite.protos.recipes import parse_one
+from offsite.protos.spec import Ancestor, Choice, RunSpec, TrainingSpec
 
 SCHEMA: Schema = {"0.norm": Field("F32", (3,), Rule.MEAN)}
 
@@ -40,3 +61,134 @@ def test_a_run_without_a_memory_forgets_that_of_the_run_it_goes_on_from_and_noth
     assert begun == last.bare != last
     new = load_version(node.blobs(), begun)
     assert memory.after(node.blobs(), Grant(model="m"), begun, new, SCHEMA, number=0) is new
+
+
+# two tasks, by the steps of real runs
+
+SITES = ("bank", "clinic")
+
+
+def fields(material: Path, **changes: Any) -> dict[str, Any]:
+    given = {
+        "model": str(material / "model"),
+        "builders": (Choice(name="uniform", settings={"keep": 4}),),
+        "trainable": Choice(name="ends", settings={"bottom": 1, "top": 1}),
+        "method": Choice(name="lora", settings={"rank": 2}),
+        "training": TrainingSpec(steps=5, max_length=16),
+        "evaluation": {"exam": str(material / "train.jsonl"), "other": str(material / "train.jsonl")},
+        "memory": Choice(name="lae"),
+    }
+    return given | changes
+
+
+def rounds(node: Node, grant: Grant, built: Built, scratch: Path) -> list[Version]:
+    """The rounds of a run whose sites move their adapters at random, and the version that it began from."""
+    blobs, versions = node.blobs(), [built.version]
+    for number in range(grant.rounds):
+        updates = []
+        for at, site in enumerate(SITES):
+            start = tensors.load(blobs.path(versions[-1].broadcast["r2"].digest))
+            draw = torch.Generator().manual_seed(10 * (grant.rounds_before + number) + at)
+            moved = {key: one + 0.3 * torch.randn(one.shape, generator=draw) for key, one in start.items()}
+            updates.append(Update(site=site, digest=store_adapter(blobs, scratch / "u", moved).digest, examples=at + 1))
+        order = Aggregate(
+            last=versions[-1],
+            schema=built.schema,
+            tiers=built.tiers,
+            updates=tuple(updates),
+            round=grant.rounds_before + number,
+        )
+        versions.append(aggregate(node, grant, order).version)
+    return versions
+
+
+def test_a_second_task_is_measured_and_published_by_both_of_its_adapters(
+    node: Node, material: Path, tmp_path: Path
+) -> None:
+    first = Grant(**fields(material), rounds=1, task="one")
+    built = build(node, first, Build(sites=SITES))
+    end = rounds(node, first, built, tmp_path)[-1]
+    assert end.memory == {}
+    second = Grant(**fields(material), rounds=2, task="two", continues=Ancestor(run="first", round=1, rounds=1))
+    origin = Continued(version=end, base=built.base.digest, trainable=built.bundle.trainable, recovery=built.recovery)
+    again = build(node, second, Build(sites=SITES, continued=origin))
+    assert again.version.memory == {"memory.offline": end.adapter} and again.version.bare == replace(end, figures={})
+    last = rounds(node, second, again, tmp_path)[-1]
+    versions = [load_version(node.blobs(), one) for one in (end, last)]
+    offline = versions[1].state["memory.offline"]
+    share, key = 1 - (1 - 2 / 10) ** 5, "0.self_attn.q_proj"
+    middle = load_version(node.blobs(), rounds(node, replace(second, rounds=1), again, tmp_path)[1])
+
+    def matrix(adapter: Any) -> torch.Tensor:
+        return adapter[f"{key}.B"].double() @ adapter[f"{key}.A"].double()
+
+    chain = [matrix(one) for one in (versions[0].adapter, middle.adapter, versions[1].adapter)]
+    expected = (1 - share) * ((1 - share) * chain[0] + share * chain[1]) + share * chain[2]
+    torch.testing.assert_close(matrix(offline), expected, rtol=1e-5, atol=1e-6)
+
+    ask = {"base": built.base.digest, "recovery": built.recovery, "memory": last.memory}
+    measured = evaluate(node, second, Evaluate(**ask, manifest=None, adapter=last.adapter))
+    for name, digest in (("online", last.adapter), ("offline", last.memory["memory.offline"])):
+        alone = evaluate(node, second, Evaluate(**ask | {"memory": {}}, manifest=None, adapter=digest))
+        assert measured.experts[name] == alone.sets and alone.experts == {}
+        assert alone.sets.keys() == {"exam", "other"} and alone.sets != measured.sets
+    order = Evaluate(**ask, manifest=None, adapter=last.adapter)
+
+    def do(orders: Any) -> list[bytes]:
+        return [to_json(evaluate(node, second, one)) for one in orders]
+
+    parts = from_json(Evaluation, in_parts(order, second, 2, do), where="evaluation")
+    assert (parts.sets, parts.experts) == (measured.sets, measured.experts), "and so it is on two nodes"
+
+    files = publish(node, second, Publish(**ask, adapter=last.adapter)).artifacts
+    assert {"adapter/adapter_config.json", "experts/offline/adapter_config.json", "ensemble.json"} <= files.keys()
+    for name, stored in files.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(node.blobs().path(stored.digest).read_bytes())
+    base, tokenizer = zoo.load_base(material / "model", dtype=torch.float32)
+    batches = evaluation_batches(encode(read(material / "train.jsonl"), tokenizer, max_length=16), batch_size=8)
+    score = modality.score(load(base, tmp_path / "out"), batches)
+    assert score.total == pytest.approx(measured.sets["exam"].nll, rel=1e-5)
+
+
+def test_what_serves_alone_is_published_as_any_adapter(node: Node, material: Path, tmp_path: Path) -> None:
+    grant = Grant(
+        **fields(material, memory=Choice(name="lae", settings={"serve": "offline"})),
+        continues=Ancestor(run="first", round=1, rounds=1),
+    )
+    built = build(node, replace(grant, continues=None), Build(sites=SITES))
+    origin = Continued(
+        version=built.version, base=built.base.digest, trainable=built.bundle.trainable, recovery=built.recovery
+    )
+    last = rounds(node, grant, build(node, grant, Build(sites=SITES, continued=origin)), tmp_path)[-1]
+    ask: dict[str, Any] = {"base": built.base.digest, "recovery": built.recovery, "adapter": last.adapter}
+    served = publish(node, grant, Publish(**ask, memory=last.memory)).artifacts
+    plain = publish(node, grant, Publish(**ask | {"adapter": last.memory["memory.offline"]})).artifacts
+    assert served == plain and not any(name.startswith(("experts/", "ensemble")) for name in served)
+    assert evaluate(node, grant, Evaluate(**ask, manifest=None, memory=last.memory)).experts == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memory": "lea"}, "there is no memory 'lea' .did you mean lae"),
+        ({"memory": "lae", "merge": True}, "merge: memory lae as it is set answers by several adapters"),
+        (
+            {"memory": "lae", "method": "spiel", "strategy": "index-union"},
+            "memory lae cannot accumulate .* one of: none",
+        ),
+        (
+            {"memory": "ema", "strategy": "factor-mean"},
+            "ema has sites go on .* factor-mean would .* memories: lae, none",
+        ),
+        ({"memory": 'lae(serve="offline")', "merge": True}, ""),
+        ({"memory": "ema"}, ""),
+    ],
+)
+def test_a_run_is_refused_that_asks_of_its_memory_what_that_cannot(
+    material: Path, changes: dict[str, Any], words: str
+) -> None:
+    given = {name: parse_one(one) if isinstance(one, str) else one for name, one in changes.items()}
+    spec = RunSpec(**fields(material, **given))
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        judge(spec)

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from offsite.coordinator.memory import MEMORIES
+from offsite.coordinator.memory import make as make_memory
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant, Input
 from offsite.coordinator.runs.shards import count, in_parts
+from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.orders import Aggregate, Build, Evaluate, Order, Update
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import Folded
@@ -19,7 +22,7 @@ from offsite.coordinator.store.blobs import Stored
 from offsite.kernels.schema import Field, Rule, Schema, Tensors, settle
 from offsite.protos import tensors, upload
 from offsite.protos.documents import from_json, to_json
-from offsite.protos.spec import Choice, FileEntry
+from offsite.protos.spec import Ancestor, Choice, FileEntry
 
 LAYERS = 5
 SCHEMA: Schema = {
@@ -94,6 +97,45 @@ def test_a_fold_in_parts_is_a_fold(round_: Round, strategy: str) -> None:
     again = replace(order, last=whole.version)  # on top of what the first round left to the owner
     second = fold(round_, again, spec, 1)
     assert (second != whole) == (strategy == "low-rank") and fold(round_, again, spec, 3) == second
+
+
+@pytest.mark.parametrize("name", sorted(MEMORIES))
+def test_a_memory_takes_the_version_of_all_parts_in_whichever_order_the_updates_came(round_: Round, name: str) -> None:
+    spec = Grant(model="m", memory=Choice(name=name), rounds=2, continues=Ancestor(run="old", round=4, rounds=4))
+    blobs, scratch = round_.node.blobs(), round_.node.scratch
+    begun = memory.begin(blobs, scratch, spec, round_.order.last, SCHEMA)
+    ends = []
+    for parts, updates in ((1, round_.order.updates), (3, round_.order.updates[::-1])):
+        last, versions = begun, []
+        for number in (4, 5):
+            order = replace(round_.order, last=last, round=number, updates=updates)
+            last = fold(round_, order, spec, parts).version
+            versions.append(last)
+        ends.append(versions)
+    assert ends[0] == ends[1]
+    accumulates = make_memory(name, {}).accumulates
+    for version in ends[0]:
+        assert bool(version.memory) == accumulates and version.bare.state.keys() == {"residual.r2", "residual.r4"}
+    plain = fold(round_, replace(round_.order, last=begun.bare), Grant(model="m"), 1).version
+    assert (ends[0][0].adapter, ends[0][0].bare.state) == (plain.adapter, plain.state), "a fold sees nothing of it"
+
+
+def test_sites_go_on_from_what_a_memory_ends_a_run_with_and_the_owner_keeps_the_rest(round_: Round) -> None:
+    spec = Grant(model="m", memory=Choice(name="ema"), continues=Ancestor(run="old", round=4, rounds=4))
+    begun = memory.begin(round_.node.blobs(), round_.node.scratch, spec, round_.order.last, SCHEMA)
+    folded = fold(round_, round_.order, Grant(model="m"), 1).version
+    version = fold(round_, replace(round_.order, last=begun, round=4), spec, 1).version
+    assert version.adapter == version.memory["memory.average"] != folded.adapter
+    whole = _matrices(_read(round_, version.adapter))
+    for tier, sent in version.broadcast.items():
+        start, rest = _read(round_, sent.digest), _read(round_, version.state[f"residual.{tier}"])
+        assert start["0.q.A"].shape == (int(tier[1:]), 12)
+        sums = [a + b for a, b in zip(_matrices(start), _matrices(rest), strict=True)]
+        torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-5)
+
+
+def _matrices(adapter: Tensors) -> list[torch.Tensor]:
+    return [adapter[f"{n}.q.B"] @ adapter[f"{n}.q.A"] for n in range(LAYERS)]
 
 
 def test_who_is_left_out_is_judged_by_all_of_an_update(round_: Round) -> None:
