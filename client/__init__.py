@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offsite.client.adapters import compose
-    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, Version, Withdrawal, connect
+    from offsite.client.forgetting import Forgetting
+    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, Version, connect
     from offsite.protos.errors import OffsiteError
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
@@ -17,6 +18,7 @@ __all__ = [
     "Artifact",
     "Choice",
     "Event",
+    "Forgetting",
     "OffsiteError",
     "Run",
     "RunSpec",
@@ -25,13 +27,13 @@ __all__ = [
     "Status",
     "TrainingSpec",
     "Version",
-    "Withdrawal",
     "compose",
     "connect",
 ]
 
 _HOMES = {
     "offsite.client.adapters": ("compose",),
+    "offsite.client.forgetting": ("Forgetting",),
     "offsite.client.session": (
         "Artifact",
         "Event",

@@ -20,12 +20,14 @@ from typing import Any, Self, TypeVar
 from pydantic_core import from_json
 
 from offsite.client.channel import Channel
+from offsite.client.forgetting import Forgetting, forgetting
 from offsite.client.membership import Renewal
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
 from offsite.protos.documents import from_json as read_json
 from offsite.protos.documents import plain, to_json
 from offsite.protos.errors import InputError, MismatchError, RunError, UnreachableError
+from offsite.protos.figures import PLUG_IN
 from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import RunSpec
@@ -109,6 +111,7 @@ class Version:
     sites: tuple[str, ...]  # whose updates are in it
     state: tuple[str, ...]  # what the owner keeps of it for later rounds, by its name
     digest: str  # of what goes into the base
+    kept: int  # bytes of its state, as far as that is still there
     withdrawal: Withdrawal | None  # None: it was not taken back
 
     @property
@@ -321,6 +324,23 @@ class Session:
             raise InputError(f"{version}: expected RUN:ROUND, such as {run or 'a1b2c3d4'}:2, the last to stay")
         reply = self.call("RollBack", pb.RollBackRequest(run=run, round=int(number), reason=reason))
         return [_version(message) for message in reply.versions]
+
+    def forgetting(self, run: Run | str) -> Forgetting:
+        """Return what the runs that led to a run, and itself, have learned and forgotten of their tasks.
+
+        A run that another went on from before its end counts with the base's figures alone. Raises NotFoundError, and
+        InputError where no run says which task it learned, or was measured on none.
+        """
+        last = {version.run: version for version in self.versions(run)}
+        reports = []
+        for id, version in last.items():
+            report = self.run(id).report
+            if not report:
+                raise InputError(f"run {id} has no report yet; wait for its end")
+            if version.round < len(report["rounds"]):
+                report["sites"] = {name: row | {PLUG_IN: None} for name, row in report["sites"].items()}
+            reports.append(report)
+        return forgetting(reports, kept={id: version.kept for id, version in last.items()})
 
     def sites(self) -> list[Site]:
         """Return the enrolled sites, by name."""

@@ -132,7 +132,7 @@ class VersionsRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("run", "round", "task", "owner", "at", "start", "figures", "sites", "state", "digest", "withdrawal")
+    __slots__ = ("run", "round", "task", "owner", "at", "start", "figures", "sites", "state", "digest", "withdrawal", "kept")
     class FiguresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class Version(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWAL_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     task: str
@@ -162,7 +163,8 @@ class Version(_message.Message):
     state: _containers.RepeatedScalarFieldContainer[str]
     digest: str
     withdrawal: Withdrawal
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., task: _Optional[str] = ..., owner: _Optional[str] = ..., at: _Optional[float] = ..., start: _Optional[str] = ..., figures: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[str]] = ..., state: _Optional[_Iterable[str]] = ..., digest: _Optional[str] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ...) -> None: ...
+    kept: int
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., task: _Optional[str] = ..., owner: _Optional[str] = ..., at: _Optional[float] = ..., start: _Optional[str] = ..., figures: _Optional[_Mapping[str, float]] = ..., sites: _Optional[_Iterable[str]] = ..., state: _Optional[_Iterable[str]] = ..., digest: _Optional[str] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ..., kept: _Optional[int] = ...) -> None: ...
 
 class Withdrawal(_message.Message):
     __slots__ = ("at", "by", "reason")

@@ -25,7 +25,7 @@ class Entry:
     start: Ancestor | None  # that its run went on from
     figures: dict[str, float]
     sites: tuple[str, ...]  # whose updates are in it
-    state: tuple[str, ...]  # what the owner keeps of it for later rounds
+    state: dict[str, str]  # digests of what the owner keeps of it for later rounds, by its name
     digest: str  # of what goes into the base
     withdrawal: Row | None
 
@@ -69,7 +69,7 @@ def _entries(journal: Journal, run: str, rounds: "range | list[int]") -> Iterato
             start=grant.continues,
             figures=figures | known,
             sites=tuple(folded.lineage),
-            state=tuple(folded.version.state),
+            state=folded.version.state,
             digest=folded.version.adapter,
             withdrawal=gone.get((run, number)),
         )

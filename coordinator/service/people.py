@@ -151,11 +151,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     def _versions(self, request: pb.VersionsRequest, person: Peer) -> pb.VersionsReply:
         if request.run:
             self._seen(request.run, person)
-            return reply(lineage.lineage(self._journal, request.run))
+            return reply(lineage.lineage(self._journal, request.run), self._blobs)
         owner = person.name if person.role == "researcher" else None
         rows = self._journal.page(limit=min(request.limit or HEADS, HEADS), owner=owner)
         heads = [lineage.newest(self._journal, row.id) for row in reversed(rows)]
-        return reply(head for head in heads if head)
+        return reply((head for head in heads if head), self._blobs)
 
     def _roll_back(self, request: pb.RollBackRequest, person: Peer) -> None:
         for run in (request.run, *lineage.later(self._journal, request.run, request.round)):

@@ -74,6 +74,9 @@ class Blobs(Protocol):
 
     def __contains__(self, digest: str) -> bool: ...
 
+    def size(self, digest: str) -> int:
+        """Return how many bytes a blob has; raises NotFoundError."""
+
     def copy(self, digest: str, file: Path) -> None:
         """Make a new file of a blob, another name of the same bytes where that can be; raises NotFoundError.
 

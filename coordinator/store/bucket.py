@@ -99,6 +99,11 @@ class Bucket(Blobs):
     def __contains__(self, digest: str) -> bool:
         return self._stored_at(digest) is not None
 
+    def size(self, digest: str) -> int:
+        """Return how many bytes a blob has; raises NotFoundError."""
+        with in_words(self._at):
+            return int(obstore.head(client(self._at, HURRIED_S), _key(digest))["size"])
+
     def _stored_at(self, digest: str, patience_s: float = HURRIED_S) -> float | None:
         """Return when a blob was stored, in seconds since the epoch by the server's clock; None: it is not there."""
         try:

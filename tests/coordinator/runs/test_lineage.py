@@ -53,7 +53,7 @@ def test_a_lineage_is_what_led_to_a_run_and_the_run(journal: Journal) -> None:
     entries = lineage(journal, "c")
     assert [(one.run, one.round) for one in entries] == [("a", 1), ("b", 1), ("b", 2), ("c", 1), ("c", 2)]
     last = entries[-1]
-    assert (last.task, last.owner, last.sites, last.state) == ("task-c", "olga", ("bank",), ("memory.lae",))
+    assert (last.task, last.owner, last.sites, last.state) == ("task-c", "olga", ("bank",), {"memory.lae": last.digest})
     assert last.start == Ancestor(run="b", round=2, rounds=2) and entries[0].start is None
     assert last.figures == {"plug_in": 1.0} and entries[1].figures == {}, "measured after the last round alone"
     assert 0 < entries[0].at <= last.at and last.digest == digest_bytes(b"c 2")

@@ -91,7 +91,7 @@ def test_a_researcher_sees_and_takes_back_versions_of_their_own_alone(tmp_path: 
 
     def asked(role: str, person: str, call: str, request: Any) -> list[str]:
         gate: Any = Open(role, person)
-        service = RunsService(journal, None, gate, Changes(journal), policy=OwnerPolicy())  # type: ignore[arg-type]
+        service = RunsService(journal, {}, gate, Changes(journal), policy=OwnerPolicy())  # type: ignore[arg-type]
         reply = asyncio.run(getattr(service, call)(request, None))
         return [f"{one.run}{'-' if one.HasField('withdrawal') else ''}" for one in reply.versions]
 
