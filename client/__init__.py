@@ -42,7 +42,6 @@ _HOMES = {
         "Site",
         "Status",
         "Version",
-        "Withdrawal",
         "connect",
     ),
     "offsite.protos.errors": ("OffsiteError",),

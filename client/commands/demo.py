@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 from re import fullmatch
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offsite.client.demo.play import Settings
 
 RESERVED = ("coordinator", "researcher", "bound", "attack")
 
@@ -42,12 +47,22 @@ def demo(
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and adapter start.")] = 0,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the merged model.")] = False,
+    tasks: Annotated[
+        bool,
+        typer.Option(
+            "--tasks", help="Learn each site's data as a task of its own, shared by two sites, after the last."
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="What keeps earlier tasks in mind, such as none or lae. (default: lae)")
+    ] = None,
     format: Annotated[Literal["text", "json"], typer.Option(help="For people, or JSON lines for programs.")] = "text",
 ) -> None:
     """Fetch a model and private data of four sites, tune it without any site holding it, and report.
 
     Starts a coordinator (Ray) and the sites as processes on loopback with certificates of their own, submits a run
-    through the SDK, and writes the adapter in peft format, report.json and report.html.
+    through the SDK, and writes the adapter in peft format, report.json and report.html. With --tasks it submits a run
+    for each task, three of the built-in ones, and says what was forgotten.
     """
     from rich.console import Console
 
@@ -57,14 +72,6 @@ def demo(
     from offsite.protos.errors import InputError
     from offsite.protos.recipes import parse_one
 
-    sites: dict[str, Path] = {}
-    for pair in site or []:
-        name, equals, file = pair.partition("=")
-        if not equals or name in sites or not fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            raise InputError(f"--site {pair}: expected NAME=FILE, each name once, of letters, digits, '.', '_', '-'")
-        if name in RESERVED:
-            raise InputError(f"--site {pair}: {name} is the name of another part of the demo; take another")
-        sites[name] = Path(file).expanduser().resolve()
     try:
         trained = parse_one(method)
         chosen = METHODS.make(trained.name, trained.settings)
@@ -75,10 +82,12 @@ def demo(
             raise InputError(f"--merge: what {trained.name} trains is no change of the base's weights; leave it out")
     except ValueError as error:
         raise InputError(f"--method: {error}") from None
+    if memory and not tasks:
+        raise InputError("--memory is for tasks that come one after the other; add --tasks, or leave it out")
     settings = Settings(
         out=out,
         model=model,
-        sites=sites,
+        sites=_sites(site or []),
         public=public,
         rounds=rounds,
         steps=steps,
@@ -94,11 +103,42 @@ def demo(
         zero_stage=zero_stage,
         seed=seed,
         merge=merge,
+        memory=parse_one(memory or "lae") if tasks else None,
     )
     console = Console(highlight=False, quiet=format == "json")
+    if tasks:
+        _stream(settings, console, format)
+        return
     report = Demo(settings, console, format=format).play()
     if format == "json":
         print(json.dumps({"event": "report", **report}), flush=True)
         return
     console.print(table(report))
     console.print(f"adapter: {out / 'adapter'}   report: {out / 'report.html'}, {out / 'report.json'}")
+
+
+def _sites(pairs: list[str]) -> dict[str, Path]:
+    """Read NAME=FILE pairs; raises InputError."""
+    from offsite.protos.errors import InputError
+
+    sites: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if not equals or name in sites or not fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise InputError(f"--site {pair}: expected NAME=FILE, each name once, of letters, digits, '.', '_', '-'")
+        if name in RESERVED:
+            raise InputError(f"--site {pair}: {name} is the name of another part of the demo; take another")
+        sites[name] = Path(file).expanduser().resolve()
+    return sites
+
+
+def _stream(settings: "Settings", console: "Console", format: str) -> None:
+    """Play a stream of tasks, and say what was forgotten."""
+    from offsite.client.commands.eval import table
+    from offsite.client.demo.stream import Stream, plain
+
+    stream = Stream(settings, console, format=format).stream()
+    if format == "json":
+        print(json.dumps({"event": "forgetting", **plain(stream)}), flush=True)
+    console.print(*table(stream), sep="\n")
+    console.print(f"adapter: {settings.out / 'adapter'}   plot: {settings.out / 'forgetting.svg'}")

@@ -29,6 +29,7 @@ from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system
 from offsite.protos.spec import Choice, LocalTraining, Manifest, RunSpec, TrainingSpec
 
+SHARED = 2  # sites that have a part of a task each
 MARK = ".offsite-demo"  # says that a folder is ours to empty
 POOLED: dict[What, str] = {"bound": "the base itself", "attack": "all of the emulator, unfrozen"}
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin while they wait starve the other processes
@@ -56,6 +57,12 @@ class Settings:
     zero_stage: int = 2
     seed: int = 0
     merge: bool = False
+    memory: Choice | None = None  # of a stream of tasks, each of which is a site's data; None: one run of all sites
+
+    @property
+    def rows(self) -> int:
+        """Training examples of a built-in site; of a stream, of each that has a part of a task."""
+        return self.examples if self.memory is None else self.examples // SHARED
 
 
 class Demo:
@@ -77,18 +84,20 @@ class Demo:
             address = self._start(processes, model, sites)
             with connect(address, identity=self._work / "pki" / "researcher") as session:
                 run = session.submit(self._spec(sites, public))
-                training = run.spec.training
-                self._say(
-                    f"run {run.id} submitted: {run.spec.rounds} rounds of {training.steps} steps, {training.precision}"
-                )
-                with contextlib.closing(_guarded(run, processes)) as events:
-                    follow(events, run.spec, console=self._console, format=self._format)
-                if run.state != "completed":
-                    raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
+                self._follow(run, processes)
                 run.result(self._out)
             for what in POOLED:
                 self._pooled(processes, run, model, sites, what)
         return self._report(run, started)
+
+    def _follow(self, run: Run, processes: Processes) -> None:
+        """Tell of a run until it is completed; raises RunError if it is not."""
+        training = run.spec.training
+        self._say(f"run {run.id} submitted: {run.spec.rounds} rounds of {training.steps} steps, {training.precision}")
+        with contextlib.closing(_guarded(run, processes)) as events:
+            follow(events, run.spec, console=self._console, format=self._format)
+        if run.state != "completed":
+            raise RunError(f"the run {run.state}: {run.error} (logs: {self._out / 'logs'})")
 
     def _claim(self) -> None:
         """Make the output folder, or empty one that an earlier demo made; leave any other alone."""
@@ -96,7 +105,7 @@ class Demo:
             raise ConflictError(f"{self._out}: not empty, and not made by a demo; name another folder with --out")
         self._out.mkdir(parents=True, exist_ok=True)
         (self._out / MARK).touch()
-        for name in ("work", "logs", "adapter", "merged"):
+        for name in ("work", "logs", "adapter", "experts", "merged"):
             shutil.rmtree(self._out / name, ignore_errors=True)
         self._work.mkdir()
 

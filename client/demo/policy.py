@@ -50,7 +50,7 @@ def write(path: Path, *, site: str, data: Path, settings: "Settings") -> Path:
 
 def _bounds(settings: "Settings") -> dict[str, float]:
     safe = Policy(bases=("any",), data=())
-    sequences, rows = settings.steps * settings.batch_size, 1 if settings.sites else settings.examples
+    sequences, rows = settings.steps * settings.batch_size, 1 if settings.sites else settings.rows
     rate = METHODS.make(settings.method.name, settings.method.settings).rate
     bounds = {
         "min_steps": min(settings.steps, safe.min_steps),

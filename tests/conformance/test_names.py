@@ -85,7 +85,7 @@ ALLOWED = {
     },  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
     | catalogue.METHODS.keys() - {"blocks", "moments", "prototype", "signature"},  # what is safe to allow
-    "client/commands/demo.py": {"lora", "paca"},  # its own choice, and an example in its help
+    "client/commands/demo.py": {"lae", "lora", "paca"},  # its own choice, and an example in its help
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages

@@ -129,3 +129,23 @@ def test_a_merged_model_of_what_no_weight_takes_in_is_refused_before_anything_st
     _, errors = refused.communicate(timeout=100)
     assert refused.returncode == 3 and "--merge: what bottleneck trains is no change of the base's weights" in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_stream_of_tasks_is_learned_one_after_the_other_and_says_what_was_forgotten(
+    tmp_path: Path, material: Path
+) -> None:
+    running = demo(
+        tmp_path / "out", "--tasks", *tiny(material, "hospital", "bank"), "--rounds", "1", "--format", "json"
+    )
+    output, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    told = json.loads(output.splitlines()[-1])
+    assert told.pop("event") == "forgetting" and told == json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert [(stage["task"], stage["memory"]) for stage in told["stages"]] == [("hospital", "lae"), ("bank", "lae")]
+    assert told["stages"][1]["kept_bytes"] > 0 < told["stages"][0]["bytes_up"]
+    base, first, last = told["losses"]
+    assert first["hospital"] < base["hospital"] and last["bank"] < base["bank"]
+    assert told["summary"]["forgetting"] == pytest.approx(last["hospital"] - first["hospital"])
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "out" / "forgetting.svg").read_text().count("after bank") == 1

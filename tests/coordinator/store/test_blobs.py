@@ -79,7 +79,7 @@ def test_a_blob_is_there_whole_or_not_at_all(kept: Kept) -> None:
         digest = kept.take(content)
         assert digest == digest_bytes(content) and not (kept.folder / "file").exists()
         assert kept.blobs.path(digest).read_bytes() == kept.blobs.served(digest).read_bytes() == content
-        assert kept.file(digest).read_bytes() == content
+        assert kept.file(digest).read_bytes() == content and kept.blobs.size(digest) == 3
     with pytest.raises(MismatchError, match="announced was"):
         kept.take(b"three", digest=digest_bytes(b"one"))
     assert digest_bytes(b"three") not in kept.blobs and (kept.folder / "file").exists()

@@ -1,0 +1,69 @@
+"""A demonstration of tasks that come one after the other: each is learned by sites of its own, on top of the last."""
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from offsite.client.demo.data import SiteData
+from offsite.client.demo.play import SHARED, Demo
+from offsite.client.demo.processes import Processes
+from offsite.client.forgetting import Forgetting
+from offsite.client.session import Run, connect
+from offsite.protos.errors import InputError
+from offsite.protos.figures import without_infinities
+
+BUILT_IN = 3  # tasks of the built-in ones
+
+
+class Stream(Demo):
+    """What is a site's data in a demo is a task's here, and is shared out among SHARED sites."""
+
+    def stream(self) -> Forgetting:
+        """Do it all and return what was forgotten; no process is left, however this ends."""
+        memory = self._settings.memory
+        assert memory is not None, "a stream has one"
+        self._claim()
+        model, owners, public = self._materials()
+        tasks = {one.name: _shared(one) for one in (owners if self._settings.sites else owners[:BUILT_IN])}
+        exams = {one.name: self._named(one.held_out) for one in owners if one.name in tasks}
+        with Processes(self._out / "logs") as processes:
+            address = self._start(processes, model, [site for sites in tasks.values() for site in sites])
+            with connect(address, identity=self._work / "pki" / "researcher") as session:
+                run: Run | None = None
+                for task, sites in tasks.items():
+                    self._say(f"task {task}: {', '.join(site.name for site in sites)}")
+                    spec = replace(self._spec(sites, public), name=f"offsite demo: {task}", evaluation=exams)
+                    run = session.submit(replace(spec, task=task, memory=memory), start=run)
+                    self._follow(run, processes)
+                assert run is not None, "there is a task"
+                run.result(self._out)
+                forgetting = session.forgetting(run)
+        self._write(forgetting)
+        return forgetting
+
+    def _write(self, forgetting: Forgetting) -> None:
+        from offsite.client.plots import forgetting as plot
+
+        (self._out / "forgetting.json").write_text(json.dumps(plain(forgetting), indent=2) + "\n")
+        (self._out / "forgetting.svg").write_text(plot(forgetting))
+
+
+def _shared(task: SiteData) -> list[SiteData]:
+    """Share the training rows of a task out among sites, each of which has a folder of its own."""
+    rows = task.train.read_text(encoding="utf-8").splitlines(keepends=True)
+    if len(rows) < SHARED:
+        raise InputError(f"task {task.name} has {len(rows)} rows to train on, and {SHARED} sites share it; give more")
+    sites: list[SiteData] = []
+    for number in range(SHARED):
+        name = f"{task.name}-{number + 1}"
+        train = task.train.parents[1] / name / task.train.name
+        train.parent.mkdir()
+        train.write_text("".join(rows[number::SHARED]), encoding="utf-8")
+        sites.append(SiteData(name, train, task.held_out, task.source))
+    return sites
+
+
+def plain(forgetting: Forgetting) -> dict[str, Any]:
+    """Return what was forgotten as a JSON document has it."""
+    document: dict[str, Any] = without_infinities(asdict(forgetting) | {"summary": forgetting.summary()})[0]
+    return document
