@@ -68,9 +68,11 @@ Tiny = Callable[..., Any]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measure no coverage in what is slow: it would add a third to that, and shorter tests go the same ways.
 
-    Where none do, a test says so: `slow(alone=True)`.
+    Where none do, a test says so: `slow(alone=True)`. What is `long` is left out unless OFFSITE_FULL is set.
     """
     for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("OFFSITE_FULL"):
+            item.add_marker(pytest.mark.skip(reason="minutes for what changes seldom: OFFSITE_FULL=1 runs it"))
         slow = item.get_closest_marker("slow")
         if slow and not slow.kwargs.get("alone"):
             item.add_marker("no_cover")

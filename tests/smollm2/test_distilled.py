@@ -32,6 +32,7 @@ def plugged_in(draft: Draft, private: list[Tokens]) -> nn.Module:
     return LORA.attach(restack(draft.base, range(30)), {layer: layer for layer in places.values()}, trained)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_the_plug_in(tmp_path: Path) -> None:
     """An eighth of the budget of 200 steps does."""

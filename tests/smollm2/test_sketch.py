@@ -35,6 +35,7 @@ def replaced(base: nn.Module, by: Any) -> nn.Module:
     return twin
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sketch_of_smollm2_costs_little_and_less_than_its_rivals() -> None:
     base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=zoo.cache_folder()), torch.float32)

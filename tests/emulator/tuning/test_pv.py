@@ -135,6 +135,7 @@ def test_a_loss_that_is_not_finite_is_refused(correlated: Squares) -> None:
         pv.tune([map], [lambda: map(correlated.inputs).sum() * float("nan")], steps=1, learning_rate=1.0, fraction=0.0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_on_models_that_have_learned_something_it_beats_straight_through_and_codebooks_alone() -> None:
     """Over three of them: one by itself depends on how a processor rounds."""
