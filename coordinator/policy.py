@@ -72,9 +72,9 @@ class OwnerPolicy:
         "ssf",
         "vera",
         "waveft",
-    )  # `blocks` publishes layers of the base, trained a little, and `moments`, `prototype` and `signature` what the
-    # sites' activations, gradients or words are like. Of these here some disclose parts or figures of the base's
-    # weights, and are for those of `merged` alone
+    )  # `blocks` publishes layers of the base, trained a little, and `fisher`, `moments`, `prototype` and `signature`
+    # what the sites' activations, gradients or words are like. Of these here some disclose parts or figures of the
+    # base's weights, and are for those of `merged` alone
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in what adapters disclose

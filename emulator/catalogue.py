@@ -40,6 +40,7 @@ METHODS: Plugins[Any] = Plugins(
         "shira": "offsite.emulator.methods.peft_types:Shira",
         "vera": "offsite.emulator.methods.peft_types:Vera",
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
+        "fisher": "offsite.emulator.methods.fisher:Fisher",
         "moments": "offsite.emulator.methods.moments:Moments",
         "mosa": "offsite.emulator.methods.mosa:Mosa",
         "mos": "offsite.emulator.methods.mos:Mos",

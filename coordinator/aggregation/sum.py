@@ -3,8 +3,9 @@
     S = S_last + sum_k u_k        (u_k: the sums of site k's round)
 
 A federation's sums are those of the pooled data, whoever holds which rows. Later rounds measure other rows, and add to
-what is there. Sites begin every round from zeros: none of them is sent what others measured. The sum is compensated, so
-that another order of the sites gives the same version, bit for bit.
+what is there. Sites begin every round from zeros: none of them is sent what others measured. What is fixed, such as an
+adapter at which they measure, stays as it is. The sum is compensated, so that another order of the sites gives the same
+version, bit for bit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,8 +25,8 @@ class Sum:
     """Add the tensors of all sites to those of the last version."""
 
     name: ClassVar[str] = "sum"
-    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM})
-    exact: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM})
+    rules: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM, Rule.FIXED})
+    exact: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM, Rule.FIXED})
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "sum"
 
@@ -40,9 +41,13 @@ class Sum:
 
 class _Fold:
     def __init__(self, last: Version, schema: Schema) -> None:
-        self._totals = {key: Compensated(last.adapter[key]) for key in schema}
+        self._fixed = {key: last.adapter[key] for key, field in schema.items() if field.rule is Rule.FIXED}
+        self._totals = {key: Compensated(last.adapter[key]) for key in schema.keys() - self._fixed.keys()}
 
     def add(self, update: TensorMap, origin: Origin) -> None:
+        for key, tensor in self._fixed.items():
+            if not torch.equal(tensor, update[key]):
+                raise InputError(f"{key} is fixed, but another at {origin.site} than in the last version")
         for key, total in self._totals.items():
             try:
                 total.add(update[key])
@@ -50,6 +55,6 @@ class _Fold:
                 raise InputError(f"{key} of {origin.site}: {error}") from error
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
-        sums = {key: total.value() for key, total in self._totals.items()}
+        sums = {key: total.value() for key, total in sorted(self._totals.items())}
         zeros = {key: torch.zeros_like(one) for key, one in sums.items()}
-        return Version(adapter=sums, broadcast=dict.fromkeys(tiers, zeros))
+        return Version(adapter=self._fixed | sums, broadcast=dict.fromkeys(tiers, self._fixed | zeros))

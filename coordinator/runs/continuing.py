@@ -1,6 +1,7 @@
 """Going on from a version of another run: which one it is, and whether a run may."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from offsite.coordinator import memory as memories
 from offsite.coordinator.aggregation.base import RETENTION
@@ -15,7 +16,7 @@ from offsite.emulator import retention
 from offsite.kernels.schema import Tier
 from offsite.protos.documents import canonical, from_json, plain, to_plain
 from offsite.protos.errors import InputError
-from offsite.protos.spec import MEMORY, Ancestor, RunSpec
+from offsite.protos.spec import MEMORY, Ancestor, Choice, RunSpec, TrainingSpec
 
 
 def granted(journal: Journal, run: str) -> Grant:
@@ -52,10 +53,39 @@ def continued(journal: Journal, continues: Ancestor) -> Continued:
     """Return the version that a run goes on from, with what it was trained on."""
     built = History(journal, continues.run)[BUILD]
     return Continued(
+        method=granted(journal, continues.run).method,
         version=version(journal, continues),
         base=built.base.digest,
         trainable=built.bundle.trainable,
         recovery=built.recovery,
+    )
+
+
+class Left(NamedTuple):
+    """What the version of a run is of, as the next one goes on from it."""
+
+    method: Choice  # whose adapter it has
+    measured: frozenset[str] = frozenset()  # names of what was measured of that
+
+
+def own(spec: RunSpec) -> Left:
+    """Return that of a run whose method nothing is known of but its name."""
+    return Left(spec.method)
+
+
+def unlike(its: Choice, wanted: Choice) -> str:
+    """Say that a version is of another method than the one that a run needs; empty: it is of the same."""
+    theirs, ours = (canonical(to_plain(choice)).decode() for choice in (its, wanted))
+    return "" if theirs == ours else f"is of method {theirs}, this run of {ours}; a run goes on with the same"
+
+
+def _lacking(training: TrainingSpec, there: set[str]) -> str:
+    """Say what a version lacks of what a run's retention needs; empty: nothing."""
+    held = retention.make(training.retention.name, training.retention.settings)
+    return "".join(
+        f"has no {name}, which training.retention {held.name} needs; run the method {name} on from it, and go on from "
+        "that run"
+        for name in sorted(held.asks - there)[:1]
     )
 
 
@@ -66,22 +96,25 @@ def judge(
     *,
     tiers: frozenset[Tier],
     begins: Callable[[RunSpec], str] | None = None,
+    leaves: Callable[[RunSpec], Left] = own,
 ) -> None:
     """Raise InputError with one sentence if a run cannot go on from the version that it names.
 
     `tiers` are those of its sites, as far as it names any. What only the built emulator shows is judged then. `begins`
-    is given where the run makes its start of the other's version, and says why it cannot; empty: it can.
+    is given where the run makes its start of the other's version, and says why it cannot; empty: it can. `leaves` asks
+    the other's method what its version has.
     """
     if grant.continues is None:
         return
     other, last = granted(journal, grant.continues.run), version(journal, grant.continues)
     what = f"start: round {grant.continues.round} of run {grant.continues.run}"
-    if begins and (why := begins(other)):
+    left = leaves(other)
+    if why := begins(other) if begins else unlike(left.method, grant.method):
         raise InputError(f"{what} {why}")
-    for name in ("model", "trainable") if begins else ("model", "method", "trainable"):
-        own, its = (canonical(to_plain(spec)[name]).decode() for spec in (grant, other))
-        if own != its:
-            raise InputError(f"{what} is of {name} {its}, this run of {own}; a run goes on with the same")
+    for name in ("model", "trainable"):
+        ours, its = (canonical(to_plain(spec)[name]).decode() for spec in (grant, other))
+        if ours != its:
+            raise InputError(f"{what} is of {name} {its}, this run of {ours}; a run goes on with the same")
     if (state := sorted(last.bare.state)) and grant.strategy.name != other.strategy.name:
         raise InputError(
             f"{what} keeps what strategy {grant.strategy.name} does not know ({', '.join(state)}); go on with "
@@ -94,12 +127,9 @@ def judge(
             f"{what} keeps what memory {memory.name} does not know ({', '.join(remembered)}); go on with "
             f"{other.memory.name}, or with {MEMORY.name}, which forgets it"
         )
-    held = retention.make(grant.training.retention.name, grant.training.retention.settings)
-    if missing := sorted(held.asks - {name.removeprefix(RETENTION) for name in last.state}):
-        raise InputError(
-            f"{what} has no {missing[0]}, which training.retention {held.name} needs; run the method {missing[0]} on "
-            "from it, and go on from that run"
-        )
+    there = {name.removeprefix(RETENTION) for name in last.state} | left.measured
+    if why := _lacking(grant.training, there):
+        raise InputError(f"{what} {why}")
     if not begins and (missing := sorted(tiers - last.broadcast.keys())):
         raise InputError(
             f"{what} has nothing for sites of tier {missing[0]}, only of {', '.join(sorted(last.broadcast))}"

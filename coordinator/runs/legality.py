@@ -7,20 +7,21 @@ from pathlib import Path
 from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
+from offsite.coordinator.runs.continuing import Left, unlike
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.coordinator.runs.partial import part_of
 from offsite.emulator import builders, methods, objectives, optimisers, placements, retention, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
-from offsite.emulator.methods.base import Measuring, takes
+from offsite.emulator.methods.base import Carrying, Measuring, takes
 from offsite.emulator.modality import read
 from offsite.emulator.outline import REDUCTION
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import PART, RETENTION, RunSpec, TrainingSpec
+from offsite.protos.spec import PART, RETENTION, Choice, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -30,6 +31,11 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     """
     try:
         method = methods.make(spec.method.name, spec.method.settings)
+        if isinstance(method, Carrying) and not spec.start:
+            raise ValueError(
+                f"start: the method {method.name} measures at a version of the method {method.carries[0]}; name a run "
+                "of that, on the same model and layers, as start"
+            )
         if takes(method) and not spec.start:
             raise ValueError(
                 f"start: the method {method.name} with these settings begins from the {takes(method)} that sites have "
@@ -112,11 +118,23 @@ def tiers(spec: RunSpec) -> frozenset[Tier]:
     return frozenset(method.tier_at(site) for site in spec.sites)
 
 
+def leaves(spec: RunSpec) -> Left:
+    """Return what a version of a run is of, as the next one goes on from it."""
+    method = methods.make(spec.method.name, spec.method.settings)
+    if not isinstance(method, Carrying):
+        return Left(spec.method)
+    name, settings = method.carries
+    return Left(Choice(name=name, settings=dict(settings)), frozenset({method.gives}))
+
+
 def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
     """Return what says why a run cannot begin from what the sites of another have measured; None if it does not ask."""
-    taken = takes(methods.make(spec.method.name, spec.method.settings))
+    own = methods.make(spec.method.name, spec.method.settings)
+    taken = takes(own)
 
     def why(other: RunSpec) -> str:
+        if isinstance(own, Carrying):
+            return unlike(leaves(other).method, leaves(spec).method)
         method = methods.make(other.method.name, other.method.settings)
         gives = method.gives if isinstance(method, Measuring) else "nothing"
         if gives == taken:

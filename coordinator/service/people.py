@@ -35,11 +35,11 @@ PAGE = 500  # runs of one list, whose errors are sentences
 
 def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
     """Import what judges in the thread that judges: it brings torch, and sites need not wait for that to enrol."""
-    from offsite.coordinator.runs.legality import beginning, judge, tiers
+    from offsite.coordinator.runs.legality import beginning, judge, leaves, tiers
 
     try:
         judge(grant, folders=grant.folders, whole=grant.whole)
-        continuing.judge(journal, blobs, grant, tiers=tiers(grant), begins=beginning(grant))
+        continuing.judge(journal, blobs, grant, tiers=tiers(grant), begins=beginning(grant), leaves=leaves)
     except OffsiteError as error:
         raise type(error)(grant.wording(error)) from None
 

@@ -225,6 +225,28 @@ class Beginning(Protocol):
         ...
 
 
+@runtime_checkable
+class Carrying(Protocol):
+    """A measuring method that measures at another method's adapter, from which runs of that go on with what it gave."""
+
+    @property
+    def carries(self) -> tuple[str, Mapping[str, object]]:
+        """The name and the settings of the method whose adapter a version has."""
+        ...
+
+    @property
+    def gives(self) -> str:
+        """Say what its sums are of, as `Measuring` does."""
+        ...
+
+    def apart(self, adapter: Adapter, earlier: Tensors) -> tuple[Adapter, Tensors]:
+        """Return a version's adapter, and by its keys what was measured of it and on `earlier` tasks.
+
+        Raises ValueError where nothing was measured.
+        """
+        ...
+
+
 def takes(method: Method) -> str:
     """Say what a method begins from that sites have to measure before; "" if it is nothing."""
     return method.takes if isinstance(method, Beginning) else ""

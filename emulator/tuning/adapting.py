@@ -208,7 +208,8 @@ def adapted(
     Raises ValueError for a method that nobody can train from its start: it measures, or begins from what was measured.
     """
     if isinstance(method, Measuring) or takes(method):
-        why = f"begins from the {takes(method)} that sites measure" if takes(method) else "measures, and nothing trains"
+        measures = isinstance(method, Measuring)
+        why = "measures, and nothing trains" if measures else f"begins from the {takes(method)} that sites measure"
         raise ValueError(f"the method {method.name} {why}; choose one that trains from a start of its own")
     start = method.start(model, places, seed=rules.seed)
     model = method.attach(model, places, start)

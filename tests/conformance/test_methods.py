@@ -13,7 +13,7 @@ from offsite.emulator.anatomy.roles import heads, roles
 from offsite.emulator.anatomy.structure import find, shape
 from offsite.emulator.builders import Material
 from offsite.emulator.methods import METHODS, Adapter, Method, make
-from offsite.emulator.methods.base import Measuring
+from offsite.emulator.methods.base import Carrying, Measuring
 from offsite.emulator.methods.initial import INITS
 from offsite.emulator.methods.soka import Grid
 from offsite.emulator.modality import Batch, collate, encode
@@ -41,6 +41,7 @@ def case(name: str, *settings: dict[str, Any]) -> Any:
 
 SETTINGS: dict[str, dict[str, Any]] = {  # with which a tiny model has all kinds of tensors
     "apet": {"share": 0.25},
+    "fisher": {"method": "ssf"},  # of which everything has a gradient at the start
     "spt": {"share": 0.1},
 }
 VARIANTS: list[Any] = [
@@ -296,6 +297,11 @@ def test_as_many_values_train_as_its_formula_says(
         return
     start = method.start(draft.model, draft.outline.places, seed=0)
     values = sum(field.trained for field in schema_of(method, start).values())
+    if isinstance(method, Carrying):  # one for each of that method's, and the count
+        of = METHODS[method.carries[0]](**method.carries[1])  # type: ignore[call-arg]
+        inner = of.start(draft.model, draft.outline.places, seed=0)
+        assert values == 1 + sum(field.trained for field in schema_of(of, inner).values())
+        return
     own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     each, formula = sizes(draft, start, method.formula.each), method.formula
     once = eval(formula.once, {}, own | each[0]) if formula.once else 0

@@ -84,8 +84,9 @@ ALLOWED = {
         "supervised",
     },  # what a run has that names none
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
-    | catalogue.METHODS.keys() - {"blocks", "moments", "prototype", "signature"},  # what is safe to allow
+    | catalogue.METHODS.keys() - {"blocks", "fisher", "moments", "prototype", "signature"},  # what is safe to allow
     "client/commands/demo.py": {"lae", "lora", "paca"},  # its own choice, and an example in its help
+    "emulator/methods/fisher.py": {"lora"},  # its own default
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
@@ -124,6 +125,7 @@ HOMONYMS = {  # words that are also names
     "emulator/evaluation/accuracy.py": {"mean"},  # lm-eval's
     "emulator/modality/causal_text/__init__.py": {"mean", "sum"},  # how a loss is reduced
     "emulator/methods/base.py": {"additive"},  # a kind of methods
+    "emulator/retention/ewc.py": {"fisher"},  # of what it is a function
     "emulator/retention/surgery.py": {"mean"},  # of tasks
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
     "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise

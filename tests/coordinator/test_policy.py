@@ -183,6 +183,7 @@ def test_the_example_and_the_table_have_every_bound_and_the_default_all_builders
     assert len(default.describe()) == len(OwnerPolicy.__dataclass_fields__) - 1  # batch and length share a row
     assert {*default.builders} == BUILDERS.keys() - {"whole"} and {*default.methods} == METHODS.keys() - {
         "blocks",
+        "fisher",
         "moments",
         "prototype",
         "signature",

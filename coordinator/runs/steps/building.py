@@ -20,7 +20,7 @@ from offsite.coordinator.runs.steps.beginning import check_origin, first, go_on
 from offsite.coordinator.runs.steps.inputs import folders, here, text, the_base, unfinished
 from offsite.coordinator.runs.steps.orders import Build, Encodings, Outlined, Realign
 from offsite.coordinator.runs.steps.results import Built, Realigned
-from offsite.coordinator.runs.steps.retaining import retain
+from offsite.coordinator.runs.steps.retaining import kept, retain, unfolded
 from offsite.coordinator.runs.steps.storage import store_schema, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
@@ -54,9 +54,8 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         if spec.attack_steps:  # at the run's end, when it would be late to say so
             check_room(node.scratch, [emulator], of_run(spec))
         tiers = {site: method.tier_at(site) for site in order.sites}
-        statistics = None
-        if takes(method) and order.continued:
-            statistics = tensors.load(blobs.path(order.continued.version.adapter))
+        before = unfolded(blobs, Path(scratch), order.continued) if order.continued else None
+        statistics = tensors.load(blobs.path(before.version.adapter)) if takes(method) and before else None
         begun = first(
             method,
             emulator,
@@ -103,10 +102,11 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         spans=tuple(timeline),
     )
     origin = result.version
-    if order.continued and statistics is not None:
-        check_origin(result, order.continued)
-    elif order.continued:
-        origin = go_on(blobs, result, order.continued)
+    if before and statistics is not None:
+        check_origin(result, before)
+        origin = replace(origin, state=kept(before.version))
+    elif before:
+        origin = go_on(blobs, result, before)
     with TemporaryDirectory(dir=node.scratch) as scratch:
         origin, anchors = retain(blobs, Path(scratch), spec.training, origin, made_of)
         version = memory.begin(blobs, Path(scratch), spec, origin, made_of)

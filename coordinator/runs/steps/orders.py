@@ -8,7 +8,7 @@ from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
 from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier, Word
-from offsite.protos.spec import Grounds, Layers, Shared
+from offsite.protos.spec import Choice, Grounds, Layers, Shared
 
 
 @document
@@ -19,6 +19,7 @@ class Continued:
     base: Digest
     trainable: Layers
     recovery: Digest | None  # what brings its adapters back to the base
+    method: Choice | None = None  # of its run, which may have measured at another's adapter; None: this run's
 
 
 @document

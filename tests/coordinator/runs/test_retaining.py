@@ -48,17 +48,18 @@ class Stream:
             "strategy": parse_one(strategy),
         }
         self._training = {"batch_size": 4, "max_length": 16}
-        self._name, self._retention = f"{method}-{strategy}", parse_one(retention)
+        self._retention, self.last = parse_one(retention), ""
+        self._name = f"{method}-{strategy}".translate({40: "-", 41: "-", 61: "-"})
 
     def run(self, scratch: Path) -> tuple[Built, dict[str, torch.Tensor], Grant]:
         """Do the next run; return what was built for it and the adapter that it ends in."""
-        journal, last = self._home.journal(), f"{self._name}-{self._tasks}".translate({40: "-", 41: "-", 61: "-"})
+        journal, last = self._home.journal(), self.last
         training = TrainingSpec(**self._training)
         grant = Grant(**self._fields, training=training)
         if self._tasks:
             training = TrainingSpec(**self._training, retention=self._retention)
             grant = Grant(**self._fields, training=training, start=last, continues=ancestor(journal, last))
-            judge_start(journal, self._home.blobs(), grant, tiers=frozenset())
+            judge_start(journal, self._home.blobs(), grant, tiers=frozenset(), leaves=legality.leaves)
         self._tasks += 1
         order = Build(sites=SITES, continued=continued(journal, grant.continues) if grant.continues else None)
         built = build(self._home.node, grant, order)
@@ -69,13 +70,40 @@ class Stream:
         adapter = {key: one + 0.1 * torch.randn(one.shape, generator=random) for key, one in adapter.items()}
         state = {name: tensors.load(self._home.blobs().path(one)) for name, one in built.version.state.items()}
         version = store_version(self._home.blobs(), scratch, Version(adapter, {tier: adapter}, state))
-        name = f"{self._name}-{self._tasks}".translate({40: "-", 41: "-", 61: "-"})
+        name = f"{self._name}-{self._tasks}"
         journal.add_run(name, token=name, owner="alice", spec=to_json(grant), granted=to_plain(grant))
         journal.add_step(name, "version:0", to_plain(built))
         journal.add_step(name, "version:1", to_plain(Folded(version=version, lineage={})))
         journal.end_run(name, Completed(), report="{}", published={})
         self.last = name
         return built, adapter, grant
+
+    def measure(self, scratch: Path, fisher: Choice) -> tuple[Built, dict[str, torch.Tensor]]:
+        """Do a run that measures at the last version; return what was built for it and the sums, of 8 targets."""
+        journal, start = self._home.journal(), self.last
+        changes = {"method": fisher, "strategy": Choice(name="sum"), "training": TrainingSpec(**self._training)}
+        grant = Grant(**self._fields | changes, start=start, continues=ancestor(journal, start))
+        assert grant.continues
+        judge_start(
+            journal,
+            self._home.blobs(),
+            grant,
+            tiers=frozenset(),
+            begins=legality.beginning(grant),
+            leaves=legality.leaves,
+        )
+        built = build(self._home.node, grant, Build(sites=SITES, continued=continued(journal, grant.continues)))
+        adapter, random = tensors.load(self._home.blobs().path(built.version.adapter)), torch.Generator().manual_seed(7)
+        sums = {key: torch.rand(one.shape, generator=random) for key, one in adapter.items() if key.endswith(".fisher")}
+        adapter |= sums | {key: torch.full((1,), 8.0).double() for key in adapter if key.endswith(".count")}
+        state = {name: tensors.load(self._home.blobs().path(one)) for name, one in built.version.state.items()}
+        version = store_version(self._home.blobs(), scratch, Version(adapter, {"r2": adapter}, state))
+        self.last = f"{start}-fisher"
+        journal.add_run(self.last, token=self.last, owner="alice", spec=to_json(grant), granted=to_plain(grant))
+        journal.add_step(self.last, "version:0", to_plain(built))
+        journal.add_step(self.last, "version:1", to_plain(Folded(version=version, lineage={})))
+        journal.end_run(self.last, Completed(), report="{}", published={})
+        return built, {key.removesuffix(".fisher"): one for key, one in sums.items()}
 
 
 def test_the_mean_of_all_earlier_tasks_is_what_sites_are_sent(home: Home, material: Path, tmp_path: Path) -> None:
@@ -115,6 +143,25 @@ def test_fisher_information_that_was_not_measured_is_asked_for(home: Home, mater
         stream.run(tmp_path)
 
 
+def test_what_was_measured_at_a_version_goes_on_with_its_adapter(home: Home, material: Path, tmp_path: Path) -> None:
+    stream = Stream(home, material, method="lora(rank=2)", strategy="factor-mean", retention="ewc")
+    _, last, _ = stream.run(tmp_path)
+    fisher = Choice(name="fisher", settings={"method": "lora", "settings": {"rank": 2}, "decay": 0.5})
+    known: dict[str, torch.Tensor] = {}
+    for task in (1, 2):
+        sums, measured = stream.measure(tmp_path, fisher)
+        begun = tensors.load(home.blobs().path(sums.version.broadcast["r2"].digest))
+        assert all(torch.equal(begun[key], one) for key, one in last.items())
+        built, new, grant = stream.run(tmp_path)
+        known = {key: one / 8 + 0.5 * known.get(key, torch.zeros(())) for key, one in measured.items()}
+        anchor = tensors.load(home.blobs().path(built.anchors["r2"].digest))
+        for key, one in last.items():
+            assert torch.equal(anchor[f"before.{key}"], one)
+            torch.testing.assert_close(anchor[f"fisher.{key}"], known[key])
+        assert grant.continues and grant.continues.rounds == 2 * task
+        last = new
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -130,6 +177,10 @@ def test_fisher_information_that_was_not_measured_is_asked_for(home: Home, mater
         ({"method": "lora(ranks={bank:2})"}, "compares values one by one, and sites of several tiers have others"),
         ({"method": "moments", "strategy": "sum"}, "cannot hold what method moments trains; use one of: none"),
         ({"retention": "lwf"}, "there is no retention 'lwf'.*it is distil"),
+        (
+            {"method": "fisher", "strategy": "sum", "retention": "none", "start": ""},
+            "measures at a version of the method",
+        ),
         ({}, ""),
         ({"retention": "orthogonal", "strategy": "low-rank"}, ""),
         ({"method": "bottleneck", "strategy": "mean", "retention": "surgery(alpha=0.2)"}, ""),
