@@ -12,6 +12,7 @@ MEMORIES: Plugins[Memory] = Plugins(
     "memory",
     {
         "ema": "offsite.coordinator.memory.ema:Ema",
+        "grown": "offsite.coordinator.memory.grown:Grown",
         "lae": "offsite.coordinator.memory.lae:Lae",
         "none": "offsite.coordinator.memory.none:Nothing",
     },

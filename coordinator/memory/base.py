@@ -46,8 +46,11 @@ class Memory(Protocol):
         """How its experts answer together."""
         ...
 
-    def begin(self, last: Version, schema: Schema, moment: Moment) -> Version:
-        """Return what a run begins from, given the version that it goes on from, or the one that changes nothing."""
+    def begin(self, last: Version, start: Version, schema: Schema, moment: Moment) -> Version:
+        """Return what a run begins from, given what it goes on from, and its own start, which changes nothing.
+
+        A run that goes on from no other is given its start as both.
+        """
         ...
 
     def after(self, last: Version, new: Version, schema: Schema, moment: Moment) -> Version:

@@ -40,7 +40,7 @@ class Ema(Averaging):
         if not 0 < self.least < 1 or self.rank < 0:
             raise ValueError(f"least must be in (0, 1) and rank at least 0, got {self.least:g} and {self.rank}")
 
-    def begin(self, last: Version, schema: Schema, moment: Moment) -> Version:
+    def begin(self, last: Version, start: Version, schema: Schema, moment: Moment) -> Version:
         """Begin with the version that a run goes on from; a gradient of another run is none of this one's."""
         if not moment.before:
             return last

@@ -45,7 +45,7 @@ class Lae(Averaging):
         """See `Memory`."""
         return "max" if self.serve == "ensemble" else "one"
 
-    def begin(self, last: Version, schema: Schema, moment: Moment) -> Version:
+    def begin(self, last: Version, start: Version, schema: Schema, moment: Moment) -> Version:
         """Begin the offline adapter where a run goes on from another, unless that has one."""
         return replace(last, state={OFFLINE: last.adapter} | last.state) if moment.before else last
 

@@ -18,7 +18,7 @@ class Nothing:
     replaces: ClassVar[bool] = False
     combine: ClassVar[Combine] = "one"
 
-    def begin(self, last: Version, schema: Schema, moment: Moment) -> Version:
+    def begin(self, last: Version, start: Version, schema: Schema, moment: Moment) -> Version:
         """Return the version as it is."""
         return last
 

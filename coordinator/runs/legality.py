@@ -162,6 +162,10 @@ def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             f"it for them; use a strategy that is exact by {', '.join(sorted(method.rules))}, or one of the memories: "
             f"{others}"
         )
+    if own.combine == "route" and not spec.task:
+        raise InputError(
+            f"memory {own.name} keeps what each task has learned; name this run's, as in task = 'hospital'"
+        )
     if spec.merge and own.combine != "one":
         raise InputError(
             f"merge: memory {own.name} as it is set answers by several adapters, and no one model has them merged; "

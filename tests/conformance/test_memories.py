@@ -29,6 +29,9 @@ def adapter(seed: int, rank: int = 3) -> Tensors:
     return moving | {"0.index": torch.tensor([0, 8, 3, 3])}
 
 
+FRESH = Version(adapter(0), {"r3": adapter(0)})  # what changes nothing
+
+
 def folded(seed: int) -> Version:
     """What the fold of a round gives, with what its strategy keeps."""
     return Version(adapter(seed, rank=5), {"r3": adapter(seed)}, {"residual.r3": {"0.norm": torch.zeros(5)}})
@@ -40,7 +43,7 @@ def at(number: int, *, before: int = 0, task: str = "one") -> Moment:
 
 def run(own: Memory, start: Version, *, seed: int, before: int, task: str) -> list[Version]:
     """The versions of a run, and the one that it began from."""
-    versions = [own.begin(start, SCHEMA, at(0, before=before, task=task))]
+    versions = [own.begin(start, FRESH, SCHEMA, at(0, before=before, task=task))]
     for number in range(1, ROUNDS + 1):
         moment = at(number, before=before, task=task)
         versions.append(own.after(versions[-1], folded(seed + number), SCHEMA, moment))
@@ -48,7 +51,7 @@ def run(own: Memory, start: Version, *, seed: int, before: int, task: str) -> li
 
 
 def both(own: Memory) -> list[Version]:
-    first = run(own, Version(adapter(0), {"r3": adapter(0)}), seed=0, before=0, task="one")
+    first = run(own, FRESH, seed=0, before=0, task="one")
     return first + run(own, first[-1], seed=10, before=ROUNDS, task="two")
 
 
@@ -95,7 +98,7 @@ def test_what_a_memory_keeps_and_answers_by_are_adapters_of_the_schema(name: str
 def test_a_memory_travels_with_the_version_that_a_run_goes_on_from(name: str) -> None:
     own = memory.make(name, {})
     last = both(own)[-1]
-    begun = own.begin(last, SCHEMA, at(0, before=2 * ROUNDS, task="two"))
+    begun = own.begin(last, FRESH, SCHEMA, at(0, before=2 * ROUNDS, task="two"))
     assert same(begun.adapter, last.adapter) and begun.broadcast == last.broadcast
     assert begun.state.keys() == last.state.keys()
     assert all(same(kept, begun.state[key]) for key, kept in last.state.items())
@@ -108,7 +111,9 @@ def test_a_memory_that_accumulates_nothing_changes_nothing(name: str) -> None:
         assert any(key.startswith(PREFIX) for key in both(own)[-1].state), "it says that it does"
         return
     version = folded(1)
-    assert own.begin(version, SCHEMA, at(0)) is version and own.after(folded(0), version, SCHEMA, at(1)) is version
+    assert (
+        own.begin(version, FRESH, SCHEMA, at(0)) is version and own.after(folded(0), version, SCHEMA, at(1)) is version
+    )
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -109,7 +109,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         origin = go_on(blobs, result, before)
     with TemporaryDirectory(dir=node.scratch) as scratch:
         origin, anchors = retain(blobs, Path(scratch), spec.training, origin, made_of)
-        version = memory.begin(blobs, Path(scratch), spec, origin, made_of)
+        version = memory.begin(blobs, Path(scratch), spec, origin, result.version, made_of)
     return replace(result, version=version, anchors=anchors)
 
 

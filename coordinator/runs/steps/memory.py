@@ -19,12 +19,12 @@ from offsite.kernels.schema import Schema
 from offsite.protos import tensors
 
 
-def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, schema: Schema) -> Version:
-    """Return what a run begins from, given the version that it goes on from, or the one that changes nothing."""
+def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, start: Version, schema: Schema) -> Version:
+    """Return what a run begins from, given the version that it goes on from, or its start, and this start itself."""
     own = memory.make(spec.memory.name, spec.memory.settings)
     if own.accumulates:
         last = load_version(blobs, version)
-        begun = own.begin(last, schema, _moment(spec, 0))
+        begun = own.begin(last, load_version(blobs, start), schema, _moment(spec, 0))
         return store_version(blobs, scratch, _handed_on(spec, last, begun, schema))
     return replace(version, state={name: kept for name, kept in version.state.items() if not name.startswith(PREFIX)})
 

@@ -40,7 +40,7 @@ def matrix(adapter: Tensors) -> Tensor:
 @pytest.mark.parametrize(("make", "schema"), [(plain, MEAN), (product, PRODUCT)])
 def test_the_weights_are_those_of_the_rule(make: type[Version], schema: Schema) -> None:
     own = Ema()
-    last = own.begin(make(0.0, 0.0), schema, moment(0))
+    last = own.begin(make(0.0, 0.0), make(0.0, 0.0), schema, moment(0))
     last = own.after(last, make(4.0, -2.0), schema, moment(1))
     # There is no gradient before the first: a hundredth.
     torch.testing.assert_close(matrix(last.state[AVERAGE]), torch.tensor([0.04, -0.02]), rtol=1e-6, atol=1e-6)
@@ -56,7 +56,7 @@ def test_the_weights_are_those_of_the_rule(make: type[Version], schema: Schema) 
 @pytest.mark.parametrize("steps", [1, 10])
 def test_where_the_rule_gives_no_share_a_step_weighs_the_least(steps: int) -> None:
     own = Ema()
-    last = own.begin(plain(0.0, 0.0), MEAN, moment(0))
+    last = own.begin(plain(0.0, 0.0), plain(0.0, 0.0), MEAN, moment(0))
     for number, values in ((1, (0.01, 0.0)), (2, (0.02, 0.0))):  # so little moves that it would weigh more than 1
         last = own.after(last, plain(*values), MEAN, moment(number, steps=steps))
         assert last.figures == {"average_share": pytest.approx(1 - 0.99**steps)}
@@ -64,25 +64,25 @@ def test_where_the_rule_gives_no_share_a_step_weighs_the_least(steps: int) -> No
 
 def test_a_run_ends_with_the_average_which_the_next_begins_with() -> None:
     own = Ema()
-    last = own.begin(plain(0.0, 0.0), MEAN, moment(0))
+    last = own.begin(plain(0.0, 0.0), plain(0.0, 0.0), MEAN, moment(0))
     for number in (1, 2, 3):
         last = own.after(last, plain(float(number), 0.0), MEAN, moment(number))
         assert (BEFORE in last.state) == (last.adapter is not last.state[AVERAGE]) == (number < 3)
         assert own.experts(last)["average"] is last.state[AVERAGE]
-    again = own.begin(last, MEAN, moment(0, before=4))
+    again = own.begin(last, last, MEAN, moment(0, before=4))
     assert again.adapter is again.state[AVERAGE] is last.state[AVERAGE]
 
 
 def test_a_run_that_goes_on_in_the_midst_of_another_has_no_gradient_before() -> None:
     own = Ema()
-    last = own.after(own.begin(plain(0.0, 0.0), MEAN, moment(0)), plain(1.0, 0.0), MEAN, moment(1))
-    again = own.begin(last, MEAN, moment(0, before=2))
+    last = own.after(own.begin(plain(0.0, 0.0), plain(0.0, 0.0), MEAN, moment(0)), plain(1.0, 0.0), MEAN, moment(1))
+    again = own.begin(last, last, MEAN, moment(0, before=2))
     assert BEFORE in last.state and again.state == {AVERAGE: last.state[AVERAGE]}
 
 
 def test_before_the_first_task_there_is_nothing_to_keep() -> None:
     own = Ema()
-    begun = own.begin(plain(0.0, 0.0), MEAN, moment(0, before=0))
+    begun = own.begin(plain(0.0, 0.0), plain(0.0, 0.0), MEAN, moment(0, before=0))
     new = plain(1.0, 0.0)
     assert own.after(begun, new, MEAN, moment(3, before=0)) is new
 
@@ -92,7 +92,7 @@ def test_what_is_fixed_takes_no_part() -> None:
     start, new = plain(0.0, 0.0), plain(1.0, 1.0)
     for version in (start, new):
         version.adapter["at"] = torch.tensor([7])
-    last = Ema().after(Ema().begin(start, schema, moment(0)), new, schema, moment(1))
+    last = Ema().after(Ema().begin(start, start, schema, moment(0)), new, schema, moment(1))
     assert last.state[AVERAGE]["at"].tolist() == [7]
 
 

@@ -38,7 +38,7 @@ def moment(number: int, *, rounds: int = 9, steps: int = 5, before: int = 3) -> 
 
 def test_after_many_rounds_it_is_the_closed_form_of_the_average() -> None:
     own, start = Lae(), version(0)
-    last = own.begin(start, SCHEMA, moment(0))
+    last = own.begin(start, start, SCHEMA, moment(0))
     decay = (1 - 2 / 45) ** 5
     expected = [decay**9 * value for value in values(start.adapter)]
     for number in range(1, 10):
@@ -60,7 +60,7 @@ def test_as_much_is_kept_over_a_run_however_its_steps_are_parted() -> None:
 
 def test_before_the_first_task_there_is_nothing_to_keep() -> None:
     own = Lae()
-    begun = own.begin(version(0), SCHEMA, moment(0, before=0))
+    begun = own.begin(version(0), version(0), SCHEMA, moment(0, before=0))
     last = own.after(begun, version(1), SCHEMA, moment(1, before=0))
     assert last.state == {} and last.adapter is last.broadcast[""]
     assert [*own.experts(last)] == ["online"] and [*Lae(serve="offline").experts(last)] == ["offline"]
@@ -69,8 +69,8 @@ def test_before_the_first_task_there_is_nothing_to_keep() -> None:
 
 def test_it_goes_on_where_the_run_before_left_it() -> None:
     own, start = Lae(), version(0)
-    second = own.after(own.begin(start, SCHEMA, moment(0)), version(1), SCHEMA, moment(1))
-    third = own.begin(second, SCHEMA, moment(0, before=12))
+    second = own.after(own.begin(start, start, SCHEMA, moment(0)), version(1), SCHEMA, moment(1))
+    third = own.begin(second, second, SCHEMA, moment(0, before=12))
     assert third.state[OFFLINE] is second.state[OFFLINE] and third.adapter is second.adapter
 
 
@@ -80,7 +80,7 @@ def test_it_goes_on_where_the_run_before_left_it() -> None:
 )
 def test_what_serves_is_a_setting(serve: Any, experts: list[str], combine: str) -> None:
     own = Lae(serve=serve)
-    last = own.after(own.begin(version(0), SCHEMA, moment(0)), version(1), SCHEMA, moment(1))
+    last = own.after(own.begin(version(0), version(0), SCHEMA, moment(0)), version(1), SCHEMA, moment(1))
     given = own.experts(replace(last, broadcast={}))
     assert [*given] == experts and own.combine == combine
     assert given[experts[-1]] is (last.adapter if serve == "online" else last.state[OFFLINE])
@@ -88,7 +88,7 @@ def test_what_serves_is_a_setting(serve: Any, experts: list[str], combine: str) 
 
 def test_a_rank_bounds_what_is_kept() -> None:
     own = Lae(rank=4)
-    last = own.begin(version(0), SCHEMA, moment(0))
+    last = own.begin(version(0), version(0), SCHEMA, moment(0))
     for number in range(1, 4):
         last = own.after(last, version(number), SCHEMA, moment(number))
         assert last.state[OFFLINE]["q.A"].shape == (4, 24)

@@ -57,7 +57,7 @@ def test_a_strategy_is_given_what_strategies_keep(last: Version) -> None:
 def test_a_run_without_a_memory_forgets_that_of_the_run_it_goes_on_from_and_nothing_else(
     node: Node, last: Version, tmp_path: Path
 ) -> None:
-    begun = memory.begin(node.blobs(), tmp_path, Grant(model="m"), last, SCHEMA)
+    begun = memory.begin(node.blobs(), tmp_path, Grant(model="m"), last, last, SCHEMA)
     assert begun == last.bare != last
     new = load_version(node.blobs(), begun)
     assert memory.after(node.blobs(), Grant(model="m"), begun, new, SCHEMA, number=0) is new
@@ -175,20 +175,48 @@ def test_what_serves_alone_is_published_as_any_adapter(node: Node, material: Pat
         ({"memory": "lae", "merge": True}, "merge: memory lae as it is set answers by several adapters"),
         (
             {"memory": "lae", "method": "spiel", "strategy": "index-union"},
-            "memory lae cannot accumulate .* one of: none",
+            "memory lae cannot accumulate .* one of: grown, none",
         ),
         (
             {"memory": "ema", "strategy": "factor-mean"},
-            "ema has sites go on .* factor-mean would .* memories: lae, none",
+            "ema has sites go on .* factor-mean would .* memories: grown, lae, none",
         ),
         ({"memory": 'lae(serve="offline")', "merge": True}, ""),
         ({"memory": "ema"}, ""),
+        ({"memory": "grown"}, "memory grown keeps what each task has learned; name this run's, .*hospital"),
+        ({"memory": "grown", "task": "hospital"}, ""),
     ],
 )
 def test_a_run_is_refused_that_asks_of_its_memory_what_that_cannot(
     material: Path, changes: dict[str, Any], words: str
 ) -> None:
-    given = {name: parse_one(one) if isinstance(one, str) else one for name, one in changes.items()}
+    given = {name: parse_one(one) if name in ("memory", "strategy", "method") else one for name, one in changes.items()}
     spec = RunSpec(**fields(material, **given))
     with pytest.raises(InputError, match=words) if words else nullcontext():
         judge(spec)
+
+
+def test_of_a_memory_by_task_each_set_is_measured_by_the_adapter_of_its_name(
+    node: Node, material: Path, tmp_path: Path
+) -> None:
+    sets = dict.fromkeys(("one", "two", "other"), str(material / "train.jsonl"))
+    given = fields(material, evaluation=sets, memory=Choice(name="grown"))
+    first = Grant(**given, rounds=1, task="one")
+    built = build(node, first, Build(sites=SITES))
+    end = rounds(node, first, built, tmp_path)[-1]
+    second = Grant(**given, rounds=1, task="two", continues=Ancestor(run="first", round=1, rounds=1))
+    origin = Continued(version=end, base=built.base.digest, trainable=built.bundle.trainable, recovery=built.recovery)
+    again = build(node, second, Build(sites=SITES, continued=origin))
+    assert again.version.adapter == built.version.adapter and again.version.broadcast == built.version.broadcast
+    last = rounds(node, second, again, tmp_path)[-1]
+    ask = {"base": built.base.digest, "recovery": built.recovery, "manifest": None}
+    measured = evaluate(node, second, Evaluate(**ask, adapter=last.adapter, memory=last.memory))
+    plain = replace(first, memory=Choice(name="none"))
+    for names, digest in ((("one",), end.adapter), (("two", "other"), last.adapter)):
+        alone = evaluate(node, plain, Evaluate(**ask, adapter=digest))
+        assert {name: measured.sets[name] for name in names} == {name: alone.sets[name] for name in names}
+    assert measured.sets["one"] != measured.sets["two"]
+    files = publish(
+        node, second, Publish(base=built.base.digest, recovery=None, adapter=last.adapter, memory=last.memory)
+    )
+    assert {"adapter/adapter_config.json", "experts/one/adapter_config.json"} <= files.artifacts.keys()
