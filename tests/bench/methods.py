@@ -1,6 +1,6 @@
 """What a step of each method costs, and how much it learns in as many steps, beside LoRA on the same model in one run.
 
-    python tests/bench/methods.py [--methods 'lora' 'paca(rank=16)+ends(bottom=0, top=20)' ...] [--steps 12] [--seeds 1]
+    python tests/bench/methods.py [--methods 'lora' 'paca(rank=16)+ends(bottom=0, top=22)' ...] [--steps 12] [--seeds 1]
                                   [--out FOLDER]
 
 The model is SmolLM2-135M in fp32; a method trains all layers, or those of the placement that its recipe adds. The texts
@@ -42,7 +42,7 @@ from offsite.protos.grammar import read_one
 MODEL, LENGTH, ROWS, REPEATS = "smollm2-135m-instruct", 64, 4, 6
 RECIPES = (
     *("lora", "dora", "paca", "paca(rank=16)", "s2ft", "s2ft(channels=0.1)", "mos", "hydra", "soka", "ssf"),
-    *("bottleneck", "sara", "spiel", "ia3", "paca(rank=16)+ends(bottom=0, top=20)"),
+    *("bottleneck", "sara", "spiel", "ia3", "paca(rank=16)+ends(bottom=0, top=22)"),
 )
 
 
