@@ -8,11 +8,11 @@ A set is of the task whose name it has, or with which its name begins, as "hospi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offsite.protos.errors import InputError
-from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, PLUG_IN
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, PLUG_IN, without_infinities
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Forgetting:
         """What is lacking to the base tuned on a task, when it is learned (Chaudhry et al., arXiv 1801.10112)."""
         known = [task for task in self.tasks if task in self.bounds]
         return _mean([self.losses[self.learned(task)].get(task, math.nan) - self.bounds[task] for task in known])
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as a JSON document has it, with the means, null for what is not known."""
+        document: dict[str, Any] = without_infinities(asdict(self) | {"summary": self.summary()})[0]
+        return document
 
     def summary(self) -> dict[str, float]:
         """Return the means by name."""

@@ -135,10 +135,10 @@ def _sites(pairs: list[str]) -> dict[str, Path]:
 def _stream(settings: "Settings", console: "Console", format: str) -> None:
     """Play a stream of tasks, and say what was forgotten."""
     from offsite.client.commands.eval import table
-    from offsite.client.demo.stream import Stream, plain
+    from offsite.client.demo.stream import Stream
 
     stream = Stream(settings, console, format=format).stream()
     if format == "json":
-        print(json.dumps({"event": "forgetting", **plain(stream)}), flush=True)
+        print(json.dumps({"event": "forgetting", **stream.plain()}), flush=True)
     console.print(*table(stream), sep="\n")
     console.print(f"adapter: {settings.out / 'adapter'}   plot: {settings.out / 'forgetting.svg'}")

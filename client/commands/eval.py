@@ -1,13 +1,13 @@
 """`offsite eval`: what runs have come to, over more than one of them."""
 
+import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offsite.client.commands.run import Coordinator, Format, Id, Kit, as_json
+from offsite.client.commands.run import Coordinator, Format, Id, Kit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,7 +37,7 @@ def forgetting(
 
     with connect(coordinator, identity=identity) as session:
         stream = session.forgetting(id)
-    document = as_json(asdict(stream) | {"summary": stream.summary()}, indent=2)
+    document = json.dumps(stream.plain(), indent=2)
     if out:
         from offsite.client.plots import forgetting as plot
 

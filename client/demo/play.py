@@ -107,6 +107,8 @@ class Demo:
         (self._out / MARK).touch()
         for name in ("work", "logs", "adapter", "experts", "merged"):
             shutil.rmtree(self._out / name, ignore_errors=True)
+        for name in ("report.json", "report.html", "forgetting.json", "forgetting.svg"):
+            (self._out / name).unlink(missing_ok=True)
         self._work.mkdir()
 
     def _materials(self) -> tuple[str, list[SiteData], Path]:

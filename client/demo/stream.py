@@ -1,8 +1,8 @@
 """A demonstration of tasks that come one after the other: each is learned by sites of its own, on top of the last."""
 
 import json
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from offsite.client.demo.data import SiteData
 from offsite.client.demo.play import SHARED, Demo
@@ -10,9 +10,9 @@ from offsite.client.demo.processes import Processes
 from offsite.client.forgetting import Forgetting
 from offsite.client.session import Run, connect
 from offsite.protos.errors import InputError
-from offsite.protos.figures import without_infinities
 
 BUILT_IN = 3  # tasks of the built-in ones
+LONGEST = 40  # of a task's name, in characters
 
 
 class Stream(Demo):
@@ -22,6 +22,7 @@ class Stream(Demo):
         """Do it all and return what was forgotten; no process is left, however this ends."""
         memory = self._settings.memory
         assert memory is not None, "a stream has one"
+        _check([*self._settings.sites])
         self._claim()
         model, owners, public = self._materials()
         tasks = {one.name: _shared(one) for one in (owners if self._settings.sites else owners[:BUILT_IN])}
@@ -44,18 +45,19 @@ class Stream(Demo):
     def _write(self, forgetting: Forgetting) -> None:
         from offsite.client.plots import forgetting as plot
 
-        (self._out / "forgetting.json").write_text(json.dumps(plain(forgetting), indent=2) + "\n")
+        (self._out / "forgetting.json").write_text(json.dumps(forgetting.plain(), indent=2) + "\n")
         (self._out / "forgetting.svg").write_text(plot(forgetting))
 
 
 def _shared(task: SiteData) -> list[SiteData]:
     """Share the training rows of a task out among sites, each of which has a folder of its own."""
-    rows = task.train.read_text(encoding="utf-8").splitlines(keepends=True)
+    with task.train.open(encoding="utf-8", newline="\n") as file:  # a row may hold other ends of lines
+        rows = list(file)
     if len(rows) < SHARED:
         raise InputError(f"task {task.name} has {len(rows)} rows to train on, and {SHARED} sites share it; give more")
     sites: list[SiteData] = []
     for number in range(SHARED):
-        name = f"{task.name}-{number + 1}"
+        name = _name(task.name, number)
         train = task.train.parents[1] / name / task.train.name
         train.parent.mkdir()
         train.write_text("".join(rows[number::SHARED]), encoding="utf-8")
@@ -63,7 +65,15 @@ def _shared(task: SiteData) -> list[SiteData]:
     return sites
 
 
-def plain(forgetting: Forgetting) -> dict[str, Any]:
-    """Return what was forgotten as a JSON document has it."""
-    document: dict[str, Any] = without_infinities(asdict(forgetting) | {"summary": forgetting.summary()})[0]
-    return document
+def _check(tasks: Sequence[str]) -> None:
+    """Raise InputError for tasks whose sites would have the name of another task, or one that is too long."""
+    for task in tasks:
+        names = [_name(task, number) for number in range(SHARED)]
+        if taken := {*names} & {*tasks}:
+            raise InputError(f"--site {task}: it is shared out as {', '.join(names)}, and {taken.pop()} is a task too")
+        if len(names[-1]) > LONGEST:
+            raise InputError(f"--site {task}: the name is too long for a task; take one of {LONGEST - 3} at most")
+
+
+def _name(task: str, number: int) -> str:
+    return f"{task}-{number + 1}"
