@@ -47,6 +47,7 @@ class Field:
     below: int | None = None  # of integers, which are at least 0: what all of them are less than
     bits: int | None = None  # of packed values, the lowest of a byte first: how many they take; any others are zero
     width: int = 1  # of packed values: the bits of one
+    private: int = 0  # of the first dimension: how many, the last, no two layers share, so that a task may own them
 
     def __post_init__(self) -> None:
         """Refuse a dtype without a size, integers without a bound, and a rule that the values do not allow."""
@@ -68,6 +69,10 @@ class Field:
             raise ValueError(f"integers ({self.dtype}) are below something, not {self.below}")
         if self.dtype in FLOATS and self.below is not None:
             raise ValueError(f"only integers have a bound: below = {self.below} of {self.dtype}")
+        if self.private and (self.rule is not Rule.MEAN or not 0 < self.private <= (self.shape[0] or 0)):
+            raise ValueError(
+                f"{self.private} private rows of {self.shape}, {self.rule}: some of those that are averaged"
+            )
         if any(size is not None and size < 0 for size in self.shape):
             raise ValueError(f"shape {self.shape} has a negative size")
 

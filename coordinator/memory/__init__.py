@@ -15,9 +15,10 @@ MEMORIES: Plugins[Memory] = Plugins(
         "grown": "offsite.coordinator.memory.grown:Grown",
         "lae": "offsite.coordinator.memory.lae:Lae",
         "none": "offsite.coordinator.memory.none:Nothing",
+        "shard-store": "offsite.coordinator.memory.shard_store:ShardStore",
     },
     group="offsite.memories",
-    states=("rules", "accumulates", "replaces", "combine"),
+    states=("rules", "accumulates", "replaces", "divides", "combine"),
 )
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from offsite.coordinator.memory.base import Moment
 from offsite.kernels.low_rank import Pair, Total, split
 from offsite.kernels.schema import Rule, Schema, Tensors, factors, groups
 
@@ -16,6 +17,13 @@ class Averaging:
 
     rules: ClassVar[frozenset[Rule]] = RULES
     accumulates: ClassVar[bool] = True
+    divides: ClassVar[bool] = False
+
+
+def kept(c: float, moment: Moment) -> float:
+    """Return (1 - c / N)^k, what a round of k steps leaves of an average, of N in its run; 0 where N is at most c."""
+    steps = moment.rounds * moment.steps
+    return float(max(0.0, 1.0 - c / steps) ** moment.steps)
 
 
 def moving(schema: Schema) -> list[str]:

@@ -41,6 +41,8 @@ class Memory(Protocol):
     accumulates: ClassVar[bool]  # whether it ever changes a version
     replaces: ClassVar[bool]  # whether it may give another adapter than the fold's, for sites to go on from
 
+    divides: ClassVar[bool]  # whether it keeps by task what layers do not share, of which a method has to have some
+
     @property
     def combine(self) -> Combine:
         """How its experts answer together."""

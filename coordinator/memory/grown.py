@@ -25,6 +25,7 @@ class Grown:
     rules: ClassVar[frozenset[Rule]] = frozenset(Rule)
     accumulates: ClassVar[bool] = True
     replaces: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
     combine: ClassVar[Combine] = "route"
     origin: Literal["start", "last"] = "start"  # of a new task's adapter: the method's, or what the last task ended in
 

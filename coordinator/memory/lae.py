@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from offsite.coordinator.aggregation.base import Version
-from offsite.coordinator.memory.averages import Averaging, average, moving
+from offsite.coordinator.memory.averages import Averaging, average, kept, moving
 from offsite.coordinator.memory.base import PREFIX, Combine, Moment
 from offsite.kernels.schema import Schema, Tensors
 from offsite.protos.documents import document
@@ -61,8 +61,7 @@ class Lae(Averaging):
 
     def kept(self, moment: Moment) -> float:
         """Return D, the share of the offline adapter that a round leaves; 0 where a run has no more than c steps."""
-        steps = moment.rounds * moment.steps
-        return float(max(0.0, 1.0 - self.c / steps) ** moment.steps)
+        return kept(self.c, moment)
 
     def experts(self, version: Version) -> dict[str, Tensors]:
         """Return both adapters, or the one that serves; in the first task they are the same."""

@@ -16,6 +16,7 @@ class Nothing:
     rules: ClassVar[frozenset[Rule]] = frozenset(Rule)
     accumulates: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
     combine: ClassVar[Combine] = "one"
 
     def begin(self, last: Version, start: Version, schema: Schema, moment: Moment) -> Version:

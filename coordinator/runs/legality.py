@@ -156,6 +156,11 @@ def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             f"memory {own.name} cannot accumulate what method {method.name} trains, whose tensors are averaged by "
             f"{', '.join(sorted(method.rules))}; use one of: {others}"
         )
+    if own.divides and not pairs.is_private(method):
+        raise InputError(
+            f"memory {own.name} keeps by task what layers do not share, and method {method.name} as it is set has "
+            f"nothing of that; use {' or '.join(pairs.private())}, or one of the memories: {others}"
+        )
     if not pairs.remembers(own, method, strategy):
         raise InputError(
             f"memory {own.name} has sites go on from its average, and strategy {strategy.name} would make another of "

@@ -7,6 +7,7 @@ from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.memory import MEMORIES, Memory
 from offsite.emulator import methods, optimisers
 from offsite.emulator.methods import Method
+from offsite.emulator.methods.base import Sharing
 from offsite.emulator.parts import PARTS, Part
 from offsite.emulator.retention import RETENTIONS, Retention
 from offsite.kernels.schema import Rule
@@ -73,6 +74,16 @@ def is_exact(method: Method | type[Method], strategy: Strategy | type[Strategy])
     return method.linear and method.rules <= strategy.exact
 
 
+def is_private(method: Method | type[Method]) -> bool:
+    """Tell whether layers share what a method trains, and each has some of it to itself."""
+    return isinstance(method, Sharing) and method.private > 0
+
+
+def private() -> list[str]:
+    """Name the methods that are so."""
+    return sorted(name for name, kind in methods.METHODS.sound().items() if is_private(kind))
+
+
 def remembers(
     memory: Memory | type[Memory], method: Method | type[Method], strategy: Strategy | type[Strategy]
 ) -> bool:
@@ -80,6 +91,8 @@ def remembers(
 
     A strategy that is not exact by some rule makes of one adapter another.
     """
+    if memory.divides and not is_private(method):
+        return False
     return method.rules <= memory.rules and (not memory.replaces or method.rules <= strategy.exact)
 
 

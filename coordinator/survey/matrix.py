@@ -31,6 +31,8 @@ class Matrix:
     optimisers: Table  # by the engines of sites
     memories: Table  # by the rules of what methods train
     replacing: dict[str, bool]  # of memories: whether sites go on from what it made
+    dividing: dict[str, bool]  # of memories: whether it keeps by task what layers do not share
+    private: list[str]  # the methods that have some of that
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 
 
@@ -74,6 +76,8 @@ def matrix() -> Matrix:
             for name, kind in sorted(MEMORIES.sound().items())
         },
         replacing={name: kind.replaces for name, kind in sorted(MEMORIES.sound().items())},
+        dividing={name: kind.divides for name, kind in sorted(MEMORIES.sound().items())},
+        private=pairs.private(),
         order={stage: [name for name, kind in chain.items() if kind.stage == stage] for stage in STAGES},
     )
 

@@ -180,6 +180,13 @@ class Choosing(Protocol):
 
 
 @runtime_checkable
+class Sharing(Protocol):
+    """A method of which layers share what trains; its schema says what of it each has to itself (`Field.private`)."""
+
+    private: int  # rows that each layer has to itself
+
+
+@runtime_checkable
 class Measuring(Protocol):
     """A method of which nothing trains: a site measures a round's batches once, and sends the sums.
 

@@ -185,7 +185,8 @@ class Mos(Averaged):
         for path, mixture in mixtures(start).items():
             lowest = Place(min(mixture.indices), path)
             for name, pool in zip(POOLS, (mixture.pool_A, mixture.pool_B), strict=True):
-                fields[lowest.key(name)] = Field("F32", tuple(pool.shape), Rule.MEAN)
+                own = self.private * len(mixture.indices) * self.shards
+                fields[lowest.key(name)] = Field("F32", tuple(pool.shape), Rule.MEAN, private=own)
             for layer, indices in mixture.indices.items():
                 for name, index, pool in zip(INDICES, indices, (mixture.pool_A, mixture.pool_B), strict=True):
                     fields[Place(layer, path).key(name)] = Field("I32", tuple(index.shape), Rule.FIXED, below=len(pool))

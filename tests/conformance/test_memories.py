@@ -15,7 +15,7 @@ from offsite.protos.ranges import Word
 SCHEMA: Schema = {
     "0.q.A": Field("F32", (None, 10), Rule.PRODUCT, "0.q"),
     "0.q.B": Field("F32", (8, None), Rule.PRODUCT, "0.q"),
-    "0.norm": Field("F32", (5,), Rule.MEAN),
+    "0.norm": Field("F32", (5,), Rule.MEAN, private=2),
     "0.index": Field("I64", (4,), Rule.FIXED, below=9),
 }
 ROUNDS = 3

@@ -22,7 +22,7 @@ from offsite.coordinator.runs.steps.orders import Aggregate, Build, Continued, E
 from offsite.coordinator.runs.steps.publishing import publish
 from offsite.coordinator.runs.steps.results import Built, Evaluation
 from offsite.coordinator.runs.steps.storage import load_version, store_version
-from offsite.coordinator.runs.versions import Version
+from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.emulator import modality, zoo
 from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.modality import encode, read
@@ -185,6 +185,11 @@ def test_what_serves_alone_is_published_as_any_adapter(node: Node, material: Pat
         ({"memory": "ema"}, ""),
         ({"memory": "grown"}, "memory grown keeps what each task has learned; name this run's, .*hospital"),
         ({"memory": "grown", "task": "hospital"}, ""),
+        (
+            {"memory": "shard-store", "task": "hospital", "method": "mos(private=0)", "strategy": "mean"},
+            "shard-store keeps by task what layers do not share, and method mos as it is set .* use mos, .*: ema,",
+        ),
+        ({"memory": "shard-store", "task": "hospital", "method": "mos", "strategy": "mean"}, ""),
     ],
 )
 def test_a_run_is_refused_that_asks_of_its_memory_what_that_cannot(
@@ -194,6 +199,41 @@ def test_a_run_is_refused_that_asks_of_its_memory_what_that_cannot(
     spec = RunSpec(**fields(material, **given))
     with pytest.raises(InputError, match=words) if words else nullcontext():
         judge(spec)
+
+
+def test_sites_start_a_new_task_from_the_shards_that_the_memory_gives_them(
+    node: Node, material: Path, tmp_path: Path
+) -> None:
+    mos = Choice(name="mos", settings={"modules": ["down_proj"]})
+    memories, mean = Choice(name="shard-store", settings={"c": 0.0}), Choice(name="mean")
+    given = fields(material, method=mos, strategy=mean, memory=memories)
+    first = Grant(**given, rounds=1, task="one")
+    built = build(node, first, Build(sites=SITES))
+    moved = {
+        key: one + 0.1 if one.is_floating_point() else one
+        for key, one in tensors.load(node.blobs().path(built.version.adapter)).items()
+    }
+    update = Update(site=SITES[0], digest=store_adapter(node.blobs(), tmp_path / "u", moved).digest, examples=1)
+    tiers = {SITES[0]: ""}
+    order = Aggregate(last=built.version, schema=built.schema, tiers=tiers, updates=(update,), round=0)
+    end = aggregate(node, first, order).version
+    second = Grant(**given, rounds=1, task="two", continues=Ancestor(run="first", round=1, rounds=1))
+    origin = Continued(version=end, base=built.base.digest, trainable=built.bundle.trainable, recovery=built.recovery)
+    begun = build(node, second, Build(sites=SITES, continued=origin)).version
+    assert begun.broadcast[""].digest == begun.adapter != end.adapter and [*begun.state] == ["memory.task.one"]
+    schema = read_schema(node.blobs(), built.schema)
+    start, last, new = (load_version(node.blobs(), one).adapter for one in (built.version, end, begun))
+    for key, field in schema.items():
+        if field.private:
+            assert torch.equal(new[key][-field.private :], start[key][-field.private :])
+            assert torch.equal(new[key][: -field.private], last[key][: -field.private])
+    assert sum(field.private > 0 for field in schema.values()) == 2
+    after = aggregate(node, second, replace(order, last=begun, round=1)).version
+    kept = load_version(node.blobs(), after)
+    for key, field in schema.items():
+        common = slice(None, -field.private or None)
+        assert torch.equal(kept.adapter[key][common], last[key][common]), "c = 0 freezes them"
+    assert after.broadcast[""].digest == after.adapter
 
 
 def test_of_a_memory_by_task_each_set_is_measured_by_the_adapter_of_its_name(
