@@ -1,6 +1,7 @@
 """What steps do with a run's memory: what it is given, what is kept of it, and what a run without one forgets."""
 
-from contextlib import nullcontext
+import json
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.bundles.stored import store_adapter
+from offsite.coordinator.home import Home
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.legality import judge
@@ -19,20 +21,23 @@ from offsite.coordinator.runs.steps.building import build
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate
 from offsite.coordinator.runs.steps.orders import Aggregate, Build, Continued, Evaluate, Publish, Update
+from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.publishing import publish
 from offsite.coordinator.runs.steps.results import Built, Evaluation
 from offsite.coordinator.runs.steps.storage import load_version, store_version
+from offsite.coordinator.runs.supervisor import Lost, Supervisor
 from offsite.coordinator.runs.versions import Version, read_schema
+from offsite.coordinator.store.journal import LIVE, OPEN, Key
 from offsite.emulator import modality, zoo
 from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.modality import encode, read
 from offsite.emulator.plug import load
-from offsite.kernels.schema import Field, Rule, Schema
+from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos import tensors
-from offsite.protos.documents import from_json, to_json
+from offsite.protos.documents import from_json, to_json, to_plain
 from offsite.protos.errors import InputError
 from offsite.protos.recipes import parse_one
-from offsite.protos.spec import Ancestor, Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import Ancestor, Choice, RunSpec, TaskSpec, TrainingSpec, UpdateMetrics
 
 SCHEMA: Schema = {"0.norm": Field("F32", (3,), Rule.MEAN)}
 
@@ -83,23 +88,25 @@ def fields(material: Path, **changes: Any) -> dict[str, Any]:
 
 def rounds(node: Node, grant: Grant, built: Built, scratch: Path) -> list[Version]:
     """The rounds of a run whose sites move their adapters at random, and the version that it began from."""
-    blobs, versions = node.blobs(), [built.version]
-    for number in range(grant.rounds):
-        updates = []
-        for at, site in enumerate(SITES):
-            start = tensors.load(blobs.path(versions[-1].broadcast["r2"].digest))
-            draw = torch.Generator().manual_seed(10 * (grant.rounds_before + number) + at)
-            moved = {key: one + 0.3 * torch.randn(one.shape, generator=draw) for key, one in start.items()}
-            updates.append(Update(site=site, digest=store_adapter(blobs, scratch / "u", moved).digest, examples=at + 1))
-        order = Aggregate(
-            last=versions[-1],
-            schema=built.schema,
-            tiers=built.tiers,
-            updates=tuple(updates),
-            round=grant.rounds_before + number,
-        )
+    versions = [built.version]
+    for number in range(grant.rounds_before, grant.rounds_before + grant.rounds):
+        order = ordered(node, grant, built, versions[-1], number, scratch)
         versions.append(aggregate(node, grant, order).version)
     return versions
+
+
+def ordered(node: Node, grant: Grant, built: Built, last: Version, number: int, scratch: Path) -> Aggregate:
+    """A round's updates, to be folded."""
+    start, updates = tensors.load(node.blobs().path(last.broadcast["r2"].digest)), []
+    for at, site in enumerate(SITES):
+        stored = store_adapter(node.blobs(), scratch / "update", moved(start, seed=10 * number + at))
+        updates.append(Update(site=site, digest=stored.digest, examples=at + 1))
+    return Aggregate(last=last, schema=built.schema, tiers=built.tiers, updates=tuple(updates), round=number)
+
+
+def moved(start: Tensors, *, seed: int) -> Tensors:
+    draw = torch.Generator().manual_seed(seed)
+    return {key: one + 0.3 * torch.randn(one.shape, generator=draw) for key, one in start.items()}
 
 
 def test_a_second_task_is_measured_and_published_by_both_of_its_adapters(
@@ -260,3 +267,71 @@ def test_of_a_memory_by_task_each_set_is_measured_by_the_adapter_of_its_name(
         node, second, Publish(base=built.base.digest, recovery=None, adapter=last.adapter, memory=last.memory)
     )
     assert {"adapter/adapter_config.json", "experts/one/adapter_config.json"} <= files.artifacts.keys()
+
+
+class Sites:
+    """Stands for what does the steps of a run, really, and for its sites; of each step the first result is lost."""
+
+    def __init__(self, home: Home, *, losing: bool) -> None:
+        self._home, self._losing = home, losing
+        self._begun: set[str] = set()
+
+    def perform(self, step: str, spec: bytes, order: bytes, _: object) -> bytes:
+        result = perform(self._home.node, step, spec, order)
+        asked = json.loads(order)
+        for update in asked.get("updates", ()):
+            update.pop("stamp")  # when it was last checked
+        key = f"{step} {asked}"
+        if self._losing and key not in self._begun:
+            self._begun.add(key)
+            raise Lost("its process was killed")
+        return result
+
+    def rest(self, _: float) -> None:
+        journal = self._home.journal()
+        for row in journal.tasks("second"):
+            if row.state in OPEN:
+                task = from_json(TaskSpec, row.spec, where="task")
+                start = tensors.load(self._home.blobs().path(task.adapter))
+                sent = moved(start, seed=10 * task.round + SITES.index(task.site))
+                stored = store_adapter(self._home.blobs(), self._home.node.scratch / "update", sent)
+                metrics = to_json(UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")).decode()
+                values = {"state": "uploaded", "update": stored.digest, "norm": 1.0, "metrics": metrics}
+                journal.set_task(Key(row.run, row.round, row.site, row.attempt), None, **values)
+        journal.close()
+
+
+def test_a_second_task_whose_supervisor_is_lost_after_every_step_ends_with_the_same_bytes(
+    material: Path, tmp_path: Path, kit: Path
+) -> None:
+    ends = []
+    for losing in (False, True):
+        home = Home(tmp_path / str(losing), kit).prepare()
+        journal, first = home.journal(), Grant(**fields(material), rounds=1)
+        built = build(home.node, first, Build(sites=SITES))
+        done = aggregate(home.node, first, ordered(home.node, first, built, built.version, 0, tmp_path))
+        journal.add_run("first", token="first", owner="alice", spec=to_json(first), granted=to_plain(first))
+        for number, result in enumerate((built, done)):
+            journal.add_step("first", f"version:{number}", to_plain(result))
+        spec = RunSpec(**fields(material), rounds=2, sites=SITES, start="first:1")
+        second = Grant(**vars(spec), continues=Ancestor(run="first", round=1, rounds=1))
+        journal.add_run("second", token="second", owner="alice", spec=to_json(spec), granted=to_plain(second))
+        journal.begin_run("second", list(SITES))
+        sites = Sites(home, losing=losing)
+        while journal.run("second").state in LIVE:
+            with suppress(Lost):
+                Supervisor(home, "second", perform=sites.perform, rest=sites.rest).run()
+        run = journal.run("second")
+        assert run.state == "completed", run.error
+        versions = [without_spans(value) for name, value in journal.steps("second").items() if "version:" in name]
+        report = json.loads(run.report)
+        files = {file.name: file.digest for file in journal.artifacts("second")}
+        ends.append((versions, {key: report[key] for key in ("overall", "sites", "experts", "rounds")}, files))
+        assert report["experts"].keys() == {"online", "offline"} and "ensemble.json" in files
+        assert all("memory.offline" in one["version"]["state"] for one in versions)
+        journal.close()
+    assert ends[0] == ends[1]
+
+
+def without_spans(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in value.items() if name != "spans"}
