@@ -47,11 +47,12 @@ def test_of_two_tasks_an_average_forgets_less_and_an_ensemble_is_never_the_worst
 
     own, strategy = Lae(), aggregation.make("low-rank", {})
     start = METHOD.start(bench.base, PLACES, seed=bench.seed)
-    schema, last, figures = METHOD.schema(start), Version(start, {"r8": start}), dict[str, list[float]]()
+    schema, begun, figures = METHOD.schema(start), Version(start, {"r8": start}), dict[str, list[float]]()
+    last = begun
     for at, task in enumerate(TASKS):
         texts = samples(sites[task].train)
         moments = [Moment(number, ROUNDS, STEPS, at * ROUNDS, task) for number in range(ROUNDS + 1)]
-        last = own.begin(last, schema, moments[0])
+        last = own.begin(last, begun, schema, moments[0])
         for moment in moments[1:]:
             model = METHOD.attach(copy.deepcopy(bench.base), PLACES, last.broadcast["r8"])
             tune(

@@ -36,6 +36,7 @@ from offsite.kernels.schema import Field, Rule, Schema, Tensors
 from offsite.protos import tensors
 from offsite.protos.documents import from_json, to_json, to_plain
 from offsite.protos.errors import InputError
+from offsite.protos.events import StepLost
 from offsite.protos.recipes import parse_one
 from offsite.protos.spec import Ancestor, Choice, RunSpec, TaskSpec, TrainingSpec, UpdateMetrics
 
@@ -269,6 +270,9 @@ def test_of_a_memory_by_task_each_set_is_measured_by_the_adapter_of_its_name(
     assert {"adapter/adapter_config.json", "experts/one/adapter_config.json"} <= files.artifacts.keys()
 
 
+SECOND = ("build", *2 * ["aggregate"], *4 * ["evaluate"], "publish")  # the steps of a run of two rounds
+
+
 class Sites:
     """Stands for what does the steps of a run, really, and for its sites; of each step the first result is lost."""
 
@@ -327,6 +331,7 @@ def test_a_second_task_whose_supervisor_is_lost_after_every_step_ends_with_the_s
         report = json.loads(run.report)
         files = {file.name: file.digest for file in journal.artifacts("second")}
         ends.append((versions, {key: report[key] for key in ("overall", "sites", "experts", "rounds")}, files))
+        assert len(list(journal.events("second", kind=StepLost.kind))) == (len(SECOND) if losing else 0)
         assert report["experts"].keys() == {"online", "offline"} and "ensemble.json" in files
         assert all("memory.offline" in one["version"]["state"] for one in versions)
         journal.close()

@@ -41,6 +41,8 @@ def test_what_a_step_needs_grows_with_what_it_holds(built: Built) -> None:
     emulator = replace(base, manifest=SOME)
     assert [of(one, spec, built).memory for one in (base, emulator)] == [4 * 9, 4 * 6]
     assert of(base, half, built).memory == 2 * 9
+    with_memory = replace(base, adapter=SOME, memory={"memory.offline": SOME})
+    assert of(with_memory, spec, built).memory == 4 * (9 + 9 // 3), "one layer of three trains, for another expert"
     assert of(Attack(manifest=SOME, adapter=SOME), half, built).memory == 16 * 6
     assert of(Tune(base=SOME, trainable=(0,)), spec, built).gpu
     publish = Publish(base=SOME, adapter=SOME, recovery=None)
