@@ -158,8 +158,10 @@ RETENTIONS: Plugins[Any] = Plugins(
     "retention",
     {
         "none": "offsite.emulator.retention.none:Plain",
+        "distil": "offsite.emulator.retention.distil:Distil",
         "ewc": "offsite.emulator.retention.ewc:Ewc",
         "orthogonal": "offsite.emulator.retention.orthogonal:Orthogonal",
+        "replay": "offsite.emulator.retention.replay:Replay",
         "surgery": "offsite.emulator.retention.surgery:Surgery",
     },
     group="offsite.retentions",

@@ -41,6 +41,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOUND_MIN_NOISE: _ClassVar[Reason]
     BOUND_CONTINUED: _ClassVar[Reason]
     BOUND_RETENTIONS: _ClassVar[Reason]
+    BOUND_REPLAY_ROWS: _ClassVar[Reason]
     FAULT_INTERNAL: _ClassVar[Reason]
     FAULT_DATA: _ClassVar[Reason]
     FAULT_EMULATOR: _ClassVar[Reason]
@@ -81,6 +82,7 @@ BOUND_SUSPICIOUS: Reason
 BOUND_MIN_NOISE: Reason
 BOUND_CONTINUED: Reason
 BOUND_RETENTIONS: Reason
+BOUND_REPLAY_ROWS: Reason
 FAULT_INTERNAL: Reason
 FAULT_DATA: Reason
 FAULT_EMULATOR: Reason

@@ -187,6 +187,7 @@ class Agent:
         )
         self._config.policy.check_update(header.size)
         self._work.keep_residual(task, header.digest)  # by its name it counts once the coordinator has the update
+        self._work.keep_rows(task)
         with because("FAULT_UPDATE", InputError, MismatchError, RefusedError):
             self._channel.upload(self._fleet, header, update)
         self._say("uploaded", {"run": task.run, "round": task.round + 1, "bytes": header.size})
@@ -209,6 +210,7 @@ class Agent:
             engine=self._config.engine,
             secret=str(self._work.secret.resolve()),
             residual=self._residual(task),
+            reservoirs=tuple(map(str, self._work.reservoirs(task))),
             out=str(folder),
         )
         if reporter.stopped:

@@ -9,6 +9,7 @@
     adapters/       what the open tasks, or the last one, start from
     anchors/        what they are held to, so as not to forget earlier tasks
     tasks/RUN/      what the open tasks give
+    reservoirs/     rows that are kept of a run, for later ones to rehearse
     residuals/RUN/  what stages left out of an update, by its digest, for the run's next round
 
 Nobody but the site's own user can read it.
@@ -24,6 +25,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Self
 
+from offsite.client.site import reservoir
 from offsite.client.site.policy import MIB, Policy
 from offsite.protos.chunks import digest_bytes, hex_of
 from offsite.protos.errors import ConflictError, ResourceError, from_system
@@ -129,6 +131,21 @@ class WorkFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
 
+    def reservoirs(self, task: TaskSpec) -> list[Path]:
+        """Return the files of rows that were kept of the runs that a task's run goes on from."""
+        files = reservoir.chain(self.path / "reservoirs", task.continues.run) if task.continues else []
+        for file in files:
+            os.utime(file)  # the time of its last use
+        return [file.resolve() for file in files]
+
+    def keep_rows(self, task: TaskSpec) -> None:
+        """Keep rows of a task, where it says so; the last round's stand for the run."""
+        source = self.task(task) / "reservoir.jsonl"
+        if source.exists():
+            target = self.path / "reservoirs" / f"{task.run}.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+
     # what goes
 
     def clear(self, task: TaskSpec) -> None:
@@ -179,6 +196,13 @@ class WorkFolder:
         for run in (self.path / "residuals").glob("*"):
             if _is_old(run, policy):
                 shutil.rmtree(run, ignore_errors=True)
+        self._clear_reservoirs(policy)
+
+    def _clear_reservoirs(self, policy: Policy) -> None:
+        """Remove rows of runs that nobody rehearsed for long, and all of them where the policy allows none any more."""
+        for file in (self.path / "reservoirs").glob("*"):
+            if _is_old(file, policy) or not policy.replay_rows:
+                file.unlink()
 
 
 def _is_old(path: Path, policy: Policy) -> bool:

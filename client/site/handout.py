@@ -11,9 +11,10 @@ from torch import nn
 
 from offsite.client.site.inspection import is_derived, receive, receive_anchor, strange_start
 from offsite.client.site.job import TrainerJob
-from offsite.emulator import bundle, methods, objectives
+from offsite.emulator import bundle, methods, objectives, retention
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.precision import DTYPES
+from offsite.emulator.retention import Recalling
 from offsite.kernels.schema import Tensors
 
 
@@ -66,17 +67,19 @@ def again(handout: Handout, job: TrainerJob) -> Handout:
 
 
 @contextmanager
-def untrained(handout: Handout, job: TrainerJob) -> Iterator[nn.Module]:
-    """Yield the emulator with the adapter that changes nothing; what was handed out is in it again afterwards.
+def referred(handout: Handout, job: TrainerJob) -> Iterator[nn.Module]:
+    """Yield the emulator with the adapter that samples are referred to; what was handed out is in it again afterwards.
 
-    Where parameters are not all of an adapter it is read anew, without an adapter.
+    An objective that compares refers to the adapter that changes nothing, a retention that recalls to an earlier one.
+    Where parameters are not all of an adapter the emulator is read anew, without one that changes nothing.
     """
+    adapter, attaches = _reference(handout, job)
     live = handout.method.named_parameters(handout.model, handout.places)
-    if not _compares(job):
+    if not adapter:
         yield handout.model  # which nobody asks
-    elif live.keys() == handout.start.keys():
+    elif live.keys() == adapter.keys():
         held = {key: parameter.detach().clone() for key, parameter in live.items()}
-        _fill(live, handout.start)
+        _fill(live, adapter)
         try:
             yield handout.model
         finally:
@@ -84,12 +87,16 @@ def untrained(handout: Handout, job: TrainerJob) -> Iterator[nn.Module]:
     else:
         device, dtype = next(handout.model.parameters()).device, DTYPES[job.task.training.precision]
         model, _ = bundle.load(Path(job.bundle), layout=bundle.described(job.manifest), dtype=dtype)
-        yield model.to(device)
+        yield (handout.method.attach(model, handout.places, adapter) if attaches else model).to(device)
 
 
-def _compares(job: TrainerJob) -> bool:
-    chosen = job.task.training.objective
-    return objectives.make(chosen.name, chosen.settings).compares
+def _reference(handout: Handout, job: TrainerJob) -> tuple[Adapter, bool]:
+    """Return an adapter to refer to, and whether it changes something; an empty one if nobody does."""
+    spec = job.task.training
+    held = retention.make(spec.retention.name, spec.retention.settings)
+    if isinstance(held, Recalling):
+        return held.reference(handout.anchor), True
+    return (handout.start if objectives.make(spec.objective.name, spec.objective.settings).compares else {}), False
 
 
 @torch.no_grad()

@@ -50,4 +50,5 @@ class TrainerJob:
     engine: EngineSpec = EngineSpec()
     secret: Place  # file of the site's secret, from which stages of an upload draw
     residual: Place = ""  # file of what stages left out of the site's last update; empty: none of them did
+    reservoirs: tuple[Place, ...] = ()  # files of rows that were kept of earlier tasks
     out: Place  # folder, made by the trainer: the update and its digest, metrics.json, perhaps what stages left out

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
+from offsite.client.site import reservoir
 from offsite.client.site.handout import Handout
 from offsite.client.site.job import TrainerJob
+from offsite.emulator import retention
+from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.parts import Turn
 from offsite.emulator.parts.training import whole_schema
+from offsite.emulator.retention import Rehearsing
 from offsite.kernels.schema import Field, Schema, TensorMap
 from offsite.protos import tensors, upload
 from offsite.protos.documents import canonical, to_json
@@ -38,6 +42,16 @@ def check(adapter: Adapter, broadcast: Adapter) -> None:
         if not bool(torch.isfinite(adapter[key]).all()):
             what = f"after training, tensor {key} holds values that are not finite"
             raise MismatchError(what, reason="FAULT_DIVERGED")
+
+
+def keep_rows(data: Reading, job: TrainerJob) -> None:
+    """Write the rows that the site keeps of a task, where its retention rehearses them in later ones."""
+    spec, continues = job.task.training, job.task.continues
+    held = retention.make(spec.retention.name, spec.retention.settings)
+    if isinstance(held, Rehearsing):
+        kept = held.sample([example.row for example in data.examples], seed=spec.seed)
+        Path(job.out).mkdir(parents=True, exist_ok=True)
+        reservoir.write(Path(job.out) / "reservoir.jsonl", kept, before=continues.run if continues else "")
 
 
 def write(adapter: Adapter, metrics: UpdateMetrics, handout: Handout, job: TrainerJob) -> None:

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from offsite.emulator import retention
 from offsite.emulator.catalogue import METHODS, RETENTIONS
+from offsite.emulator.retention import Rehearsing
 from offsite.protos import upload
 from offsite.protos.documents import document, from_toml, nearest
 from offsite.protos.errors import InputError, MismatchError, RefusedError
-from offsite.protos.ranges import AboveZero, AtLeastZero, Digest, Flag, Place, Positive, Word
+from offsite.protos.ranges import AboveZero, AtLeastZero, Count, Digest, Flag, Place, Positive, Word
 from offsite.protos.spec import METHOD, Manifest, Ratio, TaskSpec
 
 MIB = 1 << 20
@@ -64,6 +66,9 @@ class Policy:
     retentions: Annotated[tuple[Word, ...], Field(max_length=64)] = _bound(
         ("any",), "what may hold training to what earlier runs have learned, by name, or any"
     )
+    replay_rows: Count = _bound(
+        0, "rows of a run that are kept on this disk for later ones to rehearse, and never sent"
+    )
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
     keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
@@ -74,9 +79,9 @@ class Policy:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods: there is no method {method!r}; {nearest(method, list(METHODS))}")
-        for retention in self.retentions:
-            if retention not in ("any", *RETENTIONS):
-                raise ValueError(f"retentions: there is no {retention!r}; {nearest(retention, list(RETENTIONS))}")
+        for one in self.retentions:
+            if one not in ("any", *RETENTIONS):
+                raise ValueError(f"retentions: there is no {one!r}; {nearest(one, list(RETENTIONS))}")
         for name in ("steps", "batch_size", "length"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if least > most:
@@ -132,8 +137,18 @@ class Policy:
             )
         self.check_update(task.update_size)
 
+    def check_rehearsal(self, task: TaskSpec, *, old: int, kept: int) -> None:
+        """Raise RefusedError for a run that sees rows of earlier ones too often: `old` of a step, of so many kept."""
+        passes = task.rounds * task.training.steps * old / kept
+        if passes > self.max_passes:
+            what = f"{passes:.3g} passes over {kept} sequences that were kept of earlier runs"
+            raise refusal("max_passes", f"{what} are more than {self.max_passes:g}")
+
     def _check_retention(self, task: TaskSpec) -> None:
         name = task.training.retention.name
+        held = retention.make(name, task.training.retention.settings)
+        if isinstance(held, Rehearsing) and held.rows > self.replay_rows:
+            raise refusal("replay_rows", f"{held.rows} rows of a run to keep, at most {self.replay_rows} allowed")
         if "any" not in self.retentions and name not in self.retentions:
             raise refusal("retentions", f"retention {name} is not among {', '.join(self.retentions)}")
         if task.anchor_size > self.max_bundle_mib * MIB:

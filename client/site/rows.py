@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from offsite.client.site import reservoir
 from offsite.client.site.job import TrainerJob
-from offsite.emulator import modality, objectives
+from offsite.emulator import modality, objectives, retention
 from offsite.emulator.batches import schedule
 from offsite.emulator.examples import Reading
 from offsite.emulator.modality import Batch
 from offsite.emulator.objectives import Objective
+from offsite.emulator.retention import Rehearsing
+from offsite.emulator.retention.objective import objective_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Rows:
     order: list[list[int]]
     counts: dict[str, int]  # what became of the examples, without a word of them
     warnings: list[str]
+    own: int  # how many of the samples are of the task, and no earlier one: the first
+    old: int  # how many of a step are not
 
     @property
     def seen(self) -> int:
@@ -32,8 +37,13 @@ class Rows:
 
     @property
     def distinct(self) -> int:
-        """Number of distinct samples at the site."""
-        return len(set(self.samples))
+        """Number of distinct samples of the task at the site."""
+        return len(set(self.samples[: self.own]))
+
+    @property
+    def kept(self) -> int:
+        """And of those that were kept of earlier ones."""
+        return len(set(self.samples[self.own :]))
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batch of each step."""
@@ -75,16 +85,28 @@ def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
     )
     counts = {"examples": data.census.examples, "distinct": data.census.distinct, **encoding.counts}
     counts["left_out"] += sum(one.count for one in data.census.left_out)
-    order = schedule(
-        len(encoding.samples),
-        batch_size=spec.batch_size,
-        steps=spec.steps,
-        first_step=(job.task.rounds_before + job.task.round) * spec.steps,
-        seed=spec.seed,
-    )
-    return Rows(objective, encoding.samples, order, counts, encoding.warnings)
+    kept = _kept(job, objective, tokenizer)
+    held = retention.make(spec.retention.name, spec.retention.settings)
+    old = held.rehearsed(spec.batch_size) if kept and isinstance(held, Rehearsing) else 0
+    rounds, own = job.task.rounds_before + job.task.round, len(encoding.samples)
+    which: dict[str, int] = {"steps": spec.steps, "first_step": rounds * spec.steps, "seed": spec.seed}
+    order = schedule(own, batch_size=spec.batch_size - old, **which)
+    if old:
+        rehearsed = schedule(len(kept), batch_size=old, **which)
+        order = [[*new, *(own + row for row in rows)] for new, rows in zip(order, rehearsed, strict=True)]
+    return Rows(objective, [*encoding.samples, *kept], order, counts, encoding.warnings, own, old)
+
+
+def _kept(job: TrainerJob, objective: Objective, tokenizer: Any) -> list[Any]:
+    """Return the samples of rows that were kept of earlier tasks."""
+    reader, spec = objective.reader(modality.default()), job.task.training
+    examples = [reader.example(row, "") for file in job.reservoirs for row in reservoir.rows(Path(file))]
+    if not examples:
+        return []
+    return objective.encode(
+        modality.default(), examples, tokenizer, max_length=spec.max_length, odd_rows=job.policy.odd_rows
+    ).samples
 
 
 def _objective(job: TrainerJob) -> Objective:
-    chosen = job.task.training.objective
-    return objectives.make(chosen.name, chosen.settings)
+    return objective_of(job.task.training)

@@ -12,7 +12,7 @@ from torch import distributed
 
 from offsite.client.site import outcome, rows
 from offsite.client.site.engines import ENGINES, Engine, Ranks, join
-from offsite.client.site.handout import Handout, load, untrained
+from offsite.client.site.handout import Handout, load, referred
 from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
@@ -48,6 +48,7 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     adapter, metrics = tune(job, handout, data, ranks, say=say, started=started)
     if ranks.rank == 0:
         with faults("FAULT_TASK"):
+            outcome.keep_rows(data, job)
             outcome.write(adapter, metrics, handout, job)
 
 
@@ -64,6 +65,8 @@ def tune(
         schedule = rows.schedule_rows(job, data, handout.tokenizer)
     say("data", **schedule.counts, warnings=[warning[:SENTENCE] for warning in schedule.warnings[:4]])
     job.policy.check_rows(job.task, seen=schedule.seen, distinct=schedule.distinct)
+    if schedule.old:
+        job.policy.check_rehearsal(job.task, old=schedule.old, kept=schedule.kept)
     with faults("FAULT_TASK"):
         job.policy.check_shares(_shares(job.task.training))
     if job.engine.whole:
@@ -75,7 +78,7 @@ def tune(
             steps = _measure(handout.method, handout, schedule, ranks, say=say)
         adapter = handout.method.state(handout.model, handout.places)
     else:
-        with faults("FAULT_EMULATOR"), untrained(handout, job) as reference:
+        with faults("FAULT_EMULATOR"), referred(handout, job) as reference:
             schedule = schedule.refer(reference)
         with faults("FAULT_EMULATOR"):
             _choose(handout, schedule, ranks)

@@ -24,6 +24,7 @@ _HINTS = {
     "max_emulator_perplexity": "the emulator predicts its text too badly",
     "continued": "let the run begin from the start, not from a version of another run",
     "retentions": "choose another training.retention, or none",
+    "replay_rows": "it keeps no rows, or fewer: ask for fewer rows, or another training.retention",
     "suspicious": "the emulator or its first adapter has signs of being made to leak text",
 }
 _FAULTS = {

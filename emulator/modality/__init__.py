@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.emulator import catalogue
 from offsite.emulator.examples import Example, collect
-from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Sample, Score, Words
+from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Predictions, Sample, Score, Words
 from offsite.kernels.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "encode",
     "likelihoods",
     "loss",
+    "predictions",
     "read",
     "run",
     "score",
@@ -105,6 +106,17 @@ def words(batch: Batch) -> list[tuple[int, ...]]:
     if not isinstance(kind, Words):
         raise ValueError(f"the modality {kind.name} has no words, so that none are counted")
     return kind.words(batch)
+
+
+def predictions(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (n, v) logits of the batch's targets, differentiable; the batch is on the device.
+
+    Raises ValueError where the modality's targets are no outcomes of one kind.
+    """
+    kind = _of(batch)
+    if not isinstance(kind, Predictions):
+        raise ValueError(f"the modality {kind.name} predicts no outcomes of one kind, so that none are recalled")
+    return kind.predictions(model, batch)
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> Score:

@@ -119,6 +119,15 @@ class Likelihoods(Protocol):
 
 
 @runtime_checkable
+class Predictions(Protocol):
+    """A modality whose targets are each one of the same outcomes, as words of a vocabulary are."""
+
+    def predictions(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return (n, v) logits of a batch's targets, row by row, in fp32 and differentiable."""
+        ...
+
+
+@runtime_checkable
 class Words(Protocol):
     """A modality whose samples are sequences of token ids, by which texts are told apart."""
 

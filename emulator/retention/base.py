@@ -8,14 +8,17 @@ versions and is `remember`ed anew when a run begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from offsite.kernels.schema import Field, Rule, Schema, TensorMap, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from offsite.emulator.objectives import Objective
+
+T = TypeVar("T")
 State = Mapping[str, Tensors]  # what was remembered, by name
 VALUES = frozenset({Rule.MEAN, Rule.PRODUCT, Rule.FIXED})  # of a method whose floats train each as a value
 MOST_STRENGTH = 1e9
@@ -67,6 +70,37 @@ class Pulling(Protocol):
 
     def pull(self, values: TensorMap, anchor: TensorMap) -> None:
         """Move the live values that train, in place."""
+        ...
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """A retention that keeps what an earlier adapter predicts of the rows."""
+
+    def reference(self, anchor: Tensors) -> Tensors:
+        """Return that adapter."""
+        ...
+
+    def recalled(self, objective: Objective) -> Objective:
+        """Return an objective that does so beside another, once its samples were referred to that adapter."""
+        ...
+
+
+@runtime_checkable
+class Rehearsing(Protocol):
+    """A retention that trains on rows of earlier tasks."""
+
+    @property
+    def rows(self) -> int:
+        """How many of a task a site keeps, at most."""
+        ...
+
+    def sample(self, rows: Iterable[T], *, seed: int) -> list[T]:
+        """Return those of a task's rows that are kept: as likely these as any others."""
+        ...
+
+    def rehearsed(self, batch_size: int) -> int:
+        """Return how many of a batch are rows of earlier tasks."""
         ...
 
 

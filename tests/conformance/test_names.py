@@ -126,10 +126,11 @@ HOMONYMS = {  # words that are also names
     "emulator/modality/causal_text/__init__.py": {"mean", "sum"},  # how a loss is reduced
     "emulator/methods/base.py": {"additive"},  # a kind of methods
     "emulator/retention/ewc.py": {"fisher"},  # of what it is a function
+    "emulator/retention/recall.py": {"sum"},  # how a divergence is reduced
     "emulator/retention/surgery.py": {"mean"},  # of tasks
     "emulator/placements.py": {"ends", "spread", "kept"},  # the file of all three
     "emulator/schedules.py": {*catalogue.SCHEDULES},  # likewise
-    "emulator/builders/distilled.py": {"cosine"},  # how its own tuning decays
+    "emulator/builders/distilled.py": {"cosine", "distil"},  # how its own tuning decays, and where it goes on
     "emulator/tuning/loop.py": {"cosine"},
     "emulator/transfer/move.py": {"cosine"},
 }

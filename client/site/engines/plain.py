@@ -7,10 +7,11 @@ from torch import distributed, nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import objectives, optimisers
+from offsite.emulator import optimisers
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.optimisers import Estimator
+from offsite.emulator.retention.objective import objective_of
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares, update
 from offsite.kernels.schema import TensorMap
 from offsite.protos.spec import LocalTraining
@@ -45,7 +46,7 @@ class Plain:
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
         self._optimizer = optimizer(self._parameters, training, first_step=first_step)
-        self._objective = objectives.make(training.objective.name, training.objective.settings)
+        self._objective = objective_of(training)
         self._shares, self._steps = shares(training), 0
         self._hold = hold(training, trained, anchor)
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
 from offsite.client.site.job import EngineSpec
-from offsite.emulator import objectives, optimisers, retention
+from offsite.emulator import optimisers, retention
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.retention import Penalising, Pulling
+from offsite.emulator.retention.objective import objective_of
 from offsite.emulator.tuning.adapting import optimizer, set_rate, shares
 from offsite.kernels.schema import TensorMap
 from offsite.protos.errors import InputError
@@ -88,7 +89,7 @@ class Zero:
             config=config,
             dist_init_required=False,
         )
-        self._objective = objectives.make(training.objective.name, training.objective.settings)
+        self._objective = objective_of(training)
         self._shares, self._steps = shares(training), 0
         self._hold = hold(training, trained, anchor)
 

@@ -83,6 +83,12 @@ class CausalText:
         """Return the negative log-likelihood of the target tokens, in nats."""
         return Score(float(self._nll(model, batch, reduction="sum")), batch.targets, self.metric)
 
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Return (n, v) logits of the target tokens, sequence by sequence."""
+        targets = batch.labels[:, 1:] != encoding.IGNORED
+        columns = targets.any(dim=0).nonzero().squeeze(1)
+        return self.run(model, batch, keep=columns)[targets[:, columns]].float()
+
     def _nll(self, model: nn.Module, batch: TokenBatch, *, reduction: str) -> Tensor:
         """Ask for logits only where some row has a target."""
         from torch.nn import functional

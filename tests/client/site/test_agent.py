@@ -75,7 +75,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     one, said = job(), []
     policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
     work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
-    work.clear_residuals, work.anchor = id, lambda task: None
+    work.clear_residuals, work.anchor, work.reservoirs = id, lambda task: None, lambda task: []
     config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work, meter=Meter())
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)

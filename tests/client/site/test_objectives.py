@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from offsite.client.site.handout import load, untrained
+from offsite.client.site.handout import load, referred
 from offsite.client.site.training import train
 from offsite.emulator import bundle, methods
 from offsite.emulator.modality import default, run
@@ -86,7 +86,7 @@ def test_the_reference_changes_nothing_and_what_was_handed_out_is_back_afterward
     handout, batch = load(one), default().probe(bare, rows=2, length=8)
     with torch.no_grad():
         before, expected = run(handout.model, batch), run(bare, batch)
-        with untrained(handout, one) as reference:
+        with referred(handout, one) as reference:
             torch.testing.assert_close(run(reference, batch), expected)
         assert torch.equal(run(handout.model, batch), before) and not torch.allclose(before, expected, atol=1e-3)
 

@@ -105,7 +105,7 @@ def test_surgery_pulls_once_to_the_mean_of_all_earlier_tasks() -> None:
         torch.testing.assert_close(values[key].detach(), start[key] + 0.1 * (mean[key] - start[key]))
 
 
-@pytest.mark.parametrize("name", ["ewc", "orthogonal", "surgery"])
+@pytest.mark.parametrize("name", ["distil", "ewc", "orthogonal", "surgery"])
 def test_an_anchor_is_what_is_expected_of_a_tiers_schema(name: str) -> None:
     held, before = retention.make(name, {}), adapter(0)
     kept = held.remember(before, SCHEMA, {"fisher": before})
@@ -117,9 +117,32 @@ def test_an_anchor_is_what_is_expected_of_a_tiers_schema(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "word"),
-    [("ewc", "strength"), ("orthogonal", "strength"), ("surgery", "alpha")],
+    [
+        ("distil", "strength"),
+        ("distil", "temperature"),
+        ("ewc", "strength"),
+        ("orthogonal", "strength"),
+        ("replay", "share"),
+        ("surgery", "alpha"),
+    ],
 )
 def test_settings_out_of_range_are_refused(recipe: str, word: str) -> None:
     for value in (-1.0, 1e12):
         with pytest.raises(ValueError, match=word):
             retention.make(recipe, {word: value})
+
+
+def test_a_reservoir_is_the_same_for_a_seed_and_holds_any_row_as_likely_as_any_other() -> None:
+    held: Any = retention.make("replay", {"rows": 4, "share": 0.25})
+    assert held.sample(range(3), seed=0) == [0, 1, 2]
+    assert held.sample(range(20), seed=5) == held.sample(range(20), seed=5) != held.sample(range(20), seed=6)
+    counts, draws = [0] * 20, 4000
+    for seed in range(draws):
+        kept = held.sample(range(20), seed=seed)
+        assert len({*kept}) == 4
+        for row in kept:
+            counts[row] += 1
+    expected = draws * 4 / 20
+    chi = sum((count - expected) ** 2 / (expected * 0.8) for count in counts)
+    assert chi < 43.8  # of 19 degrees of freedom, one seed set of a thousand is beyond it
+    assert [held.rehearsed(size) for size in (2, 4, 8, 64)] == [1, 1, 2, 16]
