@@ -122,6 +122,13 @@ def test_a_field_that_could_not_be_folded_is_refused(
         Field(dtype, shape, rule, below=below)
 
 
+@pytest.mark.parametrize(("rows", "rule"), [(4, Rule.MEAN), (-1, Rule.MEAN), (1, Rule.FIXED)])
+def test_rows_of_one_layer_are_some_of_those_that_are_averaged(rows: int, rule: Rule) -> None:
+    assert Field("F32", (3, 2), Rule.MEAN, private=3).private == 3
+    with pytest.raises(ValueError, match=rf"{rows} private rows of \(3, 2\), {rule}"):
+        Field("F32", (3, 2), rule, private=rows)
+
+
 def test_packed_bits_are_counted_by_the_bit_and_sent_by_the_byte() -> None:
     field = Field("U8", (3,), Rule.VOTE, bits=20)
     assert votes(LORA | {"0.mask": field}) == {"0.mask": 20}
