@@ -21,6 +21,7 @@ from offsite.protos.events import (
     UpdateAccepted,
     Waiting,
     Warned,
+    Withdrawn,
     data,
     read,
 )
@@ -38,6 +39,7 @@ ONE_OF_EACH: list[Event] = [
     SiteState(round=2, site="ward", state="stalled", message="got no further"),
     UpdateAccepted(round=1, site="ward", loss=0.5, bytes=9, examples=3),
     RoundDone(round=1, sites=1, figures={"residual": 0.0, "odd": None}),
+    Withdrawn(round=1, by="olga", reason="it forgot"),
     Completed(),
     Failed(error="why"),
     Cancelled(error="by whom"),
