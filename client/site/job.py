@@ -9,7 +9,7 @@ from offsite.protos.documents import document
 from offsite.protos.ranges import Count, Flag, Place, Positive
 from offsite.protos.spec import Manifest, TaskSpec
 
-MOST_RUNS = 10_000  # of earlier tasks, of which rows were kept
+Places = Annotated[tuple[Place, ...], Field(max_length=10_000)]
 
 
 @document
@@ -54,7 +54,5 @@ class TrainerJob:
     engine: EngineSpec = EngineSpec()
     secret: Place  # file of the site's secret, from which stages of an upload draw
     residual: Place = ""  # file of what stages left out of the site's last update; empty: none of them did
-    reservoirs: Annotated[
-        tuple[Place, ...], Field(max_length=MOST_RUNS)
-    ] = ()  # files of rows that were kept of earlier tasks
+    reservoirs: Places = ()  # files of rows that were kept of earlier tasks
     out: Place  # folder, made by the trainer: the update and its digest, metrics.json, perhaps what stages left out
