@@ -99,11 +99,11 @@ def test_a_fold_in_parts_is_a_fold(round_: Round, strategy: str) -> None:
     assert (second != whole) == (strategy == "low-rank") and fold(round_, again, spec, 3) == second
 
 
-@pytest.mark.parametrize("name", sorted(MEMORIES))
+@pytest.mark.parametrize("name", sorted(name for name, kind in MEMORIES.items() if not kind.divides))
 def test_a_memory_takes_the_version_of_all_parts_in_whichever_order_the_updates_came(round_: Round, name: str) -> None:
     spec = Grant(model="m", memory=Choice(name=name), rounds=2, continues=Ancestor(run="old", round=4, rounds=4))
     blobs, scratch = round_.node.blobs(), round_.node.scratch
-    begun = memory.begin(blobs, scratch, spec, round_.order.last, SCHEMA)
+    begun = memory.begin(blobs, scratch, spec, round_.order.last, round_.order.last, SCHEMA)
     ends = []
     for parts, updates in ((1, round_.order.updates), (3, round_.order.updates[::-1])):
         last, versions = begun, []
@@ -122,7 +122,7 @@ def test_a_memory_takes_the_version_of_all_parts_in_whichever_order_the_updates_
 
 def test_sites_go_on_from_what_a_memory_ends_a_run_with_and_the_owner_keeps_the_rest(round_: Round) -> None:
     spec = Grant(model="m", memory=Choice(name="ema"), continues=Ancestor(run="old", round=4, rounds=4))
-    begun = memory.begin(round_.node.blobs(), round_.node.scratch, spec, round_.order.last, SCHEMA)
+    begun = memory.begin(round_.node.blobs(), round_.node.scratch, spec, round_.order.last, round_.order.last, SCHEMA)
     folded = fold(round_, round_.order, Grant(model="m"), 1).version
     version = fold(round_, replace(round_.order, last=begun, round=4), spec, 1).version
     assert version.adapter == version.memory["memory.average"] != folded.adapter
