@@ -13,22 +13,23 @@ COLOURS = ("#1b7f5c", "#3f6fb5", "#c8803c", "#9b7bb8", "#b5473f", "#8c96a3")
 
 
 def forgetting(stream: Forgetting) -> str:
-    """Draw the perplexity of each task over the runs of a stream, from the base on; a dot where it was learned."""
+    """Draw what is gained over the base on each task, after each run of a stream; a dot where it was learned."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         axes = figure.subplots()
+        axes.axhline(0.0, color="#d5dbe2", linewidth=1)
         for at, task in enumerate(stream.tasks):
-            colour = COLOURS[at % len(COLOURS)]
-            values = [math.exp(losses[task]) if task in losses else math.nan for losses in stream.losses]
-            axes.plot(range(len(values)), values, color=colour, label=task)
+            colour, base = COLOURS[at % len(COLOURS)], stream.losses[0].get(task, math.nan)
+            gains = [base - losses.get(task, math.nan) for losses in stream.losses]
+            axes.plot(range(len(gains)), gains, color=colour)
             learned = stream.learned(task)
-            axes.plot([learned], [values[learned]], "o", color=colour)
-        axes.set_yscale("log")
-        axes.set_ylabel("perplexity (log scale)")
-        axes.set_xticks(
-            range(len(stream.losses)), ["base", *(f"after {stage.task or stage.run}" for stage in stream.stages)]
-        )
-        axes.legend(frameon=False)
+            axes.plot([learned], [gains[learned]], "o", color=colour)
+            end = (len(gains) - 1, gains[-1])
+            axes.annotate(task, end, (6, 0), textcoords="offset points", color=colour, va="center")
+        axes.set_ylabel("gain over the base, nats a token")
+        names = ["base", *(f"after {stage.task or stage.run}" for stage in stream.stages)]
+        axes.set_xticks(range(len(names)), names)
+        axes.margins(x=0.08)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
