@@ -295,28 +295,30 @@ class Reader(Mapping[str, torch.Tensor]):
         for block in self.blocks(name):
             yield from torch.split(block, ALONE)
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the same as pieces of up to PIECE_BYTES, which may be written over."""
+    def blocks(self, name: str, buffer: memoryview | None = None) -> Iterator[torch.Tensor]:
+        """Yield the same as pieces of PIECE_BYTES and a last one, which may be written over.
+
+        They are in a buffer of as many bytes: this one, or the reader's own.
+        """
         at, dtype = self._starts[name], self._like[name].dtype
-        end = at + self._like[name].nbytes
-        while at < end:
-            size = self._read([self._buffer[: end - at]], at)
-            yield torch.frombuffer(self._buffer[:size], dtype=dtype)
-            at += size
+        end, buffer = at + self._like[name].nbytes, self._buffer if buffer is None else buffer
+        for begin in range(at, end, len(buffer)):
+            block = buffer[: end - begin]
+            self._fill(block, begin)
+            yield torch.frombuffer(block, dtype=dtype)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read a tensor whole."""
-        tensor, at = torch.empty_like(self._like[name], device="cpu"), self._starts[name]
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
-        while rest:
-            size = self._read([rest], at)
-            rest, at = rest[size:], at + size
+        tensor = torch.empty_like(self._like[name], device="cpu")
+        self._fill(tensor.view(-1).view(torch.uint8).numpy().data, self._starts[name])
         return tensor
 
-    def _read(self, buffers: list[memoryview], at: int) -> int:
-        if size := os.preadv(self._handle.fileno(), buffers, at):
-            return size
-        raise MismatchError(f"{self._path.name}: the file has become shorter while it was read")
+    def _fill(self, buffer: memoryview, at: int) -> None:
+        while buffer:
+            size = os.preadv(self._handle.fileno(), [buffer], at)
+            if not size:
+                raise MismatchError(f"{self._path.name}: the file has become shorter while it was read")
+            buffer, at = buffer[size:], at + size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)

@@ -51,6 +51,14 @@ class Fold(Protocol):
         """Close the round; the tiers are those of the sites that may train next, and the last version has them."""
 
 
+@runtime_checkable
+class Together(Protocol):
+    """A fold that takes several updates at once, so that what it keeps is gone through once for all of them."""
+
+    def add_together(self, updates: Sequence[tuple[TensorMap, Origin]]) -> None:
+        """Take updates in their order: the bytes are those of `add` for one after the other."""
+
+
 class Strategy(Protocol):
     """A family member: its settings are its fields."""
 

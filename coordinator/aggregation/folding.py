@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation.base import Separable, Strategy, Version
+from offsite.coordinator.aggregation.base import Separable, Strategy, Together, Version
 from offsite.coordinator.aggregation.keyed import Share, Update, fold_keyed, is_partial
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.kernels.schema import Rule, Schema, Tier, groups
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.spec import RunSpec
+
+TOGETHER = 16  # updates that are open at once, where a fold takes several
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,13 @@ def _fold_whole(
     strategy: Strategy, last: Version, schema: Schema, updates: Iterable[Update], tiers: Iterable[Tier]
 ) -> Version:
     running = strategy.begin(last, schema)
-    for origin, update in updates:
-        with update as adapter:
-            running.add(adapter, origin)
+    if isinstance(running, Together):
+        waiting = iter(updates)
+        while some := list(islice(waiting, TOGETHER)):
+            with ExitStack() as files:
+                running.add_together([(files.enter_context(update), origin) for origin, update in some])
+    else:
+        for origin, update in updates:
+            with update as adapter:
+                running.add(adapter, origin)
     return running.finish(sorted(tiers))

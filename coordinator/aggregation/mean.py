@@ -47,7 +47,7 @@ class TensorMean:
     def add(self, update: TensorMap, origin: Origin) -> None:
         """Take one site's tensors of the schema; raises InputError if they differ in shape, or where they may not."""
         if isinstance(update, tensors.Reader):
-            self._add_file(update, origin)
+            self._add_files([(update, origin)])
             return
         weight = torch.tensor([origin.weight])  # which multiplies a small tensor in half the time that a float takes
         for key, field in self._schema.items():
@@ -67,20 +67,35 @@ class TensorMean:
         if not torch.equal(held, tensor):
             raise InputError(f"{key} is fixed, but another at {origin.site} than at others")
 
-    def _add_file(self, update: tensors.Reader, origin: Origin) -> None:
+    def add_together(self, updates: Sequence[tuple[TensorMap, Origin]]) -> None:
+        """See `Together`: of files, a block of the mean takes that of each before the next one is looked at."""
+        files = [(update, origin) for update, origin in updates if isinstance(update, tensors.Reader)]
+        if len(files) == len(updates):
+            self._add_files(files)
+            return
+        for update, origin in updates:
+            self.add(update, origin)
+
+    def _add_files(self, updates: Sequence[tuple[tensors.Reader, Origin]]) -> None:
         """Do the same bit for bit, but read what is averaged a block at a time, which a core's cache holds."""
+        buffer = memoryview(bytearray(tensors.PIECE_BYTES))
         for key, field in self._schema.items():
             if field.rule is Rule.FIXED:
-                self._hold(key, update[key], origin)
+                for update, origin in updates:
+                    self._hold(key, update[key], origin)
                 continue
-            dtype, shape = update.entries[key]
-            if key not in self._mean:  # -0.0 plus anything is that, 0.0 would make 0.0 of -0.0
-                self._mean[key] = torch.full(shape, -0.0, dtype=tensors.DTYPES[dtype])
-            _check_shape(key, self._mean[key], shape, origin)
-            mean, end = self._mean[key].view(-1), 0
-            for block in update.blocks(key):
-                begin, end = end, end + len(block)
-                _add_block(mean[begin:end], block, origin.weight)
+            for update, origin in updates:
+                dtype, shape = update.entries[key]
+                if key not in self._mean:  # -0.0 plus anything is that, 0.0 would make 0.0 of -0.0
+                    self._mean[key] = torch.full(shape, -0.0, dtype=tensors.DTYPES[dtype])
+                _check_shape(key, self._mean[key], shape, origin)
+            mean, begin = self._mean[key].view(-1), 0
+            streams = [(update.blocks(key, buffer), origin.weight) for update, origin in updates]
+            while begin < len(mean):
+                end = min(len(mean), begin + len(buffer) // mean.element_size())
+                for blocks, weight in streams:
+                    _add_block(mean[begin:end], next(blocks), weight)
+                begin = end
 
     def finish(self, tiers: Iterable[Tier]) -> Version:
         """Close the round."""

@@ -102,13 +102,21 @@ def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_what_is_read_in_pieces_is_averaged_bit_for_bit_as_whole_tensors_are(readers: Any) -> None:
-    whole, pieces = (Mean().begin(None, SCHEMA) for _ in range(2))  # type: ignore[arg-type]  # nothing is kept of it
-    for seed, weight in enumerate((0.5, 0.3, 0.2)):
-        whole.add(adapter(seed), replace(ORIGIN, weight=weight))
-        pieces.add(readers(f"{seed}", adapter(seed)), replace(ORIGIN, weight=weight))
-    one, other = whole.finish([""]).adapter, pieces.finish([""]).adapter
-    assert one.keys() == SCHEMA.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in SCHEMA)
+    running = [Mean().begin(None, SCHEMA) for _ in range(4)]  # type: ignore[arg-type]  # nothing is kept of it
+    whole, pieces, together, mixed = running
+    origins = [replace(ORIGIN, weight=weight) for weight in (0.5, 0.3, 0.2)]
+    held = [adapter(seed) for seed in range(3)]
+    files = [readers(f"{seed}", one) for seed, one in enumerate(held)]
+    for origin, one, file in zip(origins, held, files, strict=True):
+        whole.add(one, origin)
+        pieces.add(file, origin)
+    together.add_together(list(zip(files[:2], origins[:2], strict=True)))
+    together.add_together([(files[2], origins[2])])
+    mixed.add_together(list(zip([files[0], held[1], files[2]], origins, strict=True)))
+    first, *others = (one.finish([""]).adapter for one in running)
+    assert first.keys() == SCHEMA.keys()
+    for other in others:
+        assert other.keys() == SCHEMA.keys() and all(torch.equal(first[key], other[key]) for key in SCHEMA)
 
 
 def test_a_negative_zero_stays_one(readers: Any) -> None:
