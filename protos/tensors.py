@@ -19,7 +19,7 @@ from offsite.protos.chunks import READ_BYTES, hasher, read_chunks
 from offsite.protos.documents import plain
 from offsite.protos.errors import MismatchError
 
-PIECE_BYTES = 2 * READ_BYTES  # of a tensor in memory at a time; with smaller ones threads wait for each other more
+PIECE_BYTES = 4 * READ_BYTES  # of a tensor in memory at a time; with smaller ones threads wait for each other more
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
