@@ -111,7 +111,7 @@ def _check_shape(key: str, mean: Tensor, shape: tuple[int, ...], origin: Origin)
 
 
 def _add_block(mean: Tensor, block: Tensor, weight: float) -> None:
-    """Add a weighted block, and write over it: in this thread alone, as a core is busy with the next file's digest.
+    """Add a weighted block, and write over it: in this thread alone, as others fold other groups meanwhile.
 
     NumPy does so with blocks of any size, torch with small ones; NumPy has no bfloat16, and rounds weights to 16 bits.
     """

@@ -59,20 +59,22 @@ def transfer(
     if not adapter.is_dir():
         raise NotFoundError(f"{adapter}: there is no such folder; name that of a published adapter")
     chosen, layers = parse_one(method), parse_one(trainable)
-    how = Move(texts, shots, share, temperature, steps, batch_size, learning_rate, max_length, seed)
     try:
+        how = Move(texts, shots, share, temperature, steps, batch_size, learning_rate, max_length, seed)
         trains = methods.make(chosen.name, chosen.settings)
+        placement = placements.make(layers.name, layers.settings)
+        examples, exam = read(seeds), read(held_out) if held_out else ()
         bases = [zoo.locate(name, cache=zoo.cache_folder()) for name in (old, new)]
         with Console(stderr=True).status("reading") as status:
             moved = move(
                 bases[0],
                 adapter,
                 bases[1],
-                read(seeds),
+                examples,
                 how,
                 method=trains,
-                placement=placements.make(layers.name, layers.settings),
-                held_out=read(held_out) if held_out else (),
+                placement=placement,
+                held_out=exam,
                 tell=lambda what, step, steps: status.update(f"{what}: {step} of {steps}" if step else what),
             )
         out.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,13 @@ def best(rows: Sequence[R], scores: Sequence[float], *, share: float) -> list[R]
 
     Raises ValueError unless the share is in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     count = max(1, round(share * len(rows)))
     ranked = sorted(range(len(rows)), key=lambda row: (-scores[row] if scores[row] == scores[row] else 1e300, row))
     return [rows[row] for row in sorted(ranked[:count])]
+
+
+def check_share(share: float) -> None:
+    """Raise ValueError for a share of texts that selects none, or more than there are."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")

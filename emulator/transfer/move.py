@@ -1,5 +1,6 @@
 """The steps of a move: write, answer, select, learn. At most two models are in memory at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality.causal_text.encoding import opening
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.transfer.answers import divergence, same_words
-from offsite.emulator.transfer.discrimination import best, gains
+from offsite.emulator.transfer.discrimination import best, check_share, gains
 from offsite.emulator.transfer.sampling import alike, continuations
 from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.emulator.tuning.rates import suited
@@ -40,6 +41,14 @@ class Move:
     learning_rate: float | None = None  # None: what suits the method and the model
     max_length: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what would be said late: models are loaded, and texts written, before it counts."""
+        check_share(self.share)
+        if self.texts < 1 or self.shots < 1:
+            raise ValueError(f"texts and shots must be at least 1, got {self.texts} and {self.shots}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
 
 
 class Figures(NamedTuple):

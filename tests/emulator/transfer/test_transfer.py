@@ -19,6 +19,7 @@ from offsite.emulator.transfer.discrimination import best, gains
 from offsite.emulator.transfer.move import Move, Moved, move
 from offsite.emulator.transfer.sampling import alike, continuations
 from offsite.emulator.tuning.loop import Schedule, tune
+from offsite.protos.errors import InputError
 
 ROWS = [{"prompt": f"w{a} w{b}", "completion": f"w{a} w80 w{b} w81"} for a in range(10, 26) for b in (30, 40, 50)]
 SEEDS, HELD_OUT = ROWS[:6], ROWS[6:22]
@@ -159,5 +160,13 @@ def test_the_command_writes_an_adapter_that_loads_and_says_what_it_did(
     assert (out / "adapter" / "adapter_config.json").is_file()
     again = CliRunner().invoke(app, [*asked, *short])
     assert again.exit_code != 0 and "not empty" in str(again.exception)
-    odd = [*asked[:-1], str(tmp_path / "other"), *short, "--share", "2"]
-    assert "share must be above 0" in str(CliRunner().invoke(app, odd).exception)
+    other = ["nowhere", str(adapter), new, *asked[3:-1], str(tmp_path / "other"), *short]
+    for odd, words in (
+        (["--share", "2"], "share must be above 0"),
+        (["--temperature", "inf"], "temperature must be at least 0"),
+        (["--method", "nothing"], "nothing"),
+        (["--seeds", str(tmp_path / "no.jsonl")], "no.jsonl"),
+    ):
+        refused = CliRunner().invoke(app, [*other, *odd])
+        assert isinstance(refused.exception, InputError) and words in str(refused.exception), refused.exception
+    assert not (tmp_path / "other").exists()
