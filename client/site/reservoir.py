@@ -38,7 +38,8 @@ def chain(folder: Path, run: str) -> list[Path]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        with file.open(encoding="utf-8") as handle:  # not splitlines(), for a row may hold other ends of lines
+            lines = [json.loads(line) for line in handle]
     except ValueError:
         lines = []
     if not lines or not all(isinstance(line, dict) for line in lines):

@@ -334,3 +334,9 @@ def test_a_penalty_is_the_same_where_deepspeed_trains(holding: Any, start: Any, 
     update = tensors.load(Path(job.out) / "update.safetensors")
     for key, value in update.items():
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
+
+
+def test_a_row_that_is_kept_may_hold_any_character(tmp_path: Path) -> None:
+    rows = [{"text": f"a\u2028b \x85 c\r\n\x1c {number}"} for number in range(2)]
+    reservoir.write(tmp_path / "kept.jsonl", rows, before="")
+    assert list(reservoir.rows(tmp_path / "kept.jsonl")) == rows
