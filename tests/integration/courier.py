@@ -2,8 +2,8 @@
 
     python courier.py ADDRESS KIT TASK UPDATE FOLDER
 
-It says what it does in lines of JSON, and halts (SIGSTOP) where a stream passes a quarter and a half of a file, so that
-whoever started it may kill either end there.
+It says what it does in lines of JSON, and halts (SIGSTOP) where a stream passes the MARKS of a file, so that whoever
+started it may kill either end there.
 """
 
 import json
@@ -23,6 +23,8 @@ from offsite.protos.documents import from_json, to_json
 from offsite.protos.security.identity import Identity
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
+MARKS = 1 / 8, 5 / 8  # of a file of 128 MB: further apart than what a system keeps for a reader that halts
+
 
 def say(event: str, **about: Any) -> None:
     print(json.dumps({"event": event, **about}), flush=True)
@@ -38,7 +40,7 @@ def halting(call: Any, file: str, size: int, position: Callable[[Any], int]) -> 
             if start is None:
                 start = at
                 say(file, start=start)
-            if any(start < mark <= at for mark in (size // 4, size // 2)):
+            if any(start < mark * size <= at for mark in MARKS):
                 start = at
                 say("halt", at=at)
                 os.kill(os.getpid(), signal.SIGSTOP)
