@@ -34,12 +34,15 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Supervisors as threads, steps in the thread that asks for them."""
+    """Supervisors as threads, steps in the thread that asks for them, one at a time.
+
+    What a process is loading a model on or with, and the random state of its training, is the same for all its threads.
+    """
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self._threads: dict[str, threading.Thread] = {}
-        self._lock = threading.Lock()
+        self._lock, self._step = threading.Lock(), threading.Lock()
         self._closing = False
         self.fault = ""
 
@@ -69,7 +72,8 @@ class InProcess:
         from offsite.coordinator.runs.steps.performing import perform  # torch: only once there is work
 
         try:
-            return perform(self._home.node, step, spec, order)
+            with self._step:
+                return perform(self._home.node, step, spec, order)
         except Exception:
             if self._closing:  # libraries fail in odd ways while the interpreter ends; that is not the run's fault
                 raise Lost from None
