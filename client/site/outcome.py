@@ -45,11 +45,15 @@ def check(adapter: Adapter, broadcast: Adapter) -> None:
 
 
 def keep_rows(data: Reading, job: TrainerJob) -> None:
-    """Write the rows that the site keeps of a task, where its retention rehearses them in later ones."""
+    """Write the rows that the site keeps of a task, where its retention rehearses them in later ones.
+
+    Of a task that keeps none, a site that has some of earlier ones writes which those are, for the next one.
+    """
     spec, continues = job.task.training, job.task.continues
     held = retention.make(spec.retention.name, spec.retention.settings)
-    if isinstance(held, Rehearsing):
-        kept = held.sample([example.row for example in data.examples], seed=spec.seed)
+    own = [example.row for example in data.examples]
+    kept = held.sample(own, seed=spec.seed) if isinstance(held, Rehearsing) else []
+    if kept or job.reservoirs:
         Path(job.out).mkdir(parents=True, exist_ok=True)
         reservoir.write(Path(job.out) / "reservoir.jsonl", kept, before=continues.run if continues else "")
 

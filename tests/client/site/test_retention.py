@@ -22,7 +22,7 @@ from offsite.emulator.retention.recall import coarse
 from offsite.kernels.schema import Rule, Schema
 from offsite.protos import tensors
 from offsite.protos.errors import ConflictError, InputError, MismatchError, RefusedError
-from offsite.protos.spec import Ancestor
+from offsite.protos.spec import Ancestor, Choice
 
 from .ranks import Loaded
 
@@ -234,6 +234,9 @@ def test_rows_of_earlier_tasks_fill_their_share_of_each_batch_and_never_leave(jo
     sent = b"".join((out / name).read_bytes() for name in ("update.safetensors", "metrics.json", "update.digest"))
     assert texts and not any(text.encode() in sent for text in texts)
     assert json.loads((out / "reservoir.jsonl").read_text().splitlines()[0]) == {"before": "run-1"}
+    task = replace(later.task, training=replace(later.task.training, retention=Choice(name="none")))
+    trained(replace(later, task=task), tmp_path)
+    assert (out / "reservoir.jsonl").read_text() == '{"before": "run-1"}\n', "so the task after it knows of the first"
 
 
 def test_rows_that_were_kept_are_not_seen_too_often(job: Any, tmp_path: Path) -> None:
