@@ -73,6 +73,13 @@ def own(spec: RunSpec) -> Left:
     return Left(spec.method)
 
 
+def _keeper(journal: Journal, grant: Grant, leaves: Callable[[RunSpec], Left]) -> Choice:
+    """Return the memory that keeps what a version has of it: runs that measured have handed it on."""
+    while leaves(grant).measured and grant.continues:
+        grant = granted(journal, grant.continues.run)
+    return grant.memory
+
+
 def unlike(its: Choice, wanted: Choice) -> str:
     """Say that a version is of another method than the one that a run needs; empty: it is of the same."""
     theirs, ours = (canonical(to_plain(choice)).decode() for choice in (its, wanted))
@@ -121,11 +128,11 @@ def judge(
             f"{other.strategy.name}"
         )
     remembered = sorted(name for name in last.state if name.startswith(memories.PREFIX))
-    memory = memories.make(grant.memory.name, grant.memory.settings)
-    if remembered and memory.accumulates and memory.name != other.memory.name:
+    memory, keeper = memories.make(grant.memory.name, grant.memory.settings), _keeper(journal, other, leaves).name
+    if remembered and memory.accumulates and memory.name != keeper:
         raise InputError(
             f"{what} keeps what memory {memory.name} does not know ({', '.join(remembered)}); go on with "
-            f"{other.memory.name}, or with {MEMORY.name}, which forgets it"
+            f"{keeper}, or with {MEMORY.name}, which forgets it"
         )
     there = {name.removeprefix(RETENTION) for name in last.state} | left.measured
     if why := _lacking(grant.training, there):

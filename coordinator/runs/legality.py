@@ -21,7 +21,7 @@ from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import PART, RETENTION, Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import MEMORY, PART, RETENTION, Choice, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -151,6 +151,11 @@ def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     """Raise InputError if a run's memory is not known, or cannot accumulate what its method trains."""
     own = memory.make(spec.memory.name, spec.memory.settings)
     others = ", ".join(pairs.memories(method, strategy))
+    if own.accumulates and isinstance(method, Carrying):
+        raise InputError(
+            f"memory {own.name} has nothing to accumulate in a run of {method.name}, which changes no adapter and "
+            f"hands on what the memory of its start keeps; use memory {MEMORY.name}"
+        )
     if not method.rules <= own.rules:
         raise InputError(
             f"memory {own.name} cannot accumulate what method {method.name} trains, whose tensors are averaged by "

@@ -89,9 +89,10 @@ def remembers(
 ) -> bool:
     """Tell whether a memory can accumulate what a method trains, and sites go on from that if it has them do so.
 
-    A strategy that is not exact by some rule makes of one adapter another.
+    A strategy that is not exact by some rule makes of one adapter another. A method that carries another's adapter
+    hands on what is remembered of that.
     """
-    if memory.divides and not is_private(method):
+    if (memory.divides and not is_private(method)) or (memory.accumulates and hasattr(method, "carries")):
         return False
     return method.rules <= memory.rules and (not memory.replaces or method.rules <= strategy.exact)
 

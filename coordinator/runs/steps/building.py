@@ -104,7 +104,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
     origin = result.version
     if before and statistics is not None:
         check_origin(result, before)
-        origin = replace(origin, state=kept(before.version))
+        origin = replace(origin, state=kept(before.version, method))
     elif before:
         origin = go_on(blobs, result, before)
     with TemporaryDirectory(dir=node.scratch) as scratch:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offsite.coordinator import aggregation, memory
-from offsite.coordinator.aggregation.base import KEPT, Origin
+from offsite.coordinator.aggregation.base import KEPT, RETENTION, Origin
 from offsite.coordinator.bundles.stored import recovered
 from offsite.coordinator.memory import PREFIX, Combine, Moment
 from offsite.coordinator.runs.grant import Grant
@@ -14,18 +14,23 @@ from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs
 from offsite.emulator import methods
 from offsite.emulator.methods import Adapter
-from offsite.emulator.methods.base import takes
+from offsite.emulator.methods.base import Carrying, takes
 from offsite.kernels.schema import Schema
 from offsite.protos import tensors
 
 
 def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, start: Version, schema: Schema) -> Version:
-    """Return what a run begins from, given the version that it goes on from, or its start, and this start itself."""
+    """Return what a run begins from, given the version that it goes on from, or its start, and this start itself.
+
+    A run whose method carries another's adapter hands on what is remembered with that.
+    """
     own = memory.make(spec.memory.name, spec.memory.settings)
     if own.accumulates:
         last = load_version(blobs, version)
         begun = own.begin(last, load_version(blobs, start), schema, _moment(spec, 0))
         return store_version(blobs, scratch, _handed_on(spec, last, begun, schema))
+    if _carries(spec):
+        return version
     return replace(version, state={name: kept for name, kept in version.state.items() if not name.startswith(PREFIX)})
 
 
@@ -42,7 +47,8 @@ def after(
     before = load_version(blobs, last)
     version = own.after(before, new, schema, _moment(spec, number - spec.rounds_before + 1))
     version = _handed_on(spec, new, version, schema)
-    others = [name for name in before.state if name.startswith(KEPT) and not name.startswith(PREFIX)]
+    kept = KEPT if _carries(spec) else RETENTION
+    others = [name for name in before.state if name.startswith(kept)]
     return replace(version, state=version.state | {name: before.state[name] for name in others})
 
 
@@ -80,6 +86,10 @@ def _handed_on(
     fold.add(made.adapter, Origin(memory.PREFIX, tiers[0], 1.0))
     started = fold.finish(tiers)
     return replace(made, broadcast=started.broadcast, state=made.state | started.state)
+
+
+def _carries(spec: Grant) -> bool:
+    return isinstance(methods.make(spec.method.name, spec.method.settings), Carrying)
 
 
 def _moment(spec: Grant, number: int) -> Moment:

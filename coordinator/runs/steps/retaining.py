@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from offsite.coordinator.aggregation.base import RETENTION
+from offsite.coordinator.aggregation.base import KEPT, RETENTION
 from offsite.coordinator.bundles.stored import store_adapter
 from offsite.coordinator.runs.steps.orders import Continued
 from offsite.coordinator.runs.steps.storage import load_version
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs, Stored
 from offsite.emulator import methods, retention
+from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Carrying
 from offsite.kernels.schema import Schema, Tier
 from offsite.protos import tensors
@@ -40,9 +41,13 @@ def unfolded(blobs: Blobs, scratch: Path, continued: Continued) -> Continued:
     return replace(continued, version=own)
 
 
-def kept(version: Version) -> dict[str, str]:
-    """Return what is remembered with a version, for a run that goes on from it without its adapter's being its own."""
-    return {name: digest for name, digest in version.state.items() if name.startswith(RETENTION)}
+def kept(version: Version, method: Method) -> dict[str, str]:
+    """Return what is remembered with a version, for a run that goes on from it without its adapter's being its own.
+
+    What a memory keeps is of adapters, and goes on with one that the run's method carries.
+    """
+    names = KEPT if isinstance(method, Carrying) else RETENTION
+    return {name: digest for name, digest in version.state.items() if name.startswith(names)}
 
 
 def retain(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from offsite.coordinator.home import Home
-from offsite.coordinator.runs.continuing import ancestor, judge
+from offsite.coordinator.runs.continuing import Left, ancestor, judge
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.results import Folded
 from offsite.coordinator.runs.versions import Version
@@ -16,7 +16,7 @@ from offsite.protos.documents import to_json, to_plain
 from offsite.protos.errors import InputError, NotFoundError
 from offsite.protos.events import Completed, Failed
 from offsite.protos.recipes import parse_one
-from offsite.protos.spec import Ancestor, Choice
+from offsite.protos.spec import Ancestor, Choice, RunSpec
 
 BOTH = frozenset({"r2", "r4"})
 
@@ -95,6 +95,31 @@ def test_a_memory_is_not_another_s_to_go_on_with_but_may_be_forgotten(home: Home
         judge(journal, blobs, Grant(**fields, memory=Choice(name="ema")), tiers=BOTH)
     with pytest.raises(InputError, match=r"strategy mean does not know \(residual.r2\); go on"):
         judge(journal, blobs, Grant(**fields, strategy=Choice(name="mean")), tiers=BOTH)
+
+
+def test_a_memory_goes_on_after_runs_that_only_measured(home: Home) -> None:
+    journal, blobs = home.journal(), home.blobs()
+    make_run(home, journal, "old", rounds=1, memory=Choice(name="lae"), kept="memory.offline")
+    for before, run in (("old", "sums"), ("sums", "more")):
+        fisher: dict[str, Any] = {"method": Choice(name="fisher"), "continues": ancestor(journal, f"{before}:1")}
+        make_run(home, journal, run, rounds=1, kept="memory.offline", **fisher)
+
+    def leaves(spec: RunSpec) -> Left:
+        measured = {"fisher"} if spec.method.name == "fisher" else set()
+        return Left(Choice(name="lora"), frozenset(measured))
+
+    start = ancestor(journal, "more:1")
+    for name in ("lae", "none"):
+        grant = Grant(model="m", continues=start, memory=Choice(name=name))
+        judge(journal, blobs, grant, tiers=BOTH, leaves=leaves)
+    with pytest.raises(InputError, match="keeps what memory ema does not know .* go on with lae, or with none"):
+        judge(
+            journal,
+            blobs,
+            Grant(model="m", continues=start, memory=Choice(name="ema")),
+            tiers=BOTH,
+            leaves=leaves,
+        )
 
 
 def test_a_tier_that_the_version_has_nothing_for_and_files_that_are_gone_are_named(home: Home) -> None:

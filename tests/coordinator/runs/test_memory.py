@@ -106,8 +106,10 @@ def ordered(node: Node, grant: Grant, built: Built, last: Version, number: int, 
 
 
 def moved(start: Tensors, *, seed: int) -> Tensors:
+    """What sites make of their start at random, or of sums if it has some."""
     draw = torch.Generator().manual_seed(seed)
-    return {key: one + 0.3 * torch.randn(one.shape, generator=draw) for key, one in start.items()}
+    moving = [key for key in start if "fisher" in key] or [*start]
+    return start | {key: start[key] + 0.3 * torch.randn(start[key].shape, generator=draw).abs() for key in moving}
 
 
 def test_a_second_task_is_measured_and_published_by_both_of_its_adapters(
@@ -194,6 +196,10 @@ def test_what_serves_alone_is_published_as_any_adapter(node: Node, material: Pat
         ({"memory": "grown"}, "memory grown keeps what each task has learned; name this run's, .*hospital"),
         ({"memory": "grown", "task": "hospital"}, ""),
         (
+            {"memory": "grown", "task": "hospital", "method": "fisher", "strategy": "sum", "start": "run-1"},
+            "grown has nothing to accumulate in a run of fisher, .* hands on .* use memory none",
+        ),
+        (
             {"memory": "shard-store", "task": "hospital", "method": "mos(private=0)", "strategy": "mean"},
             "shard-store keeps by task what layers do not share, and method mos as it is set .* use mos, .*: ema,",
         ),
@@ -268,6 +274,29 @@ def test_of_a_memory_by_task_each_set_is_measured_by_the_adapter_of_its_name(
         node, second, Publish(base=built.base.digest, recovery=None, adapter=last.adapter, memory=last.memory)
     )
     assert {"adapter/adapter_config.json", "experts/one/adapter_config.json"} <= files.artifacts.keys()
+
+
+def test_what_a_memory_keeps_goes_on_through_a_run_that_measures(node: Node, material: Path, tmp_path: Path) -> None:
+    lora = Grant(**fields(material, strategy=Choice(name="factor-mean")), rounds=1)
+    built = build(node, lora, Build(sites=SITES))
+
+    def begun(grant: Grant, version: Version, method: Choice) -> Built:
+        own = {"base": built.base.digest, "trainable": built.bundle.trainable, "recovery": built.recovery}
+        return build(node, grant, Build(sites=SITES, continued=Continued(version=version, method=method, **own)))
+
+    end = rounds(node, lora, built, tmp_path)[-1]
+    second = replace(lora, continues=Ancestor(run="first", round=1, rounds=1))
+    last = rounds(node, second, begun(second, end, lora.method), tmp_path)[-1]
+    fisher = Choice(name="fisher", settings={"settings": {"rank": 2}})
+    given = fields(material, method=fisher, strategy=Choice(name="sum"), memory=Choice(name="none"))
+    measuring = Grant(**given, rounds=1, continues=Ancestor(run="second", round=1, rounds=2))
+    sums = begun(measuring, last, lora.method)
+    measured = rounds(node, measuring, sums, tmp_path)[-1]
+    assert sums.version.memory == measured.memory == last.memory != {}
+    third = replace(lora, continues=Ancestor(run="sums", round=1, rounds=3))
+    on, plain = begun(third, measured, fisher).version, begun(third, last, lora.method).version
+    assert on.state.keys() - plain.state.keys() == {"retention.fisher"}
+    assert replace(on, state=plain.state) == plain and on.memory == plain.memory
 
 
 SECOND = ("build", *2 * ["aggregate"], *4 * ["evaluate"], "publish")  # the steps of a run of two rounds
