@@ -146,6 +146,7 @@ PARTS: Plugins[Any] = Plugins(
     "part",
     {
         "all": "offsite.emulator.parts.whole:Whole",
+        "by-capability": "offsite.emulator.parts.by_capability:ByCapability",
         "by-expert": "offsite.emulator.parts.by_expert:ByExpert",
         "half": "offsite.emulator.parts.half:Half",
         "ist": "offsite.emulator.parts.ist:Ist",

@@ -1,13 +1,14 @@
 """Which part of a run's adapter trains, as the coordinator knows it: what an update may have, and how large it is."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.results import Built
 from offsite.coordinator.runs.versions import read_schema
 from offsite.coordinator.store.blobs import Blobs
 from offsite.emulator import parts
-from offsite.emulator.parts import Part, Scoring, Turn
+from offsite.emulator.parts import Allotting, Part, Scoring, Turn
 from offsite.kernels.schema import Schema, Tier, only, size_bytes
 from offsite.protos import upload
 from offsite.protos.spec import TaskSpec, TrainingSpec
@@ -21,6 +22,14 @@ def part_of(training: TrainingSpec) -> Part:
 def turn_of(task: TaskSpec) -> Turn:
     """Return the round of a task's site, as the site has it."""
     return Turn(task.training.seed, task.rounds_before + task.round, task.site)
+
+
+def at_site(task: TaskSpec, site: str) -> TaskSpec:
+    """Return a task of a run as one of its sites is told it: of what each carries, its own alone."""
+    part, training = part_of(task.training), task.training
+    if isinstance(part, Allotting):
+        training = replace(training, part=replace(training.part, settings=part.settings_at(site)))
+    return replace(task, site=site, training=training)
 
 
 def schema_of(task: TaskSpec, schema: Schema, *, chosen: Sequence[int] = ()) -> Schema:

@@ -8,7 +8,7 @@ from contextvars import copy_context
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
-from offsite.coordinator.runs.partial import UpdateSizes
+from offsite.coordinator.runs.partial import UpdateSizes, at_site
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT
@@ -106,7 +106,7 @@ class Round:
         key = Key(self._run, self._number, site, attempt)
         tier = self._history[BUILD].tiers[site]
         size = self._sizes.of(tier, self._number, site)
-        return task_of(key, self._spec, self._history, tier=tier, size=size, previous=previous)
+        return at_site(task_of(key, self._spec, self._history, tier=tier, size=size, previous=previous), site)
 
     def _stamps(self, tasks: Sequence[Row]) -> list[Stamp]:
         """Return the stamps of the accepted updates that are what their sites sent; the other attempts have failed."""

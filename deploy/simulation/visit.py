@@ -14,7 +14,7 @@ from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.outcome import Packing
 from offsite.client.site.policy import Policy
 from offsite.client.site.reasons import faults
-from offsite.coordinator.runs.partial import part_of, schema_of
+from offsite.coordinator.runs.partial import at_site, part_of, schema_of
 from offsite.deploy.simulation.data import Data
 from offsite.deploy.simulation.orders import RoundOrder
 from offsite.deploy.simulation.spool import Block, Layout
@@ -64,7 +64,7 @@ class Visit:
     @cached_property
     def task(self) -> TaskSpec:
         """What the site is asked to do."""
-        return replace(self.job.task, site=self.site)
+        return at_site(self.job.task, self.site)
 
     @cached_property
     def data(self) -> Reading:

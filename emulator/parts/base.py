@@ -8,7 +8,7 @@ at the site and does not leave it. Nothing that is imported here loads a tensor 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from offsite.kernels.schema import Rule, Schema, groups
 
@@ -72,6 +72,15 @@ class Scoring(Protocol):
 
     def largest(self, schema: Schema) -> tuple[int, ...]:
         """Return the choice of the most bytes of a settled schema."""
+        ...
+
+
+@runtime_checkable
+class Allotting(Protocol):
+    """A part whose settings say what each site trains. A site is told its own: the others' say who else takes part."""
+
+    def settings_at(self, site: str) -> dict[str, Any]:
+        """Return settings with which this site trains the same as with these."""
         ...
 
 

@@ -55,7 +55,7 @@ def part_of(job: TrainerJob, loaded: Loaded, chosen: tuple[int, ...] = ()) -> Tr
     return Trained(only(schema, part.groups(schema, turn(job.task), chosen)), chosen)
 
 
-@pytest.mark.parametrize("part", ["lisa(layers=1)", "half"])
+@pytest.mark.parametrize("part", ["lisa(layers=1)", "half", "by-capability(shards=2)"])
 def test_only_what_trains_has_an_optimisers_state_and_all_else_keeps_its_bytes(blocks: Any, part: str) -> None:
     job = blocks(part)
     loaded = Loaded(job)
@@ -95,7 +95,7 @@ def test_each_round_trains_another_half_that_is_whole_groups(blocks: Any, tmp_pa
     assert one == set(part_of(first, Loaded(first)).schema) and one < start.keys()
 
 
-@pytest.mark.parametrize("part", ["lisa(layers=1)", "half", "ist(share=0.5)"])
+@pytest.mark.parametrize("part", ["lisa(layers=1)", "half", "ist(share=0.5)", "by-capability(shards=3)"])
 def test_the_owner_trains_what_a_site_of_its_name_does_bit_for_bit(job: Any, tmp_path: Path, part: str) -> None:
     one = job(training={"steps": 3, "part": part})
     site, owner = Loaded(one), Loaded(one)

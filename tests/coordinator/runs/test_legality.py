@@ -135,7 +135,8 @@ def test_an_optimiser_is_known_and_has_a_rate_where_none_of_a_method_suits_it(mo
 
 
 @pytest.mark.parametrize(
-    ("part", "refused"), [("ist", True), ("lisa(per=site)", True), ("half", False), ("all", False)]
+    ("part", "refused"),
+    [("ist", True), ("lisa(per=site)", True), ("half", False), ("all", False), ("by-capability", False)],
 )
 def test_sites_that_move_along_the_same_directions_train_the_same_part(
     monkeypatch: pytest.MonkeyPatch, part: str, refused: bool
@@ -144,7 +145,8 @@ def test_sites_that_move_along_the_same_directions_train_the_same_part(
     training = TrainingSpec(optimiser=Choice(name="spsa-gc"), learning_rate=1e-3, part=parse_one(part))
     spec = RunSpec(model="nowhere", builders=(WHOLE,), training=training)
     words = (
-        r"spsa-gc all sites move .* one of the parts all, half, lisa, .* one of the optimisers adamw, natural-galore$"
+        "spsa-gc all sites move .* one of the parts all, by-capability, half, lisa, .* one of the optimisers adamw, "
+        "natural-galore$"
     )
     with pytest.raises(InputError, match=words) if refused else nullcontext():
         legality.judge(spec)

@@ -80,6 +80,19 @@ def test_a_task_says_what_trains_and_how_large_that_is(stand: Any, part: str) ->
         assert turn_of(task) == Turn(3, task.round, task.site)
 
 
+def test_a_site_is_told_what_it_carries_itself_and_trains_that(stand: Any) -> None:
+    part = 'by-capability(shards=3,carries=3,sites={"bank":1,"ballot":1,"ward":2})'
+    tasks, _ = sent(stand, part)
+    told = {task.site: task.training.part.settings for task in tasks}
+    common = {"shards": 3, "step": 1}
+    assert told == {"bank": {**common, "carries": 1, "first": 1}, "ward": {**common, "carries": 2, "first": 2}}
+    for task in tasks:
+        expected = only(SCHEMA, names(part, task.site, task.round))
+        assert schema_of(task, SCHEMA) == expected and task.update_size == size_bytes(expected)
+    rounds = {number: [task for task in tasks if task.round == number] for number in (0, 1)}
+    assert {len(schema_of(task, SCHEMA)) for task in rounds[0]} == {len(SCHEMA) // 3, 2 * len(SCHEMA) // 3}
+
+
 def test_where_sites_choose_a_task_allows_for_the_largest_layers(stand: Any) -> None:
     tasks, _ = sent(stand, "ist(share=0.34)")
     assert {task.update_size for task in tasks} == {size_bytes(only(SCHEMA, names("ist(share=0.34)", "", 0, (4, 5))))}
@@ -200,7 +213,10 @@ class Round:
         return made
 
 
-@pytest.mark.parametrize("part", ["lisa(layers=2)", 'lisa(layers=2,per="site")', 'half(per="site")'])
+SOME = 'by-capability(shards=5,sites={"bank":1,"clinic":3})'  # the ward, not named, trains what the bank does
+
+
+@pytest.mark.parametrize("part", ["lisa(layers=2)", 'lisa(layers=2,per="site")', 'half(per="site")', SOME])
 @pytest.mark.parametrize("stages", ["", "noise(share=1e-9)"])
 def test_each_group_is_averaged_over_those_who_trained_it(tmp_path: Path, part: str, stages: str) -> None:
     round_ = Round(tmp_path, part, stages=stages)
@@ -215,6 +231,15 @@ def test_each_group_is_averaged_over_those_who_trained_it(tmp_path: Path, part: 
     assert folded.version.broadcast[""].digest == folded.version.adapter
     late = replace(round_.order, updates=round_.order.updates[::-1])
     assert aggregate(round_.node, round_.spec, late).version == folded.version
+
+
+def test_shards_of_different_sites_are_what_each_has_trained_bit_for_bit(tmp_path: Path) -> None:
+    round_ = Round(tmp_path, 'by-capability(shards=4,sites={"bank":1,"clinic":1,"ward":2})')
+    folded = aggregate(round_.node, round_.spec, round_.order)
+    version = tensors.load(round_.blobs.path(folded.version.adapter))
+    seeds = {key: seed for seed, site in enumerate(SITES, 1) for key in round_.has[site]}
+    assert seeds.keys() == SCHEMA.keys() and sum(map(len, round_.has.values())) == len(SCHEMA)
+    assert all(torch.equal(version[key], adapter(seed)[key]) for key, seed in seeds.items())
 
 
 def test_what_sites_chose_is_folded_by_what_they_told(tmp_path: Path) -> None:
