@@ -88,11 +88,10 @@ def join(
     rules = Policy.load(policy)
     rules.check_data(data)
     try:
-        folders = [Path(folder) for folder in rules.data]
-        objective, reading = objectives.survey(data, folders=folders, odd_rows=rules.odd_rows)
-        census = reading.census
-        settings: Any = {"folders": folders, "odd_rows": rules.odd_rows, "max_length": rules.max_length}
-        coming = forecast(data, tokenizer, objective=objective.name, **settings) if tokenizer else None
+        rows = rules.source(data)
+        objective, reading = objectives.survey(rows)
+        census, most = reading.census, rules.max_length
+        coming = forecast(rows, tokenizer, max_length=most, objective=objective.name) if tokenizer else None
     except ValueError as error:
         raise InputError(str(error)) from None
     if format == "json":

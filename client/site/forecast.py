@@ -7,23 +7,15 @@ standard input and prints one: the agent loads no tensor library.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from offsite.emulator.examples import Source
 from offsite.protos.errors import InputError
 from offsite.protos.spec import OBJECTIVE
 
 
-def forecast(
-    data: Path,
-    tokenizer: Path,
-    *,
-    folders: Sequence[Path],
-    odd_rows: Literal["skip", "refuse"],
-    max_length: int,
-    objective: str = OBJECTIVE.name,
-) -> dict[str, Any]:
+def forecast(source: Source, tokenizer: Path, *, max_length: int, objective: str = OBJECTIVE.name) -> dict[str, Any]:
     """Return how many sequences the rows become, are cut, divided, left out, and what to be warned of.
 
     Raises InputError if the tokenizer cannot be loaded, or as a task with these settings would end.
@@ -31,10 +23,11 @@ def forecast(
     if not tokenizer.is_dir():
         raise InputError(f"{tokenizer}: not a folder; expected one with tokenizer.json, such as a model's own")
     request = {
-        "data": str(data),
+        "data": str(source.path),
         "tokenizer": str(tokenizer),
-        "folders": list(map(str, folders)),
-        "odd_rows": odd_rows,
+        "folders": list(map(str, source.folders)),
+        "odd_rows": source.odd_rows,
+        "columns": dict(source.columns),
         "max_length": max_length,
         "objective": objective,
     }
@@ -50,13 +43,15 @@ def main() -> int:
     from offsite.emulator import modality, objectives, zoo
 
     request = json.loads(sys.stdin.read())
-    folders = [Path(folder) for folder in request["folders"]]
+    folders, odd_rows = [Path(folder) for folder in request["folders"]], request["odd_rows"]
+    source = Source(Path(request["data"]), folders=folders, odd_rows=odd_rows, columns=request["columns"])
     try:
         tokenizer = zoo.load_tokenizer(Path(request["tokenizer"]))
-        kind, odd_rows = modality.default(), request["odd_rows"]
         objective = objectives.make(request["objective"], {})
-        examples = objectives.read(objective, Path(request["data"]), folders=folders, odd_rows=odd_rows).examples
-        encoding = objective.encode(kind, examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows)
+        examples = objectives.read(objective, source).examples
+        encoding = objective.encode(
+            modality.default(), examples, tokenizer, max_length=request["max_length"], odd_rows=odd_rows
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return InputError.exit_code

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from offsite.emulator import retention
 from offsite.emulator.catalogue import METHODS, RETENTIONS
+from offsite.emulator.examples import Source
 from offsite.emulator.retention import Rehearsing
 from offsite.protos import upload
 from offsite.protos.documents import document, from_toml, nearest
@@ -71,6 +72,9 @@ class Policy:
     )
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
+    columns: Annotated[dict[Word, Word], Field(max_length=16)] = Field(
+        default_factory=dict, description="columns by names of this site's, each read as one of docs/data.md"
+    )
     keep_bundles_mib: AboveZero = _bound(8192.0, "emulators kept on this disk for later rounds; the oldest go first")
     keep_days: AboveZero = _bound(14.0, "what is downloaded or left out of updates is kept so long after its last use")
 
@@ -96,6 +100,11 @@ class Policy:
             if not folder.is_dir():
                 raise InputError(f"{path}: data: {folder} is not a folder")
         return replace(policy, data=tuple(str(folder.resolve()) for folder in folders))
+
+    def source(self, data: Path) -> Source:
+        """Return where rows are, and how they are read here."""
+        folders = [Path(folder) for folder in self.data]
+        return Source(data, folders=folders, odd_rows=self.odd_rows, columns=self.columns)
 
     def check_data(self, data: Path) -> None:
         """Raise RefusedError unless the data lies in an allowed folder; links are followed first."""
@@ -208,6 +217,8 @@ class Policy:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{old}: as {new}" for old, new in value.items()) or "none"
     if isinstance(value, tuple):
         return "\n".join(value) or "none"
     if isinstance(value, bool):

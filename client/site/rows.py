@@ -67,8 +67,7 @@ class Rows:
 
 def read(job: TrainerJob) -> Reading:
     """Read the site's examples; raises ValueError at a fault that the policy does not let pass."""
-    folders = [Path(folder) for folder in job.policy.data]
-    return objectives.read(_objective(job), Path(job.data), folders=folders, odd_rows=job.policy.odd_rows)
+    return objectives.read(_objective(job), job.policy.source(Path(job.data)))
 
 
 def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:

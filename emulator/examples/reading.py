@@ -1,11 +1,11 @@
 """Reading a file or a folder of examples, strictly or with a count of what is left out."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from offsite.emulator.examples.base import Example, Reader
+from offsite.emulator.examples.base import Example, Reader, Renaming
 from offsite.emulator.examples.census import Census, Counter
 from offsite.emulator.examples.fault import Fault, shown
 from offsite.emulator.examples.files import HARMLESS, UNREADABLE, paths
@@ -47,6 +47,21 @@ def collect(path: Path, reader: Reader, *, folders: Sequence[Path] = (), odd_row
         first = next((one.first for one in counter.census.left_out), "")
         raise ValueError(shown(f"{path}: holds no example; {first or f'expected {reader.shapes}'}"))
     return Reading(examples, counter.census)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows are, and how they are read."""
+
+    path: Path
+    folders: Sequence[Path] = ()  # out of which no link leads; empty: anywhere
+    odd_rows: OddRows = "skip"
+    columns: Mapping[str, str] = field(default_factory=dict)  # as their owner calls them -> as they are read
+
+    def collect(self, reader: Reader, *, odd_rows: OddRows | None = None) -> Reading:
+        """Read them, odd ones otherwise if told so; raises ValueError as `collect` does."""
+        own = Renaming(reader, self.columns) if self.columns else reader
+        return collect(self.path, own, folders=self.folders, odd_rows=odd_rows or self.odd_rows)
 
 
 def _examples(file: Path, reader: Reader) -> Iterator[Example | Fault]:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.emulator import catalogue
 from offsite.emulator.examples import Example, collect
-from offsite.emulator.modality.base import Batch, Encoding, Likelihoods, Modality, Predictions, Sample, Score, Words
+from offsite.emulator.modality.base import (
+    Batch,
+    Encoding,
+    Likelihoods,
+    Modality,
+    Piece,
+    Predictions,
+    Sample,
+    Score,
+    Words,
+)
 from offsite.kernels.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -29,6 +39,7 @@ __all__ = [
     "Batch",
     "Encoding",
     "Modality",
+    "Piece",
     "Sample",
     "Score",
     "collate",
@@ -37,6 +48,7 @@ __all__ = [
     "encode",
     "likelihoods",
     "loss",
+    "pieces",
     "predictions",
     "read",
     "run",
@@ -102,10 +114,19 @@ def words(batch: Batch) -> list[tuple[int, ...]]:
 
     Raises ValueError where the modality's samples are no sequences of tokens.
     """
+    return _worded(batch).words(batch)
+
+
+def pieces(batch: Batch) -> list[list[Piece]]:
+    """Return each sample's token ids in pieces, and whether they are learned; raises ValueError as `words`."""
+    return _worded(batch).pieces(batch)
+
+
+def _worded(batch: Batch) -> Words:
     kind = _of(batch)
     if not isinstance(kind, Words):
-        raise ValueError(f"the modality {kind.name} has no words, so that none are counted")
-    return kind.words(batch)
+        raise ValueError(f"the modality {kind.name} has no words, so that none are counted or shown")
+    return kind
 
 
 def predictions(model: nn.Module, batch: Batch) -> Tensor:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Piece = tuple[tuple[int, ...], bool]  # of a sample: token ids, and whether they are learned
+
 
 @dataclass(frozen=True)
 class Score:
@@ -133,6 +135,10 @@ class Words(Protocol):
 
     def words(self, batch: Any) -> list[tuple[int, ...]]:
         """Return the token ids of each sample that it does not learn, as of a prompt; all of one that learns all."""
+        ...
+
+    def pieces(self, batch: Any) -> list[list[Piece]]:
+        """Return each sample's token ids, cut where what is learned begins or ends."""
         ...
 
 

@@ -1,10 +1,7 @@
 """What training lessens, and of which rows: objectives, by the names that their papers have for them."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from offsite.emulator import catalogue, modality
-from offsite.emulator.examples import OddRows, Reading, collect
+from offsite.emulator.examples import OddRows, Reading, Source
 from offsite.emulator.objectives.base import Mean, Objective
 from offsite.kernels.plugins import Plugins
 
@@ -14,12 +11,12 @@ make = OBJECTIVES.make
 __all__ = ["OBJECTIVES", "Mean", "Objective", "make", "read", "survey"]
 
 
-def read(objective: Objective, path: Path, *, folders: Sequence[Path] = (), odd_rows: OddRows = "skip") -> Reading:
+def read(objective: Objective, source: Source) -> Reading:
     """Read examples of an objective; raises ValueError as `collect`, with the objectives that the rows are for."""
     try:
-        return _collect(objective, path, folders, odd_rows)
+        return _collect(objective, source)
     except ValueError as fault:
-        others = [name for name in OBJECTIVES if name != objective.name and _has(name, path, folders, odd_rows)]
+        others = [name for name in OBJECTIVES if name != objective.name and _has(name, source)]
         if not others:
             raise
         raise ValueError(
@@ -28,34 +25,34 @@ def read(objective: Objective, path: Path, *, folders: Sequence[Path] = (), odd_
         ) from fault
 
 
-def survey(path: Path, *, folders: Sequence[Path] = (), odd_rows: OddRows = "skip") -> tuple[Objective, Reading]:
+def survey(source: Source) -> tuple[Objective, Reading]:
     """Read examples for an objective that has some, where nobody says for which; raises ValueError as `collect`.
 
     It is one that compares answers if all rows are such, whose answers may be text to another one, and else the first.
     What is raised is about the objective of a run that names none.
     """
     for name, kind in OBJECTIVES.sound().items():
-        if kind.compares and _has(name, path, folders, "refuse"):
+        if kind.compares and _has(name, source, odd_rows="refuse"):
             objective = OBJECTIVES.make(name, {})
-            return objective, _collect(objective, path, folders, odd_rows)
+            return objective, _collect(objective, source)
     faults = []
     for name in OBJECTIVES:
         objective = OBJECTIVES.make(name, {})
         try:
-            return objective, _collect(objective, path, folders, odd_rows)
+            return objective, _collect(objective, source)
         except ValueError as fault:
             faults.append(fault)
     raise faults[0]
 
 
-def _collect(objective: Objective, path: Path, folders: Sequence[Path], odd_rows: OddRows) -> Reading:
-    return collect(path, objective.reader(modality.default()), folders=folders, odd_rows=odd_rows)
+def _collect(objective: Objective, source: Source, odd_rows: OddRows | None = None) -> Reading:
+    return source.collect(objective.reader(modality.default()), odd_rows=odd_rows)
 
 
-def _has(name: str, path: Path, folders: Sequence[Path], odd_rows: OddRows) -> bool:
+def _has(name: str, source: Source, odd_rows: OddRows | None = None) -> bool:
     """Tell whether an objective reads rows."""
     try:
-        _collect(OBJECTIVES.make(name, {}), path, folders, odd_rows)
+        _collect(OBJECTIVES.make(name, {}), source, odd_rows)
     except ValueError:
         return False
     return True

@@ -37,6 +37,11 @@ class Answers:
         return self.cells
 
     @property
+    def asked(self) -> str:
+        """What the first of its answers answers."""
+        return str(self.members[0].asked)
+
+    @property
     def characters(self) -> int:
         """How long it is."""
         return sum(member.characters for member in self.members)

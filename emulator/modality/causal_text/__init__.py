@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from offsite.emulator.examples import OddRows
-from offsite.emulator.modality.base import Encoding, Score
+from offsite.emulator.modality.base import Encoding, Piece, Score
 from offsite.emulator.modality.causal_text import encoding, shapes
 from offsite.emulator.modality.causal_text.encoding import Tokens
 from offsite.emulator.modality.causal_text.shapes import TextExample
@@ -74,6 +75,18 @@ class CausalText:
     def likelihoods(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return (b,) log-likelihoods of each sequence's target tokens, in nats."""
         return -self._nll(model, batch, reduction="none").view(len(batch.labels), -1).sum(dim=1)
+
+    def pieces(self, batch: TokenBatch) -> list[list[Piece]]:
+        """Cut each sequence between what has a label and what has none."""
+        return [
+            [
+                (tuple(token for token, _ in part), learned)
+                for learned, part in groupby(
+                    zip(one.input_ids, one.labels, strict=True), key=lambda pair: pair[1] != encoding.IGNORED
+                )
+            ]
+            for one in batch.samples
+        ]
 
     def words(self, batch: TokenBatch) -> list[tuple[int, ...]]:
         """Return the tokens of each sequence without a label; all of it if at most one has none, as in a plain text."""

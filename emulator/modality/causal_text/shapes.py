@@ -62,6 +62,14 @@ class TextExample:
         return {"text": self.completion}
 
     @property
+    def asked(self) -> str:
+        """The prompt, or the turns before the last answer to learn."""
+        if not self.messages:
+            return self.prompt
+        last = max(at for at, turn in enumerate(self.messages) if learned(turn))
+        return "\n".join(turn["content"] for turn in self.messages[:last])
+
+    @property
     def characters(self) -> int:
         """How long it is."""
         return len(self.prompt) + len(self.completion) + sum(len(turn["content"]) for turn in self.messages)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from offsite.client.site import forecast
+from offsite.emulator.examples import Source
 from offsite.protos.errors import InputError
 
 
@@ -15,7 +16,13 @@ def test_what_becomes_of_the_rows_is_known_before_a_task(
 ) -> None:
     rows = [{"text": "w1 w2"}, {"text": " ".join(["w3"] * 50)}, {"prompt": " ".join(["w4"] * 30), "completion": "w5"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"question": "w6"}])))
-    asked = {"data": str(tmp_path), "tokenizer": str(site_files / "bundle"), "folders": [], "odd_rows": odd_rows}
+    asked = {
+        "data": str(tmp_path),
+        "tokenizer": str(site_files / "bundle"),
+        "folders": [],
+        "odd_rows": odd_rows,
+        "columns": {},
+    }
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked | {"max_length": 20, "objective": "supervised"})))
     assert forecast.main() == code
     out, err = capfd.readouterr()
@@ -32,7 +39,13 @@ def test_rows_of_answers_to_compare_are_counted_as_comparisons(
 ) -> None:
     rows = [{"prompt": "w1", "chosen": f"w{at}", "rejected": "w9 w8"} for at in (2, 3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "w6"}])))
-    asked = {"data": str(tmp_path), "tokenizer": str(site_files / "bundle"), "folders": [], "odd_rows": "skip"}
+    asked = {
+        "data": str(tmp_path),
+        "tokenizer": str(site_files / "bundle"),
+        "folders": [],
+        "odd_rows": "skip",
+        "columns": {},
+    }
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked | {"max_length": 20, "objective": "dpo"})))
     assert forecast.main() == 0
     told = json.loads(capfd.readouterr().out)
@@ -41,4 +54,4 @@ def test_rows_of_answers_to_compare_are_counted_as_comparisons(
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none: not a folder"):
-        forecast.forecast(tmp_path, tmp_path / "none", folders=[], odd_rows="skip", max_length=8)
+        forecast.forecast(Source(tmp_path), tmp_path / "none", max_length=8)

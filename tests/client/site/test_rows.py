@@ -1,12 +1,23 @@
 """Which rows a round sees."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import transformers
 
 from offsite.client.site.rows import read, schedule_rows
 from offsite.protos.spec import Ancestor
+
+
+def test_a_site_may_have_names_of_its_own_for_columns(job: Any, tmp_path: Path) -> None:
+    one, data = job(), tmp_path / "own.jsonl"
+    rows = [json.loads(line) for line in Path(one.data).read_text().splitlines()]
+    data.write_text("".join(json.dumps({f"own {name}": value for name, value in row.items()}) + "\n" for row in rows))
+    names = {f"own {name}": name for row in rows for name in row}
+    policy = replace(one.policy, columns=names, data=(str(tmp_path),))
+    assert read(replace(one, data=str(data), policy=policy)).examples == read(one).examples
 
 
 def test_a_run_goes_on_in_the_order_of_the_one_before_it(job: Any) -> None:

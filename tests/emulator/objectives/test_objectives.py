@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.emulator import methods, modality, objectives
-from offsite.emulator.examples import collect
+from offsite.emulator.examples import Source, collect
 from offsite.emulator.tuning.adapting import adapt, adapted
 from offsite.protos.spec import Choice, LocalTraining
 
@@ -198,11 +198,11 @@ def test_examples_say_their_rows_and_a_survey_finds_for_what_they_are(tmp_path: 
         examples = read(name, tmp_path / f"{name}.jsonl", rows)
         assert read(name, tmp_path / "again.jsonl", [one.row for one in examples]) == examples
         assert all(one.characters > 10 and one.place for one in examples)
-        assert objectives.survey(tmp_path / f"{name}.jsonl")[0].name == name
+        assert objectives.survey(Source(tmp_path / f"{name}.jsonl"))[0].name == name
     mixed = written(tmp_path / "mixed.jsonl", [*ROWS["kto"], {"text": "w1"}])
-    assert objectives.survey(mixed)[0].name == "supervised", "answers with a verdict can be learned, too"
+    assert objectives.survey(Source(mixed))[0].name == "supervised", "answers with a verdict can be learned, too"
     with pytest.raises(ValueError, match='expected {"text"}'):
-        objectives.survey(written(tmp_path / "odd.jsonl", [{"other": 1}]))
+        objectives.survey(Source(written(tmp_path / "odd.jsonl", [{"other": 1}])))
 
 
 @pytest.mark.parametrize("odd_rows", ["skip", "refuse"])
@@ -215,9 +215,9 @@ def test_rows_of_another_objective_are_refused_with_its_name(tmp_path: Path, odd
     for asked, path, others in (("supervised", pairs, "dpo"), ("kto", pairs, "dpo"), ("dpo", texts, "supervised")):
         words = f"expected .*; the run's objective is {asked}, and the rows are for {others}: ask for a run with that"
         with pytest.raises(ValueError, match=words):
-            objectives.read(objectives.make(asked, {}), path, odd_rows=odd_rows)
+            objectives.read(objectives.make(asked, {}), Source(path, odd_rows=odd_rows))
     with pytest.raises(ValueError, match="^((?!the run's objective).)*$"):
-        objectives.read(objectives.make("dpo", {}), nothing, odd_rows=odd_rows)
+        objectives.read(objectives.make("dpo", {}), Source(nothing, odd_rows=odd_rows))
 
 
 def test_what_is_cut_until_nothing_is_left_is_dropped_and_counted(tokenizer: Any, tmp_path: Path) -> None:
