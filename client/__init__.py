@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offsite.client.adapters import compose
+    from offsite.client.adapters import compose, export
     from offsite.client.forgetting import Forgetting
     from offsite.client.session import Artifact, Event, Run, Session, Site, Status, Version, connect
     from offsite.protos.errors import OffsiteError
@@ -29,10 +29,11 @@ __all__ = [
     "Version",
     "compose",
     "connect",
+    "export",
 ]
 
 _HOMES = {
-    "offsite.client.adapters": ("compose",),
+    "offsite.client.adapters": ("compose", "export"),
     "offsite.client.forgetting": ("Forgetting",),
     "offsite.client.session": (
         "Artifact",

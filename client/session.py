@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CARD = "README.md"  # which the people of model hubs read
 RENEWAL_S = 2.0  # how long one who connects waits for an authority to renew a certificate
 RESTART_S = 600.0  # how long one who waits for a run waits for a coordinator that is being restarted
 
@@ -208,8 +209,18 @@ class Run:
             raise MismatchError(f"the report of run {self.id} is not a JSON table")
         return report
 
+    @property
+    def card(self) -> str:
+        """A model card of a completed run in Markdown, to be completed by its owner."""
+        from offsite.client.card import card  # brings rich
+
+        return card(self.report, {artifact.name: artifact.digest for artifact in self.status.artifacts})
+
     def result(self, folder: str | Path) -> Path:
-        """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for."""
+        """Wait for the run and download its files into a folder: `adapter/` in peft format, `merged/` if asked for.
+
+        A model card is written beside them, README.md, unless there is a file of that name.
+        """
         self.wait()
         folder = Path(folder).expanduser()
         for artifact in self.status.artifacts:
@@ -217,6 +228,9 @@ class Run:
             if relative.is_absolute() or ".." in relative.parts:
                 raise InputError(f"the coordinator named a file outside the folder: {artifact.name!r}")
             self._session.download(artifact.digest, folder / relative)
+        if not (folder / CARD).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CARD).write_text(self.card, encoding="utf-8")
         return folder
 
 

@@ -137,7 +137,7 @@ def cancel(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "te
 def fetch(
     id: Id, out: Annotated[Path, typer.Argument(help="Folder for the files.")], coordinator: Coordinator, identity: Kit
 ) -> None:
-    """Wait for a run and download its files: the adapter, and the merged model if it was asked for."""
+    """Wait for a run and download its files: the adapter, a model card, and the merged model if it was asked for."""
     from offsite.client.session import connect
 
     with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
@@ -158,6 +158,24 @@ def compose(
     from offsite.client.adapters import compose as add_up
 
     print(add_up(out, adapters, without=without or []))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter that was fetched.")],
+    form: Annotated[
+        Literal["vllm", "gguf", "merged"],
+        typer.Option("--as", help="vllm: peft's format at one rank; gguf: for llama.cpp; merged: safetensors."),
+    ] = "vllm",
+    base: Annotated[Path | None, typer.Option(help="Folder of the base, for gguf and merged.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Of vllm and gguf; 0: the adapter's largest, losing nothing.")] = 0,
+) -> None:
+    """Write a published adapter in the form that a server takes."""
+    from offsite.client.adapters import export as write
+
+    lost = write(out, adapter, form, base=base, rank=rank)
+    print(f"{out}: {form}" + (f" of rank {rank}, which leaves out {lost:.2%} of its change" if lost > 1e-6 else ""))
 
 
 @app.command()

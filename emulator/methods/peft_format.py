@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -148,8 +149,7 @@ def read(directory: Path) -> tuple[Adapter, dict[Place, float]]:
     adapter: Adapter = {}
     scales: dict[Place, float] = {}
     for name, tensor in load_file(directory / "adapter_model.safetensors").items():
-        whole, layer, path, part = re.fullmatch(r"(.*?\.(\d+)\.(.+))\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
-        place = Place(int(layer), path)
+        whole, place, part = _parsed(name)
         adapter[place.key(part)] = tensor
         rank, alpha = (
             pattern.get(get_pattern_key(pattern, whole), usual)
@@ -157,6 +157,19 @@ def read(directory: Path) -> tuple[Adapter, dict[Place, float]]:
         )
         scales[place] = alpha / rank
     return adapter, scales
+
+
+def paths(directory: Path) -> dict[Place, str]:
+    """Return by map of a published LoRA its path in the base, such as "model.layers.3.mlp.up_proj"."""
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        parsed = [_parsed(name) for name in file.keys()]  # noqa: SIM118 - it is no mapping
+    return {place: whole.removeprefix("base_model.model.") for whole, place, _ in parsed}
+
+
+def _parsed(name: str) -> tuple[str, Place, str]:
+    """Take a tensor's name apart: its map as peft names it, and as we do, and which of the factors it is."""
+    whole, layer, path, part = re.fullmatch(r"(.*?\.(\d+)\.(.+))\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+    return whole, Place(int(layer), path), part
 
 
 def maps(model: nn.Module, places: Mapping[int, int], modules: Modules, *, method: str) -> dict[int, list[str]]:
