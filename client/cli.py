@@ -9,21 +9,40 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from offsite.protos.errors import OffsiteError, from_system
 
-EXTRAS = {
-    "cluster": "coordinator",
-    "coordinator": "coordinator",
-    "emulator": "coordinator",
-    "legality": "coordinator",
-    "methods": "coordinator",
-    "pki": "coordinator",
-    "run": "model",
-    "site": "client",
-    "demo": "all",
-    "simulate": "all",
+GROUP = "offsite.commands"
+# What each of our groups needs, and its line of help: so that `offsite --help` loads none of them.
+GROUPS = {
+    "cluster": ("coordinator", "Have several machines of the owner's do the steps of runs."),
+    "coordinator": ("coordinator", "Run the coordinator, the model owner's end."),
+    "data": ("model", "Look at data where they are, before any task."),
+    "demo": (
+        "all",
+        "Fetch a model and private data of four sites, tune it without any site holding it, and report.",
+    ),
+    "emulator": ("coordinator", "Build, compare and inspect emulators, the stand-ins that sites get."),
+    "eval": ("model", "Say what runs have come to, over more than one."),
+    "identity": ("all", "Join by a token, and look after your kit."),
+    "legality": (
+        "coordinator",
+        "Show which parts of a run go together, by what each declares; a pair that is empty is refused.",
+    ),
+    "methods": (
+        "coordinator",
+        "List the methods: what trains, what crosses the wire, how it is averaged, and on which emulators it works.",
+    ),
+    "pki": ("coordinator", "Say who takes part: certificates for the coordinator, the sites and the people."),
+    "run": ("model", "Submit federated runs and look after them."),
+    "simulate": ("all", "Do a run with virtual sites, through the code of a live one, and report."),
+    "site": ("client", "Take part as a data site."),
+    "transfer": (
+        "all",
+        "Move an adapter to a new base by texts that this writes and the old one answers; no site is asked.",
+    ),
+    "version": ("all", "Look at the versions of runs, and take them back."),
 }
 
 
@@ -32,15 +51,26 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the groups' names."""
-        return sorted(entry.name for entry in entry_points(group="offsite.commands"))
+        return sorted(entry.name for entry in entry_points(group=GROUP))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Load one group."""
-        for entry in entry_points(group="offsite.commands", name=cmd_name):
-            command = typer.main.get_command(entry.load())
-            command.name = cmd_name
-            return command
-        return None
+        """Return what a list of groups shows of one: of ours it is known, another package's is loaded for it."""
+        if cmd_name in GROUPS and entry_points(group=GROUP, name=cmd_name):
+            return TyperCommand(cmd_name, help=GROUPS[cmd_name][1])
+        return _load(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Load the group that is called."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(args[0]), rest
+
+
+def _load(name: str) -> Any:
+    for entry in entry_points(group=GROUP, name=name):
+        command = typer.main.get_command(entry.load())
+        command.name = name
+        return command
+    return None
 
 
 def at_home(argument: str) -> str:
@@ -97,7 +127,7 @@ def main() -> None:
         os._exit(130)  # all is unwound; what libraries have in other threads may hold up an orderly end
     except ModuleNotFoundError as error:
         group = sys.argv[1] if len(sys.argv) > 1 else ""
-        extra = EXTRAS.get(group, "all")
+        extra, _ = GROUPS.get(group, ("all", ""))
         _fail(f"{error.name} is not installed; `offsite {group}` needs: pip install 'offsite[{extra}]'", 8)
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from offsite.client.commands.identity import enrol
-from offsite.client.site.meter import Meter, meter_at
 from offsite.client.site.record import record
 from offsite.protos.telemetry.logs import Form, begin
 
 if TYPE_CHECKING:
     from offsite.client.site.folder import WorkFolder
+    from offsite.client.site.meter import Meter
     from offsite.emulator.examples import Census
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
@@ -73,6 +73,7 @@ def join(
     from offsite.client.site.folder import WorkFolder
     from offsite.client.site.forecast import forecast
     from offsite.client.site.job import EngineSpec
+    from offsite.client.site.meter import meter_at
     from offsite.client.site.policy import Policy
     from offsite.emulator import objectives
     from offsite.protos import addresses
@@ -135,7 +136,7 @@ def _telling(say: Callable[[str, dict[str, Any]], None], folder: "WorkFolder") -
     return tell
 
 
-def _saying(format: Form, log_format: Form, meter: Meter) -> Callable[[str, dict[str, Any]], None]:
+def _saying(format: Form, log_format: Form, meter: "Meter") -> Callable[[str, dict[str, Any]], None]:
     show = _log_json if format == "json" else _log_text
 
     def say(kind: str, data: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from offsite.coordinator.commands.compare import compare
-from offsite.protos.recipes import render
-from offsite.protos.spec import BUILDERS, METHOD, TRAINABLE
 
 if TYPE_CHECKING:
     from offsite.coordinator.bundles.manifests import Description
@@ -28,10 +26,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the bundle; new or empty.")],
     builder: Annotated[
         str, typer.Option(help="How, such as 'crash(keep=24)+quantised'; `offsite emulator builders` lists them.")
-    ] = render(BUILDERS),
+    ] = "crash",
     trainable: Annotated[
         str, typer.Option(help="Which layers train: 'ends(bottom=2,top=2)', 'spread(count=4)' or kept.")
-    ] = render([TRAINABLE]),
+    ] = "ends",
     public: Annotated[Path | None, typer.Option(help="Public text the builders may look at and tune on.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text the builders look at instead, such as the task's; never tuned on.")
@@ -59,6 +57,7 @@ def build(
     from offsite.coordinator.bundles.trial import try_out
     from offsite.emulator import methods
     from offsite.protos import tensors
+    from offsite.protos.spec import METHOD
 
     unfinished = out.with_name(f"{out.name}.unfinished")
     with Console(stderr=True).status("building") as status:
@@ -139,6 +138,8 @@ def inspect(
 def _show(figures: "Description", title: str, *, signature: str) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from offsite.protos.recipes import render
 
     table = Table(title=title, show_header=False, title_justify="left")
     base = figures.base

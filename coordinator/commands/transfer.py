@@ -5,9 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from offsite.protos.recipes import render
-from offsite.protos.spec import METHOD, Choice
-
 app = typer.Typer(add_completion=False)
 
 
@@ -22,8 +19,8 @@ def transfer(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the new adapter and the report; new or empty.")],
     held_out: Annotated[Path | None, typer.Option(help="Examples to measure both bases on, before and after.")] = None,
-    method: Annotated[str, typer.Option(help="What trains beside the new base.")] = render([METHOD]),
-    trainable: Annotated[str, typer.Option(help="In which of its layers.")] = render([Choice(name="kept")]),
+    method: Annotated[str, typer.Option(help="What trains beside the new base.")] = "lora",
+    trainable: Annotated[str, typer.Option(help="In which of its layers.")] = "kept",
     texts: Annotated[int, typer.Option(help="Texts that the new base writes.", min=1)] = 128,
     shots: Annotated[int, typer.Option(help="Examples that it is shown before each.", min=1)] = 5,
     share: Annotated[

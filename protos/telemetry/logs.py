@@ -15,8 +15,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-from offsite.protos.documents import plain
-
 Form = Literal["text", "json"]
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FRAMES = 12  # of a fault, the innermost
@@ -57,6 +55,8 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
+        from offsite.protos.documents import plain  # here, as every command line asks above which forms there are
+
         line = {"at": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
         line |= self._always | _about.get() | getattr(record, "fields", {})
         line["message"] = plain(record.getMessage(), most=10_000)

@@ -1,18 +1,24 @@
 """The command line: every group answers, every mistake is one sentence and its exit code."""
 
+import inspect
+import json
 import os
 import subprocess
 import sys
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from offsite.client import session
-from offsite.client.cli import at_home
+from offsite.client.cli import GROUP, GROUPS, at_home
+from offsite.coordinator.commands import emulator, transfer
+from offsite.protos.recipes import render
 from offsite.protos.security.pki import Authority
+from offsite.protos.spec import BUILDERS, METHOD, TRAINABLE
 
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +34,62 @@ def test_every_group_explains_itself(offsite: Any, group: str) -> None:
         assert all(name in told.stdout for name in ("coordinator", "demo", "emulator", "pki", "run", "site"))
         assert "130 interrupted" in told.stdout
         assert told.stdout == process("--help").stdout
+
+
+# Asks for the help of all, then of each group, and says what was loaded for it.
+LOADED = """
+import contextlib, io, json, sys
+from importlib.metadata import entry_points
+from offsite.client import cli
+
+def loaded(*arguments):
+    sys.argv = ["offsite", *arguments, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        cli.main()
+    return told.getvalue(), sorted(sys.modules)
+
+groups = [entry.name for entry in entry_points(group=cli.GROUP)]
+print(json.dumps([loaded(), *map(loaded, sorted(groups))]))
+"""
+HEAVY = {"cryptography", "google", "grpc", "jinja2", "numpy", "ray", "sqlalchemy", "torch", "transformers"}
+OURS = {
+    f"offsite.{name}" for name in ("client.session", "coordinator.store", "emulator", "kernels", "protos.documents")
+}
+
+
+def test_help_loads_no_group_but_another_packages_and_of_a_group_nothing_that_works(tmp_path: Path) -> None:
+    guest = "import typer\napp = typer.Typer()\n@app.command()\ndef stay(): 'Be a guest.'\n"
+    (tmp_path / "guest.py").write_text(guest)
+    about = tmp_path / "guest-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[{GROUP}]\nguest = guest:app\n")
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    told = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": search},
+    )
+    (all_of_it, first), *others = json.loads(told.stdout)
+    assert "Be a guest." in all_of_it and "guest" in first
+    assert "pydantic" not in first and not [name for name in first if ".commands" in name]
+    assert all("Usage: offsite" in text for text, _ in others) and "offsite.coordinator.commands.pki" in others[-1][1]
+    assert not (HEAVY | OURS) & {*others[-1][1]}
+
+
+def test_the_line_of_a_group_is_its_own() -> None:
+    for entry in entry_points(group=GROUP):
+        if entry.name in GROUPS:
+            own = typer.main.get_command(entry.load()).get_short_help_str(limit=1000)
+            assert GROUPS[entry.name][1] == own, entry.name
+
+
+def test_a_default_that_is_written_out_is_the_specs() -> None:
+    defaults = {name: one.default for name, one in inspect.signature(emulator.build).parameters.items()}
+    assert defaults["builder"] == render(BUILDERS) and defaults["trainable"] == render([TRAINABLE])
+    assert inspect.signature(transfer.transfer).parameters["method"].default == render([METHOD])
 
 
 def refused(told: subprocess.CompletedProcess[str], code: int, words: str) -> None:

@@ -90,9 +90,9 @@ ALLOWED = {
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
-    "coordinator/commands/emulator.py": {"crash", "distilled", "quantised"},  # examples in its help
+    "coordinator/commands/emulator.py": {"crash", "distilled", "ends", "quantised"},  # examples, and its defaults
     "coordinator/commands/compare.py": {"crash", "quantised", "nf4", "lora"},  # examples in its help
-    "coordinator/commands/transfer.py": {"kept"},  # its own default: every layer
+    "coordinator/commands/transfer.py": {"kept", "lora"},  # its own default, every layer, and the spec's
 }
 HOMONYMS = {  # words that are also names
     **{f"coordinator/aggregation/{name}.py": {"sum"} for name in ("base", "factor_mean", "vote")},
