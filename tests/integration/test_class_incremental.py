@@ -19,6 +19,7 @@ from offsite.kernels.schema import Tensors
 from ..bench import class_incremental as stream
 
 BRIEF = stream.Size(pretraining=20, rounds=1, steps=2)
+LEARNED = stream.Size(pretraining=150, rounds=1)  # half as much, and a third: gains of 0.31 and 0.25
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -110,8 +111,8 @@ def test_a_pull_brings_the_adapter_nearer_to_the_mean_of_the_earlier_ones(
 def test_surgery_tells_ten_digits_apart_better_than_an_adapter_that_goes_on() -> None:
     torch.set_num_threads(1)
     gains = []
-    for seed in (0, 1, 2):
-        of = stream.world(seed, stream.Size())
+    for seed in (0, 1):
+        of = stream.world(seed, LEARNED)
         plain, made = stream.naive(of), stream.surgery(of)
         images = of.test.images
         with torch.no_grad():
