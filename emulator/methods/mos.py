@@ -8,10 +8,11 @@ from the run's seed, for each layer and for A and B by itself, and never changes
 higher rank than LoRA of as many values has. Of the pools, each layer has some rows to itself, and the rest is common.
 
 No layer owns a pool. In an adapter it lies at the lowest layer that takes from it, and each layer has its indices.
+Cut into several `pools`, its shards are as many groups, so that with a part of the adapter some of them train alone.
 Pools are averaged by their mean. As that of LoRA's factors, it is not the mean of the changes, which are products.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,17 +35,19 @@ from offsite.emulator.seeds import generator
 from offsite.kernels.schema import Field, Rule, Schema, Tier
 
 POOLS, INDICES = ("pool_A", "pool_B"), ("index_A", "index_B")
-AXES: Axes = {pool: ("shards", "width") for pool in POOLS} | {index: ("rank", "places") for index in INDICES}
+AXES: Axes = {index: ("rank", "places") for index in INDICES}
 
 
 class Assembled(nn.Module):
     """A linear map with a product beside it, in fp32, whose factors are read off pools that other maps have, too."""
 
-    def __init__(self, linear: nn.Module, pools: list[nn.Parameter], indices: list[Tensor], *, scale: float) -> None:
-        """Take the map, the pools (n, d_in / l) and (n, d_out / l), an index (r, l) into each, and the scale."""
+    def __init__(
+        self, linear: nn.Module, pools: Mapping[str, nn.Parameter], indices: list[Tensor], *, scale: float
+    ) -> None:
+        """Take the map, pools (n, d_in / l) and (n, d_out / l) by name, an index (r, l) into each, and the scale."""
         super().__init__()
-        self.linear, self.scale = linear, scale
-        for name, pool in zip(POOLS, pools, strict=True):
+        self.linear, self.scale, self.pools = linear, scale, tuple(pools)
+        for name, pool in pools.items():
             self.register_parameter(name, pool)
         for name, index in zip(INDICES, indices, strict=True):
             self.register_buffer(name, index, persistent=False)
@@ -52,16 +55,27 @@ class Assembled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., d_out) for x (..., d_in)."""
         y: Tensor = self.linear(x)
-        A, B = assemble(*(self.get_parameter(pool) for pool in POOLS), *(self.get_buffer(index) for index in INDICES))
+        pools = {name: self.get_parameter(name) for name in self.pools}
+        A, B = assemble(*(whole(pools, pool) for pool in POOLS), *(self.get_buffer(index) for index in INDICES))
         return y + (self.scale * functional.linear(functional.linear(x.to(A.dtype), A), B)).to(y.dtype)
 
 
 class Mixture(NamedTuple):
-    """An adapter's part for all maps of one path: the pools, and by layer an int64 index (r, l) into each."""
+    """An adapter's part for all maps of one path: the pools by name, and by layer an int64 index (r, l) into each."""
 
-    pool_A: Tensor
-    pool_B: Tensor
+    pools: dict[str, Tensor]  # those of A, in their order, and then those of B
     indices: dict[int, tuple[Tensor, Tensor]]
+
+
+def cut(pool: str, count: int) -> list[str]:
+    """Return the names of so many pools into which one is cut."""
+    return [pool] if count == 1 else [f"{pool}_{at}" for at in range(count)]
+
+
+def whole(pools: Mapping[str, Tensor], pool: str) -> Tensor:
+    """Return "pool_A" or "pool_B" (n, width) of the pools that it is cut into."""
+    pieces = [piece for name, piece in pools.items() if name.startswith(pool)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def assemble(pool_A: Tensor, pool_B: Tensor, index_A: Tensor, index_B: Tensor) -> Factors:
@@ -73,26 +87,35 @@ def assemble(pool_A: Tensor, pool_B: Tensor, index_A: Tensor, index_B: Tensor) -
 def mixtures(adapter: Mapping[str, Tensor]) -> dict[str, Mixture]:
     """Group an adapter by the paths of maps; raises ValueError for keys that are none of MoS's."""
     paths: dict[str, dict[int, Adapter]] = {}
-    for place, parts in grouped(adapter, AXES).items():
+    names = {key.rpartition(".")[2] for key in adapter}
+    pools = {name: ("shards", "width") for pool in POOLS for name in cut(pool, _count(names))}
+    for place, parts in grouped(adapter, {**pools, **AXES}).items():
         paths.setdefault(place.path, {})[place.layer] = parts
     mixed: dict[str, Mixture] = {}
     for path, layers in paths.items():
         lowest = min(layers)
+        own = [name for pool in POOLS for name in cut(pool, _count(layers[lowest]))]
         for layer, parts in layers.items():
-            if parts.keys() != {*INDICES, *(POOLS if layer == lowest else ())}:
+            if parts.keys() != {*INDICES, *(own if layer == lowest else ())}:
                 raise ValueError(
                     f"{layer}.{path} has {', '.join(sorted(parts))}: each of its layers {sorted(layers)} has "
-                    f"{' and '.join(INDICES)}, and the lowest, {lowest}, has {' and '.join(POOLS)} for all of them"
+                    f"{' and '.join(INDICES)}, and the lowest, {lowest}, has {' and '.join(own)} for all of them"
                 )
         indices = {layer: (parts["index_A"].long(), parts["index_B"].long()) for layer, parts in layers.items()}
-        mixed[path] = Mixture(layers[lowest]["pool_A"], layers[lowest]["pool_B"], indices)
+        mixed[path] = Mixture({name: layers[lowest][name] for name in own}, indices)
     return mixed
+
+
+def _count(names: Collection[str]) -> int:
+    """Return into how many pools each is cut, by their names."""
+    return max(1, sum(name.startswith("pool_A_") for name in names))
 
 
 def materialise(adapter: Mapping[str, Tensor]) -> dict[Place, Factors]:
     """Return the factors of each map, as LoRA has them; raises ValueError as `mixtures` does, and for an odd index."""
     pairs: dict[Place, Factors] = {}
-    for path, (pool_A, pool_B, indices) in mixtures(adapter).items():
+    for path, (pools, indices) in mixtures(adapter).items():
+        pool_A, pool_B = (whole(pools, pool) for pool in POOLS)
         for layer, (index_A, index_B) in indices.items():
             for name, index, pool in zip(INDICES, (index_A, index_B), (pool_A, pool_B), strict=True):
                 if index.shape != index_A.shape or not bool(((index >= 0) & (index < len(pool))).all()):
@@ -108,6 +131,7 @@ def materialise(adapter: Mapping[str, Tensor]) -> dict[Place, Factors]:
 class Mos(Averaged):
     """Train "0.mlp.down_proj.pool_A" (n, d_in / l) and ".pool_B" (n, d_out / l), n = budget * layers * l.
 
+    Cut into several pools they are ".pool_A_0" (n / pools, d_in / l) and so on, and those of one number are a group.
     Every layer k has "k.mlp.down_proj.index_A" (r, l) and ".index_B" (r, l) into them. As many values train as LoRA of
     rank `budget` has, whatever the other settings say.
     """
@@ -117,6 +141,7 @@ class Mos(Averaged):
     shards: int = 4  # of a vector, whose size they must divide
     private: int = 1  # rows of the budget that one layer has to itself
     alpha: float = 16.0
+    pools: int = 1  # into which the shards of A, and those of B, are dealt, as evenly as can be, the private ones last
     modules: Modules = "all-linear"
 
     name: ClassVar[str] = "mos"
@@ -137,6 +162,8 @@ class Mos(Averaged):
             raise ValueError(f"shards must be at least 1 and alpha positive, got {self.shards} and {self.alpha}")
         if not 1 <= self.budget <= self.rank:
             raise ValueError(f"budget must be in 1..rank, got {self.budget} and rank {self.rank}")
+        if not 1 <= self.pools <= self.budget * self.shards:
+            raise ValueError(f"pools must be in 1..budget * shards = {self.budget * self.shards}, got {self.pools}")
         if not 0 <= self.private <= self.budget:
             raise ValueError(f"private must be in 0..budget, got {self.private} and budget {self.budget}")
         if self.private == self.budget < self.rank:
@@ -184,12 +211,17 @@ class Mos(Averaged):
         fields: Schema = {}
         for path, mixture in mixtures(start).items():
             lowest = Place(min(mixture.indices), path)
-            for name, pool in zip(POOLS, (mixture.pool_A, mixture.pool_B), strict=True):
-                own = self.private * len(mixture.indices) * self.shards
-                fields[lowest.key(name)] = Field("F32", tuple(pool.shape), Rule.MEAN, private=own)
+            count = len(mixture.pools) // 2
+            for pool in POOLS:
+                below, own = 0, self.private * len(mixture.indices) * self.shards
+                for at, name in reversed([*enumerate(cut(pool, count))]):  # the last have the private shards
+                    size, group = tuple(mixture.pools[name].shape), lowest.key(str(at))
+                    private = min(own, size[0])
+                    fields[lowest.key(name)] = Field("F32", size, Rule.MEAN, group, private=private)
+                    below, own = below + size[0], own - private
             for layer, indices in mixture.indices.items():
-                for name, index, pool in zip(INDICES, indices, (mixture.pool_A, mixture.pool_B), strict=True):
-                    fields[Place(layer, path).key(name)] = Field("I32", tuple(index.shape), Rule.FIXED, below=len(pool))
+                for name, index in zip(INDICES, indices, strict=True):
+                    fields[Place(layer, path).key(name)] = Field("I32", tuple(index.shape), Rule.FIXED, below=below)
         return fields
 
     def start(self, model: nn.Module, places: Mapping[int, int], *, seed: int, tier: Tier = "") -> Adapter:
@@ -201,10 +233,11 @@ class Mos(Averaged):
         for path, kind in self.maps(model, places).items():
             lowest, (d_out, d_in) = next(iter(kind.items()))
             n, bound = self.budget * len(kind) * self.shards, d_in**-0.5
-            pool = torch.empty(n, d_in // self.shards)
-            key = Place(lowest, path).key("pool_A")
-            adapter[key] = pool.uniform_(-bound, bound, generator=generator(seed, key))
-            adapter[Place(lowest, path).key("pool_B")] = torch.zeros(n, d_out // self.shards)
+            A = torch.empty(n, d_in // self.shards)
+            A.uniform_(-bound, bound, generator=generator(seed, Place(lowest, path).key("pool_A")))
+            for pool, shards in zip(POOLS, (A, torch.zeros(n, d_out // self.shards)), strict=True):
+                for name, piece in zip(cut(pool, self.pools), shards.tensor_split(self.pools), strict=True):
+                    adapter[Place(lowest, path).key(name)] = piece.clone()
             for order, layer in enumerate(kind):
                 for name in INDICES:
                     key = Place(layer, path).key(name)
@@ -232,10 +265,10 @@ class Mos(Averaged):
         for path, mixture in mixtures(adapter).items():
             lowest = stack[position[min(mixture.indices)]].get_submodule(path)
             device = next(chain(lowest.parameters(), lowest.buffers())).device
-            pools = [
-                nn.Parameter(pool.detach().to(device, torch.float32, copy=True))
-                for pool in (mixture.pool_A, mixture.pool_B)
-            ]
+            pools = {
+                name: nn.Parameter(pool.detach().to(device, torch.float32, copy=True))
+                for name, pool in mixture.pools.items()
+            }
             for layer, indices in mixture.indices.items():
                 linear = stack[position[layer]].get_submodule(path)
                 beside = Assembled(linear, pools, [index.to(device) for index in indices], scale=self.scale)
@@ -257,12 +290,12 @@ class Mos(Averaged):
         lowest: dict[str, Place] = {}
         for place, module in sorted(wrapped(model, places, Assembled).items()):
             if lowest.setdefault(place.path, place) == place:
-                live |= {place.key(name): module.get_parameter(name) for name in POOLS}
+                live |= {place.key(name): module.get_parameter(name) for name in module.pools}
         return live
 
     def recover(self, adapter: Adapter, recovery: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter; raises ValueError if one of its maps was narrowed."""
-        refuse(grouped(adapter, AXES), recovery, "of which each layer lacks other rows and columns")
+        refuse(materialise(adapter), recovery, "of which each layer lacks other rows and columns")
         return adapter
 
     def merge(self, base: nn.Module, adapter: Adapter) -> None:

@@ -11,12 +11,16 @@ from torch import Tensor
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, Version
 from offsite.coordinator.runs.pairs import is_exact
-from offsite.emulator import modality
+from offsite.emulator import modality, parts
 from offsite.emulator.anatomy.structure import find, layers, linears, shape
 from offsite.emulator.methods import Adapter, make
 from offsite.emulator.methods.base import Place
 from offsite.emulator.methods.mos import INDICES, POOLS, Mos, materialise
+from offsite.emulator.methods.proof import Witness
+from offsite.emulator.parts import Turn
+from offsite.emulator.parts.training import Trained, freeze, whole_schema
 from offsite.emulator.plug import load
+from offsite.kernels.schema import groups, only, size_bytes
 
 PLACES = {0: 0, 2: 2, 5: 5}
 SETTINGS = {"budget": 2, "rank": 4, "shards": 4, "private": 1}
@@ -163,6 +167,59 @@ def test_the_mean_of_two_sites_is_the_mean_of_their_pools_and_is_called_near(tin
         assert not is_exact(METHOD, strategy)
 
 
+@torch.no_grad()
+def test_pools_that_are_cut_are_the_same_shards_and_the_same_model_bit_for_bit(tiny: Any, ids: Tensor) -> None:
+    cut = make("mos", SETTINGS | {"pools": 5})
+    whole, start = METHOD.start(tiny(), PLACES, seed=0), cut.start(tiny(), PLACES, seed=0)
+    for name in POOLS:
+        pieces = [start[f"0.{PATH}.{name}_{at}"] for at in range(5)]
+        assert [len(piece) for piece in pieces] == [5, 5, 5, 5, 4]
+        assert torch.equal(torch.cat(pieces), whole[f"0.{PATH}.{name}"])
+    adapter = moved(start)
+    joined = {key: value for key, value in adapter.items() if "pool" not in key}
+    for key in whole.keys() - joined.keys():
+        joined[key] = torch.cat([adapter[f"{key}_{at}"] for at in range(5)])
+    model = cut.attach(tiny(), PLACES, dict(sorted(adapter.items(), reverse=True)))  # a file has an order of its own
+    assert torch.equal(model(ids).logits, METHOD.attach(tiny(), PLACES, joined)(ids).logits)
+    state = cut.state(model, PLACES)
+    assert state.keys() == adapter.keys() and all(torch.equal(state[key], adapter[key]) for key in state)
+
+
+def test_pools_of_one_number_are_a_group_and_the_last_have_the_private_shards(tiny: Any) -> None:
+    cut = make("mos", SETTINGS | {"pools": 5})
+    start = cut.start(tiny(), PLACES, seed=0)
+    schema = whole_schema(cut, start)
+    assert groups(schema)[f"0.{PATH}.2"] == [f"0.{PATH}.pool_A_2", f"0.{PATH}.pool_B_2"]
+    assert [schema[f"0.{PATH}.pool_A_{at}"].private for at in range(5)] == [0, 0, 3, 5, 4]
+    assert schema[f"2.{PATH}.index_B"].below == 24
+    handed = parts.make("by-capability", {"shards": 5, "sites": {"clinic": 2, "phone": 1, "ward": 2}})
+    own = {site: only(schema, handed.groups(schema, Turn(0, 3, site))) for site in ("clinic", "phone", "ward")}
+    assert sorted(key for keys in own.values() for key in keys) == sorted(schema.keys() - _indices(start))
+    sizes = {site: size_bytes(keys) for site, keys in own.items()}
+    assert sizes["phone"] < 0.25 * sum(sizes.values()) < sizes["clinic"]
+
+
+def test_a_pool_that_does_not_train_has_no_gradient_and_keeps_its_bytes(tiny: Any, text: Any) -> None:
+    cut = make("mos", SETTINGS | {"pools": 5})
+    start = cut.start(tiny(), PLACES, seed=0)
+    schema = whole_schema(cut, start)
+    part = Trained(only(schema, parts.make("by-expert", {}).groups(schema, Turn(0, 0, "ward"))))
+    model = cut.attach(tiny(), PLACES, start)
+    trained = freeze(cut.named_parameters(model, PLACES), part)
+    witness = Witness(trained)
+    modality.loss(model, text[0]).backward()
+    witness.judge()
+    torch.optim.SGD(cut.named_parameters(model, PLACES).values(), lr=1.0).step()
+    state = cut.state(model, PLACES)
+    still = {key for key in state if torch.equal(state[key], start[key])}
+    assert {key for key in state if key.rpartition("_")[2] == min(trained)[-1]} >= state.keys() - still
+    assert sum("pool_B" in key for key in state.keys() - still) == len(linears(layers(tiny())[0]))
+
+
+def _indices(adapter: Adapter) -> set[str]:
+    return {key for key in adapter if key.rpartition(".")[2] in INDICES}
+
+
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
@@ -170,6 +227,8 @@ def test_the_mean_of_two_sites_is_the_mean_of_their_pools_and_is_called_near(tin
         ({"budget": 9}, r"budget must be in 1\.\.rank, got 9 and rank 8"),
         ({"private": 3}, r"private must be in 0\.\.budget, got 3 and budget 2"),
         ({"private": 2}, "leaves no common shards for the other 6 rows of each layer; lower private"),
+        ({"pools": 0}, r"pools must be in 1\.\.budget \* shards = 8, got 0"),
+        ({"pools": 9}, r"pools must be in 1\.\.budget \* shards = 8, got 9"),
         ({"shards": 0}, "shards must be at least 1"),
         ({"alpha": 0.0}, "alpha positive"),
     ],
