@@ -44,6 +44,7 @@ class OwnerPolicy:
         "fourierft",
         "gralora",
         "grids",
+        "halves",
         "hydra",
         "hira",
         "hra",

@@ -19,6 +19,7 @@ METHODS: Plugins[Any] = Plugins(
         "compacter": "offsite.emulator.methods.compacter:Compacter",
         "dora": "offsite.emulator.methods.dora:Dora",
         "grids": "offsite.emulator.methods.grids:Grids",
+        "halves": "offsite.emulator.methods.halves:Halves",
         "hydra": "offsite.emulator.methods.hydra:Hydra",
         "invertible": "offsite.emulator.methods.invertible:Invertible",
         "loldu": "offsite.emulator.methods.loldu:Loldu",

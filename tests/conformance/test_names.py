@@ -98,6 +98,7 @@ HOMONYMS = {  # words that are also names
     **{f"coordinator/aggregation/{name}.py": {"sum"} for name in ("base", "factor_mean", "vote")},
     "coordinator/aggregation/mean.py": {"sum"},  # what is enough for a strategy, as in those above and below
     "coordinator/runs/legality.py": {"sum"},
+    "emulator/methods/invertible.py": {"halves"},  # of a width
     "emulator/methods/loldu.py": {"sum"},  # in its formula
     "emulator/methods/soka.py": {"sum"},
     "kernels/compensated.py": {"sum"},  # in its messages
