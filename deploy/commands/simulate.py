@@ -34,6 +34,9 @@ def simulate(
     train: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="What trains. (default: what a site's trainer does)")
     ] = "",
+    start: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The --out of a simulation that is over, to go on from.")
+    ] = None,
     set: Annotated[
         list[str] | None,
         typer.Option(help="A field of the run, NAME=VALUE, such as rounds=5; a choice's value can be a recipe."),
@@ -83,6 +86,7 @@ def simulate(
             sample=sample,
             seed=seed,
             workers=workers,
+            start=start,
             tell=progress.tell,
             begin=progress.begin,
             ray_address=ray_address,

@@ -120,8 +120,9 @@ class Elsewhere:
                     shutil.rmtree(other)
                 self._lay_out(folder, {entry.path: entry.digest for entry in order.manifest.files})
         adapters = {tier: str(self._file(hex_of(task.adapter))) for tier, task in order.tasks.items()}
+        anchors = {tier: str(self._file(hex_of(task.anchor))) for tier, task in order.tasks.items() if task.anchor}
         left = str(self._folder / "residuals") if order.residuals else ""
-        return replace(order, bundle=str(folder), adapters=adapters, residuals=left)
+        return replace(order, bundle=str(folder), adapters=adapters, anchors=anchors, residuals=left)
 
     def _lay_out(self, folder: Path, paths: Mapping[str, str]) -> None:
         """Give files names in a folder, which outlive those by digest."""

@@ -176,7 +176,9 @@ def _cause(error: Exception) -> str:
 
 def _files(order: RoundOrder) -> dict[str, Path]:
     bundle = {entry.digest: Path(order.bundle) / entry.path for entry in order.manifest.files}
-    return bundle | {task.adapter: Path(order.adapters[tier]) for tier, task in order.tasks.items()}
+    adapters = {task.adapter: Path(order.adapters[tier]) for tier, task in order.tasks.items()}
+    anchors = {task.anchor: Path(order.anchors[tier]) for tier, task in order.tasks.items() if task.anchor}
+    return bundle | adapters | anchors
 
 
 if __name__ == "__main__":

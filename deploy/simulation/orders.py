@@ -57,6 +57,7 @@ class RoundOrder:
     manifest: Manifest
     tasks: dict[Tier, TaskSpec]
     adapters: dict[Tier, Place]  # files of what they start from
+    anchors: dict[Tier, Place] = Field(default_factory=dict)  # and of what their training is held to
     max_norm: AboveZero
     residuals: Place = ""  # folder for what stages leave out; empty: none does
 

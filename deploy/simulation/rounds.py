@@ -200,6 +200,7 @@ class Rounds:
             manifest=manifest,
             tasks={tier: task_of(key, self._spec, history, tier=tier, size=sizes[tier]) for tier in tiers},
             adapters={tier: str(blobs.path(starts[tier].digest)) for tier in tiers},
+            anchors={tier: str(blobs.path(anchor.digest)) for tier, anchor in built.anchors.items()},
             max_norm=self._spec.max_update_norm,
             residuals=str(residuals) if self._feeds_back else "",
         )
@@ -261,7 +262,8 @@ class Rounds:
                 assert isinstance(strategy, Separable), "or there is one group"
                 version = strategy.join([version, *more])
             schema, last = read_schema(blobs, history[BUILD].schema), history.version(number)
-            version = memory.after(blobs, self._spec, last, version, schema, number=number)
+            done = self._spec.rounds_before + number
+            version = memory.after(blobs, self._spec, last, version, schema, number=done)
         return store_version(blobs, scratch, version)
 
     def _record(

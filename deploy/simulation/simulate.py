@@ -17,11 +17,12 @@ from offsite.coordinator.runs.legality import judge
 from offsite.coordinator.runs.steps.performing import perform
 from offsite.coordinator.runs.steps.results import SELECT
 from offsite.coordinator.runs.supervisor import Lost, Supervisor
-from offsite.coordinator.store.journal import LIVE
+from offsite.coordinator.store.journal import LIVE, Journal
 from offsite.deploy.simulation.clock import Clock
 from offsite.deploy.simulation.data import MOST_SITES, Data, open_data
 from offsite.deploy.simulation.machines import Machines, Note, admission
 from offsite.deploy.simulation.orders import OWN, Setup
+from offsite.deploy.simulation.origin import bring, continued
 from offsite.deploy.simulation.plot import draw
 from offsite.deploy.simulation.pool import Pool
 from offsite.deploy.simulation.rounds import RUN, Rounds, clear, moment
@@ -61,6 +62,7 @@ class Settings:
     sample: Count
     seed: Seed
     train: Place
+    start: Place = ""
 
 
 def simulate(
@@ -76,6 +78,7 @@ def simulate(
     seed: int = 0,
     workers: int | None = None,
     train: str = OWN,
+    start: Path | None = None,
     tell: Tell | None = None,
     begin: Callable[[Data], None] | None = None,
     ray_address: str = "",
@@ -100,6 +103,7 @@ def simulate(
         workers: processes; None: one a core. Their number changes no byte.
         train: MODULE:FUNCTION that trains in place of a site's trainer: it is given a `Visit` and returns the adapter
             and its metrics. All that comes before and after it stays.
+        start: the folder of a simulation that is over, from whose end this one goes on.
         tell: is told of (round, sites done, of how many), the round counted from zero.
         begin: is told what data the sites have.
         ray_address: HOST:PORT of the head of a Ray cluster that this machine is in: the others train, too, with all
@@ -115,9 +119,7 @@ def simulate(
         raise InputError(
             f"sites: the run names its sites, and {sites} others cannot be made up; leave out one of the two"
         )
-    if spec.start:
-        raise InputError("start: a simulation begins anew; leave it out of the run")
-    judge(spec)
+    grant = _granted(spec, start)
     policy = policy or Policy(bases=("any",), data=(str(data),))
     objective = spec.training.objective
     source = open_data(data, sites, partition, seed=seed, odd_rows=policy.odd_rows, objective=objective)
@@ -140,11 +142,10 @@ def simulate(
         sample=sample,
         seed=seed,
         train=train,
+        start=str(start.resolve()) if start else "",
     )
     home = _home(out, settings)
-    journal = home.journal()
-    grant = Grant(**vars(spec))
-    journal.add_run(RUN, token=RUN, owner="simulation", spec=to_json(spec), granted=to_plain(grant))
+    journal = _begun(home, grant, settings)
     if journal.run(RUN).state in LIVE:
         journal.begin_run(RUN, names)
         setup = Setup(
@@ -192,6 +193,29 @@ def simulate(
 
 def _silent(*_: object) -> None:
     """Tell nobody."""
+
+
+def _granted(spec: RunSpec, start: Path | None) -> Grant:
+    """Judge a run, and what it goes on from; raises InputError."""
+    if spec.start:
+        raise InputError(
+            f"start: run {spec.start} is a coordinator's, and a simulation goes on from another one; leave it out of "
+            "the run, and give that one's folder (--start DIR)"
+        )
+    if start:
+        return continued(spec, start)
+    judge(spec)
+    return Grant(**vars(spec))
+
+
+def _begun(home: Home, grant: Grant, settings: Settings) -> Journal:
+    """Return the journal with the run in it, and with those that it goes on from."""
+    journal = home.journal()
+    if settings.start:
+        bring(home, journal, Path(settings.start))
+    spec = to_json(settings.spec)
+    journal.add_run(RUN, token=RUN, owner="simulation", spec=spec, granted=to_plain(grant))
+    return journal
 
 
 def _home(out: Path, settings: Settings) -> Home:

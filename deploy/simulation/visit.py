@@ -116,6 +116,7 @@ class TierRound:
             bundle=order.bundle,
             manifest=order.manifest,
             adapter=order.adapters[tier],
+            anchor=order.anchors.get(tier, ""),
             data=NOWHERE,
             policy=policy,
             task=self._task,

@@ -49,12 +49,19 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def do(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Do:
     """Simulate eight sites with 16 rows each.
 
-    Keywords change the run, `names` its sites; those that are none of its fields, and `sites`, are `simulate`'s.
+    Keywords change the run, `names` its sites, and `start` names the folder that it goes on from; those that are none
+    of its fields, and `sites`, are `simulate`'s.
     """
     monkeypatch.setattr(module, "Pool", Here)
 
     def simulated(
-        out: str = "out", *, policy: Any = None, names: tuple[str, ...] = (), sites: int | None = 8, **changes: Any
+        out: str = "out",
+        *,
+        start: str = "",
+        policy: Any = None,
+        names: tuple[str, ...] = (),
+        sites: int | None = 8,
+        **changes: Any,
     ) -> Simulation:
         fields: dict[str, Any] = {
             "model": str(material / "model"),
@@ -74,7 +81,12 @@ def do(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Do:
             "workers": 2,
         } | own
         return simulate(
-            RunSpec(**fields), data=material / "hospital.jsonl", out=tmp_path / out, policy=policy or lax, **options
+            RunSpec(**fields),
+            data=material / "hospital.jsonl",
+            out=tmp_path / out,
+            start=tmp_path / start if start else None,
+            policy=policy or lax,
+            **options,
         )
 
     return simulated

@@ -238,7 +238,6 @@ def test_what_a_simulation_cannot_do_is_refused(do: Do) -> None:
         ({"sites": 4, "min_sites": 5}, r"4 sites: expected 5 \(min_sites\)"),
         ({"sites": 4, "names": ("a",)}, "the run names its sites, and 4 others cannot be made up"),
         ({"names": ("a",), "sites": None}, "into how many sites is it to be cut"),
-        ({"start": "abcd"}, "start: a simulation begins anew"),
         ({"train": "nothing:here"}, "nothing:here cannot be imported"),
     ):
         with pytest.raises((InputError, RunError), match=why):
