@@ -94,7 +94,7 @@ def roll_back(journal: Journal, run: str, number: int, *, by: str, reason: str) 
     """Take back all that came after a version.
 
     Raises NotFoundError, InputError for a version that is not there or was taken back itself, and ConflictError while
-    a run works on what would be taken back.
+    a run works on what would be taken back, also one that was submitted meanwhile.
     """
     if not reason.strip():
         raise InputError("a roll-back needs a reason, which stays with the versions that it takes back")
@@ -104,4 +104,4 @@ def roll_back(journal: Journal, run: str, number: int, *, by: str, reason: str) 
         raise ConflictError(
             f"run {live[0]} is not over and works on what came after {run}:{number}; cancel it, or wait for its end"
         )
-    journal.withdraw([(other, at) for other, rounds in after.items() for at in rounds], by=by, reason=reason)
+    journal.withdraw(after, by=by, reason=reason)

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from offsite.coordinator.store.blobs import Stored
 from offsite.coordinator.store.database import Database, Dialect
-from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps
+from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps, withdrawals
+from offsite.protos.documents import plain
 from offsite.protos.errors import ConflictError, NotFoundError
 from offsite.protos.events import End, Event, Selected, Waiting
 from offsite.protos.ranges import COUNT
@@ -27,7 +28,7 @@ class Runs(Database):
     def add_run(self, run: str, *, token: str, owner: str, spec: bytes, granted: dict[str, Any] | None = None) -> Row:
         """Insert a run and what was granted, or return the one of the same token; raises ConflictError.
 
-        That is where its spec differs.
+        That is where its spec differs, and where the version that it is to go on from was taken back meanwhile.
         """
         with self._write() as connection:
             added = connection.execute(
@@ -38,6 +39,7 @@ class Runs(Database):
             )
             if added.rowcount and granted is not None:
                 connection.execute(self._insert(steps).values(run=run, name="granted", value=granted))
+                _judge_start(connection, granted.get("continues"))
             row = connection.execute(sa.select(runs).where(runs.c.token == token)).one()
         if row.spec != spec:
             raise ConflictError(f"the token was used before, for run {row.id} with another spec; use a new token")
@@ -178,6 +180,20 @@ class Runs(Database):
         """Return (name, owner) of each published file with a digest: as what, and by whose run."""
         query = sa.select(artifacts.c.name, runs.c.owner).join(runs, runs.c.id == artifacts.c.run)
         return self._all(query.where(artifacts.c.digest == digest))
+
+
+def _judge_start(connection: sa.Connection, start: Mapping[str, Any] | None) -> None:
+    """Raise ConflictError if the version that a run is to go on from was taken back."""
+    if not start:
+        return
+    run, round = start["run"], start["round"]
+    gone = connection.execute(
+        sa.select(withdrawals).where(withdrawals.c.run == run, withdrawals.c.round == round)
+    ).first()
+    if gone:
+        raise ConflictError(
+            f"start: {run}:{round} was just taken back by {gone.by} ({plain(gone.reason)}); name another"
+        )
 
 
 def _title(spec: bytes) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -31,6 +35,38 @@ def test_a_submission_is_counted_once(journal: Journal) -> None:
     with pytest.raises(ConflictError, match="for run r with another spec"):
         journal.add_run("r3", token="t", owner="alice", spec=b"other")
     assert [run.id for run in journal.runs()] == ["r"]
+
+
+def test_a_run_goes_on_from_a_version_or_that_is_taken_back_and_never_both(journal: Journal, url: str) -> None:
+    def granted(number: int) -> dict[str, Any]:
+        return {"continues": {"run": "r", "round": number, "rounds": number}}
+
+    journal.withdraw({"r": [1]}, by="olga", reason="it forgot")
+    with pytest.raises(ConflictError, match=r"start: r:1 was just taken back by olga \(it forgot\); name another"):
+        journal.add_run("no", token="no", owner="alice", spec=b"{}", granted=granted(1))
+    assert [run.id for run in journal.runs()] == ["r"] and journal.steps("no") == {}
+    journal.add_run("s", token="s", owner="alice", spec=b"{}", granted=granted(2))
+    with pytest.raises(ConflictError, match="run s has just gone on from r:2; cancel it or wait"):
+        journal.withdraw({"r": [3, 2]}, by="olga", reason="why")
+    assert journal.withdrawn("rs").keys() == {("r", 1)}
+    journal.withdraw({"r": [2], "s": []}, by="olga", reason="why")
+    assert journal.add_run("s", token="s", owner="alice", spec=b"{}", granted=granted(2)).id == "s", "a repeated one"
+
+    def tried(act: Callable[[], object]) -> bool:
+        together.wait()
+        try:
+            act()
+        except ConflictError:
+            return False
+        return True
+
+    together = Barrier(2)
+    with closing(open_journal(url)) as other, ThreadPoolExecutor(2) as people:
+        for number in range(10, 20):
+            given = {"token": f"{number}", "owner": "alice", "spec": b"{}", "granted": granted(number)}
+            goes = people.submit(tried, partial(journal.add_run, f"on-{number}", **given))
+            back = people.submit(tried, partial(other.withdraw, {"r": [number]}, by="olga", reason="why"))
+            assert goes.result() != back.result(), number
 
 
 def test_a_run_ends_once(journal: Journal) -> None:
