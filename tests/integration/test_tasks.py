@@ -45,7 +45,7 @@ def test_what_a_task_left_holds_the_sites_of_the_next_though_their_agents_have_g
     for key, value in before.items():
         assert torch.equal(anchor[f"before.{key}"], value) and anchor[f"fisher.{key}"].shape == value.shape
         assert torch.equal(weightless[key], free[key])
-    assert distance(bound, before) < 0.5 * distance(free, before)
+    assert distance(bound, before) < 0.9 * distance(free, before)
     assert distance(rehearsed, free) > 0, "rows of the first task are among its own, or it would be the same"
 
 
