@@ -2,13 +2,21 @@
 
 import io
 import math
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from offsite.client.forgetting import Forgetting
-from offsite.client.report import STYLE
 
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8c96a3",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "offsite",
+}
 COLOURS = ("#1b7f5c", "#3f6fb5", "#c8803c", "#9b7bb8", "#b5473f", "#8c96a3")
 
 

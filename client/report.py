@@ -11,7 +11,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from offsite.client import plots as drawings
 from offsite.client.figures import MOST, short
+from offsite.client.forgetting import Forgetting
+from offsite.client.plots import STYLE
 from offsite.protos.figures import FIGURES
 
 KINDS = {
@@ -24,27 +27,23 @@ KINDS = {
     "evaluation": "#3f6fb5",
 }
 TOLD_APART = 12  # sites that have a line and a name each in a plot
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8c96a3",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "offsite",
-}
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """Write a run's report as HTML."""
+def write(report: dict[str, Any], path: Path, *, stream: Forgetting | None = None) -> None:
+    """Write a run's report as HTML; `stream` is what it, and those that it went on from, have left of each task."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offsite.client", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["short"] = short
+    environment.filters["perplexity"] = lambda nats: "" if nats is None else short(math.exp(nats))
+    environment.tests["finite"] = math.isfinite
     with matplotlib.rc_context(STYLE):
         plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
+    if stream:
+        plots["tasks"] = _inline(drawings.forgetting(stream))
     heads = {name: figure.title for name, figure in FIGURES.items()}
     page = environment.get_template("report.html.j2").render(
-        report=report, plots=plots, figures=heads, marks=report.get("marks", {}), most=MOST
+        report=report, plots=plots, figures=heads, marks=report.get("marks", {}), most=MOST, stream=stream
     )
     path.write_text(page, encoding="utf-8")
 
@@ -54,7 +53,12 @@ def _svg(draw: Callable[[Figure, dict[str, Any]], None], report: dict[str, Any])
     draw(figure, report)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+    return _inline(buffer.getvalue())
+
+
+def _inline(document: str) -> str:
+    """Return an SVG document as a page has it, without what comes before its first element."""
+    return "".join(document.partition("<svg")[1:])
 
 
 def _bars(figure: Figure, report: dict[str, Any]) -> None:

@@ -342,8 +342,9 @@ class Session:
     def forgetting(self, run: Run | str) -> Forgetting:
         """Return what the runs that led to a run, and itself, have learned and forgotten of their tasks.
 
-        A run that another went on from before its end counts with the base's figures alone. Raises NotFoundError, and
-        InputError where no run says which task it learned, or was measured on none.
+        A run that another went on from before its end counts with what was measured after that round, where its
+        `evaluate_every` asked for that, and else with the base's figures alone. Raises NotFoundError, and InputError
+        where no run says which task it learned, or was measured on none.
         """
         last = {version.run: version for version in self.versions(run)}
         reports = []
@@ -352,7 +353,8 @@ class Session:
             if not report:
                 raise InputError(f"run {id} has no report yet; wait for its end")
             if version.round < len(report["rounds"]):
-                report["sites"] = {name: row | {PLUG_IN: None} for name, row in report["sites"].items()}
+                sets = report["rounds"][version.round - 1].get("sets", {})
+                report["sites"] = {name: row | {PLUG_IN: sets.get(name)} for name, row in report["sites"].items()}
             reports.append(report)
         return forgetting(reports, kept={id: version.kept for id, version in last.items()})
 

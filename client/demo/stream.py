@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from offsite.client.demo.data import SiteData
 from offsite.client.demo.play import SHARED, Demo
@@ -39,12 +40,15 @@ class Stream(Demo):
                 assert run is not None, "there is a task"
                 run.result(self._out)
                 forgetting = session.forgetting(run)
-        self._write(forgetting)
+        self._write(run.report, forgetting)
         return forgetting
 
-    def _write(self, forgetting: Forgetting) -> None:
+    def _write(self, report: dict[str, Any], forgetting: Forgetting) -> None:
         from offsite.client.plots import forgetting as plot
+        from offsite.client.report import write
 
+        (self._out / "report.json").write_text(json.dumps(report, indent=2))
+        write(report, self._out / "report.html", stream=forgetting)
         (self._out / "forgetting.json").write_text(json.dumps(forgetting.plain(), indent=2) + "\n")
         (self._out / "forgetting.svg").write_text(plot(forgetting))
 

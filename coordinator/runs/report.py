@@ -154,6 +154,7 @@ def _experts(history: History) -> dict[str, Any]:
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:
     version = history[fold(number + 1)]
     plugged = history.get(evaluate(f"{PLUG_IN}:{number + 1}"))
+    sets = plugged.sets if plugged else {}
     return {
         "round": number + 1,
         "sites": {
@@ -170,5 +171,6 @@ def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetric
             for task, metrics in accepted
             if task.round == number
         },
-        "figures": version.version.figures | ({PLUG_IN: perplexity(plugged.sets.values())} if plugged else {}),
+        "figures": version.version.figures | ({PLUG_IN: perplexity(sets.values())} if sets else {}),
+        "sets": {name: perplexity([score]) for name, score in sets.items()},  # the plug-in's, where it was measured
     }

@@ -2,6 +2,8 @@
 
 import json
 import math
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from offsite.client import plots
 from offsite.client.commands.eval import table
 from offsite.client.forgetting import Forgetting, Stage, forgetting
+from offsite.client.session import Session
 from offsite.protos.errors import InputError
 
 TASKS = ("wards", "bank", "school")
@@ -72,6 +75,19 @@ def test_a_set_is_of_the_task_that_its_name_begins_with_and_sets_count_by_tokens
     }
     one["tokens"] = {"wards-icu": 30, "wards.er": 10, "wardship": 50}
     assert forgetting([one]).losses[1] == {"wards": pytest.approx((30 * 1.0 + 10 * 4.0) / 40)}
+
+
+def test_a_run_that_was_gone_on_from_counts_with_the_round_it_was_left_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [{"sets": dict(zip(TASKS, map(math.exp, AFTER[0]), strict=True))}, {"sets": {}}, {}]
+    first = report("a", "wards", (9.0, 9.0, 9.0), rounds=rounds)
+    runs = {"a": first, "b": report("b", "bank", AFTER[1], rounds=[{}])}
+    session = Session.__new__(Session)
+    monkeypatch.setattr(session, "run", lambda id: SimpleNamespace(report=deepcopy(runs[id])), raising=False)
+    for at, expected in ((1, AFTER[0]), (2, ()), (3, (9.0, 9.0, 9.0))):
+        last = [SimpleNamespace(run="a", round=at, kept=0), SimpleNamespace(run="b", round=1, kept=0)]
+        monkeypatch.setattr(session, "versions", lambda run, last=last: last, raising=False)
+        losses = session.forgetting("b").losses
+        assert losses[1] == pytest.approx(dict(zip(TASKS[:2], expected, strict=False))), at
 
 
 def test_what_cannot_be_told_is_said() -> None:

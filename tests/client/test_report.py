@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from offsite.client.forgetting import Forgetting, Stage
 from offsite.client.report import write
 
 HUGE = {"base_zero_shot": 1e304, "emulator_zero_shot": None, "plug_in": 10**300, "attack": float("nan")}
@@ -28,6 +29,19 @@ def report() -> dict[str, Any]:
         "left_out": [{"round": 1, "site": "lab", "state": "failed", "message": "<script>"}],
         **{"bytes": {"down": 2**53, "up": 0}, "seconds": times, "spans": spans},
     }
+
+
+def test_a_run_that_went_on_from_others_has_their_tasks(tmp_path: Path) -> None:
+    stages = tuple(Stage(f"run-{task}", f"<{task}>", "lora", "mean", "none", 1, 2, 3) for task in "ab")
+    losses = ({"<a>": 4.0, "<b>": 3.0}, {"<a>": 2.0, "<b>": 2.5}, {"<a>": 2.25, "<b>": 1.0})
+    write(report(), tmp_path / "page.html", stream=Forgetting(stages, losses))
+    page = (tmp_path / "page.html").read_text()
+    row = '<td>run-b</td><td>&lt;b&gt;</td><td>9.49</td><td class="plug_in">2.72</td>'
+    assert "Earlier tasks" in page and row in page and page.count("<svg") == 4
+    said = "average +1.625, forgetting +0.250, backward -0.250, forward +0.500"
+    assert f"In nats a token: {said}" in page and "intransigence" not in page and "nan" not in page
+    write(report(), tmp_path / "first.html", stream=Forgetting(stages[:1], losses[:2]))
+    assert "Earlier tasks" not in (tmp_path / "first.html").read_text(), "there are none"
 
 
 def test_huge_missing_and_odd_figures_are_drawn_or_left_out(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_two_sites_with_different_ranks_give_an_adapter_a_merged_model_and_a_rep
     assert report["protection"]["reason"].endswith("tuned on the owner's own text of the task, not the sites'")
     assert report["sites"]["exam"] == pytest.approx(report["overall"])
     assert report["rounds"][0]["figures"]["plug_in"] < report["overall"]["base_zero_shot"]
+    assert report["rounds"][0]["sets"]["exam"] == report["rounds"][0]["figures"]["plug_in"]
     assert report["bytes"]["down"] > 0 < report["bytes"]["up"], "of what goes down a site may have kept some"
     assert report["seconds"]["total"] > report["seconds"]["training"] > 0
     assert {w["weight"] for w in report["rounds"][1]["sites"].values()} == {0.5}
