@@ -43,6 +43,10 @@ GROUPS = {
         "Move an adapter to a new base by texts that this writes and the old one answers; no site is asked.",
     ),
     "version": ("all", "Look at the versions of runs, and take them back."),
+    "web": (
+        "web",
+        "Show runs, sites, figures and versions in a browser, and submit and cancel runs, as who the kit says.",
+    ),
 }
 
 

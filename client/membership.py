@@ -59,7 +59,7 @@ class Renewal:
 
     def __init__(self, channel: Channel, identity: Identity, *, say: Say) -> None:
         """Take the channel that shows the kit's certificate, and who is told what hinders."""
-        self._channel, self._identity, self._say = channel, identity, say
+        self._channel, self.identity, self._say = channel, identity, say
         self._membership = Membership(channel, identity.folder)
         self._listed, self._hindrance = float("-inf"), ""
         self._closed = threading.Event()
@@ -79,7 +79,7 @@ class Renewal:
     def look(self, *, wait_s: float = ASK_S) -> None:
         """Renew the certificate if it is time, and the list; what hinders is said once, and tried again."""
         try:
-            if datetime.now(UTC) >= self._identity.renewal:
+            if datetime.now(UTC) >= self.identity.renewal:
                 self.renew(wait_s=wait_s)
             if time.monotonic() - self._listed > LIST_S:
                 self.refresh()
@@ -88,18 +88,18 @@ class Renewal:
         except (OffsiteError, OSError) as error:
             fault = from_system(error) if isinstance(error, OSError) else error
             if str(fault) != self._hindrance and not isinstance(fault, UnreachableError):
-                self._say(f"the certificate of {self._identity.folder} is not kept up to date: {fault}")
+                self._say(f"the certificate of {self.identity.folder} is not kept up to date: {fault}")
             self._hindrance = str(fault)
 
     def refresh(self) -> None:
         """Take the newest list of certificates."""
-        self._take(self._membership.revocations(list_number(self._identity.folder)))
+        self._take(self._membership.revocations(list_number(self.identity.folder)))
 
     def renew(self, *, wait_s: float = ASK_S) -> Identity:
         """Renew the certificate now; return what holds then, the same where nobody has signed for so long."""
-        kit = self._identity.folder
-        newest = Identity.load(kit, expect=self._identity.role)
-        if newest.certificate == self._identity.certificate:  # else another process has renewed it
+        kit = self.identity.folder
+        newest = Identity.load(kit, expect=self.identity.role)
+        if newest.certificate == self.identity.certificate:  # else another process has renewed it
             key = next_key(kit)
             reply = self._membership.renew(wait_s=wait_s)
             self._take(reply.revocations)
@@ -112,10 +112,10 @@ class Renewal:
                 replace_pair(kit, reply.certificate)
             newest = Identity.load(kit, expect=newest.role)
             self._say(f"renewed the certificate of {newest.name}, which holds until {newest.expires:%Y-%m-%d}")
-        self._identity = newest
+        self.identity = newest
         self._channel.show(newest)
         return newest
 
     def _take(self, revocations: bytes) -> None:
         if revocations:
-            replace_list(self._identity.folder, revocations)
+            replace_list(self.identity.folder, revocations)

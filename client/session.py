@@ -263,10 +263,11 @@ def _event(message: pb.Event) -> Event:
 
 
 class Session:
-    """An open coordinator; a context manager."""
+    """An open coordinator; a context manager. One that stays open for days does so `with session.renewal:`."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, renewal: Renewal) -> None:
         self._channel = channel
+        self.renewal = renewal
         self._runs = runs_pb2_grpc.RunsStub(channel.grpc)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
@@ -274,6 +275,16 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def identity(self) -> Identity:
+        """Who speaks here: name and role are those of the certificate."""
+        return self.renewal.identity
+
+    @property
+    def target(self) -> str:
+        """HOST:PORT of the coordinator, or of the gateway to it that is spoken to."""
+        return self._channel.target
 
     def close(self) -> None:
         """Close the connection; runs go on."""
@@ -376,6 +387,7 @@ def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> 
     if kit.warning:
         log.warning(kit.warning)
     channel = Channel(address, kit, patience_s=patience_s)
+    renewal = Renewal(channel, kit, say=log.warning)
     if datetime.now(UTC) >= kit.renewal:
-        Renewal(channel, kit, say=log.warning).look(wait_s=RENEWAL_S)
-    return Session(channel)
+        renewal.look(wait_s=RENEWAL_S)
+    return Session(channel, renewal)

@@ -31,6 +31,7 @@ from offsite.protos.spec import RunSpec
 RECHECK_S = 2.0  # one who watches a run in which nothing happens
 HEADS = 50  # runs of whose newest version one list tells, each of which is read whole
 PAGE = 500  # runs of one list, whose errors are sentences
+AHEAD = 1000  # events of a run that are read at once for one who watches it
 
 
 def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
@@ -90,26 +91,28 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """Stream events until the run is over and all were sent."""
         async with self._gate(context, *PEOPLE, request=request) as person:
             await in_thread(self._seen, request.id, person)
-            after, live = request.after, True
-            while live:
+            after, more = request.after, True
+            while more:
                 events: list[pb.Event] = []
                 number = self._changes.number  # before the look: what is written after it makes it another one
                 with suppress(Unusable):  # who watches waits for the journal, as the run does
-                    live, events = await in_thread(self._news, request.id, after)
+                    more, events = await in_thread(self._news, request.id, after)
                 for event in events:
                     after = event.seq
                     yield event
-                if live:
+                if more and len(events) < AHEAD:
                     await self._changes.after(number, timeout_s=RECHECK_S)
+                if more:
                     self._gate.recheck(person)
 
     def _news(self, run: str, after: int) -> tuple[bool, list[pb.Event]]:
-        """Return whether a run is not over, and its events after one."""
+        """Return whether there may be more, and the next events of a run after one."""
         live = self._journal.is_live(run)  # before the events: none written at the end is missed
-        return live, [
+        events = [
             pb.Event(seq=row.seq, at=row.at, kind=row.kind, round=row.round, site=row.site, data=_json(row.data))
-            for row in self._journal.events(run, after=after)
+            for row in self._journal.events(run, after=after, most=AHEAD)
         ]
+        return live or len(events) == AHEAD, events
 
     async def Cancel(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """End a run; one that is over stays as it ended."""

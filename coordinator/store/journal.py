@@ -28,9 +28,9 @@ class Journal(Runs, Tasks, Rounds, Withdrawals, Gateways, Memberships, Copies, C
         with self._write() as connection:
             connection.execute(event_row(run, event))
 
-    def events(self, run: str, *, after: int = 0, kind: str = "") -> list[Row]:
-        """Return the events of a run after a sequence number, of one kind if it is named."""
-        query = sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq)
+    def events(self, run: str, *, after: int = 0, kind: str = "", most: int | None = None) -> list[Row]:
+        """Return the events of a run after a sequence number, the first `most` of them, of one kind if it is named."""
+        query = sa.select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq).limit(most)
         return self._all(query.where(events.c.kind == kind) if kind else query)
 
     def thin(self, run: str, *, most: int, dry_run: bool = False) -> int:
