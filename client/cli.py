@@ -65,6 +65,10 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Load the group that is called."""
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            from offsite.protos.documents import nearest
+
+            ctx.fail(f"No such command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and _load(args[0]), rest
 

@@ -12,7 +12,7 @@ with connect("coordinator:8443", identity="kits/alice") as session:
 import logging
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,7 +25,7 @@ from offsite.client.membership import Renewal
 from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
 from offsite.protos.documents import from_json as read_json
-from offsite.protos.documents import plain, to_json
+from offsite.protos.documents import parse, plain, to_json, to_plain
 from offsite.protos.errors import InputError, MismatchError, RunError, UnreachableError
 from offsite.protos.figures import PLUG_IN
 from offsite.protos.security.certificates import PEOPLE
@@ -308,7 +308,8 @@ class Session:
         It goes on from `start`, a run that is completed, or "RUN:ROUND" for a round that is done, if one is given.
         """
         if start is not None:
-            spec = replace(spec, start=start.id if isinstance(start, Run) else start)
+            named = start.id if isinstance(start, Run) else start
+            spec = parse(RunSpec, to_plain(spec) | {"start": named}, where="run")
         request = pb.SubmitRequest(token=token or secrets.token_hex(16), spec=to_json(spec))
         return Run(self, self.call("Submit", request))
 

@@ -6,7 +6,7 @@ Canonical JSON (sorted keys, no spaces) gives equal documents equal bytes, so a 
 import json
 import reprlib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -164,10 +164,20 @@ def _fault(cls: Any, error: ValidationError, value: Any) -> str:
         names = [field.name for field in fields(bare(cls))]
         return f"{place}there is no such field; {nearest(str(last), names)}"
     if first["type"] == "missing":
-        return f"{place}{first['msg']}"
+        return f"{place}is missing, and has no default"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_pattern_mismatch" and (meant := _meant(cls, parts)):
+        message = f"expected {meant}"
     suffix = f" (got {quoted(first['input'])})" if place else ""  # a fault of the whole names what is wrong itself
     return f"{place}{_MEANT.get(message, plain(message, most=300))}{suffix}"
+
+
+def _meant(kind: Any, parts: Iterable[Any]) -> str:
+    """Return what the type of a field says of itself; empty where it says nothing."""
+    for part in parts:
+        kind = inner(kind, part)
+    said = (getattr(one, "description", None) for one in getattr(kind, "__metadata__", ()))
+    return next(filter(None, said), "")
 
 
 def bare(kind: Any) -> Any:

@@ -52,13 +52,23 @@ Line = Annotated[str, Field(max_length=200), AfterValidator(_readable)]  # what 
 Sentence = Annotated[str, Field(max_length=2000)]  # a message; shown only through `documents.plain`
 Place = Annotated[str, Field(max_length=4096), AfterValidator(_readable)]  # a path, a hub id, a name of a model
 Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_readable)]
-Digest = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:._-]{0,127}$", max_length=128)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=64)]
+_SIGNS = "letters, digits, '.', '_' and '-', a letter or a digit first"
 
-Tier = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$", max_length=64)]  # of sites; see methods
+
+def _text(pattern: str, most: int, meant: str) -> Any:
+    """Return a field whose description is what a fault says was expected."""
+    return Field(pattern=pattern, max_length=most, description=meant)
+
+
+Digest = Annotated[str, _text(r"^[A-Za-z0-9][A-Za-z0-9:._-]{0,127}$", 128, "a digest, such as sha256:HEX")]
+Name = Annotated[str, _text(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", 64, f"a name of at most 64 {_SIGNS}")]
+# Of sites; see methods.
+Tier = Annotated[str, _text(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$", 64, f"a tier of at most 64 {_SIGNS}")]
 # What a run learns; short enough for names that are made of it.
-Task = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,39})?$", max_length=40)]
-Start = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?)?$", max_length=80)]
+Task = Annotated[str, _text(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,39})?$", 40, f"a task of at most 40 {_SIGNS}")]
+Start = Annotated[
+    str, _text(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?)?$", 80, "RUN, or RUN:ROUND counted from one")
+]
 
 
 def check_plain(value: Any, *, depth: int = DEPTH, items: int = ITEMS, text: int = TEXT) -> None:
