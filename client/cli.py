@@ -91,7 +91,6 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     help="Tune a language model that may not leave its owner on data that may not leave its sites.",
     epilog="Exit codes: 0 done, 1 internal, 2 usage, 3 bad input, 4 identity, 5 refused, 6 not found, 7 mismatch, "
     "8 missing resource, 9 unreachable, 10 run failed, 11 conflict, 130 interrupted.",
@@ -109,8 +108,19 @@ def _root(
     _version: Annotated[
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
     ] = False,
+    profile: Annotated[
+        str,
+        typer.Option(
+            envvar="OFFSITE_PROFILE",
+            show_envvar=True,
+            show_default=False,
+            help="Whose coordinator and kit to take: `offsite identity profile`. (default: the one in use)",
+        ),
+    ] = "",
 ) -> None:
     """Hold the groups together."""
+    if profile:
+        os.environ["OFFSITE_PROFILE"] = profile
 
 
 class Interrupted(BaseException):

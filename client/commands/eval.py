@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offsite.client.commands.run import Coordinator, Format, Id, Kit
+from offsite.client.commands.options import Coordinator, Format, Kit
+from offsite.client.commands.run import Id
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,25 +2,29 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from offsite.client.commands import profiles
+from offsite.client.commands.options import Format, named
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Join by a token, and look after your kit.")
+app.add_typer(profiles.app, name="profile")
 
 TokenText = Annotated[
     str,
     typer.Argument(metavar="TOKEN|FILE|-", help="The token, a file that holds it, or - to read it from the input."),
 ]
 NewKit = Annotated[Path, typer.Option("--identity", help="Folder of the kit that is written; it must not exist yet.")]
-Coordinator = Annotated[str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator.")]
+Coordinator = Annotated[str, named("coordinator", "HOST:PORT of the coordinator.")]
 
 
 @app.command()
 def enrol(
     token: TokenText,
     identity: NewKit,
-    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Join by a token from the model owner: the private key is made here and never leaves this machine.
 
@@ -44,7 +48,7 @@ def enrol(
 @app.command()
 def renew(
     coordinator: Coordinator,
-    identity: Annotated[Path, typer.Option(envvar="OFFSITE_IDENTITY", help="The kit.")],
+    identity: Annotated[Path, named("identity", "The kit.")],
 ) -> None:
     """Renew a kit's certificate now, with a new key, and fetch the newest list of certificates."""
     from offsite.client.channel import Channel
@@ -69,7 +73,7 @@ def renew(
 def sign(
     authority: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
     coordinator: Coordinator,
-    identity: Annotated[Path, typer.Option(envvar="OFFSITE_IDENTITY", help="The kit of an owner.")],
+    identity: Annotated[Path, named("identity", "The kit of an owner.")],
 ) -> None:
     """Sign what is asked for at a coordinator, with an authority that stays on this machine.
 

@@ -8,17 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from offsite.client.commands.options import Coordinator, Format, Kit
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit federated runs and look after them.")
 
 RESTART_S = 120.0  # how long a command that waits for a run waits for a coordinator that is being restarted
 
-Coordinator = Annotated[
-    str, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT of the coordinator, or of several gateways.")
-]
-Kit = Annotated[
-    Path, typer.Option("--identity", envvar="OFFSITE_IDENTITY", help="The kit of an owner, a researcher or an auditor.")
-]
-Format = Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")]
 Id = Annotated[str, typer.Argument(help="The run's id.")]
 
 

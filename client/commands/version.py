@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offsite.client.commands.run import Coordinator, Format, Kit, as_json
+from offsite.client.commands.options import Coordinator, Format, Kit
+from offsite.client.commands.run import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

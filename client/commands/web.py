@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from offsite.client.commands.run import Coordinator, Kit
+from offsite.client.commands.options import Coordinator, Kit
 
 app = typer.Typer(add_completion=False)
 
