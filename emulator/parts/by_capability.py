@@ -1,10 +1,10 @@
 """Shards by capability: a site trains as many shards of the adapter in a round as it can carry, and others in the next.
 
 What trains is cut into shards of about as many values each, layer by layer, in whole maps or the groups that a method
-makes of them, as `mos` does. They stand in a ring: a site that is named begins where the one before it ends, by name,
-and in each round all go on by as many shards as the least site carries. So sites that carry no more than there are
-together never train the same shard in a round, and each has trained all of them by the time that the least one has.
-What a site carries the run says, and the site is told of no other; its own policy bounds the bytes.
+makes of all of their tensors, as `mos` does. They stand in a ring: a site that is named begins where the one before it
+ends, by name, and in each round all go on by as many shards as the least site carries. So sites that carry no more than
+there are together never train the same shard in a round, and each has trained all of them by the time that the least
+one has. What a site carries the run says, and the site is told of no other; its own policy bounds the bytes.
 """
 
 from collections.abc import Sequence
@@ -82,8 +82,10 @@ class ByCapability:
         """Return the groups of each shard, none of which is empty: one ends where it has its share of what is left."""
         own, common = by_layer(schema)
         units, keys = dict[str, list[str]](), groups(schema)
-        for group in [*common, *chain.from_iterable(own.values())]:  # of a map's tensors some do nothing without others
-            units.setdefault(group.rpartition(".")[0] if group in schema else group, []).append(group)
+        ordered = [*common, *chain.from_iterable(own.values())]
+        alone = {_map(group) for group in ordered if group in schema}  # maps with tensors that no group is made of
+        for group in ordered:  # some of which do nothing without others of their map
+            units.setdefault(_map(group) if _map(group) in alone else group, []).append(group)
         if len(units) < self.shards:
             raise ValueError(
                 f"part by-capability cuts an adapter into {self.shards} shards, and this one has {len(units)} maps or "
@@ -103,3 +105,7 @@ class ByCapability:
                 cut.append([])
                 rest, size = rest - size, 0
         return cut
+
+
+def _map(group: str) -> str:
+    return group.rpartition(".")[0]

@@ -89,6 +89,14 @@ def test_the_tensors_of_a_map_train_together_unless_its_method_makes_groups_of_t
     assert [trains(part(shards=3), number, "x", pools) for number in range(3)] == [{f"0.q.{at}"} for at in range(3)]
 
 
+def test_what_all_experts_of_a_map_have_in_common_trains_with_them() -> None:
+    mosa: Schema = {f"0.{name}.down": Field("F32", (4, 4), Rule.MEAN) for name in "qk"}
+    mosa |= {f"0.{name}.up_{at}": Field("F32", (8,), Rule.MEAN, f"0.{name}.{at}") for name in "qk" for at in range(2)}
+    assert [trains(part(shards=2), number, "x", mosa) for number in (0, 1)] == [
+        {f"0.{name}.{end}" for end in ("0", "1", "down")} for name in "kq"
+    ]
+
+
 def test_sites_of_all_ranks_have_the_same_shards() -> None:
     maps = {"0.q": (4, 4), "0.up": (12, 4), "1.q": (4, 4), "1.up": (12, 4)}
 
