@@ -40,6 +40,10 @@ def test_a_run_that_went_on_from_others_has_their_tasks(tmp_path: Path) -> None:
     assert "Earlier tasks" in page and row in page and page.count("<svg") == 4
     said = "average +1.625, forgetting +0.250, backward -0.250, forward +0.500"
     assert f"In nats a token: {said}" in page and "intransigence" not in page and "nan" not in page
+    write(report(), tmp_path / "gap.html", stream=Forgetting(stages, ({}, {"<a>": 2.0}, losses[2])))
+    assert (
+        '<td>run-a</td><td>&lt;a&gt;</td><td class="plug_in">7.39</td><td></td>' in (tmp_path / "gap.html").read_text()
+    )
     write(report(), tmp_path / "first.html", stream=Forgetting(stages[:1], losses[:2]))
     assert "Earlier tasks" not in (tmp_path / "first.html").read_text(), "there are none"
 
