@@ -4,12 +4,14 @@ Each simulation has a journal of its own, in which its run has the same name. Th
 oldest is simulation-1. Of them the next one needs what they were, and of the last one what its sites start from.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from offsite.client.forgetting import Forgetting, forgetting
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import continuing, legality
 from offsite.coordinator.runs.grant import Grant
@@ -64,6 +66,18 @@ def bring(home: Home, journal: Journal, start: Path) -> None:
                 journal.add_step(name, BUILD.name, to_plain(history[BUILD]))
                 journal.add_step(name, last.name, to_plain(history[last]))
             journal.end_run(name, Completed(), report=row.report)
+
+
+def stream(journal: Journal) -> Forgetting | None:
+    """Return what a simulation, and those that led to it, have left of each task; None where none led to it.
+
+    None also where no run says which task it learned, or none was measured.
+    """
+    runs = [*_names(journal)]
+    try:
+        return forgetting([json.loads(journal.run(run).report) | {"run": run} for run in runs]) if runs[1:] else None
+    except InputError:
+        return None
 
 
 def _names(journal: Journal) -> dict[str, str]:

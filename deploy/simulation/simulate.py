@@ -22,7 +22,7 @@ from offsite.deploy.simulation.clock import Clock
 from offsite.deploy.simulation.data import MOST_SITES, Data, open_data
 from offsite.deploy.simulation.machines import Machines, Note, admission
 from offsite.deploy.simulation.orders import OWN, Setup
-from offsite.deploy.simulation.origin import bring, continued
+from offsite.deploy.simulation.origin import bring, continued, stream
 from offsite.deploy.simulation.plot import draw
 from offsite.deploy.simulation.pool import Pool
 from offsite.deploy.simulation.rounds import RUN, Rounds, clear, moment
@@ -184,7 +184,7 @@ def simulate(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(home.node.blobs().path(artifact.digest).read_bytes())
     (out / "report.json").write_text(json.dumps(report, allow_nan=False))
-    pages.write(report, out / "report.html")
+    pages.write(report, out / "report.html", stream=stream(journal))
     draw(report["simulation"]["rounds"], out / "clock.svg")
     journal.close()
     clear(home)

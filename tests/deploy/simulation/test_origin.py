@@ -26,14 +26,19 @@ def ends(folder: Path) -> bytes:
 
 
 @pytest.mark.slow(alone=True)
-def test_rounds_in_one_simulation_and_in_some_that_go_on_from_each_other_give_the_same_bytes(do: Do) -> None:
+def test_rounds_in_one_simulation_and_in_some_that_go_on_from_each_other_give_the_same_bytes(
+    do: Do, material: Path
+) -> None:
+    exam = {"one": str(material / "held-out.jsonl")}
     whole = do("whole", rounds=3, sites=2)
-    first = do("first", sites=2)
+    first = do("first", sites=2, task="one", evaluation=exam)
     do("second", start="first", sites=2)
-    third = do("third", start="second", sites=2)
+    third = do("third", start="second", sites=2, evaluation=exam)
+    assert "Earlier tasks" in (third.out / "report.html").read_text()
     assert ends(first.out) != ends(whole.out) == ends(third.out)
     assert third.report["continues"] == {"run": "simulation-2", "round": 1, "rounds": 2}
-    assert do("third", start="second", sites=2).report == third.report, "it is over, and known"
+    again = do("third", start="second", sites=2, evaluation=exam)
+    assert again.report == third.report, "it is over, and known"
     with pytest.raises(ConflictError, match="holds another simulation"):
         do("third", start="first", sites=2)
 
