@@ -2,9 +2,8 @@
 
 import io
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jinja2
 import matplotlib
@@ -26,6 +25,7 @@ KINDS = {
     "aggregation": "#b5473f",
     "evaluation": "#3f6fb5",
 }
+Plot = Literal["figures", "losses", "times"]
 TOLD_APART = 12  # sites that have a line and a name each in a plot
 
 
@@ -37,8 +37,7 @@ def write(report: dict[str, Any], path: Path, *, stream: Forgetting | None = Non
     environment.filters["short"] = short
     environment.filters["perplexity"] = lambda nats: "" if nats is None else short(math.exp(nats))
     environment.tests["finite"] = math.isfinite
-    with matplotlib.rc_context(STYLE):
-        plots = {name: _svg(draw, report) for name, draw in (("bars", _bars), ("losses", _losses), ("times", _times))}
+    plots = {kind: _svg(plot(kind, report)) for kind in get_args(Plot)}
     if stream:
         plots["tasks"] = _inline(drawings.forgetting(stream))
     heads = {name: figure.title for name, figure in FIGURES.items()}
@@ -48,11 +47,19 @@ def write(report: dict[str, Any], path: Path, *, stream: Forgetting | None = Non
     path.write_text(page, encoding="utf-8")
 
 
-def _svg(draw: Callable[[Figure, dict[str, Any]], None], report: dict[str, Any]) -> str:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    draw(figure, report)
+def plot(kind: Plot, report: dict[str, Any]) -> Figure:
+    """Draw perplexities ("figures"), training losses ("losses") or what was done when ("times")."""
+    draw = {"figures": _bars, "losses": _losses, "times": _times}[kind]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        draw(figure, report)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue())
 
 
