@@ -137,10 +137,10 @@ class Pages:
     async def refusal(self, request: Request, error: Exception) -> Response:
         """Show what the coordinator says; a form's answer goes into the page that has it."""
         assert isinstance(error, OffsiteError)
-        form = request.headers.get("hx-request") == "true" and request.method == "POST"
-        template = "refusal.html.j2" if form else "error.html.j2"
+        if request.method == "POST":  # 200, as other answers are among the errors of a browser's console
+            return self._html("refusal.html.j2", request, text=str(error))
         status = STATUS.get(error.status, 500)
-        return self._html(template, request, status=status, text=str(error), reader=self._views.reader)
+        return self._html("error.html.j2", request, status=status, text=str(error), reader=self._views.reader)
 
     async def _live(self, template: str, request: Request, look: Look) -> Response:
         """Return a page, or the stream of what changes in it."""

@@ -129,15 +129,15 @@ def test_a_run_file_is_submitted_and_leads_to_its_run(browser: Browser, coordina
 def test_what_is_wrong_with_a_run_file_stands_beside_it(browser: Browser, coordinator: Coordinator) -> None:
     for spec, why in (("model =", "not valid TOML"), ('model = "m"\nrounds = 0', "rounds"), ("", "model")):
         status, text, _ = browser.post("/runs", spec=spec, token="t" * 32)
-        assert status == 422 and why in text and "<html" not in text
+        assert status == 200 and why in text and "<html" not in text
     assert not coordinator.runs
 
 
 def test_what_the_role_may_not_is_said_in_the_coordinator_s_words(browser: Browser, coordinator: Coordinator) -> None:
     coordinator.refusal = "ada has a certificate for role auditor; this call needs role owner or researcher"
     status, text, _ = browser.post("/runs", spec='model = "base"', token="t" * 32)
-    assert status == 403 and coordinator.refusal in text
-    assert browser.post("/runs/r1/cancel")[0] == 403
+    assert status == 200 and coordinator.refusal in text
+    assert coordinator.refusal in browser.post("/runs/r1/cancel")[1]
 
 
 def test_a_run_is_cancelled(browser: Browser, coordinator: Coordinator) -> None:
@@ -154,7 +154,7 @@ def test_versions_are_taken_back_with_a_reason(browser: Browser, coordinator: Co
     assert "taken back" not in browser.stream("/runs/r1/live", "r1:2")
     assert browser.post("/runs/r1/rollback", version="r1:1", reason="it forgot")[0] == 204
     assert "taken back by alice" in browser.stream("/runs/r1/live", "it forgot")
-    assert browser.post("/runs/r1/rollback", version="r1", reason="why")[0] == 422
+    assert "expected RUN:ROUND" in browser.post("/runs/r1/rollback", version="r1", reason="why")[1]
     assert "go on from r1:2" in browser.stream("/versions/live", "go on from r1:2")
 
 
