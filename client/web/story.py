@@ -1,5 +1,6 @@
 """What the page knows of a run: built up from its events in a thread of its own, once for all who look."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from offsite.protos.figures import Score
 LINES = 200  # of the log that are kept
 ENTRIES = 500  # of the audit trail
 STATUS_S = 1.0  # between two questions how a run stands
+LINEAGE_S = 10.0  # and for its versions, for which the coordinator reads all of it
 OVER = ("completed", "failed", "cancelled")
 
 
@@ -148,6 +150,7 @@ class Follower:
         self.closed = False
         self._asked, self._asking = time.monotonic(), threading.Lock()
         self._lineage: tuple[int, list[Version]] = (-1, [])
+        self._listed, self._reading = -math.inf, threading.Lock()  # which no first look at a page waits for
         self._forgetting: Forgetting | None = None
         self._compared = False
         threading.Thread(target=self._follow, args=(session.run(id),), daemon=True, name=f"run {id}").start()
@@ -174,18 +177,19 @@ class Follower:
         """Have the versions asked for again: what takes one back is no event of a run that is over."""
         with self.lock:
             self.story.turns += 1
+        self._listed = -math.inf
 
     def versions(self) -> list[Version]:
         """Return the run's versions after those that it went on from."""
         turns = self.story.turns
-        with self._asking:
-            if turns != self._lineage[0]:
-                self._lineage = turns, self._session.versions(self._run)
+        with self._reading:
+            if turns != self._lineage[0] and time.monotonic() - self._listed > LINEAGE_S:
+                self._lineage, self._listed = (turns, self._session.versions(self._run.id)), time.monotonic()
             return self._lineage[1]
 
     def forgetting(self) -> Forgetting | None:
         """Return what the stream of a completed run has learned and forgotten; None where there is nothing to tell."""
-        with self._asking:
+        with self._reading:
             if not self._compared and self.spec.task and self._run.state == "completed":
                 self._compared = True
                 with suppress(InputError):  # measured on no set of a task
