@@ -23,6 +23,7 @@ GROUPS = {
         "all",
         "Fetch a model and private data of four sites, tune it without any site holding it, and report.",
     ),
+    "doctor": ("model", "Check this machine, one line for each thing: ok, warn, or fail with what to do."),
     "emulator": ("coordinator", "Build, compare and inspect emulators, the stand-ins that sites get."),
     "eval": ("model", "Say what runs have come to, over more than one."),
     "identity": ("all", "Join by a token, and look after your kit."),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from offsite.coordinator.commands.backup import backup, restore
+from offsite.coordinator.commands.doctor import doctor
 from offsite.coordinator.commands.sizes import size
 from offsite.coordinator.commands.status import status
 from offsite.protos.telemetry.logs import Form, begin
@@ -196,6 +197,7 @@ def gc(
 
 app.command()(backup)
 app.command()(restore)
+app.command()(doctor)
 app.command()(status)
 
 

@@ -74,3 +74,17 @@ def test_a_run_is_submitted_listed_shown_fetched_and_cancelled(coordinated: Any,
     assert "is cancelled" in offsite("run", "cancel", second, *where).stdout
     watched = offsite("run", "watch", second, *where)
     assert watched.returncode == 10 and "cancelled by olga" in watched.stderr
+
+
+def test_the_doctor_shakes_hands_with_a_coordinator_and_says_whom_it_refuses(coordinated: Any, offsite: Any) -> None:
+    def asked(kit: Path) -> tuple[int, dict[str, Any]]:
+        where = ("--coordinator", coordinated.address, "--identity", str(kit), "--disk", "0", "--memory", "0")
+        told = offsite("doctor", *where, "--format", "json")
+        return told.returncode, {row["name"]: row for row in json.loads(told.stdout)}
+
+    code, seen = asked(coordinated.owner)
+    assert code == 0 and seen["coordinator"]["message"].endswith("answers owner 'olga' over TLS 1.3")
+    gone = coordinated.authority.issue("site", "gone")
+    coordinated.authority.revoke("gone")
+    code, seen = asked(gone)
+    assert code == 4 and "is revoked" in seen["coordinator"]["message"], seen
