@@ -15,12 +15,10 @@ def _of_profile(name: Literal["coordinator", "identity"]) -> str | None:
 
 def _needed(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
     if value is None and not context.resilient_parsing:
-        from offsite.protos.errors import InputError
-
-        name = parameter.name
-        raise InputError(
-            f"no {name} is named: give --{name}, set OFFSITE_{str(name).upper()}, or keep it in a profile, by "
-            "`offsite identity profile add`"
+        name = str(parameter.name)
+        context.fail(
+            f"Missing option '--{name}': give it, set OFFSITE_{name.upper()}, or keep it in a profile, by `offsite "
+            "identity profile add`."
         )
     return value
 
