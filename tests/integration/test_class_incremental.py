@@ -126,6 +126,7 @@ def test_surgery_tells_ten_digits_apart_better_than_an_adapter_that_goes_on() ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_codes_see_that_images_are_not_what_was_learned() -> None:
     torch.set_num_threads(1)
     method: Any = make("prototype", {})

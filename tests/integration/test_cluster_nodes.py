@@ -13,7 +13,7 @@ from ..conftest import S3
 from .clusters import Cluster
 from .conftest import Federation, alone, federated, wait_until, write_material
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 KEY = {"AWS_ACCESS_KEY_ID": "offsite", "AWS_SECRET_ACCESS_KEY": "confidential", "AWS_ALLOW_HTTP": "true"}

@@ -74,10 +74,10 @@ def finish(out: Path, material: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
-    """In half of the demo's steps, with half as many sequences in each, and on half of its exam: the figures stand well
-    apart there too.
+    """In a third of the demo's steps, with half as many sequences in each, and on half of its exam: the figures stand
+    well apart there too.
     """
-    short = ["--steps", "3", "--batch-size", "2", "--held-out", "8"]
+    short = ["--rounds", "1", "--steps", "4", "--batch-size", "2", "--held-out", "8"]
     running = demo(tmp_path / "out", *short, "--format", "json")
     _, errors = running.communicate(timeout=3000)  # against a hang, not for speed
     assert running.returncode == 0, errors

@@ -42,10 +42,9 @@ KINDS: list[Any] = [  # of training: what is not the default of a run
         for kind in (
             {"part": 'lisa(layers=1,per="site")'},
             {"part": "ist(share=0.5)"},
-            {"part": "half"},
             {"part": 'by-capability(shards=3,carries=3,sites={"bank":1})'},
             {"objective": "dpo(beta=1.0)", "optimiser": "natural-galore(rank=2,history=3,every=4)"},
-            {"optimiser": "spsa-gc(draws=2)"},
+            {"part": "half", "optimiser": "spsa-gc(draws=2)"},
         )
     ),
 ]

@@ -14,7 +14,7 @@ from .clusters import Cluster
 from .conftest import ENVIRONMENT, alone, wait_until, write_material
 from .machines import Machine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PLUGIN = Path(__file__).parents[1] / "plugin" / "offsite_top.py"
 # Trains as a site's trainer does, but leaves a mark on the machine where it is, and waits there while a round is held.

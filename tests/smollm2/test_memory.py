@@ -30,6 +30,7 @@ METHOD = methods.make("lora", {})
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_of_two_tasks_an_average_forgets_less_and_an_ensemble_is_never_the_worst(
     bench: Any, tell: Callable[..., None], tmp_path: Path
 ) -> None:

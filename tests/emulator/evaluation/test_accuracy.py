@@ -115,6 +115,7 @@ def test_without_the_harness_one_is_told_what_to_install(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_answers_piqa_as_well_as_is_known() -> None:
     cache = zoo.cache_folder()
     model, tokenizer = zoo.load_base(
