@@ -124,10 +124,12 @@ def test_what_no_weight_takes_in_is_published_attacked_and_loaded_again(tmp_path
         assert not torch.allclose(load(base, out / "adapter")(ids).logits, before, atol=1e-3)
 
 
-def test_a_merged_model_of_what_no_weight_takes_in_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    refused = demo(tmp_path / "out", "--method", "bottleneck", "--merge")
-    _, errors = refused.communicate(timeout=100)
-    assert refused.returncode == 3 and "--merge: what bottleneck trains is no change of the base's weights" in errors
+def test_a_merged_model_of_what_no_weight_takes_in_is_refused_before_anything_starts(
+    tmp_path: Path, offsite: Any
+) -> None:
+    refused = offsite("demo", "--out", str(tmp_path / "out"), "--method", "bottleneck", "--merge")
+    assert refused.returncode == 3
+    assert "--merge: what bottleneck trains is no change of the base's weights" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

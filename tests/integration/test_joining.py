@@ -110,13 +110,14 @@ def test_a_token_lets_in_to_ask_for_one_certificate_and_nothing_else(federation:
     assert not (tmp_path / "joined").exists()
 
 
-def test_a_second_key_is_refused_and_the_owner_is_told(federation: Any, tmp_path: Path) -> None:
+def test_a_second_key_is_refused_and_the_owner_is_told(federation: Any, tmp_path: Path, wait: Any) -> None:
     token = federation.authority.token("site", "wanted", address=federation.address)
     enrol(token, tmp_path / "thief")
     with pytest.raises(RefusedError, match="token of site 'wanted' was used before, for another key"):
         enrol(token, tmp_path / "site")
     assert list(tmp_path.iterdir()) == [tmp_path / "thief"]
-    assert "token of site 'wanted' was used before" in federation.log("coordinator").read_text()
+    log = federation.log("coordinator")
+    wait(lambda: "token of site 'wanted' was used before" in log.read_text(), "the owner is told")
     assert federation.authority.index().tokens[-1].contested_at is not None
 
 

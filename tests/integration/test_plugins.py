@@ -44,6 +44,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory, federations: Any, environ
         yield federation
 
 
+@pytest.mark.slow(alone=True)
 def test_a_run_names_the_plug_ins_of_another_package(extended: Any, tmp_path: Path) -> None:
     builder, method, strategy = (Choice(name=name) for name in PLUGINS[:3])
     named = {"builders": (builder,), "method": method, "strategy": strategy}

@@ -195,6 +195,7 @@ def test_a_revoked_site_loses_what_it_has_open(federation: Any, rogue: Any) -> N
     waiting.channel.close()
 
 
+@pytest.mark.slow(alone=True)
 def test_a_site_that_goes_back_and_forth_gets_no_further(federation: Any, rogue: Any) -> None:
     with federation.connect() as session:
         run = rogue.submit(session, stall_s=2.0)

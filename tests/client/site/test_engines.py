@@ -72,6 +72,7 @@ def test_two_processes_at_every_zero_stage_train_as_one_plain_process(
     )
 
 
+@pytest.mark.slow(alone=True)
 def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path) -> None:
     uneven = TRAINING | {"batch_size": 5}
     agree(start, job(training=uneven, **TWO), job(training=uneven), tmp_path / "task")

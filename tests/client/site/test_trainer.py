@@ -224,7 +224,9 @@ def test_trainers_end_when_their_agent_is_killed(idle: ForkServer, job: Jobs, tm
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow(alone=True)] * (name == "deepspeed")) for name in ENGINES]
+)
 def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_theirs(
     start: Any, job: Jobs, tmp_path: Path, name: str
 ) -> None:
@@ -306,6 +308,7 @@ def test_a_trainer_that_cannot_start_is_told_with_the_end_of_its_log(
         list(launch(job(), tmp_path / "task", idle).events())
 
 
+@pytest.mark.slow(alone=True)
 def test_an_error_that_is_told_is_raised_once_whichever_process_tells_it(
     idle: ForkServer, job: Jobs, tmp_path: Path
 ) -> None:

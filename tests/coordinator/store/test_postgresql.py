@@ -88,6 +88,7 @@ def test_a_number_is_not_given_before_the_one_before_it_can_be_read(journal: Jou
     assert [event.kind for event in journal.events("r")] == ["first", "step"]
 
 
+@pytest.mark.slow(alone=True)
 def test_a_hold_lasts_while_the_server_is_away_and_is_anybodys_when_it_is_back(
     journal: Journal, postgresql: Any
 ) -> None:

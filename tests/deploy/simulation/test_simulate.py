@@ -199,6 +199,7 @@ def test_who_is_slow_or_gives_up_is_left_out_and_a_day_takes_moments(do: Do) -> 
         do("few", train=f"{__name__}:moving", world=world, sites=40, task_s=7200.0, min_sites=39)
 
 
+@pytest.mark.slow(alone=True)
 def test_one_that_was_stopped_goes_on_with_the_same_bytes(do: Do, monkeypatch: pytest.MonkeyPatch, top: Any) -> None:
     how: dict[str, Any] = {
         **{"rounds": 3, "train": f"{__name__}:moving", "upload": (Choice(name="top", settings={"share": 0.5}),)},

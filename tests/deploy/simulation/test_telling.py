@@ -12,6 +12,7 @@ from offsite.emulator.methods import own_format
 from .conftest import Do
 
 
+@pytest.mark.slow(alone=True)
 @pytest.mark.parametrize("name", [pytest.param("signature", marks=pytest.mark.slow), "prototype"])
 def test_a_run_publishes_sums_of_its_rows_by_which_the_same_task_is_known_again(do: Do, name: str) -> None:
     measuring: dict[str, Any] = {"method": Choice(name=name), "strategy": Choice(name="sum")}

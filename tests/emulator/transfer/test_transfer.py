@@ -132,6 +132,7 @@ def test_a_model_is_no_distance_from_itself_and_its_gains_are_differences_of_mea
     assert same_words(tokenizer, tokenizer)
 
 
+@pytest.mark.slow(alone=True)
 def test_another_base_has_most_of_what_the_old_adapter_gave_and_none_of_its_texts(
     bases: tuple[Path, Path], adapter: Path
 ) -> None:
