@@ -175,6 +175,7 @@ def test_a_head_that_dies_costs_what_was_under_way_and_the_run_ends_as_ever(fede
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_step_that_waits_for_a_machine_says_so_and_a_machine_that_can_do_none_says_why(
     federations: Any, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_an_interrupt_leaves_nothing_behind_and_the_same_command_works_again(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_no_weight_takes_in_is_published_attacked_and_loaded_again(tmp_path: Path, material: Path) -> None:
     out, method = tmp_path / "out", ("--method", "bottleneck(width=4)")
     running = demo(out, *tiny(material, "hospital", "bank"), "--rounds", "1", *method, "--format", "json")

@@ -17,6 +17,7 @@ METHODS = {"mos": ("mos", {}, 3e-3), "as-many": ("lora", {"rank": 2}, 3e-3), "mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_few_values_do_most_of_what_lora_does_with_as_many_and_with_more(bench: Any, tell: Callable[..., None]) -> None:
     drops, counts = dict[str, float](), dict[str, int]()
     for name, (called, settings, rate) in METHODS.items():

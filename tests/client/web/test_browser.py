@@ -24,6 +24,7 @@ from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 PROGRAMS = [shutil.which(name) for name in ("chromium", "chromedriver")]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(None in PROGRAMS, reason="there is no Chromium: apt install chromium chromium-driver"),
 ]
 AXE = "axe-core@4.14.1"
