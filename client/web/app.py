@@ -4,7 +4,6 @@ over one stream of server-sent events whenever they have changed."""
 import asyncio
 import secrets
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from offsite.protos.errors import NotFoundError, OffsiteError
 from offsite.protos.figures import FIGURES
 
 LOOK_S = 0.5  # between two looks whether a page has changed
-WHOLE_S = 5.0  # after which all of it is sent again, for a browser that had not begun to listen may have missed some
 LIVE = "live_"
 STATUS = {
     "INVALID_ARGUMENT": 422,
@@ -159,11 +157,9 @@ class Pages:
         return await run_in_threadpool(page)
 
     async def _changes(self, template: str, look: Look) -> AsyncIterator[dict[str, str]]:
-        """Yield the parts of a page that are others than they were; first, and now and then, all of them."""
-        shown, whole = dict[str, str](), time.monotonic()
+        """Yield the parts of a page that are others than they were; first all of them."""
+        shown: dict[str, str] = {}
         while True:
-            if time.monotonic() - whole > WHOLE_S:
-                shown, whole = {}, time.monotonic()
             parts = await run_in_threadpool(self._parts, template, look)
             news = [_swap(name, part) for name, part in parts.items() if shown.get(name) != part]
             shown |= parts

@@ -9,3 +9,8 @@ addEventListener("htmx:sse:error", () => {
     }));
   }
 });
+
+// htmx may have looked at the page before its extension was there; then nobody listens to the stream.
+addEventListener("load", () => {
+  for (const one of document.querySelectorAll("[hx-sse\\:connect]:not([data-htmx-powered])")) htmx.process(one);
+});
