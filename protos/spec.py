@@ -140,6 +140,7 @@ class RunSpec:
     max_update_norm: AboveZero = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
     max_update_ratio: Ratio = 5.0  # to the round's median, else left out
     evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end
+    contributions: Flag = False  # also measure what each update gave: its cosine with the mean, the plug-in without it
     merge: Flag = False  # also publish the merged model
     start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing
     task: Task = ""  # what the run learns, by a name of its own; empty: it has none

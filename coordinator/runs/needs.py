@@ -4,6 +4,7 @@ The memory is that of the tensors a step surely holds, P parameters of the base 
 as the run computes (4 in fp32, 2 in bf16):
 
     gather     nothing            aggregate  4 x what goes to the sites, of all tiers; join the same
+    compare    2 x what goes to the sites
     build      2 x the files of the base, unless one builder works alone: that may read layer by layer; divide the same
     encode     the files of the base
     realign    2 (P + E)          evaluate   w P, with a memory the layers that train twice, or w E of the emulator
@@ -21,6 +22,7 @@ from offsite.coordinator.runs.steps.orders import (
     Aggregate,
     Attack,
     Build,
+    Compare,
     Divide,
     Encode,
     Evaluate,
@@ -60,6 +62,8 @@ def of(order: Order, spec: Grant, built: Built | None) -> Needs:
             return Needs(2 * spec.weights if len(spec.builders) > 1 else 0)
         case Encode():
             return Needs(spec.weights)
+        case Compare():
+            return Needs(2 * sum(sent.size for sent in order.folded.last.broadcast.values()))
         case Aggregate() | Join():
             versions = order.parts if isinstance(order, Join) else (order.last,)
             return Needs(4 * sum(sent.size for version in versions for sent in version.broadcast.values()))

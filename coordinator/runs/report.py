@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from offsite.coordinator.runs.contributions import contributions
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
@@ -154,7 +155,7 @@ def _experts(history: History) -> dict[str, Any]:
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:
     version = history[fold(number + 1)]
     plugged = history.get(evaluate(f"{PLUG_IN}:{number + 1}"))
-    sets = plugged.sets if plugged else {}
+    sets, given = plugged.sets if plugged else {}, contributions(history, number + 1)
     return {
         "round": number + 1,
         "sites": {
@@ -168,6 +169,7 @@ def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetric
                 "engine": metrics.engine,
                 "peak_memory_bytes": metrics.peak_memory_bytes,
             }
+            | (to_plain(given[task.site]) if task.site in given else {})
             for task, metrics in accepted
             if task.round == number
         },

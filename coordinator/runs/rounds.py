@@ -11,7 +11,7 @@ from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes, at_site
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
-from offsite.coordinator.runs.steps.results import BUILD, SELECT
+from offsite.coordinator.runs.steps.results import BUILD, SELECT, Folded
 from offsite.coordinator.store.blobs import Blobs, Stamp
 from offsite.coordinator.store.journal import Journal, Key, Row
 from offsite.kernels.schema import Tier
@@ -153,7 +153,13 @@ def checks(blobs: Blobs, digests: Iterable[str]) -> list[Future[Stamp]]:
         return [threads.submit(copy_context().run, blobs.stamp, digest) for digest in digests]
 
 
-def _update(task: Row, stamp: Stamp) -> Update:
+def folded_updates(journal: Journal, run: str, number: int, folded: Folded) -> tuple[Update, ...]:
+    """Return the updates that a round's version is made of, the round counted from zero."""
+    parts = {(site, part.update) for site, part in folded.lineage.items()}
+    return tuple(_update(task) for task in journal.tasks(run, number) if (task.site, task.update) in parts)
+
+
+def _update(task: Row, stamp: Stamp | None = None) -> Update:
     metrics = from_json(UpdateMetrics, task.metrics, where="metrics")
     return Update(
         site=task.site,

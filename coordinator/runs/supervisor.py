@@ -19,12 +19,13 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.needs import Needs, NoRoom, of
 from offsite.coordinator.runs.report import assemble, perplexities, warnings
-from offsite.coordinator.runs.rounds import Round
+from offsite.coordinator.runs.rounds import Round, folded_updates
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.orders import (
     Aggregate,
     Attack,
     Build,
+    Compare,
     Evaluate,
     Gather,
     Order,
@@ -242,11 +243,16 @@ class Supervisor:
     def _evaluate(
         self, figure: str, *, manifest: str | None, adapter: str | None, memory: dict[str, str] | None = None
     ) -> None:
+        order = self._evaluation(manifest=manifest, adapter=adapter, memory=memory)
+        self._do(results.evaluate(figure), order, partial(self._measured, figure))
+
+    def _evaluation(
+        self, *, manifest: str | None = None, adapter: str | None, memory: dict[str, str] | None = None
+    ) -> Evaluate:
         built = self._history[BUILD]
-        order = Evaluate(
+        return Evaluate(
             base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery, memory=memory or {}
         )
-        self._do(results.evaluate(figure), order, partial(self._measured, figure))
 
     def _measured(self, figure: str, measured: Evaluation) -> list[Event]:
         news: list[Event] = [Measured(name=figure, sets=measured.sets)]
@@ -274,16 +280,9 @@ class Supervisor:
             current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
             current.open()
             self._measure(number)  # while the sites train
-            updates, last = self._updates(current), self._history.version(number)
-            order = Aggregate(
-                last=last,
-                schema=built.schema,
-                tiers=built.tiers,
-                updates=updates,
-                round=self._spec.rounds_before + number,
-                groups=built.groups,
-            )
-            self._do(step, order, partial(_folded, number + 1))
+            if number:
+                self._contributions(number)
+            self._do(step, self._fold(number, self._updates(current)), partial(_folded, number + 1))
         elif self._history.get(step) is None and self._train:
             self._measure(number)
             folded = self._train(self._history, number)
@@ -293,6 +292,35 @@ class Supervisor:
             realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
             self._do(results.realign(number + 1), realign)
 
+    def _fold(self, number: int, updates: tuple[Update, ...]) -> Aggregate:
+        built = self._history[BUILD]
+        return Aggregate(
+            last=self._history.version(number),
+            schema=built.schema,
+            tiers=built.tiers,
+            updates=updates,
+            round=self._spec.rounds_before + number,
+            groups=built.groups,
+        )
+
+    def _contributions(self, number: int) -> None:
+        """Measure what each site gave to the version of a round, counted from one, where the run asks for that.
+
+        Once the plug-in of that version has been measured, so is that of the round without each of its sites.
+        """
+        folded = self._history[results.fold(number)]
+        updates = folded_updates(self._journal, self._run, number - 1, folded)
+        if not self._spec.contributions or not updates:
+            return
+        whole = self._fold(number - 1, updates)
+        weights = {site: part.weight for site, part in folded.lineage.items()}
+        self._do(results.compare(number), Compare(folded=replace(whole, weights=weights)))
+        for site in sorted(weights) if self._spec.evaluation and len(weights) > 1 else ():
+            rest = {name: weight / (1 - weights[site]) for name, weight in weights.items() if name != site}
+            others = tuple(update for update in updates if update.site != site)
+            version = self._do(results.without(number, site), replace(whole, updates=others, weights=rest)).version
+            self._do(results.lacking(number, site), self._evaluation(adapter=version.adapter, memory=version.memory))
+
     def _measure(self, number: int) -> None:
         """Measure what a round starts from: the base and the emulator, later versions where the run asks for that."""
         every = self._spec.evaluate_every
@@ -301,7 +329,7 @@ class Supervisor:
         if not number:
             self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
             self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
-        elif every and number % every == 0:
+        elif self._spec.contributions or (every and number % every == 0):
             version = self._history[results.fold(number)].version
             self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=version.adapter, memory=version.memory)
 
@@ -336,6 +364,7 @@ class Supervisor:
                 self._do(results.evaluate(BASE_TUNED), tune, partial(self._measured, BASE_TUNED))
             order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
             self._do(results.ATTACK, order, lambda result: [Measured(name=figures.ATTACK, sets=result.attacks[0].sets)])
+        self._contributions(rounds)
         publish = Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery, memory=version.memory)
         published = self._do(PUBLISH, publish)
         report = assemble(self._journal, self._run)

@@ -119,6 +119,8 @@ def simulate(
         raise InputError(
             f"sites: the run names its sites, and {sites} others cannot be made up; leave out one of the two"
         )
+    if spec.contributions:
+        raise InputError("contributions: a simulation keeps no updates to fold again; measure them in a run")
     grant = _granted(spec, start)
     policy = policy or Policy(bases=("any",), data=(str(data),))
     objective = spec.training.objective

@@ -7,6 +7,7 @@ folded. So nothing is folded that has changed since it was stored, whichever ord
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import copy_context
 from itertools import count, islice
 from pathlib import Path
@@ -17,21 +18,21 @@ from typing import Generic, TypeVar
 import torch
 
 from offsite.coordinator import aggregation
-from offsite.coordinator.aggregation import Origin, folding, keyed
-from offsite.coordinator.aggregation.folding import Sent, fold_apart, weigh
+from offsite.coordinator.aggregation import Origin, folding, keyed, likeness
+from offsite.coordinator.aggregation.folding import Sent, Weighing, fold_apart, weigh
 from offsite.coordinator.aggregation.keyed import Share
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import partial
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import memory
-from offsite.coordinator.runs.steps.orders import Aggregate, Join
-from offsite.coordinator.runs.steps.results import Folded, Part
+from offsite.coordinator.runs.steps.orders import Aggregate, Compare, Join, Update
+from offsite.coordinator.runs.steps.results import Compared, Folded, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.versions import Version, read_schema
 from offsite.emulator.parts import Turn
 from offsite.kernels.schema import Schema, groups, only
-from offsite.protos import upload
+from offsite.protos import tensors, upload
 from offsite.protos.errors import InputError
 from offsite.protos.spec import RunSpec
 from offsite.protos.upload.files import distance, opened
@@ -59,14 +60,14 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
         starts = {tier: blobs.served(sent.digest) for tier, sent in order.last.broadcast.items()}
         has = _schemas(spec, order, schema)
         whole = all(one is schema for one in has.values())
-        sent = []
-        for update in order.updates:
-            tier, norm = order.tiers[update.site], update.norm
-            if norm is None:
-                norm = distance(blobs.path(update.digest, update.stamp), starts[tier], has[update.site], stages)
-            sent.append(Sent(update.site, tier, update.examples, norm))
+        updates = {update.site: update for update in order.updates}
+
+        def distance_of(update: Update) -> float:
+            file = blobs.path(update.digest, update.stamp)
+            return distance(file, starts[order.tiers[update.site]], has[update.site], stages)
+
+        weighing = _weigh(spec, order, distance_of)
         last, part = load_version(blobs, order.last.bare), folding.part_of(schema, order.part, order.parts)
-        weighing, updates = weigh(sent, spec=spec), {update.site: update for update in order.updates}
         origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
         files = Ahead(digests, lambda one: blobs.path(one.digest, one.stamp), [updates[one.site] for one in origins])
 
@@ -86,6 +87,35 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
         left_out=weighing.left_out,
         spans=tuple(timeline),
     )
+
+
+def compare(node: Node, spec: Grant, order: Compare) -> Compared:
+    """Tell how alike the updates of a round are, whose weights are given, and change nothing."""
+    timeline, blobs, folded = Timeline(), node.blobs(), order.folded
+    with timeline.span("aggregation"), ExitStack() as files:
+        schema, stages = read_schema(blobs, folded.schema), upload.make(spec.upload)
+        has = _schemas(spec, folded, schema)
+        changes = []
+        for update in sorted(folded.updates, key=lambda update: update.site):
+            start = blobs.served(folded.last.broadcast[folded.tiers[update.site]].digest)
+            file = opened(blobs.path(update.digest, update.stamp), start, has[update.site], stages)
+            broadcast = files.enter_context(tensors.reading(start))
+            changes.append(likeness.Change(files.enter_context(file), broadcast, frozenset(groups(has[update.site]))))
+        gram = likeness.gram(changes, schema)
+    sites = sorted(update.site for update in folded.updates)
+    cosines = likeness.with_mean(gram, [folded.weights[site] for site in sites]) if gram is not None else []
+    return Compared(cosines=dict(zip(sites, cosines, strict=False)), spans=tuple(timeline))
+
+
+def _weigh(spec: Grant, order: Aggregate, distance_of: Callable[[Update], float]) -> Weighing:
+    """Say what the updates weigh: as the order has it, else as the run has it, by how far they go."""
+    if order.weights:
+        return Weighing(dict(sorted(order.weights.items())), {})
+    sent = [
+        Sent(one.site, order.tiers[one.site], one.examples, distance_of(one) if one.norm is None else one.norm)
+        for one in order.updates
+    ]
+    return weigh(sent, spec=spec)
 
 
 def _schemas(spec: RunSpec, order: Aggregate, schema: Schema) -> dict[str, Schema]:

@@ -7,7 +7,7 @@ from pydantic import Field
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Tier, Word
+from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Share, Tier, Word
 from offsite.protos.spec import Choice, Grounds, Layers, Shared
 
 
@@ -101,6 +101,15 @@ class Aggregate:
     groups: Positive = 1  # of tensors that may be folded apart
     parts: Positive = 1  # in how many they are folded
     part: Count = 0  # which of them this is
+    weights: dict[Name, Share] = Field(default_factory=dict)  # of the updates; empty: as the run weighs them
+
+
+@document
+class Compare:
+    """Tell how alike the updates of a round are, given their weights in it."""
+
+    step: ClassVar[str] = "compare"
+    folded: Aggregate
 
 
 @document
@@ -167,7 +176,7 @@ class Publish:
     memory: dict[Word, Digest] = Field(default_factory=dict)  # that the adapter's version has
 
 
-Order = Gather | Build | Divide | Encode | Aggregate | Join | Realign | Evaluate | Attack | Tune | Publish
+Order = Gather | Build | Divide | Encode | Aggregate | Compare | Join | Realign | Evaluate | Attack | Tune | Publish
 ORDERS: dict[str, type[Order]] = {kind.step: kind for kind in get_args(Order)}  # by the step's name
 
 

@@ -13,7 +13,7 @@ from offsite.coordinator.runs.steps.attacking import attack
 from offsite.coordinator.runs.steps.building import build, realign
 from offsite.coordinator.runs.steps.dividing import divide, encode
 from offsite.coordinator.runs.steps.evaluation import evaluate
-from offsite.coordinator.runs.steps.folding import aggregate, join
+from offsite.coordinator.runs.steps.folding import aggregate, compare, join
 from offsite.coordinator.runs.steps.gathering import gather
 from offsite.coordinator.runs.steps.inputs import at_desk, desks
 from offsite.coordinator.runs.steps.orders import read
@@ -29,6 +29,7 @@ STEPS: dict[str, Callable[[Node, Grant, Any], object]] = {
     "encode": encode,
     "realign": realign,
     "aggregate": aggregate,
+    "compare": compare,
     "join": join,
     "evaluate": evaluate,
     "attack": attack,

@@ -12,8 +12,21 @@ from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.emulator.evaluation.portion import Portion
 from offsite.protos.documents import document
-from offsite.protos.figures import Score
-from offsite.protos.ranges import TEXT, AboveZero, Amount, Count, Digest, Line, Name, Place, Positive, Share, Tier
+from offsite.protos.figures import PLUG_IN, Score
+from offsite.protos.ranges import (
+    TEXT,
+    AboveZero,
+    Amount,
+    Count,
+    Digest,
+    Finite,
+    Line,
+    Name,
+    Place,
+    Positive,
+    Share,
+    Tier,
+)
 from offsite.protos.spec import BaseRef, Choice, Span
 
 Message = Annotated[str, Field(max_length=TEXT)]
@@ -95,6 +108,14 @@ class Folded:
 
 
 @document
+class Compared:
+    """How alike the updates of a round are to their mean; empty where they are of no values that can be compared."""
+
+    cosines: dict[Name, Finite]  # of a site's change with the mean of all
+    spans: tuple[Span, ...] = ()
+
+
+@document
 class Evaluation:
     """One figure."""
 
@@ -151,6 +172,21 @@ PUBLISH = Step("publish", Publication)
 def fold(number: int) -> Step[Folded]:
     """Return the step that ends a round, counted from one."""
     return Step(f"version:{number}", Folded)
+
+
+def compare(number: int) -> Step[Compared]:
+    """Return the step that compares the updates of a round, counted from one."""
+    return Step(f"compared:{number}", Compared)
+
+
+def without(number: int, site: str) -> Step[Folded]:
+    """Return the step that folds a round, counted from one, without one of its sites."""
+    return Step(f"without:{number}:{site}", Folded)
+
+
+def lacking(number: int, site: str) -> Step[Evaluation]:
+    """Return the step that measures the plug-in of that."""
+    return Step(f"{PLUG_IN}:{number}:without:{site}", Evaluation)
 
 
 def realign(number: int) -> Step[Realigned]:

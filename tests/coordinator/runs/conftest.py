@@ -11,11 +11,12 @@ import pytest
 from offsite.coordinator.bundles.manifests import describe
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.needs import Needs
-from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Evaluate, Publish, Realign, Tune
+from offsite.coordinator.runs.steps.orders import Aggregate, Attack, Build, Compare, Evaluate, Publish, Realign, Tune
 from offsite.coordinator.runs.steps.results import (
     Attacked,
     Attacks,
     Built,
+    Compared,
     Evaluation,
     Folded,
     Part,
@@ -125,6 +126,10 @@ class Stand:
             lineage={one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates},
             spans=SPANS,
         )
+
+    def _compare(self, order: bytes) -> Compared:
+        asked = self._take(Compare, order)
+        return Compared(cosines=dict.fromkeys((one.site for one in asked.folded.updates), 0.5), spans=SPANS)
 
     def _realign(self, order: bytes) -> Realigned:
         self._take(Realign, order)

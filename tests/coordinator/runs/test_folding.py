@@ -17,8 +17,8 @@ from offsite.coordinator.aggregation.mean import Mean
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import storage
-from offsite.coordinator.runs.steps.folding import AHEAD, Ahead, aggregate
-from offsite.coordinator.runs.steps.orders import Aggregate, Update
+from offsite.coordinator.runs.steps.folding import AHEAD, Ahead, aggregate, compare
+from offsite.coordinator.runs.steps.orders import Aggregate, Compare, Update
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store import blobs
 from offsite.coordinator.store.blobs import Stored
@@ -234,3 +234,21 @@ def test_a_broadcast_that_is_the_adapter_is_written_once(round_: Round, monkeypa
     assert len(written) == 1 and version.broadcast[""].digest == version.adapter
     assert os.path.getsize(round_.blobs.path(version.adapter)) == version.broadcast[""].size
     assert storage.load_version(round_.blobs, version).broadcast[""].keys() == SMALL.keys()
+
+
+def test_given_weights_fold_as_the_runs_own_do_and_name_who_is_there(round_: Round) -> None:
+    own = aggregate(round_.node, SPEC, round_.order)
+    weights = {site: part.weight for site, part in own.lineage.items()}
+    assert aggregate(round_.node, SPEC, replace(round_.order, weights=weights)).version == own.version
+    *rest, _ = round_.order.updates
+    least = replace(SPEC, min_sites=len(SITES))  # of the run; a round without one of its sites is no round of it
+    others = replace(round_.order, updates=tuple(rest), weights={one.site: 1 / 3 for one in rest})
+    assert aggregate(round_.node, least, others).version != own.version
+
+
+def test_who_is_like_the_mean_is_told_by_the_files(round_: Round) -> None:
+    weights = {site: part.weight for site, part in aggregate(round_.node, SPEC, round_.order).lineage.items()}
+    order = replace(round_.order, weights=weights, updates=round_.order.updates[::-1])
+    cosines = compare(round_.node, SPEC, Compare(folded=order)).cosines
+    assert cosines.keys() == {*SITES} and max(cosines, key=lambda site: cosines[site]) == "town"  # which weighs most
+    assert all(0 < cosine < 1 for cosine in cosines.values())

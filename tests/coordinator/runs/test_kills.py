@@ -19,7 +19,7 @@ from offsite.protos.spec import Choice
 SPEC: dict[str, Any] = {
     **{"rounds": 2, "sites": ("bank", "town", "ward"), "min_sites": 2, "realign_steps": 1},
     **{"evaluation": {"exam": "held-out.jsonl"}, "evaluate_every": 1, "builders": (Choice(name="any"),)},
-    **{"attack_steps": 2, "attack_text": "task.jsonl"},
+    **{"attack_steps": 2, "attack_text": "task.jsonl", "contributions": True},
 }
 
 

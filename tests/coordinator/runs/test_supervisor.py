@@ -124,6 +124,29 @@ def test_the_base_is_tuned_where_it_is_attacked_and_the_owner_has_text_of_the_ta
         assert protection["reason"].endswith("what tuning the base itself gives was not measured")
 
 
+def test_what_each_site_gave_is_measured_by_folding_the_round_without_it(stand: Any) -> None:
+    stand.submit("bank", "town", evaluation={"exam": "held-out.jsonl"}, contributions=True, rounds=2)
+    report = json.loads(stand.run().report)
+    asked = [one for one in stand.done if isinstance(one, Aggregate) and one.weights]
+    assert [(one.round, dict(one.weights)) for one in asked] == [
+        (number, {site: 1.0}) for number in (0, 1) for site in ("town", "bank")
+    ]
+    assert all([update.site for update in one.updates] == [*one.weights] for one in asked)
+    steps = stand.journal.steps("r")
+    for number, whole in ((1, "plug_in:1"), (2, "plug_in")):
+        told = report["rounds"][number - 1]["sites"]
+        for site in ("bank", "town"):
+            losses = [steps[name]["sets"]["exam"]["nll"] / 1000 for name in (f"plug_in:{number}:without:{site}", whole)]
+            assert told[site]["gain"] == pytest.approx(losses[0] - losses[1]) and told[site]["cosine"] == 0.5
+
+
+def test_what_a_site_gave_alone_is_compared_with_nothing(stand: Any) -> None:
+    stand.submit("bank", evaluation={"exam": "held-out.jsonl"}, contributions=True)
+    report = json.loads(stand.run().report)
+    assert report["rounds"][0]["sites"]["bank"]["gain"] is None
+    assert not [one for one in stand.done if isinstance(one, Aggregate) and one.weights]
+
+
 def test_what_sites_train_from_is_measured_meanwhile_and_realigned_before(stand: Any) -> None:
     def measure(order: bytes) -> Any:
         tasks = stand.journal.tasks("r")

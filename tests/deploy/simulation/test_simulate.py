@@ -240,6 +240,7 @@ def test_what_a_simulation_cannot_do_is_refused(do: Do) -> None:
         ({"sites": 4, "names": ("a",)}, "the run names its sites, and 4 others cannot be made up"),
         ({"names": ("a",), "sites": None}, "into how many sites is it to be cut"),
         ({"train": "nothing:here"}, "nothing:here cannot be imported"),
+        ({"sites": 2, "contributions": True}, "contributions: a simulation keeps no updates"),
     ):
         with pytest.raises((InputError, RunError), match=why):
             do("refused", **changes)
