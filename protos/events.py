@@ -80,6 +80,15 @@ class Warned:
 
 
 @document
+class RoundBegun:
+    """Sites are asked for the updates of a round."""
+
+    kind: ClassVar[str] = "begun"
+    round: Positive
+    sites: Count
+
+
+@document
 class SiteState:
     """How far a site is with its task of a round, or why it is done without an update."""
 
@@ -159,6 +168,7 @@ Event = (
     | EmulatorBuilt
     | Measured
     | Warned
+    | RoundBegun
     | SiteState
     | UpdateAccepted
     | RoundDone

@@ -5,9 +5,10 @@ from typing import Any, TypeVar
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.results import BUILD, Step, fold, realign
+from offsite.coordinator.runs.steps.results import BUILD, Step, fold, realign, roster
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.journal import Journal
+from offsite.kernels.schema import Tier
 from offsite.protos.documents import parse, to_plain
 from offsite.protos.events import Event
 from offsite.protos.figures import without_infinities
@@ -53,6 +54,11 @@ class History:
     def version(self, number: int) -> Version:
         """Return what a round starts from."""
         return self[fold(number)].version if number else self[BUILD].version
+
+    def tiers(self, number: int) -> dict[str, Tier]:
+        """Return by site what it trains in a round, of those that were asked; earlier versions asked all of the run."""
+        opened = self.get(roster(number + 1))
+        return opened.tiers if opened else self[BUILD].tiers
 
     def spans(self) -> Iterator[tuple[str, Span]]:
         """Yield (step, where its time went)."""

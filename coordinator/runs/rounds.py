@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs.grant import Grant
@@ -11,13 +12,14 @@ from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes, at_site
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
-from offsite.coordinator.runs.steps.results import BUILD, SELECT, Folded
+from offsite.coordinator.runs.steps.results import BUILD, SELECT, Closing, Folded, Roster, closing, roster
 from offsite.coordinator.store.blobs import Blobs, Stamp
 from offsite.coordinator.store.journal import Journal, Key, Row
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, RunError
+from offsite.protos.events import RoundBegun
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
@@ -37,8 +39,13 @@ class Round:
         self._timed = 0.0  # when it was last looked who is out of time
 
     def open(self) -> None:
-        """Offer a task to every site; what was offered before stands."""
-        self._offer((site, 0) for site in self._history[SELECT].names)
+        """Write down who is asked, and offer each a task; what was written before stands."""
+        opens = roster(self._number + 1)
+        if self._history.get(opens) is None:
+            tiers = self._history[BUILD].tiers
+            asked = {site: tiers[site] for site in self._history[SELECT].names}
+            self._history.record(opens, Roster(tiers=asked), RoundBegun(round=self._number + 1, sites=len(asked)))
+        self._offer((site, 0) for site in self._history[opens].tiers)
 
     def look(self, *, since: float) -> bool:
         """Tell whether there is something to wait for.
@@ -68,8 +75,8 @@ class Round:
             self._journal.close_task(self._key(task), "stalled", late if task.late else stuck)
         return len(overdue)
 
-    def updates(self) -> tuple[Update, ...] | None:
-        """Return the updates of a round that nobody works on any more; None if a site is asked again for one.
+    def close(self) -> tuple[Update, ...] | None:
+        """Decide on the updates of a round that nobody works on any more; None if a site is asked again for one.
 
         Raises RunError if they are too few.
         """
@@ -85,7 +92,9 @@ class Round:
             raise RunError(
                 f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
             )
-        return tuple(map(_update, done, stamps))
+        updates = tuple(map(_update, done))
+        self._history.record(closing(self._number + 1), Closing(updates=updates))
+        return tuple(replace(update, stamp=stamp) for update, stamp in zip(updates, stamps, strict=True))
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
@@ -104,7 +113,7 @@ class Round:
 
     def _task(self, site: str, attempt: int, previous: str | None) -> TaskSpec:
         key = Key(self._run, self._number, site, attempt)
-        tier = self._history[BUILD].tiers[site]
+        tier = self._history.tiers(self._number)[site]
         size = self._sizes.of(tier, self._number, site)
         return at_site(task_of(key, self._spec, self._history, tier=tier, size=size, previous=previous), site)
 
@@ -159,7 +168,7 @@ def folded_updates(journal: Journal, run: str, number: int, folded: Folded) -> t
     return tuple(_update(task) for task in journal.tasks(run, number) if (task.site, task.update) in parts)
 
 
-def _update(task: Row, stamp: Stamp | None = None) -> Update:
+def _update(task: Row) -> Update:
     metrics = from_json(UpdateMetrics, task.metrics, where="metrics")
     return Update(
         site=task.site,
@@ -167,5 +176,4 @@ def _update(task: Row, stamp: Stamp | None = None) -> Update:
         examples=metrics.examples,
         norm=task.norm,
         chosen=metrics.chosen,
-        stamp=stamp,
     )

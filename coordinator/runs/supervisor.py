@@ -278,11 +278,14 @@ class Supervisor:
         built, step = self._history[BUILD], results.fold(number + 1)
         if self._history.get(step) is None and self._train is None:
             current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
-            current.open()
+            closed = self._history.get(results.closing(number + 1))
+            if closed is None:
+                current.open()
             self._measure(number)  # while the sites train
             if number:
                 self._contributions(number)
-            self._do(step, self._fold(number, self._updates(current)), partial(_folded, number + 1))
+            updates = closed.updates if closed else self._close(current)
+            self._do(step, self._fold(number, updates), partial(_folded, number + 1))
         elif self._history.get(step) is None and self._train:
             self._measure(number)
             folded = self._train(self._history, number)
@@ -297,7 +300,7 @@ class Supervisor:
         return Aggregate(
             last=self._history.version(number),
             schema=built.schema,
-            tiers=built.tiers,
+            tiers=self._history.tiers(number),
             updates=updates,
             round=self._spec.rounds_before + number,
             groups=built.groups,
@@ -333,11 +336,11 @@ class Supervisor:
             version = self._history[results.fold(number)].version
             self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=version.adapter, memory=version.memory)
 
-    def _updates(self, current: Round) -> tuple[Update, ...]:
-        """Wait until a round's tasks are done; return the updates, or fail the run if they are too few."""
+    def _close(self, current: Round) -> tuple[Update, ...]:
+        """Wait until a round's tasks are done; return its updates, or fail the run if they are too few."""
         with closing(self._journal.watch()) as watch:
             while True:
-                if not current.look(since=self._started) and (updates := current.updates()) is not None:
+                if not current.look(since=self._started) and (updates := current.close()) is not None:
                     return updates
                 self.heed()
                 self._wait(watch)

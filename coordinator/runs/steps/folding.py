@@ -77,7 +77,7 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
 
         shares = {} if whole else {site: Share(weight, groups(has[site])) for site, weight in weighing.weights.items()}
         threads = min(THREADS, torch.get_num_threads())
-        version = fold_apart(strategy, last, part, opens, threads, tiers={*order.tiers.values()}, shares=shares)
+        version = fold_apart(strategy, last, part, opens, threads, tiers=order.last.broadcast.keys(), shares=shares)
         if order.parts == 1:
             version = memory.after(blobs, spec, order.last, version, schema, number=order.round)
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)

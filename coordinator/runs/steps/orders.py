@@ -95,7 +95,7 @@ class Aggregate:
     step: ClassVar[str] = "aggregate"
     last: Version
     schema: Digest  # what adapters are made of
-    tiers: dict[Name, Tier]  # of all sites of the run
+    tiers: dict[Name, Tier]  # of the sites of the updates
     updates: tuple[Update, ...]
     round: Count = 0  # from 0, counted with those of the runs that this one goes on from
     groups: Positive = 1  # of tensors that may be folded apart

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Input
-from offsite.coordinator.runs.steps.orders import Outlined
+from offsite.coordinator.runs.steps.orders import Outlined, Update
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stored
 from offsite.emulator.evaluation.portion import Portion
@@ -90,6 +90,20 @@ class Realigned(Bundle):
 
 
 @document
+class Roster:
+    """The sites that are asked for an update in a round."""
+
+    tiers: dict[Name, Tier]  # site -> what of the adapter it trains
+
+
+@document
+class Closing:
+    """The updates that a round ends with; decided once, before they are folded."""
+
+    updates: tuple[Update, ...]
+
+
+@document
 class Part:
     """A site's part in a version."""
 
@@ -167,6 +181,16 @@ GATHER = Step("inputs", Inputs)
 BUILD = Step("version:0", Built)
 ATTACK = Step("attack", Attacks)
 PUBLISH = Step("publish", Publication)
+
+
+def roster(number: int) -> Step[Roster]:
+    """Return the step that opens a round, counted from one."""
+    return Step(f"roster:{number}", Roster)
+
+
+def closing(number: int) -> Step[Closing]:
+    """Return the step that closes a round, counted from one."""
+    return Step(f"close:{number}", Closing)
 
 
 def fold(number: int) -> Step[Folded]:

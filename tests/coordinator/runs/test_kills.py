@@ -112,7 +112,19 @@ def test_a_kill_before_or_after_any_write_changes_nothing_that_is_left(
     assert undisturbed["state"] == "completed"
     assert {"base_tuned", "attack"} <= undisturbed["steps"].keys() & undisturbed["report"]["overall"].keys()
     assert {kind for events in undisturbed["events"].values() for kind, *_ in events} == {
-        *("waiting", "selected", "step", "bundle", "figure", "warning", "site", "update", "round", "completed"),
+        *(
+            "waiting",
+            "selected",
+            "step",
+            "bundle",
+            "figure",
+            "warning",
+            "begun",
+            "site",
+            "update",
+            "round",
+            "completed",
+        ),
     }
     left = sorted(tmp_path.glob("before write *"))
     assert len(left) > 40, "each is a moment at which a kill leaves something else"
