@@ -35,6 +35,21 @@ def named(name: Literal["coordinator", "identity"], help: str) -> Any:
     )
 
 
-Coordinator = Annotated[str, named("coordinator", "HOST:PORT of the coordinator, or of several gateways.")]
-Kit = Annotated[Path, named("identity", "The kit of an owner, a researcher or an auditor.")]
+def optional(name: Literal["coordinator", "identity"]) -> Any:
+    """Return the same option of a command that may do without."""
+    return typer.Option(
+        f"--{name}",
+        envvar=f"OFFSITE_{name.upper()}",
+        help=f"{_HELP[name]} (default: the profile's)",
+        default_factory=partial(_of_profile, name),
+        show_default=False,
+    )
+
+
+_HELP = {
+    "coordinator": "HOST:PORT of the coordinator, or of several gateways.",
+    "identity": "The kit of an owner, a researcher or an auditor.",
+}
+Coordinator = Annotated[str, named("coordinator", _HELP["coordinator"])]
+Kit = Annotated[Path, named("identity", _HELP["identity"])]
 Format = Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")]

@@ -30,10 +30,14 @@ def submit(
         str | None, typer.Option(metavar="RUN[:ROUND]", help="The run, or its round, whose version to go on from.")
     ] = None,
     token: Annotated[str, typer.Option(help="Repeating a submission with the same token gives the same run.")] = "",
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="Also submit a run of each site alone, to compare with.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
     format: Format = "text",
 ) -> None:
     """Submit a run and print its id."""
+    from offsite.client.beside import isolated as alone
     from offsite.client.session import connect
     from offsite.protos.assignments import assign
     from offsite.protos.documents import parse, read_toml
@@ -42,7 +46,12 @@ def submit(
     document = parse(RunSpec, assign(set or [], read_toml(spec) if spec else {}, RunSpec), where=str(spec or "run"))
     with connect(coordinator, identity=identity) as session:
         run = session.submit(document, token=token, start=start)
-        print(as_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
+        others = alone(session, run.spec, token=token) if isolated else {}
+        if format == "json":
+            ids = {"isolated": {name: one.id for name, one in others.items()}} if isolated else {}
+            print(as_json({"id": run.id, "state": run.state} | ids), flush=True)
+        else:
+            print(run.id, *(f"{one.id}  {name}" for name, one in others.items()), sep="\n", flush=True)
         if watch:
             _follow(run, format)
 
