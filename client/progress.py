@@ -30,6 +30,7 @@ from offsite.protos.events import (
     Withdrawn,
     read,
 )
+from offsite.protos.exams import Exam
 from offsite.protos.figures import FIGURES, perplexity, title, without_infinities
 from offsite.protos.spec import RunSpec
 
@@ -128,7 +129,7 @@ class RunView:
         site = self.sites.setdefault(event.site, SiteView())
         site.state, site.bytes_up, site.loss = "done", site.bytes_up + event.bytes, event.loss
         upload = f"uploaded {event.bytes / 1e6:.2f} MB after {event.examples} examples, mean loss {event.loss:.3f}"
-        return f"round {event.round}: {event.site} {upload}"
+        return f"round {event.round}: {event.site} {upload}{examined(event.exam)}"
 
     def _on_round(self, event: RoundDone) -> str:
         error, above = (event.figures.get(name) for name in ("factor_mean_error", "energy_above_smallest_rank"))
@@ -170,6 +171,14 @@ class RunView:
         clock = f"{time.time() - self.started:.0f} s" + (f", about {left:.0f} s of training left" if left else "")
         head = Text(f"round {max(1, self.round)} of {self.spec.rounds} - {self.phase} - {clock}", style="bold cyan")
         return Group(head, table)
+
+
+def examined(exam: Exam | None) -> str:
+    """Say how an exam at a site went, as the end of a line; nothing where there was none."""
+    if exam is None:
+        return ""
+    values = [short(perplexity([score])) for score in (exam.before, exam.after) if score is not None]
+    return f"; perplexity of its {exam.rows} held-out rows {' -> '.join(values)}"
 
 
 def clock(at: float) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from offsite.protos.documents import document, parse, to_plain
+from offsite.protos.exams import Exam
 from offsite.protos.figures import Score
 from offsite.protos.ranges import TEXT, Amount, AtLeastZero, Count, Finite, Line, Name, Positive, Word
 from offsite.protos.spec import Layers
@@ -113,6 +114,7 @@ class UpdateAccepted:
     loss: Finite
     bytes: Amount
     examples: Count
+    exam: Exam | None = None  # how it did on the site's held-out rows, where it tells
 
 
 @document

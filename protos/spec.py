@@ -6,6 +6,7 @@ from pydantic import Field
 
 from offsite.protos.documents import Written, document, parse
 from offsite.protos.errors import InputError
+from offsite.protos.exams import Exam
 from offsite.protos.grammar import TEXT, read_one
 from offsite.protos.ranges import (
     LARGEST,
@@ -134,6 +135,7 @@ class RunSpec:
     calibration: Place = ""  # there too: text that builders look at instead, such as the task's; never tuned on
     realign_steps: Count = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: Exams = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
+    exam: Literal["sites", "none"] = "sites"  # who else measures: each site, on rows that it holds out and never sends
     attack_steps: Count = 0  # of attacks on the emulator, as many as sites tune for in all; 0: it is not attacked
     attack_longest: Positive = 4  # times as many steps in the longest attacks
     attack_text: Place = ""  # there too: examples of the task for attacks, and the base itself, to train on
@@ -238,6 +240,7 @@ class TaskSpec:
     continues: Ancestor | None = None  # what the run goes on from; None: from what the method and the seed give
     anchor: Digest | None = None  # digest of what the retention holds training to, beside the broadcast
     anchor_size: Amount = 0
+    exam: Flag = False  # whether the site is to measure what it receives and what it makes of it on rows it holds out
 
     @property
     def rounds_before(self) -> int:
@@ -272,3 +275,4 @@ class UpdateMetrics:
     engine: Line
     chosen: Layers = ()  # what of the adapter trained, where the task's part has the site choose
     peak_memory_bytes: Amount = 0
+    exam: Exam | None = None  # where the task asks for it, and the site's policy lets it out

@@ -6,6 +6,7 @@ Texts are compared by their words, in small letters and without what is between 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from offsite.protos.errors import ConflictError, InputError
 
 RUN = 13  # words in a row that two texts have by copying (Brown et al., arXiv 2005.14165, appendix C)
 COMMON = 10  # rows that have them, above which they are a template's: so does that paper
+FEWEST = 5  # times as many questions as are held out: at most so small a part of them never trains
 COPIED = f"{RUN} words in a row"
 WORD = re.compile(r"\w+")
 Words = tuple[str, ...]
@@ -65,8 +67,7 @@ def split(examples: Sequence[Example], *, share: float, seed: int) -> tuple[list
     """
     trained, held_out = list[Example](), list[Example]()
     for example in {repr(one): one for one in examples}.values():
-        question = _words(example.asked or _text(example))
-        digest = blake2b(json.dumps([seed, question]).encode(), digest_size=8).digest()
+        digest = blake2b(json.dumps([seed, _question(example)]).encode(), digest_size=8).digest()
         (held_out if int.from_bytes(digest, "big") < share * 2**64 else trained).append(example)
     known = {row for rows in _shared(held_out, trained).values() for row in rows}
     kept = [example for row, example in enumerate(trained) if row not in known]
@@ -77,6 +78,31 @@ def split(examples: Sequence[Example], *, share: float, seed: int) -> tuple[list
                 "share or seed, or add examples"
             )
     return kept, held_out, len(examples) - len(kept) - len(held_out)
+
+
+def hold_out(
+    examples: Sequence[Example], *, count: int, key: bytes, known: Sequence[Example] = ()
+) -> tuple[list[Example], list[Example]]:
+    """Part examples in those to train on, in their order, and about `count` to measure on, each once.
+
+    Where an example goes depends on a secret key and its own words: of all questions those with the lowest keyed hashes
+    are held out, whatever their order, and rows that ask the same go together. More rows move none that was trained on
+    to the other side. What would be known from training, or from the rows `known`, is in neither part. Of fewer than
+    FEWEST times as many questions none is held out.
+    """
+    sizes = Counter(map(_question, examples))
+    groups = [_question(one) if sizes[_question(one)] <= COMMON else _words(_text(one)) for one in examples]
+    ranked = {
+        group: blake2b(json.dumps(group).encode(), key=key, digest_size=16).digest() for group in dict.fromkeys(groups)
+    }
+    if not count or len(ranked) < FEWEST * count:
+        return list(examples), []
+    apart = {*sorted(ranked, key=ranked.__getitem__)[:count]}
+    trained = [one for one, group in zip(examples, groups, strict=True) if group not in apart]
+    distinct = {repr(one): one for one, group in zip(examples, groups, strict=True) if group in apart}
+    held_out = sorted(distinct.values(), key=repr)  # whatever the order of the files
+    shared = _shared(held_out, [*trained, *known])
+    return trained, [one for one in held_out if shared.keys().isdisjoint(_marks(one))]
 
 
 def write(folder: Path, parts: dict[str, list[Example]]) -> None:
@@ -106,6 +132,11 @@ def _marks(example: Example) -> Iterator[Mark]:
         yield "the same question", _words(example.asked)
     for start in range(len(text) - RUN + 1):
         yield COPIED, text[start : start + RUN]
+
+
+def _question(example: Example) -> Words:
+    """Return the words that an example asks with, or all of one that asks nothing."""
+    return _words(example.asked or _text(example))
 
 
 def _words(text: str) -> Words:

@@ -70,6 +70,16 @@ class Policy:
     replay_rows: Count = _bound(
         0, "rows of a run that are kept on this disk for later ones to rehearse, and never sent"
     )
+    held_out: Count = _bound(
+        16, "rows that never train, to measure emulators on; none of fewer than five times as many; 0: none"
+    )
+    figures: Literal["send", "noise", "withhold"] = _bound(
+        "send", "what leaves of how well held-out rows are predicted: all in one figure, that with noise, or nothing"
+    )
+    min_held_out: Positive = _bound(10, "held-out rows; of fewer no figure leaves")
+    figure_epsilon: AboveZero = _bound(
+        1.0, "of the differential privacy of a held-out row in one figure with noise; those of all figures add up"
+    )
     suspicious: Literal["refuse", "warn"] = _bound("refuse", "emulators with signs of being made to leak")
     odd_rows: Literal["skip", "refuse"] = _bound("skip", "rows that cannot be learned from; both say which")
     columns: Annotated[dict[Word, Word], Field(max_length=16)] = Field(

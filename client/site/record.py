@@ -14,6 +14,7 @@ MESSAGES = {
     "identity": "about this site's certificate, see its own log",
     "metrics": "metrics can be asked for",
     "step": "a step was done",
+    "exam": "held-out rows were measured",
     "uploaded": "the update was accepted",
     "refused": "the task was refused: the policy does not allow it",
     "failed": "the task failed",

@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from offsite.client.site import reservoir
+from offsite.client.site import curation, reservoir
+from offsite.client.site.exam import HeldOut
 from offsite.client.site.job import TrainerJob
 from offsite.emulator import modality, objectives, retention
 from offsite.emulator.batches import schedule
-from offsite.emulator.examples import Reading
+from offsite.emulator.examples import Example, Reading
 from offsite.emulator.modality import Batch
 from offsite.emulator.objectives import Objective
 from offsite.emulator.retention import Rehearsing
 from offsite.emulator.retention.objective import objective_of
+from offsite.protos.security.draws import derive
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ def read(job: TrainerJob) -> Reading:
     return objectives.read(_objective(job), job.policy.source(Path(job.data)))
 
 
+def hold_out(job: TrainerJob, data: Reading, *, secret: bytes) -> tuple[Reading, HeldOut]:
+    """Part what was read in what trains and what is held out, by the site's secret; raises ConflictError.
+
+    Whether the task measures anything or not: no other one may have trained on what a later one measures.
+    """
+    count, key = job.policy.held_out, derive(secret, "held out")
+    trained, held_out = curation.hold_out(data.examples, count=count, key=key, known=_earlier(job))
+    data = replace(data, examples=trained) if held_out else data
+    return data, HeldOut(held_out, secret)
+
+
 def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
     """Encode what was read for the emulator's tokenizer and cut this round from the endless order of a run.
 
@@ -98,13 +111,18 @@ def schedule_rows(job: TrainerJob, data: Reading, tokenizer: Any) -> Rows:
 
 def _kept(job: TrainerJob, objective: Objective, tokenizer: Any) -> list[Any]:
     """Return the samples of rows that were kept of earlier tasks."""
-    reader, spec = objective.reader(modality.default()), job.task.training
-    examples = [reader.example(row, "") for file in job.reservoirs for row in reservoir.rows(Path(file))]
+    examples = _earlier(job)
     if not examples:
         return []
     return objective.encode(
-        modality.default(), examples, tokenizer, max_length=spec.max_length, odd_rows=job.policy.odd_rows
+        modality.default(), examples, tokenizer, max_length=job.task.training.max_length, odd_rows=job.policy.odd_rows
     ).samples
+
+
+def _earlier(job: TrainerJob) -> list[Example]:
+    """Return the examples of rows that were kept of earlier tasks."""
+    reader = _objective(job).reader(modality.default())
+    return [reader.example(row, "") for file in job.reservoirs for row in reservoir.rows(Path(file))]
 
 
 def _objective(job: TrainerJob) -> Objective:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from offsite.client.site import outcome, rows
+from offsite.client.site import exam, outcome, rows
 from offsite.client.site.engines import ENGINES, Engine, Ranks, join
+from offsite.client.site.exam import HeldOut, Paper
 from offsite.client.site.handout import Handout, load, referred
 from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
@@ -22,10 +23,12 @@ from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing, Measuring
 from offsite.emulator.methods.proof import Effects, Witness
+from offsite.emulator.modality import Score
 from offsite.emulator.parts.training import Trained, freeze, select, whole_schema
 from offsite.emulator.retention import Pulling
 from offsite.emulator.tuning.adapting import shares
 from offsite.protos.errors import MismatchError, RunError
+from offsite.protos.exams import Exam
 from offsite.protos.spec import LocalTraining, Span, UpdateMetrics
 
 SENTENCE = 300  # characters of a warning; events of several processes must not mix
@@ -43,9 +46,10 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
     make_repeatable()
     with faults("FAULT_DATA"):
         data = rows.read(job)  # before the model: it is quick, and the likeliest to be at fault
+        data, held_out = rows.hold_out(job, data, secret=Path(job.secret).read_bytes())
     with faults("FAULT_EMULATOR"):
         handout = load(job)
-    adapter, metrics = tune(job, handout, data, ranks, say=say, started=started)
+    adapter, metrics = tune(job, handout, data, ranks, held_out=held_out, say=say, started=started)
     if ranks.rank == 0:
         with faults("FAULT_TASK"):
             outcome.keep_rows(data, job)
@@ -53,7 +57,7 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
 
 
 def tune(
-    job: TrainerJob, handout: Handout, data: Reading, ranks: Ranks, *, say: Say, started: float
+    job: TrainerJob, handout: Handout, data: Reading, ranks: Ranks, *, held_out: HeldOut, say: Say, started: float
 ) -> tuple[Adapter, UpdateMetrics]:
     """Train what a site was handed on its data; return what the adapter has become, and what is told of it.
 
@@ -72,6 +76,8 @@ def tune(
     if job.engine.whole:
         handout.model.to(ranks.device)
     _inspect(job, handout, schedule, say=say)
+    sheet = exam.paper(job, held_out, handout.tokenizer) if job.task.exam and held_out.examples else None
+    before, after = sheet.marks(handout.model) if sheet else [], None
     if isinstance(handout.method, Measuring):
         loaded, trained = time.time(), Trained(whole_schema(handout.method, handout.broadcast))
         with faults("FAULT_EMULATOR"):
@@ -87,7 +93,9 @@ def tune(
         loaded = time.time()
         steps = _run(job, engine, witness, schedule, say=say)
         adapter = trained.of(engine.gather(handout.method, handout.places))
+        after = sheet.marks(engine.model) if sheet else None
     outcome.check(adapter, trained.of(handout.broadcast))
+    told = _tell(sheet, before, after, say=say) if sheet else None
     return adapter, UpdateMetrics(
         examples=schedule.seen,
         tokens=sum(steps.targets),
@@ -100,7 +108,16 @@ def tune(
         engine=f"{job.engine.title}, {ranks.device.type}",
         chosen=trained.chosen,
         peak_memory_bytes=outcome.peak_memory_bytes(),
+        exam=told,
     )
+
+
+def _tell(sheet: Paper, before: Sequence[Score], after: Sequence[Score] | None, *, say: Say) -> Exam | None:
+    """Say at the site how its exam went, and return what leaves of it."""
+    told = sheet.exam(before, after)
+    figures = {"before": exam.shown(before)} | ({"after": exam.shown(after)} if after is not None else {})
+    say("exam", rows=len(before), **figures, leaves=told is not None, warnings=[])
+    return told
 
 
 def _shares(spec: LocalTraining) -> list[float]:

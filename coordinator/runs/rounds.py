@@ -153,6 +153,7 @@ def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, p
         upload=spec.upload,
         previous=previous,
         update_size=size,
+        exam=spec.exam == "sites",
     )
 
 

@@ -142,7 +142,9 @@ class Upload:
         values = {"state": "uploaded", "update": self.digest, "norm": norm}
         values |= {"metrics": self._header.metrics, "bytes_up": size}
         site, number, examples = self._key.site, self._key.round + 1, metrics.examples
-        accepted = UpdateAccepted(round=number, site=site, loss=metrics.loss, bytes=size, examples=examples)
+        accepted = UpdateAccepted(
+            round=number, site=site, loss=metrics.loss, bytes=size, examples=examples, exam=metrics.exam
+        )
         if not self._journal.set_task(self._key, accepted, **values):
             if self._journal.task(self._key).update != self.digest:
                 raise RefusedError(f"{self._what()}: the task was closed meanwhile; the update is not wanted")

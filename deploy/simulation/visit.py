@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from offsite.client.site import training
+from offsite.client.site import rows, training
 from offsite.client.site.engines import Ranks, join
 from offsite.client.site.handout import Handout, again, load
 from offsite.client.site.job import EngineSpec, TrainerJob
@@ -60,6 +60,7 @@ class Visit:
     source: Data
     job: TrainerJob  # of all sites of its tier
     models: Models
+    secret: bytes  # the site's
 
     @cached_property
     def task(self) -> TaskSpec:
@@ -78,9 +79,10 @@ Train = Callable[[Visit], tuple[Adapter, UpdateMetrics]]
 
 def own_training(visit: Visit) -> tuple[Adapter, UpdateMetrics]:
     """Train as a live site's trainer does, its looks at the data and at the emulator included."""
-    data, job = visit.data, replace(visit.job, task=visit.task)
-    handout = visit.models.hand_out(job)
-    adapter, metrics = training.tune(job, handout, data, visit.models.ranks, say=_nothing, started=0.0)
+    job = replace(visit.job, task=visit.task)
+    data, held_out = rows.hold_out(job, visit.data, secret=visit.secret)
+    handout, ranks = visit.models.hand_out(job), visit.models.ranks
+    adapter, metrics = training.tune(job, handout, data, ranks, held_out=held_out, say=_nothing, started=0.0)
     return adapter, replace(metrics, spans=(), peak_memory_bytes=0)  # which are this process's, not the site's
 
 
@@ -143,11 +145,11 @@ class TierRound:
         self.packing = Packing.of(self._task, self._method, self.broadcast, schema)
         self.layout, self._block = Layout(self.packing.leaves), None
 
-    def visit(self, site: str, source: Data, models: Models) -> Visit:
+    def visit(self, site: str, source: Data, models: Models, *, secret: bytes) -> Visit:
         """Return a site's task; raises RefusedError if its policy refuses it."""
         if self._refusal:
             raise RefusedError(str(self._refusal), reason=self._refusal.reason)
-        return Visit(site, self.broadcast, source, self._job, models)
+        return Visit(site, self.broadcast, source, self._job, models, secret)
 
     def block(self, rows: int) -> Block:
         """Return an empty block for the updates of so many sites."""
@@ -157,7 +159,7 @@ class TierRound:
         return self._block
 
     def pack(
-        self, visit: Visit, adapter: Adapter, metrics: UpdateMetrics, secret: bytes, residual: Tensors
+        self, visit: Visit, adapter: Adapter, metrics: UpdateMetrics, residual: Tensors
     ) -> tuple[Tensors, Tensors]:
         """Return what leaves a site, and what stays there.
 
@@ -171,7 +173,7 @@ class TierRound:
         if not self.packing.stages:
             return adapter, {}
         leaves, stays = Held(), Tensors()
-        for packed in self.packing.pack(adapter, self.broadcast, visit.task, secret=secret, residual=residual):
+        for packed in self.packing.pack(adapter, self.broadcast, visit.task, secret=visit.secret, residual=residual):
             leaves.update(packed.update)
             stays.update(packed.residual)
         tensors.check_entries(leaves.entries, self.packing.leaves, what=what)

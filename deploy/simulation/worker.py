@@ -130,10 +130,9 @@ class Worker:
 
     def _train_one(self, tier: TierRound, site: str, previous: int | None) -> tuple[Tensors, UpdateMetrics]:
         """Do a site's task; return what leaves it."""
-        visit = tier.visit(site, self._data, self._models)
+        visit = tier.visit(site, self._data, self._models, secret=derive(self._secret, site))
         adapter, metrics = self._train(visit)
-        secret = derive(self._secret, site) if visit.task.upload else b""
-        update, stays = tier.pack(visit, adapter, metrics, secret, self._residual(site, previous))
+        update, stays = tier.pack(visit, adapter, metrics, self._residual(site, previous))
         if file := self._round.residual(site, self._round.number):
             tensors.save(file, stays)
         return update, metrics

@@ -67,6 +67,11 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def model(self) -> nn.Module:
+        """The model as it stands, for forward passes; every process makes the same ones."""
+        ...
+
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         ...

@@ -50,6 +50,11 @@ class Plain:
         self._shares, self._steps = shares(training), 0
         self._hold = hold(training, trained, anchor)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step.
 

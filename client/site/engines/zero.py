@@ -93,6 +93,12 @@ class Zero:
         self._shares, self._steps = shares(training), 0
         self._hold = hold(training, trained, anchor)
 
+    @property
+    def model(self) -> nn.Module:
+        """DeepSpeed's engine, which brings what stage 3 has spread together."""
+        module: nn.Module = self._engine
+        return module
+
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
