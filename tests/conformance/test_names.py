@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -137,13 +137,17 @@ HOMONYMS = {  # words that are also names
 }
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    for package in ("client", "coordinator", "emulator", "kernels", "protos"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            if "_pb2" not in path.name:
-                yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+@cache
+def sources() -> list[tuple[str, ast.Module]]:
+    return [
+        (str(path.relative_to(ROOT)), ast.parse(path.read_text()))
+        for package in ("client", "coordinator", "emulator", "kernels", "protos")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if "_pb2" not in path.name
+    ]
 
 
+@cache
 def spoken(tree: ast.Module) -> set[str]:
     """Return the names that a file's texts have, other than in its documentation."""
     documentation = {

@@ -78,6 +78,7 @@ def test_two_plain_processes_train_as_one(start: Any, job: Jobs, tmp_path: Path)
     agree(start, job(training=uneven, **TWO), job(training=uneven), tmp_path / "task")
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one_each_its_own_batches(start: Any, job: Jobs, tmp_path: Path) -> None:
     one = job(**TWO)
     moments = Choice(name="moments")

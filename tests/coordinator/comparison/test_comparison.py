@@ -15,6 +15,8 @@ from offsite.protos.documents import from_json
 from offsite.protos.errors import InputError
 from offsite.protos.spec import TrainingSpec
 
+pytestmark = pytest.mark.slow  # a whole comparison, which every worker would make of its own
+
 GRIDS, PLACES, METHODS = ["uniform(keep=4|5|9)"], ["ends(bottom=1,top=1)"], ["lora(rank=2)", "blocks"]
 
 

@@ -334,6 +334,7 @@ class Sites:
         journal.close()
 
 
+@pytest.mark.slow
 def test_a_second_task_whose_supervisor_is_lost_after_every_step_ends_with_the_same_bytes(
     material: Path, tmp_path: Path, kit: Path
 ) -> None:

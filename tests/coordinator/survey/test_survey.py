@@ -57,6 +57,7 @@ def documented() -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("printed")
 @pytest.mark.parametrize(("page", "write"), [("methods", print_methods), ("legality", print_legality)])
 def test_a_page_is_what_its_command_writes(page: str, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +67,7 @@ def test_a_page_is_what_its_command_writes(page: str, write: Any, capsys: pytest
     )
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row_with_the_sizes_of_a_layer(rows: dict[str, Row]) -> None:
     assert rows.keys() == METHODS.keys()
     lora = rows["lora"]
@@ -91,6 +93,7 @@ def test_what_is_called_exact_is_and_the_error_of_what_is_near_is_the_pages(name
             assert error == pytest.approx(documented()[name][strategy], rel=0.5) and error > 1e-3, strategy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("printed")
 def test_programs_get_the_same_rows(rows: dict[str, Row], capsys: pytest.CaptureFixture[str]) -> None:
     print_methods(format="json")
