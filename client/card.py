@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from offsite.client.figures import lineage, short
+from offsite.client.figures import ended, lineage, short
 from offsite.protos.documents import plain
 from offsite.protos.figures import FIGURES
 
@@ -73,6 +73,7 @@ def _training(report: Mapping[str, Any]) -> Iterator[str]:
     training, bundle = report["training"], report["bundle"]
     builders = " + ".join(_choice(one) for one in bundle["builders"])
     yield f"- {len(report['rounds'])} rounds of {training['steps']} steps at up to {_sites(report)} sites"
+    yield from (f"- {_text(words)}" for words in ended(dict(report)))
     yield f"- trained layers: {', '.join(map(str, bundle['trainable']))} of {report['base']['layers']}"
     yield f"- emulator: {builders}; it discloses {bundle['disclosed']:.0%} of the base's values"
     yield f"- aggregation: {_choice(report['strategy'])}; memory: {_choice(report.get('memory', {'name': 'none'}))}"

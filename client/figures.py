@@ -17,6 +17,7 @@ MOST = 40  # lines of one kind; the report has them all
 def table(report: dict[str, Any]) -> RenderableType:
     """Draw a report: what could not be measured is blank, what is no number is said to be none."""
     notes = [lineage(report)] if report.get("continues") else []
+    notes += ended(report)
     notes += [f"warning: {warning}" for warning in report["warnings"]]
     notes += missing(report)
     if not report["overall"]:
@@ -57,6 +58,16 @@ def lineage(report: dict[str, Any]) -> str:
     """Say what a run went on from."""
     last = report["continues"]
     return f"goes on from round {last['round']} of run {last['run']} ({last['rounds']} rounds led to it)"
+
+
+def ended(report: dict[str, Any]) -> list[str]:
+    """Say where a run stopped, and which of its versions is its outcome if that is not the last one."""
+    end = report.get("outcome") or {"stopped": "", "round": 0, "last": 0}
+    best = (
+        f"figures and files are those of round {end['round']}, the best that was measured; the last version, that of "
+        f"round {end['last']}, is in last/"
+    )
+    return [words for words in (end["stopped"], best if end["round"] != end["last"] else "") if words]
 
 
 def missing(report: dict[str, Any]) -> list[str]:

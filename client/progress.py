@@ -24,6 +24,7 @@ from offsite.protos.events import (
     SiteState,
     StepBegun,
     StepLost,
+    Stopped,
     UpdateAccepted,
     Waiting,
     Warned,
@@ -138,6 +139,9 @@ class RunView:
         for site in self.sites.values():
             site.state, site.step = "waiting", 0
         return f"round {event.round}: {event.sites} updates averaged{more}"
+
+    def _on_stopped(self, event: Stopped) -> str:
+        return f"{event.message}; the best is that of round {event.best}"
 
     def _on_withdrawn(self, event: Withdrawn) -> str:
         return f"round {event.round}: its version was taken back by {event.by}: {event.reason}"

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offsite.client import plots as drawings
-from offsite.client.figures import MOST, short
+from offsite.client.figures import MOST, ended, short
 from offsite.client.forgetting import Forgetting
 from offsite.client.plots import STYLE
 from offsite.protos.figures import FIGURES
@@ -42,7 +42,13 @@ def write(report: dict[str, Any], path: Path, *, stream: Forgetting | None = Non
         plots["tasks"] = _inline(drawings.forgetting(stream))
     heads = {name: figure.title for name, figure in FIGURES.items()}
     page = environment.get_template("report.html.j2").render(
-        report=report, plots=plots, figures=heads, marks=report.get("marks", {}), most=MOST, stream=stream
+        report=report,
+        plots=plots,
+        figures=heads,
+        marks=report.get("marks", {}),
+        most=MOST,
+        stream=stream,
+        ended=ended(report),
     )
     path.write_text(page, encoding="utf-8")
 

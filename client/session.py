@@ -364,8 +364,8 @@ class Session:
             report = self.run(id).report
             if not report:
                 raise InputError(f"run {id} has no report yet; wait for its end")
-            if version.round < len(report["rounds"]):
-                sets = report["rounds"][version.round - 1].get("sets", {})
+            sets = report["rounds"][version.round - 1].get("sets", {})
+            if sets or version.round < len(report["rounds"]):  # else an earlier version wrote it
                 report["sites"] = {name: row | {PLUG_IN: sets.get(name)} for name, row in report["sites"].items()}
             reports.append(report)
         return forgetting(reports, kept={id: version.kept for id, version in last.items()})

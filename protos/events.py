@@ -128,6 +128,16 @@ class RoundDone:
 
 
 @document
+class Stopped:
+    """The run takes no further round, as its versions have got no better for as long as it has patience."""
+
+    kind: ClassVar[str] = "stopped"
+    round: Positive  # the last one
+    best: Positive  # the round whose version is the best
+    message: Message
+
+
+@document
 class Withdrawn:
     """The version that a round ended in was taken back: nobody goes on from it."""
 
@@ -174,6 +184,7 @@ Event = (
     | SiteState
     | UpdateAccepted
     | RoundDone
+    | Stopped
     | Withdrawn
     | Completed
     | Failed

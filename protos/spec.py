@@ -141,7 +141,9 @@ class RunSpec:
     attack_text: Place = ""  # there too: examples of the task for attacks, and the base itself, to train on
     max_update_norm: AboveZero = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
     max_update_ratio: Ratio = 5.0  # to the round's median, else left out
-    evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end
+    evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end, or each with a patience
+    patience: Count = 0  # rounds without a gain after which the run stops; 0: it never does
+    least_gain: AtLeastZero = 0.0  # nats a token by which a version has to be better than the best for a gain
     contributions: Flag = False  # also measure what each update gave: its cosine with the mean, the plug-in without it
     merge: Flag = False  # also publish the merged model
     start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing

@@ -128,7 +128,9 @@ def losses(story: Story) -> Plot:
 def figures(story: Story) -> Plot:
     """Draw the perplexity of the plug-in over the rounds, and the other figures as levels."""
     rounds, values = story.spec.rounds, {name: perplexity(sets.values()) for name, sets in story.scores.items()}
-    numbered = {int(name.partition(":")[2] or rounds): value for name, value in values.items() if _is(name, PLUG_IN)}
+    numbered = {int(name.partition(":")[2]): value for name, value in values.items() if _is(name, PLUG_IN)}
+    if PLUG_IN in values and max(story.rounds, default=0) not in numbered:  # else it is that of one of these
+        numbered[max(story.rounds, default=rounds)] = values[PLUG_IN]
     start = {0: values[BASE_ZERO_SHOT]} if numbered and BASE_ZERO_SHOT in values and not story.spec.start else {}
     curves = [
         Curve(figure.title, figure.colour, [(0, values[name]), (rounds, values[name])], level=True)
@@ -141,7 +143,7 @@ def figures(story: Story) -> Plot:
 
 def _is(name: str, figure: str) -> bool:
     head, _, number = name.partition(":")
-    return head == figure and (number.isdecimal() or not number)
+    return head == figure and number.isdecimal()
 
 
 def traffic(story: Story) -> Plot:

@@ -21,6 +21,7 @@ from offsite.protos.events import (
     RoundDone,
     Selected,
     SiteState,
+    Stopped,
     UpdateAccepted,
     Warned,
     Withdrawn,
@@ -122,6 +123,9 @@ class Story(RunView):
         self.steps.clear()
         self.turns += 1
         return super()._on_round(event)
+
+    def _on_stopped(self, event: Stopped) -> str:
+        return self._note("coordinator", super()._on_stopped(event))
 
     def _on_withdrawn(self, event: Withdrawn) -> str:
         line = super()._on_withdrawn(event)

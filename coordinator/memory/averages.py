@@ -17,6 +17,7 @@ class Averaging:
 
     rules: ClassVar[frozenset[Rule]] = RULES
     accumulates: ClassVar[bool] = True
+    paced: ClassVar[bool] = True
     divides: ClassVar[bool] = False
 
 

@@ -24,6 +24,7 @@ class Grown:
     name: ClassVar[str] = "grown"
     rules: ClassVar[frozenset[Rule]] = frozenset(Rule)
     accumulates: ClassVar[bool] = True
+    paced: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     combine: ClassVar[Combine] = "route"

@@ -15,6 +15,7 @@ class Nothing:
     name: ClassVar[str] = "none"
     rules: ClassVar[frozenset[Rule]] = frozenset(Rule)
     accumulates: ClassVar[bool] = False
+    paced: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     combine: ClassVar[Combine] = "one"

@@ -30,6 +30,7 @@ class ShardStore:
     name: ClassVar[str] = "shard-store"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     accumulates: ClassVar[bool] = True
+    paced: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
     divides: ClassVar[bool] = True
     combine: ClassVar[Combine] = "route"

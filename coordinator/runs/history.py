@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from offsite.coordinator.bundles.manifests import Bundle
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.results import BUILD, Step, fold, realign, roster
+from offsite.coordinator.runs.steps.results import BUILD, STOP, Step, fold, realign, roster
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.journal import Journal
 from offsite.kernels.schema import Tier
@@ -45,6 +45,11 @@ class History:
         if self._values[step.name] == value:  # of many sites it takes long to read
             self._results[step.name] = result
         return self[step]
+
+    def rounds(self, planned: int) -> int:
+        """Return how many rounds the run has: those that were planned, or fewer where it has stopped."""
+        stop = self.get(STOP)
+        return stop.round if stop else planned
 
     def bundle(self, number: int) -> Bundle:
         """Return the bundle that sites train on in a round: re-aligned to the last, if the run asks for that."""

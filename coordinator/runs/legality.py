@@ -30,6 +30,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     Where an emulator may not be the `whole` base, one that would be raises RefusedError.
     """
     try:
+        _judge_patience(spec)
         method = methods.make(spec.method.name, spec.method.settings)
         if isinstance(method, Carrying) and not spec.start:
             raise ValueError(
@@ -106,6 +107,21 @@ def _judge_attacks(spec: RunSpec, texts: Mapping[str, Sequence[Example]]) -> Non
                     f"{name}: {both} of the {len(texts[path])} held-out examples of {exam} are in {place}, and an "
                     "attack must not train on what it is measured on; take them out of one of the two"
                 )
+
+
+def _judge_patience(spec: RunSpec) -> None:
+    """Raise ValueError if a run is to stop by what it does not measure, or must not before its last round."""
+    if not spec.patience:
+        if spec.least_gain:
+            raise ValueError("least_gain is for a run that stops: give a patience, or leave it out")
+        return
+    if not spec.evaluation:
+        raise ValueError("patience: versions are judged on held-out examples: give some as evaluation, or leave it out")
+    if memory.make(spec.memory.name, spec.memory.settings).paced:
+        raise ValueError(
+            f"patience: memory {spec.memory.name} moves at a pace that the number of rounds gives it, so that a run "
+            "which stops before would leave it half-way; leave patience out, or use another memory"
+        )
 
 
 def _key(example: Example) -> str:

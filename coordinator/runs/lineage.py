@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from offsite.coordinator.runs.continuing import ancestor, granted
 from offsite.coordinator.runs.history import History
-from offsite.coordinator.runs.steps.results import evaluate, fold
+from offsite.coordinator.runs.judging import plugged
+from offsite.coordinator.runs.steps.results import fold
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.errors import ConflictError, InputError
 from offsite.protos.events import RoundDone
@@ -57,7 +58,7 @@ def _entries(journal: Journal, run: str, rounds: "range | list[int]") -> Iterato
     times = {event.round: event.at for event in journal.events(run, kind=RoundDone.kind)}
     for number in rounds:
         folded = history[fold(number)]
-        measured = history.get(evaluate(PLUG_IN if number == grant.rounds else f"{PLUG_IN}:{number}"))
+        measured = plugged(history, number, last=history.rounds(grant.rounds))
         figures = {PLUG_IN: perplexity(measured.sets.values())} if measured else {}
         known = {name: figure for name, figure in folded.version.figures.items() if figure is not None}
         yield Entry(

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.coordinator.runs.contributions import contributions
+from offsite.coordinator.runs.ending import outcome
 from offsite.coordinator.runs.history import GRANT, History
+from offsite.coordinator.runs.judging import plugged
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
 from offsite.coordinator.store.journal import Journal, Row
@@ -53,7 +55,8 @@ def assemble(journal: Journal, run: str) -> str:
     if attacks:
         measured[ATTACK] = attacks[0].sets
     overall, sites = perplexities(measured)
-    built, folded = history[BUILD], [history[fold(number + 1)] for number in range(spec.rounds)]
+    built, last, stop = history[BUILD], history.rounds(spec.rounds), history.get(results.STOP)
+    folded = [history[fold(number + 1)] for number in range(last)]
     bundle = to_plain(built.bundle)
     report = {
         "run": run,
@@ -68,7 +71,8 @@ def assemble(journal: Journal, run: str) -> str:
         "task": spec.task,
         "upload": [to_plain(stage) for stage in spec.upload],
         "training": to_plain(training(spec, built.learning_rate)),
-        "rounds": [_round(number, history, accepted) for number in range(spec.rounds)],
+        "rounds": [_round(number, history, accepted, last) for number in range(last)],
+        "outcome": {"round": outcome(history, spec.rounds), "last": last, "stopped": stop.reason if stop else ""},
         "overall": overall,
         "sites": sites,
         "experts": _experts(history),
@@ -152,10 +156,10 @@ def _experts(history: History) -> dict[str, Any]:
     }
 
 
-def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]]) -> dict[str, Any]:
+def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]], last: int) -> dict[str, Any]:
     version = history[fold(number + 1)]
-    plugged = history.get(evaluate(f"{PLUG_IN}:{number + 1}"))
-    sets, given = plugged.sets if plugged else {}, contributions(history, number + 1)
+    measured, given = plugged(history, number + 1, last=last), contributions(history, number + 1)
+    sets = measured.sets if measured else {}
     return {
         "round": number + 1,
         "sites": {

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from offsite.coordinator.bundles import disclosures
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import ending, judging
 from offsite.coordinator.runs.continuing import continued
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
@@ -23,22 +24,18 @@ from offsite.coordinator.runs.rounds import Round, folded_updates
 from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.orders import (
     Aggregate,
-    Attack,
     Build,
     Compare,
     Evaluate,
     Gather,
     Order,
-    Publish,
     Realign,
-    Tune,
     Update,
 )
-from offsite.coordinator.runs.steps.results import BUILD, GATHER, PUBLISH, SELECT, Built, Evaluation, Folded, Step
+from offsite.coordinator.runs.steps.results import BUILD, GATHER, SELECT, STOP, Built, Evaluation, Folded, Step
 from offsite.coordinator.store import Unusable
 from offsite.coordinator.store.database import Watch
 from offsite.coordinator.store.journal import LIVE
-from offsite.protos import figures
 from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import OffsiteError, ResourceError, from_system
 from offsite.protos.events import (
@@ -51,9 +48,10 @@ from offsite.protos.events import (
     SiteState,
     StepBegun,
     StepLost,
+    Stopped,
     Warned,
 )
-from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, PLUG_IN
+from offsite.protos.figures import BASE_ZERO_SHOT, EMULATOR_ZERO_SHOT, PLUG_IN
 from offsite.protos.telemetry.logs import about
 
 R = TypeVar("R")
@@ -155,9 +153,14 @@ class Supervisor:
         order = Build(sites=self._history[SELECT].names, continued=origin)
         self._do(BUILD, order, _built, accept=self._accept)
         for number in range(self._spec.rounds):
+            if self._stops(number):
+                break
             with about(round=number + 1):
                 self._round(number)
-        self._outcome()
+        self._contributions(self._history.rounds(self._spec.rounds))
+        published = ending.end(self._spec, self._history, self._do, self._evaluate)
+        report = assemble(self._journal, self._run)
+        self._journal.end_run(self._run, Completed(), report=report, published=published)
 
     # what is done once
 
@@ -326,15 +329,22 @@ class Supervisor:
 
     def _measure(self, number: int) -> None:
         """Measure what a round starts from: the base and the emulator, later versions where the run asks for that."""
-        every = self._spec.evaluate_every
         if not self._spec.evaluation:
             return
         if not number:
             self._evaluate(BASE_ZERO_SHOT, manifest=None, adapter=None)
             self._evaluate(EMULATOR_ZERO_SHOT, manifest=self._history[BUILD].manifest, adapter=None)
-        elif self._spec.contributions or (every and number % every == 0):
+        elif judging.due(self._spec, number):
             version = self._history[results.fold(number)].version
             self._evaluate(f"{PLUG_IN}:{number}", manifest=None, adapter=version.adapter, memory=version.memory)
+
+    def _stops(self, number: int) -> bool:
+        """Tell whether the run stops after a round, counted from one, which is measured first if it may."""
+        if self._spec.patience and number and self._history.get(STOP) is None:
+            self._measure(number)
+            if stop := judging.stop(self._spec, self._history, number):
+                self._history.record(STOP, stop, Stopped(round=stop.round, best=stop.best, message=stop.reason))
+        return (stop := self._history.get(STOP)) is not None and number >= stop.round
 
     def _close(self, current: Round) -> tuple[Update, ...]:
         """Wait until a round's tasks are done; return its updates, or fail the run if they are too few."""
@@ -351,27 +361,6 @@ class Supervisor:
             self._rest(POLL_S)
             if watch.changed():
                 return
-
-    # the end
-
-    def _outcome(self) -> None:
-        built, rounds = self._history[BUILD], self._spec.rounds
-        version = self._history[results.fold(rounds)].version
-        adapter = version.adapter
-        if self._spec.evaluation:
-            self._evaluate(EMULATOR_TUNED, manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._evaluate(PLUG_IN, manifest=None, adapter=adapter, memory=version.memory)
-        if self._spec.attack_steps:
-            if self._spec.attack_text:
-                tune = Tune(base=built.base.digest, trainable=built.bundle.trainable)
-                self._do(results.evaluate(BASE_TUNED), tune, partial(self._measured, BASE_TUNED))
-            order = Attack(manifest=self._history.bundle(rounds - 1).manifest, adapter=adapter)
-            self._do(results.ATTACK, order, lambda result: [Measured(name=figures.ATTACK, sets=result.attacks[0].sets)])
-        self._contributions(rounds)
-        publish = Publish(base=built.base.digest, adapter=adapter, recovery=built.recovery, memory=version.memory)
-        published = self._do(PUBLISH, publish)
-        report = assemble(self._journal, self._run)
-        self._journal.end_run(self._run, Completed(), report=report, published=published.artifacts)
 
 
 def _built(built: Built) -> list[Event]:

@@ -54,7 +54,7 @@ def bring(home: Home, journal: Journal, start: Path) -> None:
     """Bring what the next simulation needs of the one in a folder; done again, it changes nothing."""
     with _opened(start) as (other, its):
         history, blobs = History(its, RUN), other.blobs()
-        last = fold(continuing.granted(its, RUN).rounds)
+        last = fold(history.rounds(continuing.granted(its, RUN).rounds))
         for digest in history[last].version.digests:
             file = home.node.scratch / "brought"
             shutil.copyfile(blobs.path(digest), file)

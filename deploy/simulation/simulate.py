@@ -234,7 +234,7 @@ def _home(out: Path, settings: Settings) -> Home:
 
 
 def _summary(history: History, settings: Settings) -> dict[str, Any]:
-    rounds = [to_plain(history[moment(number + 1)]) for number in range(settings.spec.rounds)]
+    rounds = [to_plain(history[moment(number + 1)]) for number in range(history.rounds(settings.spec.rounds))]
     return {
         "sites": len(history[SELECT].names),
         "partition": to_plain(settings.partition),

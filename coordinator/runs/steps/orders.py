@@ -7,7 +7,7 @@ from pydantic import Field
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Positive, Share, Tier, Word
+from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Place, Positive, Share, Tier, Word
 from offsite.protos.spec import Choice, Grounds, Layers, Shared
 
 
@@ -167,13 +167,14 @@ class Tune:
 
 @document
 class Publish:
-    """Write the outcome of a run as files."""
+    """Write a version that a run publishes as files."""
 
     step: ClassVar[str] = "publish"
     base: Digest
     adapter: Digest
     recovery: Digest | None
     memory: dict[Word, Digest] = Field(default_factory=dict)  # that the adapter's version has
+    folder: Place = ""  # of the files; with one it is not the run's outcome, and not merged
 
 
 Order = Gather | Build | Divide | Encode | Aggregate | Compare | Join | Realign | Evaluate | Attack | Tune | Publish

@@ -37,13 +37,13 @@ def publish(node: Node, spec: Grant, order: Publish) -> Publication:
         if len(folders) > 1:
             together = {"combine": memory.combine(spec), "experts": folders}
             (Path(scratch) / ENSEMBLE).write_text(json.dumps(together, indent=2) + "\n")
-        if spec.merge:
+        if spec.merge and not order.folder:
             room(node.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
             method.merge(model, adapter)
             model.save_pretrained(Path(scratch) / "merged")
             tokenizer.save_pretrained(Path(scratch) / "merged")
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            name = path.relative_to(scratch).as_posix()
+            place = Path(order.folder) / path.relative_to(scratch)
             digest, size = blobs.take(path)
-            files[name] = Stored(digest=digest, size=size)
+            files[place.as_posix()] = Stored(digest=digest, size=size)
     return Publication(artifacts=files, spans=tuple(timeline))

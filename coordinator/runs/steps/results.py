@@ -130,6 +130,15 @@ class Compared:
 
 
 @document
+class Stop:
+    """Where a run stopped before its last round, and why."""
+
+    round: Positive  # the last one that was done
+    best: Positive  # the round whose version was the best
+    reason: Message
+
+
+@document
 class Evaluation:
     """One figure."""
 
@@ -180,7 +189,9 @@ SELECT = Step("sites", Selection)
 GATHER = Step("inputs", Inputs)
 BUILD = Step("version:0", Built)
 ATTACK = Step("attack", Attacks)
+STOP = Step("stop", Stop)
 PUBLISH = Step("publish", Publication)
+LAST = Step("publish:last", Publication)
 
 
 def roster(number: int) -> Step[Roster]:

@@ -102,11 +102,12 @@ def test_where_nothing_is_fed_back_a_task_names_no_update(stand: Any) -> None:
 def test_what_is_measured_is_told_with_the_step_that_measured_it(stand: Any) -> None:
     stand.submit("ward", rounds=3, evaluation=EXAM, evaluate_every=2)
     stand.run()
-    names = ["base_zero_shot", "emulator_zero_shot", "plug_in:2", "emulator_tuned", "plug_in"]
+    names = ["base_zero_shot", "emulator_zero_shot", "plug_in:2", "plug_in:3", "emulator_tuned", "plug_in"]
     assert [event.data["name"] for event in told(stand, "figure")] == names
-    bare, emulator, between, tuned, plugged = asked(stand, Evaluate)
+    bare, emulator, between, plugged, tuned = asked(stand, Evaluate)
     assert (bare.manifest, bare.adapter) == (None, None) and emulator.adapter is None
-    assert (between.manifest, plugged.manifest) == (None, None) and plugged.adapter == tuned.adapter != between.adapter
+    assert (between.manifest, plugged.manifest) == (None, None) and plugged.adapter != between.adapter
+    assert tuned.adapter in (plugged.adapter, between.adapter), "the better one"
 
 
 @pytest.mark.parametrize("text", ["task.jsonl", ""])
