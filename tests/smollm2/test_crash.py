@@ -20,7 +20,7 @@ Tell = Callable[..., None]
 
 
 def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> None:
-    """T2a: zero-shot at 20 of 30 layers, on general text.
+    """Zero-shot at 20 of 30 layers, on general text.
 
     The order published against uniform's own 2-16-2 holds for two of three seeds, as which layers clustering keeps
     hangs on the calibration text; against even distances over all layers it holds for all.
@@ -63,7 +63,6 @@ def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
 
 
 def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell: Tell, tmp_path: Path) -> None:
-    """T2c, T2d."""
     removed = bench.draft([("crash", {"keep": 20, "sharing": "auto"})])
     assert len(removed.outline.layers) == 20 and not removed.outline.shared
     shared = bench.draft([("crash", {"keep": 20, "sharing": "on"})])

@@ -13,7 +13,7 @@ Tell = Callable[..., None]
 
 
 def test_lora_of_a_pruned_model_is_worth_more_in_the_full_one(bench: Any, tell: Tell) -> None:
-    """T3: half of the MLP's channels gone in 26 layers."""
+    """Half of the MLP's channels gone in 26 layers."""
     lora, rate = Lora(rank=8, alpha=16.0), 1e-3
     draft = bench.draft([("loram", {"mlp": 0.5})], Kept())
     small, adapter = bench.tuned(draft.model, draft.outline.places, lora, rate, batch_size=2)

@@ -50,7 +50,6 @@ def story(bench: Any, blocks: Method) -> Story:
 
 
 def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: Tell) -> None:
-    """T1."""
     zero_shot, plug_in = bench.zero_shot, story.plug_in.perplexity
     recovered = log(zero_shot / plug_in) / log(zero_shot / story.base_tuned)
     gap = log(story.emulator_tuned / plug_in)
@@ -68,7 +67,7 @@ def test_the_five_figures_stand_in_their_order(bench: Any, story: Story, tell: T
 
 
 def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, story: Story, tell: Tell) -> None:
-    """T1b: the same data with everything unfrozen, and an emulator healed on public text.
+    """The same data with everything unfrozen, and an emulator healed on public text.
 
     Nothing hurries the first: at twice the rate that suits everything unfrozen, it would come to harm.
     """
@@ -100,7 +99,7 @@ def test_unfreezing_closes_most_of_what_is_called_the_privacy_gap(bench: Any, st
 
 
 def test_an_emulator_of_2_16_2_layers_is_called_unusable(bench: Any, tell: Tell) -> None:
-    """T1c: without distillation."""
+    """Without distillation."""
     emulator = bench.perplexity(bench.draft([("uniform", {"keep": 20})]).model)
     tell(ratio=emulator / bench.zero_shot)
     (warning,) = warnings({"base_zero_shot": bench.zero_shot, "emulator_zero_shot": emulator})
@@ -110,7 +109,6 @@ def test_an_emulator_of_2_16_2_layers_is_called_unusable(bench: Any, tell: Tell)
 def test_clusters_of_20_layers_do_what_even_distances_need_24_for(
     bench: Any, story: Story, blocks: Method, tell: Tell
 ) -> None:
-    """T2b."""
     draft = bench.draft([("crash", {"keep": 20})])
     _, adapter = bench.tuned(draft.model, draft.outline.places, blocks, RATE)
     plug_in = bench.plugged(blocks, adapter)
