@@ -55,6 +55,7 @@ class OwnerPolicy:
         "loldu",
         "lora",
         "lt-sft",
+        "mhr",
         "miss",
         "mos",
         "mosa",

@@ -42,6 +42,7 @@ METHODS: Plugins[Any] = Plugins(
         "vera": "offsite.emulator.methods.peft_types:Vera",
         "waveft": "offsite.emulator.methods.peft_types:Waveft",
         "fisher": "offsite.emulator.methods.fisher:Fisher",
+        "mhr": "offsite.emulator.methods.mhr:Mhr",
         "moments": "offsite.emulator.methods.moments:Moments",
         "mosa": "offsite.emulator.methods.mosa:Mosa",
         "mos": "offsite.emulator.methods.mos:Mos",
@@ -149,12 +150,13 @@ PARTS: Plugins[Any] = Plugins(
         "all": "offsite.emulator.parts.whole:Whole",
         "by-capability": "offsite.emulator.parts.by_capability:ByCapability",
         "by-expert": "offsite.emulator.parts.by_expert:ByExpert",
+        "by-task": "offsite.emulator.parts.by_task:ByTask",
         "half": "offsite.emulator.parts.half:Half",
         "ist": "offsite.emulator.parts.ist:Ist",
         "lisa": "offsite.emulator.parts.lisa:Lisa",
     },
     group="offsite.parts",
-    states=("partial",),
+    states=("partial", "starts"),
 )
 RETENTIONS: Plugins[Any] = Plugins(
     "retention",

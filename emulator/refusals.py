@@ -23,7 +23,7 @@ PEFT: dict[str, str] = {
     "multitask_prompt_tuning": PROMPT,
     "osf": "it trains the singular vectors of the base's own weights, so an emulator of few bits starts elsewhere",
     "p_tuning": PROMPT + "; of its encoder, peft's state holds the outcome alone",
-    "poly": "peft cannot merge it, for a router chooses by the task of each example, which it must be told",
+    "poly": "it is mhr with one head, mhr(heads=1), which has a row of its router for each task",
     "prefix_tuning": PROMPT,
     "prompt_tuning": PROMPT,
     "psoft": "it rotates inside the largest singular vectors of each map, which are others in few bits",

@@ -41,7 +41,7 @@ class Memory(Protocol):
     accumulates: ClassVar[bool]  # whether it ever changes a version
     replaces: ClassVar[bool]  # whether it may give another adapter than the fold's, for sites to go on from
     paced: ClassVar[bool]  # whether a version depends on how many rounds its run has
-    divides: ClassVar[bool]  # whether it keeps by task what layers do not share, of which a method has to have some
+    divides: ClassVar[bool]  # whether it keeps by task what is private, of which a method has to have some
 
     @property
     def combine(self) -> Combine:

@@ -179,7 +179,7 @@ def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
         )
     if own.divides and not pairs.is_private(method):
         raise InputError(
-            f"memory {own.name} keeps by task what layers do not share, and method {method.name} as it is set has "
+            f"memory {own.name} keeps by task what is private, and method {method.name} as it is set has "
             f"nothing of that; use {' or '.join(pairs.private())}, or one of the memories: {others}"
         )
     if not pairs.remembers(own, method, strategy):
@@ -220,6 +220,11 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     if part.partial and isinstance(method, Measuring):
         raise InputError(
             f"training.part: the method {method.name} measures, and nothing of it trains; use part {PART.name}"
+        )
+    if part.starts and not spec.start:
+        raise InputError(
+            f"training.part: {part.name} trains what does nothing without the rest, and this run begins anew, with the "
+            f"rest untrained; name a run of the method {method.name} as start, or use part {PART.name}"
         )
     if not pairs.folds(strategy, part):
         raise InputError(

@@ -31,7 +31,7 @@ class Matrix:
     optimisers: Table  # by the engines of sites
     memories: Table  # by the rules of what methods train
     replacing: dict[str, bool]  # of memories: whether sites go on from what it made
-    dividing: dict[str, bool]  # of memories: whether it keeps by task what layers do not share
+    dividing: dict[str, bool]  # of memories: whether it keeps by task what is private
     private: list[str]  # the methods that have some of that
     order: dict[str, list[str]]  # of builders in a chain: stage -> its builders
 

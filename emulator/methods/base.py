@@ -181,9 +181,9 @@ class Choosing(Protocol):
 
 @runtime_checkable
 class Sharing(Protocol):
-    """A method of which layers share what trains; its schema says what of it each has to itself (`Field.private`)."""
+    """A method of which layers or tasks share what trains; its schema says what is each one's own (`Field.private`)."""
 
-    private: int  # rows that each layer has to itself
+    private: int  # how much of it; 0: nothing
 
 
 @runtime_checkable

@@ -37,6 +37,7 @@ class Part(Protocol):
 
     name: ClassVar[str]
     partial: ClassVar[bool]  # whether some groups may be left out
+    starts: ClassVar[bool]  # whether it is of what a version has that a run goes on from
 
     @property
     def alike(self) -> bool:
@@ -88,6 +89,7 @@ class Drawn:
     """What a part declares that is drawn from the task alone, once a round or for each site."""
 
     partial: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
     per: Per
 
     @property

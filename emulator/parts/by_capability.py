@@ -29,6 +29,7 @@ class ByCapability:
 
     name: ClassVar[str] = "by-capability"
     partial: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

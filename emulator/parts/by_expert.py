@@ -19,6 +19,7 @@ class ByExpert:
 
     name: ClassVar[str] = "by-expert"
     partial: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
 
     @property
     def alike(self) -> bool:

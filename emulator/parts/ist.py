@@ -36,6 +36,7 @@ class Ist:
 
     name: ClassVar[str] = "ist"
     partial: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -14,6 +14,7 @@ class Whole:
 
     name: ClassVar[str] = "all"
     partial: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     @property
     def alike(self) -> bool:

@@ -33,16 +33,18 @@ from offsite.client.site.job import EngineSpec
 from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Origin, Version
 from offsite.coordinator.memory import Memory, Moment
-from offsite.emulator import methods, modality, retention, zoo
+from offsite.emulator import methods, modality, parts, retention, zoo
 from offsite.emulator.anatomy.structure import layers
 from offsite.emulator.batches import evaluation_batches, schedule
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.methods.fisher import Fisher
 from offsite.emulator.modality import Batch, collate, encode, read
+from offsite.emulator.parts import Turn
+from offsite.emulator.parts.training import Trained, freeze, whole_schema
 from offsite.emulator.plug import plug_all
 from offsite.emulator.retention import Rehearsing
 from offsite.emulator.retention.ewc import FISHER, Ewc
-from offsite.kernels.schema import Schema, Tensors
+from offsite.kernels.schema import Schema, Tensors, only
 from offsite.protos.recipes import parse_one
 from offsite.protos.spec import LocalTraining
 
@@ -61,6 +63,7 @@ class Arm:
     memory: str
     rate: float
     retention: str = "none"
+    part: str = "all"  # of the adapter that later tasks train
 
 
 ARMS = {
@@ -72,6 +75,8 @@ ARMS = {
     "mos": Arm("mos", "mean", "none", 3e-3),
     "shards": Arm("mos", "mean", "shard-store", 3e-3),
     "frozen-shards": Arm("mos", "mean", "shard-store(c=0.0)", 3e-3),
+    "mhr": Arm("mhr", "mean", "none", 3e-3),
+    "routing": Arm("mhr", "mean", "shard-store(c=0.0)", 3e-3, part="by-task"),  # MHR-z
 }
 
 
@@ -202,6 +207,10 @@ class Held:
             max_length=LENGTH,
         )
         parameters = method.named_parameters(model, LAYERS)
+        if first >= stream.rounds * stream.steps:
+            whole, part = whole_schema(method, start), parse_one(self.arm.part)
+            trained = parts.make(part.name, part.settings).groups(whole, Turn(stream.seed, 0, str(site)))
+            parameters = freeze(parameters, Trained(only(whole, trained)))
         engine = Plain(model, parameters, training, EngineSpec(name="plain"), PLAIN, first_step=first, anchor=anchor)
         old = self.retention.rehearsed(BATCH) if kept and isinstance(self.retention, Rehearsing) else 0
         which = {"steps": stream.steps, "first_step": first, "seed": stream.seed}

@@ -86,6 +86,7 @@ ALLOWED = {
     "coordinator/policy.py": catalogue.BUILDERS.keys() - {"whole"}
     | catalogue.METHODS.keys() - {"blocks", "fisher", "moments", "prototype", "signature"},  # what is safe to allow
     "client/commands/demo.py": {"lae", "lora", "paca"},  # its own choice, and an example in its help
+    "emulator/refusals.py": {"mhr"},  # what a type of peft's is that it refuses
     "emulator/methods/fisher.py": {"lora"},  # its own default
     "emulator/builders/quantised.py": {"nf4"},  # its own default
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice

@@ -153,6 +153,18 @@ def test_sites_that_move_along_the_same_directions_train_the_same_part(
     legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adamw"))))
 
 
+def test_a_part_of_what_has_been_learned_already_needs_a_version_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    training = TrainingSpec(part=Choice(name="by-task"))
+    named = {"method": Choice(name="mhr"), "strategy": Choice(name="mean"), "training": training}
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), **named)
+    with pytest.raises(
+        InputError, match="by-task trains what does nothing without the rest, .* name a run of the method mhr"
+    ):
+        legality.judge(spec)
+    legality.judge(replace(spec, start="before"))
+
+
 def test_an_objective_that_compares_answers_goes_without_text_that_the_base_is_tuned_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -201,7 +201,7 @@ def test_what_serves_alone_is_published_as_any_adapter(node: Node, material: Pat
         ),
         (
             {"memory": "shard-store", "task": "hospital", "method": "mos(private=0)", "strategy": "mean"},
-            "shard-store keeps by task what layers do not share, and method mos as it is set .* use mos, .*: ema,",
+            "shard-store keeps by task what is private, and method mos as it is set .* use mhr or mos, .*: ema,",
         ),
         ({"memory": "shard-store", "task": "hospital", "method": "mos", "strategy": "mean"}, ""),
     ],
