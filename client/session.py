@@ -185,6 +185,12 @@ class Run:
                 log.warning("the coordinator is back; going on after event %d", after)
         self.refresh()
 
+    def events(self, *, after: int = 0) -> list[Event]:
+        """Return the run's events so far, those after a sequence number."""
+        return [
+            _event(one) for one in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after, past=True))
+        ]
+
     def wait(self) -> Self:
         """Return when the run is completed; raises RunError if it failed or was cancelled."""
         for _ in self.watch():

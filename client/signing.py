@@ -6,14 +6,13 @@ from pathlib import Path
 from offsite.client.channel import Channel
 from offsite.protos import membership_pb2 as pb
 from offsite.protos import membership_pb2_grpc
-from offsite.protos.documents import plain
 from offsite.protos.errors import IdentityError, MismatchError
 from offsite.protos.security.identity import Identity
-from offsite.protos.security.pki import Authority
+from offsite.protos.security.pki import Answer, Authority
 
 
-def sign_all(folder: Path, address: str, kit: Path) -> Iterator[str]:
-    """Answer all that is asked at a coordinator, and yield a sentence on each.
+def sign_all(folder: Path, address: str, kit: Path) -> Iterator[Answer]:
+    """Answer all that is asked at a coordinator, and yield each answer.
 
     Raises IdentityError for a kit of another authority, and MismatchError where a coordinator names what is no serial.
     """
@@ -22,7 +21,6 @@ def sign_all(folder: Path, address: str, kit: Path) -> Iterator[str]:
         raise IdentityError(f"{kit}: a kit of another authority than {folder}; name the one that made it")
     channel = Channel(address, identity)
     calls = membership_pb2_grpc.MembershipStub(channel.grpc)  # type: ignore[no-untyped-call]
-    count = 0
     try:
         while requests := channel.call(calls.Unsigned, pb.UnsignedRequest()).requests:
             try:
@@ -35,10 +33,6 @@ def sign_all(folder: Path, address: str, kit: Path) -> Iterator[str]:
                 for one, answer in zip(requests, answers, strict=True)
             ]
             channel.call(calls.Sign, pb.SignRequest(answers=signed, revocations=authority.newest().pem))
-            for answer in answers:
-                count += 1
-                yield f"refused: {plain(answer.refusal)}" if answer.refusal else f"signed for {answer.whose}"
+            yield from answers
     finally:
         channel.close()
-    if not count:
-        yield "nobody waits for a certificate"

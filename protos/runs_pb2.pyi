@@ -38,12 +38,14 @@ class ListReply(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[RunStatus, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("id", "after")
+    __slots__ = ("id", "after", "past")
     ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    PAST_FIELD_NUMBER: _ClassVar[int]
     id: str
     after: int
-    def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+    past: bool
+    def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ..., past: _Optional[bool] = ...) -> None: ...
 
 class Artifact(_message.Message):
     __slots__ = ("name", "digest", "size")

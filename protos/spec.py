@@ -90,18 +90,18 @@ class TrainingSpec:
     steps: Positive = 20  # optimiser steps
     batch_size: Positive = 4  # sequences per step, over all processes of the site
     learning_rate: AboveZero | None = None  # None: what suits the method and the model
-    warmup_steps: Count = 0  # before the first step at the whole rate
-    schedule: Chosen = SCHEDULE  # how the rate goes on from there
-    span: Literal["round", "run"] = "round"  # what both go over: each round anew, or all rounds of the run
+    warmup_steps: Count = 0  # over which the rate rises, before the first step at the whole rate
+    schedule: Chosen = SCHEDULE  # how the rate goes on after the warm-up
+    span: Literal["round", "run"] = "round"  # what warm-up and schedule go over: each round anew, or all rounds
     optimiser: Chosen = OPTIMISER  # what takes the steps
-    objective: Chosen = OBJECTIVE  # what they lessen, and so what rows a site needs
+    objective: Chosen = OBJECTIVE  # what the steps lessen, and so what rows a site needs
     part: Chosen = PART  # what of the adapter trains in a round, and leaves the site
     retention: Chosen = RETENTION  # what a site does so as not to forget what earlier runs have learned
-    weight_decay: AtLeastZero = 0.0
-    gradient_clipping: AboveZero = 1.0
+    weight_decay: AtLeastZero = 0.0  # of what trains, at each step
+    gradient_clipping: AboveZero = 1.0  # a longer gradient is shortened to this L2 norm
     max_length: Positive = 256  # tokens of a sequence; longer ones are cut
     precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen weights; what trains is always fp32
-    seed: Seed = 0
+    seed: Seed = 0  # of the order of the rows, and of the adapter's first values
 
 
 @document
@@ -118,29 +118,29 @@ class RunSpec:
     """One job of several rounds."""
 
     model: Place  # at the coordinator: a path, a hub id or a name from the model zoo
-    name: Line = ""
-    builders: Chain = BUILDERS
-    trainable: Chosen = TRAINABLE  # which layers train
-    method: Chosen = METHOD
-    strategy: Chosen = STRATEGY
+    name: Line = ""  # what lists call the run; empty: its id alone
+    builders: Chain = BUILDERS  # how the emulator is made of the model, one after the other
+    trainable: Chosen = TRAINABLE  # which of the emulator's layers train
+    method: Chosen = METHOD  # what trains in them
+    strategy: Chosen = STRATEGY  # how the sites' updates become one
     upload: Stages = ()  # what an update goes through before it leaves its site; empty: nothing
-    training: TrainingSpec = Field(default_factory=TrainingSpec)
-    rounds: Positive = 1
-    sites: Names = ()  # empty: every site that is enrolled when the run starts
+    training: TrainingSpec = Field(default_factory=TrainingSpec)  # what a site does in a round
+    rounds: Positive = 1  # in each, sites train and their updates become one
+    sites: Names = ()  # that take part; empty: every one that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
     wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
-    task_s: AboveZero = 86_400.0  # and so is a site that is not done this long after it took its task
+    task_s: AboveZero = 86_400.0  # a site that is not done this long after it took its task is left out of the round
     public: Place = ""  # at the coordinator: public text that builders may look at and tune on
-    calibration: Place = ""  # there too: text that builders look at instead, such as the task's; never tuned on
+    calibration: Place = ""  # at the coordinator: text to look at instead, such as the task's; never tuned on
     realign_steps: Count = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: Exams = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     exam: Literal["sites", "none"] = "sites"  # who else measures: each site, on rows that it holds out and never sends
     attack_steps: Count = 0  # of attacks on the emulator, as many as sites tune for in all; 0: it is not attacked
-    attack_longest: Positive = 4  # times as many steps in the longest attacks
-    attack_text: Place = ""  # there too: examples of the task for attacks, and the base itself, to train on
+    attack_longest: Positive = 4  # the longest attacks take so many times the steps
+    attack_text: Place = ""  # at the coordinator: examples of the task for attacks, and the base itself, to train on
     max_update_norm: AboveZero = 1000.0  # L2 norm of an update's change since the broadcast; a larger one is refused
-    max_update_ratio: Ratio = 5.0  # to the round's median, else left out
+    max_update_ratio: Ratio = 5.0  # to the round's median change; an update of more is left out
     evaluate_every: Count = 0  # rounds between plug-in figures; 0: only at the end, or each with a patience
     patience: Count = 0  # rounds without a gain after which the run stops; 0: it never does
     least_gain: AtLeastZero = 0.0  # nats a token by which a version has to be better than the best for a gain

@@ -38,7 +38,7 @@ CASES = [
     (("run", "list", "--limits", "3"), 2, "No such option"),
     (("run", "list", *AT), 2, "Missing option '--identity'"),
     (("run", "list", "--limit", "0", *ME), 2, "greater than or equal to 1"),
-    (("methods", "--format", "yaml"), 2, "'yaml' is not one of 'table', 'json', 'markdown'"),
+    (("methods", "--format", "yaml"), 2, "'yaml' is not one of 'text', 'json', 'markdown'"),
     (("run", "list", "--coordinator", "localhost", "--identity", "pki/me"), 3, "no port.; expected HOST:PORT, such as"),
     (("run", "list", "--coordinator", "localhost:99999", "--identity", "pki/me"), 3, "a port from 1 to 65535"),
     (("run", "list", *AT, "--identity", "pki/ward"), 4, "kit of site 'ward', but one of role owner, researcher or aud"),

@@ -3,9 +3,11 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from offsite.client.commands.options import Format
 
 if TYPE_CHECKING:
     from offsite.emulator.examples import Example, Source
@@ -37,7 +39,7 @@ def check(
     held_out: Annotated[
         Path | None, typer.Option(help="An exam: say which of its rows are known from the data.")
     ] = None,
-    format: Annotated[Literal["text", "json"], typer.Option(help="How to print.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Count what would be trained on, what is left out and why, and what an exam would know already."""
     from rich.console import Console
@@ -86,35 +88,47 @@ def preview(
     max_length: Length = 256,
     rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many before.")] = 0,
+    format: Format = "text",
 ) -> None:
     """Show rows as a model gets them: what it is given, and in bold between brackets what it is to learn."""
     from rich.console import Console
     from rich.text import Text
 
     from offsite.protos.errors import InputError
+    from offsite.protos.output import say
 
     source, objective, reading = _read(data, policy, column)
     examples = reading.examples[skip : skip + rows]
     if not examples:
         raise InputError(f"{data}: holds {len(reading.examples):,} examples, and --skip {skip} leaves out all of them")
-    console = Console(soft_wrap=True)
-    if tokenizer is None:
-        for example in examples:
-            console.print(Text(example.place, style="dim"), Text(json.dumps(example.row, ensure_ascii=False)), sep="\n")
-        return
-    from offsite.emulator import modality
+    shown: list[dict[str, Any]] = [{"place": example.place, "row": example.row} for example in examples]
+    if tokenizer is not None:
+        from offsite.emulator import modality
 
-    words = _tokenizer(tokenizer)
-    for example in examples:
-        console.print(Text(example.place, style="dim"))
-        try:
-            samples = _encoding(objective, [example], words, max_length, source.odd_rows).samples
-        except InputError as error:
-            console.print(Text(str(error), style="dim"))
-            continue
-        for pieces in modality.pieces(objective.text(samples)):
-            spans = [(words.decode(ids), learned) for ids, learned in pieces]
-            console.print(Text.assemble(*((f"[{text}]", "bold") if learned else text for text, learned in spans)))
+        words = _tokenizer(tokenizer)
+        for example, one in zip(examples, shown, strict=True):
+            try:
+                samples = _encoding(objective, [example], words, max_length, source.odd_rows).samples
+                texts = [
+                    [{"text": words.decode(ids), "learned": learned} for ids, learned in pieces]
+                    for pieces in modality.pieces(objective.text(samples))
+                ]
+                one |= {"sequences": texts, "error": ""}
+            except InputError as error:
+                one |= {"sequences": [], "error": str(error)}
+    if format == "json":
+        say(format, shown)
+        return
+    console = Console(soft_wrap=True)
+    for one in shown:
+        console.print(Text(one["place"], style="dim"))
+        if tokenizer is None:
+            console.print(Text(json.dumps(one["row"], ensure_ascii=False)))
+        elif one["error"]:
+            console.print(Text(one["error"], style="dim"))
+        for spans in one.get("sequences", ()):
+            marked = ((f"[{span['text']}]", "bold") if span["learned"] else span["text"] for span in spans)
+            console.print(Text.assemble(*marked))
 
 
 @app.command()
@@ -125,16 +139,20 @@ def split(
     column: Renamed = None,
     share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Of the rows, to hold out.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Another one holds out others.")] = 0,
+    format: Format = "text",
 ) -> None:
     """Hold rows out for an exam that training knows nothing of; rows that come later move none of these."""
     from offsite.client.site import curation
+    from offsite.protos.output import say
 
     _, _, reading = _read(data, policy, column)
     train, held_out, neither = curation.split(reading.examples, share=share, seed=seed)
     curation.write(out, {"train.jsonl": train, "held-out.jsonl": held_out})
-    print(
+    say(
+        format,
+        {"folder": str(out), "train": len(train), "held_out": len(held_out), "neither": neither},
         f"{out}: {len(train):,} rows to train on and {len(held_out):,} held out; {neither:,} are in neither, because "
-        "they are there twice or the exam would know them"
+        "they are there twice or the exam would know them",
     )
 
 

@@ -31,28 +31,29 @@ def enrol(
     Repeat the command if it was interrupted. A token is a secret, and others on
     this machine see command lines: a file or the input is better.
     """
-    import json
-
     from offsite.client import joining
+    from offsite.protos.output import say
     from offsite.protos.security import tokens
 
     kit = joining.enrol(tokens.read(_text(token)), identity.resolve(), say=_say)
-    if format == "json":
-        about = {"role": kit.role, "name": kit.name, "expires": kit.expires.isoformat(), "identity": str(kit.folder)}
-        print(json.dumps(about))
-        return
-    print(f"Wrote the kit of {kit.role} {kit.name!r} to {identity}; it holds until {kit.expires:%Y-%m-%d}.")
-    print("It is renewed by itself while it is used: by a site's agent, or when a command or the SDK connects.")
+    say(
+        format,
+        kit.about,
+        f"Wrote the kit of {kit.role} {kit.name!r} to {identity}; it holds until {kit.expires:%Y-%m-%d}.",
+        "It is renewed by itself while it is used: by a site's agent, or when a command or the SDK connects.",
+    )
 
 
 @app.command()
 def renew(
     coordinator: Coordinator,
     identity: Annotated[Path, named("identity", "The kit.")],
+    format: Format = "text",
 ) -> None:
     """Renew a kit's certificate now, with a new key, and fetch the newest list of certificates."""
     from offsite.client.channel import Channel
     from offsite.client.membership import Renewal
+    from offsite.protos.output import say
     from offsite.protos.security.certificates import MEMBERS
     from offsite.protos.security.identity import Identity
 
@@ -64,9 +65,11 @@ def renew(
         renewal.refresh()
     finally:
         channel.close()
-    if renewed.certificate == kit.certificate:
+    waits = renewed.certificate == kit.certificate
+    if waits:
         _say("the request is at the coordinator; once the model owner's authority has signed it, ask again")
-    print(f"{identity}: the kit of {renewed.role} {renewed.name!r} holds until {renewed.expires:%Y-%m-%d}")
+    line = f"{identity}: the kit of {renewed.role} {renewed.name!r} holds until {renewed.expires:%Y-%m-%d}"
+    say(format, renewed.about | {"renewed": not waits}, line)
 
 
 @app.command()
@@ -74,6 +77,7 @@ def sign(
     authority: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
     coordinator: Coordinator,
     identity: Annotated[Path, named("identity", "The kit of an owner.")],
+    format: Format = "text",
 ) -> None:
     """Sign what is asked for at a coordinator, with an authority that stays on this machine.
 
@@ -81,9 +85,15 @@ def sign(
     for this.
     """
     from offsite.client.signing import sign_all
+    from offsite.protos.documents import plain
+    from offsite.protos.output import say
 
-    for line in sign_all(authority, coordinator, identity):
-        print(line)
+    answers = []
+    for answer in sign_all(authority, coordinator, identity):
+        answers.append({"whose": answer.whose, "refusal": answer.refusal})
+        if format == "text":
+            print(f"refused: {plain(answer.refusal)}" if answer.refusal else f"signed for {answer.whose}", flush=True)
+    say(format, answers, *([] if answers else ["nobody waits for a certificate"]))
 
 
 def _text(token: str) -> str:

@@ -1,6 +1,5 @@
 """`offsite identity profile`: keep under a name which coordinator one speaks with, and by which kit."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ def add(
     coordinator: Annotated[str, typer.Option(help="HOST:PORT of the coordinator, or of several gateways.")] = "",
     identity: Annotated[Path | None, typer.Option(help="The folder of the kit.")] = None,
     use: Annotated[bool, typer.Option("--use", help="Make it the default, as the first is anyway.")] = False,
+    format: Format = "text",
 ) -> None:
     """Add a profile, or write one of this name anew."""
     from dataclasses import replace
@@ -26,6 +26,7 @@ def add(
     from offsite.client import profiles
     from offsite.protos import addresses
     from offsite.protos.documents import parse
+    from offsite.protos.output import say
 
     if coordinator:
         addresses.parse_all(coordinator)
@@ -34,21 +35,24 @@ def add(
     new = parse(profiles.Profiles, {"profile": {name: given}}, where=name)
     default = name if use or known.default is None else known.default
     replace(known, default=default, profile=known.profile | new.profile).save()
-    print(f"{profiles.file()}: profile {name}{', the default' if default == name else ''}")
+    line = f"{profiles.file()}: profile {name}{', the default' if default == name else ''}"
+    say(format, {"name": name, **given, "default": default == name}, line)
 
 
-@app.command("list")
-def list_(format: Format = "text") -> None:
+@app.command()
+@app.command("list", hidden=True)
+def ls(format: Format = "text") -> None:
     """List the profiles; the default is marked."""
     from offsite.client import profiles
     from offsite.protos.documents import to_plain
+    from offsite.protos.output import say
 
     known = profiles.load()
     if format == "json":
         rows = [
             {"name": name, **to_plain(one), "default": name == known.default} for name, one in known.profile.items()
         ]
-        print(json.dumps(rows, indent=2))
+        say(format, rows)
         return
     if not known.profile:
         print("no profiles yet; `offsite identity profile add` makes one")
@@ -57,25 +61,29 @@ def list_(format: Format = "text") -> None:
 
 
 @app.command()
-def use(name: Named) -> None:
+def use(name: Named, format: Format = "text") -> None:
     """Make a profile the default, for whoever names none."""
     from dataclasses import replace
 
     from offsite.client import profiles
+    from offsite.protos.output import say
 
     known = profiles.load()
     known.of(name)
     replace(known, default=name).save()
+    say(format, {"name": name, "default": True})
 
 
 @app.command()
-def remove(name: Named) -> None:
+def remove(name: Named, format: Format = "text") -> None:
     """Remove a profile; its kit stays where it is."""
     from dataclasses import replace
 
     from offsite.client import profiles
+    from offsite.protos.output import say
 
     known = profiles.load()
     known.of(name)
     rest = {other: one for other, one in known.profile.items() if other != name}
     replace(known, default=None if known.default == name else known.default, profile=rest).save()
+    say(format, {"name": name, "removed": True})

@@ -1,16 +1,21 @@
 """`offsite run`: submit federated runs and look after them."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from offsite.client.commands.new import new
 from offsite.client.commands.options import Coordinator, Format, Kit
+from offsite.protos.output import as_json, say
+
+if TYPE_CHECKING:
+    from offsite.client.session import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit federated runs and look after them.")
+app.command()(new)
 
 RESTART_S = 120.0  # how long a command that waits for a run waits for a coordinator that is being restarted
 
@@ -56,8 +61,9 @@ def submit(
             _follow(run, format)
 
 
-@app.command("list")
-def list_(
+@app.command()
+@app.command("list", hidden=True)
+def ls(
     coordinator: Coordinator,
     identity: Kit,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the newest ones. (default: all)")] = None,
@@ -128,8 +134,55 @@ def watch(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "tex
 
 
 @app.command()
-def cancel(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
-    """Cancel a run; sites stop at their next report. A run that is over stays as it ended."""
+def log(
+    id: Id,
+    coordinator: Coordinator,
+    identity: Kit,
+    stream: Annotated[bool, typer.Option("--stream", help="Go on with what comes, until the run ends.")] = False,
+    tail: Annotated[int | None, typer.Option(min=0, help="Only so many of the newest lines. (default: all)")] = None,
+    format: Format = "text",
+) -> None:
+    """Print what happened in a run, a line for each event."""
+    from offsite.client.progress import RunView, clock
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
+        run = session.run(id)
+        view = RunView(run.spec)
+
+        def line(event: "Event") -> str:
+            if format == "json":
+                return as_json(vars(event))
+            said = view.take(event)
+            return f"{clock(event.at)}  {said}" if said else ""
+
+        past = run.events()
+        lines = [written for event in past if (written := line(event))]
+        print(*lines[len(lines) - tail if tail is not None and tail < len(lines) else 0 :], sep="\n", flush=True)
+        for event in run.watch(after=past[-1].seq if past else 0) if stream else ():
+            if written := line(event):
+                print(written, flush=True)
+
+
+@app.command()
+def wait(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """Wait for the end of a run and print how it ended; exit code 10 if it failed or was cancelled."""
+    from offsite.client.session import connect
+    from offsite.protos.errors import RunError
+
+    with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
+        run = session.run(id)
+        for _ in run.watch():
+            pass
+    say(format, _plain(run), f"run {run.id} is {run.state}")
+    if run.state != "completed":
+        raise RunError(f"run {run.id} {run.state}: {run.error}")
+
+
+@app.command()
+@app.command("cancel", hidden=True)
+def stop(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+    """Stop a run, which is cancelled; sites stop at their next report. A run that is over stays as it ended."""
     from offsite.client.session import connect
 
     with connect(coordinator, identity=identity) as session:
@@ -138,14 +191,22 @@ def cancel(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "te
 
 
 @app.command()
-def fetch(
-    id: Id, out: Annotated[Path, typer.Argument(help="Folder for the files.")], coordinator: Coordinator, identity: Kit
+@app.command("fetch", hidden=True)
+def pull(
+    id: Id,
+    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    coordinator: Coordinator,
+    identity: Kit,
+    format: Format = "text",
 ) -> None:
     """Wait for a run and download its files: the adapter, a model card, and the merged model if it was asked for."""
     from offsite.client.session import connect
 
     with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
-        print(session.run(id).result(out))
+        run = session.run(id)
+        folder = run.result(out)
+    files = [artifact.name for artifact in run.status.artifacts]
+    say(format, {"id": run.id, "folder": str(folder), "files": files}, str(folder))
 
 
 @app.command()
@@ -157,11 +218,14 @@ def compose(
     without: Annotated[
         list[Path] | None, typer.Option(metavar="ADAPTER", help="The folder of one to take off again; may be repeated.")
     ] = None,
+    format: Format = "text",
 ) -> None:
     """Add up published adapters of single entries (lt-sft, spiel, sara), such as those of a language and of a task."""
     from offsite.client.adapters import compose as add_up
 
-    print(add_up(out, adapters, without=without or []))
+    folder = str(add_up(out, adapters, without=without or []))
+    parts = {"adapters": [*map(str, adapters)], "without": [*map(str, without or [])]}
+    say(format, {"folder": folder, **parts}, folder)
 
 
 @app.command()
@@ -174,12 +238,14 @@ def export(
     ] = "vllm",
     base: Annotated[Path | None, typer.Option(help="Folder of the base, for gguf and merged.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Of vllm and gguf; 0: the adapter's largest, losing nothing.")] = 0,
+    format: Format = "text",
 ) -> None:
     """Write a published adapter in the form that a server takes."""
     from offsite.client.adapters import export as write
 
     lost = write(out, adapter, form, base=base, rank=rank)
-    print(f"{out}: {form}" + (f" of rank {rank}, which leaves out {lost:.2%} of its change" if lost > 1e-6 else ""))
+    less = f" of rank {rank}, which leaves out {lost:.2%} of its change" if lost > 1e-6 else ""
+    say(format, {"folder": str(out), "form": form, "rank": rank, "lost": lost}, f"{out}: {form}{less}")
 
 
 @app.command()
@@ -218,10 +284,3 @@ def _follow(run: Any, format: str) -> None:
 def _plain(run: Any, *, brief: bool = False) -> dict[str, Any]:
     status = asdict(run.status)
     return {name: value for name, value in status.items() if not (brief and name == "artifacts")}
-
-
-def as_json(value: Any, **layout: Any) -> str:
-    """Write what a coordinator says as JSON, null for times that are no numbers, as one that lies may send."""
-    from offsite.protos.figures import without_infinities
-
-    return json.dumps(without_infinities(value)[0], allow_nan=False, **layout)

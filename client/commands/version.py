@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offsite.client.commands.options import Coordinator, Format, Kit
-from offsite.client.commands.run import as_json
+from offsite.protos.output import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at the 
 Named = Annotated[str, typer.Argument(metavar="RUN:ROUND", help="A version: a run's id, and a round counted from one.")]
 
 
-@app.command("list")
-def list_(
+@app.command()
+@app.command("list", hidden=True)
+def ls(
     coordinator: Coordinator,
     identity: Kit,
     run: Annotated[
@@ -54,7 +55,7 @@ def show(
     standing = [one for one in versions if one.run == run and not one.withdrawal]
     chosen = [one for one in versions if one.id == version] if number else standing[-1:]
     if not chosen:
-        raise NotFoundError(f"there is no version {version}; `offsite version list {run}` shows those there are")
+        raise NotFoundError(f"there is no version {version}; `offsite version ls {run}` shows those there are")
     (one,) = chosen
     led = versions[: versions.index(one)]
     if format == "json":

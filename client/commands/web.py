@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from offsite.client.commands.options import Coordinator, Kit
+from offsite.client.commands.options import Coordinator, Format, Kit
 
 app = typer.Typer(add_completion=False)
 
@@ -17,15 +17,17 @@ def web(
     identity: Kit,
     port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 is any free one.")] = 0,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in the browser of this machine.")] = False,
+    format: Format = "text",
 ) -> None:
     """Show runs, sites, figures and versions in a browser, and submit and cancel runs, as who the kit says."""
     import webbrowser
 
     from offsite.client.session import connect
     from offsite.client.web.server import listening, serve
+    from offsite.protos.output import say as tell
 
     def say(link: str) -> None:
-        print(f"{link}\n(holds once, for five minutes; Enter prints another, Ctrl-C ends the page)", flush=True)
+        tell(format, {"link": link}, link, "(holds once, for five minutes; Enter prints another, Ctrl-C ends the page)")
         if browser:
             webbrowser.open(link)
 

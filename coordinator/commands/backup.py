@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from offsite.coordinator.commands.options import Format
+
 Folder = Annotated[Path, typer.Argument(help="The backup's folder.")]
 Identity = Annotated[Path, typer.Option(help="The coordinator's kit; its owner key signs backups, and is in none.")]
-Format = Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")]
 
 
 def backup(

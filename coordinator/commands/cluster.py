@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offsite.coordinator.commands.options import Format
 from offsite.coordinator.commands.sizes import size
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ Token = Annotated[
         "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)",
     ),
 ]
-Format = Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")]
 HOME = Path("offsite-cluster")
 
 
@@ -41,7 +41,7 @@ def up(
     cpus: Annotated[int | None, typer.Option(min=0, help="Cores for steps. (default: all)")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs for steps. (default: all)")] = None,
     memory: Annotated[str, typer.Option(help="Memory for steps, such as 16GB. (default: what Ray finds free)")] = "",
-    format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Begin a cluster on this machine, or join one, and stay in it until interrupted or `offsite cluster down`."""
     from offsite.coordinator.cluster.member import PORT, PORTS, Member, own
@@ -78,7 +78,9 @@ def up(
         )
 
     member.up(token.resolve() if token else None, ready)
-    if format == "text":
+    if format == "json":
+        print(json.dumps({"event": "left", "address": str(head), "machine": address.host}))
+    else:
         print(f"{address.host} has left the cluster at {head}")
 
 
@@ -108,12 +110,13 @@ def status(
 
 
 @app.command()
-def down(home: Home_ = HOME) -> None:
+def down(home: Home_ = HOME, format: Format = "text") -> None:
     """Take this machine out of its cluster; on the head, the cluster ends."""
     from offsite.coordinator.cluster.member import down
+    from offsite.protos.output import say
 
     left = down(home.resolve())
-    print(f"this machine has left the cluster at {left.head}")
+    say(format, {"head": left.head}, f"this machine has left the cluster at {left.head}")
 
 
 def _address(text: str) -> "Address":

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from offsite.coordinator.commands.options import Format
+
 
 def compare(
     model: Annotated[str, typer.Argument(help="A path, a hub id, or a name from the model zoo.")],
@@ -72,7 +74,7 @@ def compare(
         list[str] | None, typer.Option(help="Also measure accuracy at this task of lm-eval. Repeatable.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of a task. (default: all)", min=1)] = None,
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print the report.")] = "table",
+    format: Format = "text",
 ) -> None:
     """Build emulators side by side: what the tuned model gains, what they give away, what a site can do with them.
 

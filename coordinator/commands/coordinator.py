@@ -9,6 +9,7 @@ import typer
 
 from offsite.coordinator.commands.backup import backup, restore
 from offsite.coordinator.commands.doctor import doctor
+from offsite.coordinator.commands.options import Format
 from offsite.coordinator.commands.sizes import size
 from offsite.coordinator.commands.status import status
 from offsite.protos.telemetry.logs import Form, begin
@@ -87,7 +88,7 @@ def up(
         ),
     ] = "",
     log_format: LogFormat = "text",
-    format: Annotated[Literal["text", "json"], typer.Option(help="Text or JSON, once it is ready.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Serve sites and people until interrupted; unfinished runs go on where they were.
 
@@ -170,7 +171,7 @@ def gc(
     keep_days: KeepDays = None,
     working_days: WorkingDays = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
-    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Remove files that no run needs; a coordinator may be up. Rows, reports and events of runs stay.
 

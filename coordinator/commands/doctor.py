@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from offsite.coordinator.commands.options import Format
 
 if TYPE_CHECKING:
     from offsite.protos.checks import Check
@@ -17,7 +19,7 @@ def doctor(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:8443",
     disk: Annotated[float, typer.Option(min=0, help="GB that are to be free at the folder.")] = 20.0,
     memory: Annotated[float, typer.Option(min=0, help="GB of memory that are wanted.")] = 4.0,
-    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Check this machine before `offsite coordinator up`, one line for each thing: ok, warn, or fail with what to do.
 

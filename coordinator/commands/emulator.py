@@ -1,13 +1,13 @@
 """`offsite emulator`: build the stand-in of a model, and look into one."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offsite.coordinator.commands.compare import compare
+from offsite.coordinator.commands.options import Format
 
 if TYPE_CHECKING:
     from offsite.coordinator.bundles.manifests import Description
@@ -41,6 +41,7 @@ def build(
         bool | None,
         typer.Option(help="Read the base layer by layer; by default if it would fill half of this machine's memory."),
     ] = None,
+    format: Format = "text",
 ) -> None:
     """Build a bundle: the emulator, its tokenizer and a manifest."""
     from offsite.protos.errors import ConflictError, MismatchError
@@ -57,6 +58,8 @@ def build(
     from offsite.coordinator.bundles.trial import try_out
     from offsite.emulator import methods
     from offsite.protos import tensors
+    from offsite.protos.documents import to_plain
+    from offsite.protos.output import say
     from offsite.protos.spec import METHOD
 
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -83,35 +86,47 @@ def build(
     recovery = out.with_name(f"{out.name}.recovery.safetensors")
     if built.recovery:
         tensors.save(recovery, built.recovery)
-    _show(describe(built.manifest), str(out), signature="signed" if identity else "none")
+    figures = describe(built.manifest)
+    if format == "json":
+        more = {"folder": str(out), "computed": built.computed, "recovery": str(recovery) if built.recovery else None}
+        say(format, to_plain(figures) | more)
+        return
+    _show(figures, str(out), signature="signed" if identity else "none")
     Console().print(f"Computed in {built.computed}; layers are always chosen in fp32.")
     if built.recovery:
         Console().print(f"{recovery} brings what is trained back to the base. It is the owner's, not the sites'.")
 
 
 @app.command("builders")
-def list_builders() -> None:
+def list_builders(format: Format = "text") -> None:
     """List the builders, what they do and their settings."""
-    from dataclasses import fields
+    import sys
+    from dataclasses import asdict
 
     from rich.console import Console
     from rich.table import Table
 
     from offsite.emulator import builders
     from offsite.emulator.builders.base import STAGES
+    from offsite.protos.output import say
 
-    table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
+    rows: list[dict[str, Any]] = []
     for name, kind in sorted(
         builders.BUILDERS.sound().items(), key=lambda item: (STAGES.index(item[1].stage), item[0])
     ):
         plug_in: Any = kind
-        builder = plug_in()
-        settings = ", ".join(f"{field.name}={getattr(builder, field.name)}" for field in fields(plug_in))
-        first = (plug_in.__doc__ or "").split("\n\n")[0]
-        table.add_row(kind.stage, name, settings, " ".join(first.split()))
-    Console().print(table)
+        about = " ".join((plug_in.__doc__ or "").split("\n\n")[0].split())
+        rows.append({"stage": kind.stage, "name": name, "settings": asdict(plug_in()), "about": about})
     for fault in builders.BUILDERS.unsound():
-        Console().print(fault, soft_wrap=True, markup=False)
+        print(fault, file=sys.stderr)
+    if format == "json":
+        say(format, rows)
+        return
+    table = Table("stage", "builder", "settings and their defaults", "what it does", show_lines=True)
+    for row in rows:
+        settings = ", ".join(f"{setting}={value}" for setting, value in row["settings"].items())
+        table.add_row(row["stage"], row["name"], settings, row["about"])
+    Console().print(table)
     Console().print("Builders of several stages are joined by '+', in this order: crash(keep=24)+distilled+quantised.")
 
 
@@ -122,15 +137,16 @@ app.command()(compare)
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     owner: Annotated[Path | None, typer.Option(help="owner.pub to check the signature with.")] = None,
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print it.")] = "table",
+    format: Format = "text",
 ) -> None:
     """Check a bundle's digests (and signature) and say what it holds."""
     from offsite.coordinator.bundles.manifests import describe, read
     from offsite.protos.documents import to_plain
+    from offsite.protos.output import say
 
     figures = describe(read(folder, owner_public=owner))
     if format == "json":
-        print(json.dumps(to_plain(figures), indent=2))
+        say(format, to_plain(figures))
     else:
         _show(figures, str(folder), signature="valid" if owner else "not checked; name owner.pub with --owner")
 

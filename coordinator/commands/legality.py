@@ -2,16 +2,17 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Literal
 
 import typer
+
+from offsite.coordinator.commands.options import Pages
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def legality(
-    format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
+    format: Pages = "text",
 ) -> None:
     """Show which parts of a run go together, by what each declares; a pair that is empty is refused."""
     from rich.box import SIMPLE_HEAD

@@ -3,16 +3,18 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from offsite.coordinator.commands.options import Pages
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def methods(
-    format: Annotated[Literal["table", "json", "markdown"], typer.Option(help="How to print it.")] = "table",
+    format: Pages = "text",
     errors: Annotated[
         bool, typer.Option("--errors", help="Measure the errors of what is not exact, too; Markdown always has them.")
     ] = False,

@@ -1,10 +1,11 @@
 """`offsite pki`: say who takes part."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from offsite.coordinator.commands.options import Format
 
 app = typer.Typer(
     help="Say who takes part: certificates for the coordinator, the sites and the people.",
@@ -26,16 +27,20 @@ def init(
     *,
     name: Annotated[str, typer.Option(help="What the authority is called in its certificate.")] = "offsite",
     days: Annotated[int, typer.Option(help="Days until the authority expires.")] = 3650,
+    format: Format = "text",
 ) -> None:
     """Make a new authority and the model owner's signing key."""
+    from offsite.protos.output import say
     from offsite.protos.security.pki import Authority
 
     Authority.create(folder, name=name, days=days)
-    typer.echo(f"Made the authority {name!r} in {folder}.")
-    typer.echo(
-        "Keep the folder on the model owner's machine and back it up: ca.key admits people, owner.key signs for you."
+    say(
+        format,
+        {"name": name, "folder": str(folder)},
+        f"Made the authority {name!r} in {folder}.",
+        "Keep the folder on the model owner's machine and back it up: ca.key admits people, owner.key signs for you.",
+        f"Next: offsite pki issue {folder} --role coordinator NAME --host HOST",
     )
-    typer.echo(f"Next: offsite pki issue {folder} --role coordinator NAME --host HOST")
 
 
 @app.command()
@@ -53,6 +58,7 @@ def token(
     to: Annotated[
         Path | None, typer.Option(help="A folder for the tokens, NAME.token each; else the one is printed.")
     ] = None,
+    format: Format = "text",
 ) -> None:
     """Make a token: one line by which one party joins, once, with a private key that it makes itself.
 
@@ -60,6 +66,7 @@ def token(
     at once, or none.
     """
     from offsite.protos.errors import InputError
+    from offsite.protos.output import say
     from offsite.protos.security.kit import write
     from offsite.protos.security.pki import Authority
 
@@ -71,14 +78,17 @@ def token(
     made = Authority.open(folder).tokens(role, everybody, address=address, hours=hours, days=days)
     command = "site" if role == "site" else "identity"
     end = f"over a channel you trust, before {made[0].expires:%Y-%m-%d %H:%M} UTC. There: offsite {command} enrol"
+    rows = [{"name": one.name, "role": role, "expires": one.expires.isoformat()} for one in made]
     if to is None:
-        typer.echo(str(made[0]))
+        say(format, [rows[0] | {"token": str(made[0])}], str(made[0]))
         typer.echo(f"Hand this line to {everybody[0]} {end} - --identity {everybody[0]}", err=True)
     else:
         for one in made:
             write(to / f"{one.name}.token", f"{one}\n".encode(), secret=True)
-        typer.echo(
-            f"Hand each of {len(made)} files in {to} to whom it is named after, {end} NAME.token --identity NAME"
+        say(
+            format,
+            [row | {"file": str(to / f"{row['name']}.token")} for row in rows],
+            f"Hand each of {len(made)} files in {to} to whom it is named after, {end} NAME.token --identity NAME",
         )
     typer.echo(f"A coordinator that does not see {folder} lets them in once it has the new crl.pem.", err=True)
 
@@ -95,24 +105,27 @@ def issue(
         list[str] | None, typer.Option(help="Name or address the coordinator is reached at; repeatable.")
     ] = None,
     days: Annotated[int, typer.Option(help="Days until the certificate expires.")] = 365,
+    format: Format = "text",
 ) -> None:
     """Issue a kit: a folder with all that one party needs to prove who it is."""
+    from offsite.protos.output import say
     from offsite.protos.security.identity import Identity
     from offsite.protos.security.pki import Authority
 
-    kit = Authority.open(folder).issue(role, name, hosts=tuple(host or ()), days=days)
-    typer.echo(f"Wrote the kit of {role} {name!r} to {kit}; it is valid until {Identity.load(kit).expires:%Y-%m-%d}.")
+    kit = Identity.load(Authority.open(folder).issue(role, name, hosts=tuple(host or ()), days=days))
+    lines = [f"Wrote the kit of {role} {name!r} to {kit.folder}; it is valid until {kit.expires:%Y-%m-%d}."]
     if role == "coordinator":
         if not host:
-            typer.echo("It holds for connections from the same machine only; name other hosts with --host.")
-        typer.echo(
+            lines.append("It holds for connections from the same machine only; name other hosts with --host.")
+        lines.append(
             "Copy the whole folder to the machine that runs `offsite coordinator up`. Secret: tls.key and owner.key."
         )
     else:
-        typer.echo(f"Hand the whole folder to {name} over a channel you trust, and to nobody else. Secret: tls.key.")
-        typer.echo(
-            f"A coordinator that does not see {folder} lets {name} in once its kit has the new {folder / 'crl.pem'}."
-        )
+        lines += [
+            f"Hand the whole folder to {name} over a channel you trust, and to nobody else. Secret: tls.key.",
+            f"A coordinator that does not see {folder} lets {name} in once its kit has the new {folder / 'crl.pem'}.",
+        ]
+    say(format, kit.about, *lines)
 
 
 @app.command()
@@ -121,33 +134,42 @@ def renew(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose kit in the authority's folder is to be renewed.")],
     *,
     days: Annotated[int, typer.Option(help="Days until the new certificate expires.")] = 365,
+    format: Format = "text",
 ) -> None:
     """Write a kit again, with a new key and certificate; the one before holds until it ends.
 
     That is for kits of `issue`, such as a coordinator's: who joined by a token renews by itself.
     """
+    from offsite.protos.output import say
     from offsite.protos.security.identity import Identity
     from offsite.protos.security.pki import Authority
 
-    kit = Authority.open(folder).renew(name, days=days)
-    typer.echo(f"Wrote the kit {kit} anew; it is valid until {Identity.load(kit).expires:%Y-%m-%d}.")
-    typer.echo("Copy it to where it is used: a coordinator shows it from the next connection on, without a restart.")
+    kit = Identity.load(Authority.open(folder).renew(name, days=days))
+    say(
+        format,
+        kit.about,
+        f"Wrote the kit {kit.folder} anew; it is valid until {kit.expires:%Y-%m-%d}.",
+        "Copy it to where it is used: a coordinator shows it from the next connection on, without a restart.",
+    )
 
 
 @app.command()
 def revoke(
-    folder: Folder, name: Annotated[str, typer.Argument(metavar="NAME", help="Whose certificate no longer holds.")]
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose certificate no longer holds.")],
+    format: Format = "text",
 ) -> None:
     """Revoke all that a name has, its open tokens too: coordinators refuse it from the next call on.
 
     Where it is a coordinator's, hand the new crl.pem to the sites and people: each client refuses it once the file is
     in its kit. A coordinator's kit holds the model owner's signing key, too: where one leaked, make a new authority.
     """
+    from offsite.protos.output import say
     from offsite.protos.security.pki import Authority
 
     written = Authority.open(folder).revoke(name)
-    typer.echo(f"Revoked what {name!r} has. Wrote {written[0]} and {len(written) - 1} kits' crl.pem.")
-    typer.echo(COPIED)
+    said = f"Revoked what {name!r} has. Wrote {written[0]} and {len(written) - 1} kits' crl.pem."
+    say(format, {"name": name, "written": [*map(str, written)]}, said, COPIED)
 
 
 @app.command()
@@ -155,23 +177,26 @@ def refresh(
     folder: Folder,
     *,
     days: Annotated[int, typer.Option(help="Days for which the list holds.")] = 90,
+    format: Format = "text",
 ) -> None:
     """Renew crl.pem, the list of the certificates that hold; past its end nobody is let in.
 
     Every `issue` and `revoke` renews it as well.
     """
+    from offsite.protos.output import say
     from offsite.protos.security.pki import Authority
 
     written = Authority.open(folder).refresh(days=days)
-    typer.echo(f"Wrote {written[0]} and {len(written) - 1} kits' crl.pem; it holds for {days} days.")
-    typer.echo(COPIED)
+    said = f"Wrote {written[0]} and {len(written) - 1} kits' crl.pem; it holds for {days} days."
+    say(format, {"days": days, "written": [*map(str, written)]}, said, COPIED)
 
 
-@app.command("list")
-def show(
+@app.command()
+@app.command("list", hidden=True)
+def ls(
     folder: Folder,
     *,
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print it.")] = "table",
+    format: Format = "text",
 ) -> None:
     """List all certificates and tokens ever made, oldest first.
 
@@ -182,6 +207,7 @@ def show(
     from rich.table import Table
 
     from offsite.protos.documents import to_plain
+    from offsite.protos.output import say
     from offsite.protos.security.index import Entry
     from offsite.protos.security.pki import Authority
 
@@ -192,7 +218,7 @@ def show(
             {"kind": kind, **to_plain(entry), "status": entry.status}
             for kind, entry in zip(kinds, entries, strict=True)
         ]
-        typer.echo(json.dumps(rows, indent=2))
+        say(format, rows)
         return
     if not entries:
         typer.echo(f"no certificates yet; `offsite pki token {folder} --role site NAME` lets a site join")

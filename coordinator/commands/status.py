@@ -4,14 +4,16 @@ import json
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from offsite.coordinator.commands.options import Format
 
 
 def status(
     home: Annotated[Path, typer.Option(help="The folder of a gateway on this machine.")] = Path("offsite-home"),
-    format: Annotated[Literal["text", "json"], typer.Option(help="For people or for programs.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Show the gateways, which of them dispatches, and what each run that is not over waits for.
 

@@ -1,9 +1,11 @@
 """`offsite transfer`: move what was tuned to a new base, without the data."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from offsite.coordinator.commands.options import Format
 
 app = typer.Typer(add_completion=False)
 
@@ -34,7 +36,7 @@ def transfer(
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; longer ones are cut.", min=2)] = 256,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print the report.")] = "table",
+    format: Format = "text",
 ) -> None:
     """Move an adapter to a new base by texts that this writes and the old one answers; no site is asked.
 

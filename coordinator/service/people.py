@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
@@ -88,18 +88,21 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         return pb.ListReply(runs=[_brief(row, done.get(row.id, 0)) for row in rows[:limit]], more=len(rows) > limit)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
-        """Stream events until the run is over and all were sent."""
+        """Stream events until the run is over and all were sent, or those that there are."""
         async with self._gate(context, *PEOPLE, request=request) as person:
             await in_thread(self._seen, request.id, person)
             after, more = request.after, True
             while more:
                 events: list[pb.Event] = []
                 number = self._changes.number  # before the look: what is written after it makes it another one
-                with suppress(Unusable):  # who watches waits for the journal, as the run does
+                with (
+                    nullcontext() if request.past else suppress(Unusable)
+                ):  # who watches waits for the journal, as the run does
                     more, events = await in_thread(self._news, request.id, after)
                 for event in events:
                     after = event.seq
                     yield event
+                more = more and not (request.past and len(events) < AHEAD)
                 if more and len(events) < AHEAD:
                     await self._changes.after(number, timeout_s=RECHECK_S)
                 if more:

@@ -207,4 +207,4 @@ def _title(spec: bytes) -> dict[str, Any]:
 
 def no_run(run: str) -> NotFoundError:
     """Say that there is no such run."""
-    return NotFoundError(f"there is no run {run!r}; `offsite run list` shows them")
+    return NotFoundError(f"there is no run {run!r}; `offsite run ls` shows them")

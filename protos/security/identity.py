@@ -65,6 +65,12 @@ class Identity:
         return cls(role, name, begins, expires, folder, pem, key, authority)
 
     @property
+    def about(self) -> dict[str, str]:
+        """Whose kit it is, where, and until when it holds, as commands say it to programs."""
+        about = {"role": self.role, "name": self.name, "expires": self.expires.isoformat()}
+        return about | {"identity": str(self.folder)}
+
+    @property
     def renewal(self) -> datetime:
         """When the certificate is to be renewed: with a third of its life left."""
         return self.expires - (self.expires - self.begins) / 3

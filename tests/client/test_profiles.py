@@ -121,8 +121,8 @@ def test_a_shell_completes_groups_and_commands(offsite: Any, monkeypatch: pytest
     monkeypatch.setenv("_OFFSITE_COMPLETE", "complete_bash")
     for words, wanted in {
         "offsite ru": ["run"],
-        "offsite run l": ["list"],
-        "offsite run list --li": ["--limit"],
+        "offsite run l": ["ls", "log"],
+        "offsite run ls --li": ["--limit"],
     }.items():
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))

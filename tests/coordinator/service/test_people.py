@@ -71,6 +71,24 @@ def test_who_watches_a_run_waits_while_the_journal_is_away_and_misses_nothing(
     journal.close()
 
 
+def test_the_events_so_far_are_told_without_waiting_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(people, "AHEAD", 2)
+    journal = open_journal(f"sqlite://{tmp_path}/journal.db")
+    journal.add_run("r", token="t", owner="olga", spec=b"{}")
+    for step in "abcde":
+        journal.add_event("r", StepBegun(step=step))
+    gate: Any = Open()
+    service = RunsService(journal, None, gate, Changes(journal), policy=OwnerPolicy())  # type: ignore[arg-type]
+
+    async def seqs(after: int) -> list[int]:
+        async with asyncio.timeout(60):
+            return [one.seq async for one in service.Watch(pb.WatchRequest(id="r", after=after, past=True), None)]
+
+    everything = asyncio.run(seqs(0))
+    assert len(everything) == 5 and asyncio.run(seqs(everything[2])) == everything[3:]
+    journal.close()
+
+
 def add(journal: Journal, name: str, *, owner: str, start: str = "") -> None:
     """A completed run of two rounds."""
     its, _, number = start.partition(":")
