@@ -12,6 +12,8 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
+from offsite.client.cli import GROUPS
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md") for path in ROOT.glob(pattern) if path.is_file()
@@ -95,3 +97,24 @@ def test_every_command_and_option_in_a_document_is_there(name: str, commands: di
                 assert option in known | {"--help", "--version"}, (
                     f"offsite {' '.join(longest)} {option}: no such option"
                 )
+
+
+def leaves(words: tuple[str, ...], command: Any) -> Iterator[tuple[str, Any]]:
+    """The commands that do something, and no second names of them."""
+    if isinstance(command, TyperGroup):
+        for name, own in command.commands.items():
+            yield from leaves((*words, name), own)
+    elif not command.hidden:
+        yield " ".join(words), command
+
+
+def test_every_command_speaks_to_programs_too_and_the_page_says_how() -> None:
+    groups = [entry for entry in entry_points(group="offsite.commands") if entry.name in GROUPS]
+    commands = dict(one for entry in groups for one in leaves((entry.name,), typer.main.get_command(entry.load())))
+    formats = {
+        words: one.default for words, command in commands.items() for one in command.params if "--format" in one.opts
+    }
+    assert formats == dict.fromkeys(commands, "text"), "each takes --format text | json"
+    rows = re.findall(r"^\| ((?:`[a-z- ]+`(?:, )?)+) \|", text("docs/programs.md"), re.MULTILINE)
+    named = [words for row in rows for words in re.findall("`(.+?)`", row)]
+    assert sorted(named) == sorted(commands), "a row of docs/programs.md for each, with the keys that stay"

@@ -1,19 +1,15 @@
-"""What programs read: every command says JSON, and with the keys that docs/programs.md has."""
+"""What programs read: JSON with the keys that docs/programs.md has."""
 
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.core import TyperGroup
 
 from offsite.client import session
-from offsite.client.cli import GROUPS
 from offsite.client.session import Run, Version
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import from_toml, to_json
@@ -21,12 +17,9 @@ from offsite.protos.fields import comments, defaults
 from offsite.protos.spec import RunSpec, TrainingSpec
 
 PAGE = (Path(__file__).parent.parent / "docs" / "programs.md").read_text()
-DOCUMENTS, LINES = PAGE.split("\n## Lines\n")
 ROWS = {
-    words: (bool(many), cell)
-    for words, many, cell in re.findall(r"^\| `(.+?)` \| (list of)? ?\| (.*) \|$", DOCUMENTS, re.M)
+    words: (bool(many), cell) for words, many, cell in re.findall(r"^\| `(.+?)` \| (list of)? ?\| (.*) \|$", PAGE, re.M)
 }
-EVENTS = {words for cell in re.findall(r"^\| (`.*?) \|", LINES, re.M) for words in re.findall(r"`(.+?)`", cell)}
 
 
 def keys(words: str) -> tuple[set[str], set[str]]:
@@ -37,36 +30,6 @@ def keys(words: str) -> tuple[set[str], set[str]]:
         more, _ = keys(other[1])
         always = always[other.end() :]
     return set(re.findall(r"`(\w+)`", always)) | more, set(re.findall(r"`(\w+)`", sometimes))
-
-
-def leaves(words: tuple[str, ...], command: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(command, TyperGroup):
-        for name, own in command.commands.items():
-            yield from leaves((*words, name), own)
-    else:
-        yield " ".join(words), command
-
-
-@pytest.fixture(scope="module")
-def commands() -> dict[str, Any]:
-    groups = [entry for entry in entry_points(group="offsite.commands") if entry.name in GROUPS]
-    return {
-        words: command
-        for entry in groups
-        for words, command in leaves((entry.name,), typer.main.get_command(entry.load()))
-        if not command.hidden
-    }
-
-
-def test_every_command_says_json(commands: dict[str, Any]) -> None:
-    formats = {
-        words: one.default for words, command in commands.items() for one in command.params if "--format" in one.opts
-    }
-    assert formats == dict.fromkeys(commands, "text")
-
-
-def test_the_page_has_every_command_once(commands: dict[str, Any]) -> None:
-    assert not ROWS.keys() & EVENTS and ROWS.keys() | EVENTS == commands.keys()
 
 
 RUN = pb.RunStatus(id="r1", state="completed", spec=to_json(RunSpec(model="m")), report='{"sites": {}}')
