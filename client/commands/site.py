@@ -50,6 +50,15 @@ def join(
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one a GPU.")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a training process; 0 leaves it to torch.")] = 0,
+    micro_batch: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Sequences in work at once; 0: all of a batch, and half as many whenever memory runs out."
+        ),
+    ] = 0,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations twice, to keep few of them in memory: the same result, slower.")
+    ] = False,
     metrics: Annotated[
         str,
         typer.Option(
@@ -103,8 +112,9 @@ def join(
         _show_policy(kit.name, rules.describe(), policy, data, census, coming)
     say = _saying(format, log_format, meter)
     _warn_of_few(say, census, rules.min_rows, data, policy)
-    options = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
-    spec = parse(EngineSpec, {**options, "name": engine, "threads": threads}, where="engine")
+    options: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
+    options |= {"name": engine, "threads": threads, "micro_batch": micro_batch, "checkpointing": checkpointing}
+    spec = parse(EngineSpec, options, where="engine")
     channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)
     config = SiteConfig(kit, rules, policy_digest(policy), data, census.examples, folder, spec, meter)

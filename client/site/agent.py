@@ -6,7 +6,7 @@ was downloaded or trained already, and goes on.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -207,7 +207,9 @@ class Agent:
             data=str(self._config.data.resolve()),
             policy=self._config.policy,
             task=task,
-            engine=self._config.engine,
+            engine=replace(
+                self._config.engine, micro_batch=self._config.engine.micro_batch or self._work.micro_batch(task)
+            ),
             secret=str(self._work.secret.resolve()),
             residual=self._residual(task),
             reservoirs=tuple(map(str, self._work.reservoirs(task))),
@@ -215,6 +217,33 @@ class Agent:
         )
         if reporter.stopped:
             raise Stopped
+        self._perform(job, folder, reporter)
+        metrics = from_json(UpdateMetrics, (folder / "metrics.json").read_text(), where="metrics")
+        spans = (transfer, *metrics.spans) if reporter.bytes_down else metrics.spans
+        partial = folder / "metrics.partial"
+        partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
+        partial.replace(folder / "metrics.json")
+
+    def _perform(self, job: TrainerJob, folder: Path, reporter: Reporter) -> None:
+        """Have a job done: where the site leaves it to us, anew with half as many rows at once if memory runs out.
+
+        By new processes: whichever of them ran out, and wherever the others wait for it, nothing of the step is left.
+        """
+        while True:
+            try:
+                return self._follow(job, folder, reporter)
+            except ResourceError as error:
+                engine = job.engine.halved(job.task.training.batch_size)
+                if error.reason != "FAULT_MEMORY" or self._config.engine.micro_batch or engine is None:
+                    raise
+            job = replace(job, engine=engine)
+            self._work.keep_micro_batch(job.task, engine.micro_batch)
+            what = f"memory ran out; the round begins anew with {engine.micro_batch} sequences in work at once"
+            self._say("warning", {"message": what})
+
+    def _follow(self, job: TrainerJob, folder: Path, reporter: Reporter) -> None:
+        """Start the processes of a job and say how it goes until they are done."""
+        task = job.task
         trainer = launch(job, folder, self._trainers)
         reporter.on_stop(trainer.stop)
         try:
@@ -233,11 +262,6 @@ class Agent:
             trainer.stop()
         if reporter.stopped:
             raise Stopped
-        metrics = from_json(UpdateMetrics, (folder / "metrics.json").read_text(), where="metrics")
-        spans = (transfer, *metrics.spans) if reporter.bytes_down else metrics.spans
-        partial = folder / "metrics.partial"
-        partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
-        partial.replace(folder / "metrics.json")
 
     def _residual(self, task: TaskSpec) -> str:
         """Return the file of what stages left out of this site's newest update that the run has; empty: nothing."""

@@ -10,6 +10,7 @@
     anchors/        what they are held to, so as not to forget earlier tasks
     tasks/RUN/      what the open tasks give
     reservoirs/     rows that are kept of a run, for later ones to rehearse
+    micro-batches/  of a run: how many rows at once this machine's memory has room for
     residuals/RUN/  what stages left out of an update, by its digest, for the run's next round
 
 Nobody but the site's own user can read it.
@@ -146,6 +147,19 @@ class WorkFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
 
+    def micro_batch(self, task: TaskSpec) -> int:
+        """Return how many rows at once memory had room for in a task's run; 0 if it never ran out."""
+        file = self.path / "micro-batches" / task.run
+        return int(file.read_text()) if file.exists() else 0
+
+    def keep_micro_batch(self, task: TaskSpec, rows: int) -> None:
+        """Keep that for the run's later rounds."""
+        file = self.path / "micro-batches" / task.run
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(str(rows))
+        partial.replace(file)
+
     # what goes
 
     def clear(self, task: TaskSpec) -> None:
@@ -175,7 +189,7 @@ class WorkFolder:
     def clear_bundles(self, policy: Policy, *, used: Path | None = None) -> None:
         """Remove emulators that were not used for long, and the oldest of more than the policy keeps; not the one used.
 
-        What was left out of a run's updates goes, too, where that run has asked for none for long. The time of a last
+        What is kept of a run beside them goes, too, where that run has asked for none for long. The time of a last
         use is that of the folder.
         """
         if used is not None and used.is_dir():
@@ -193,13 +207,16 @@ class WorkFolder:
         for document in (self.path / "bundles").glob("*.json"):
             if not document.with_suffix("").is_dir():
                 document.unlink()
+        self._clear_runs(policy)
+
+    def _clear_runs(self, policy: Policy) -> None:
+        """Remove what is kept of runs that asked for nothing for long, and all rows where the policy allows none."""
         for run in (self.path / "residuals").glob("*"):
             if _is_old(run, policy):
                 shutil.rmtree(run, ignore_errors=True)
-        self._clear_reservoirs(policy)
-
-    def _clear_reservoirs(self, policy: Policy) -> None:
-        """Remove rows of runs that nobody rehearsed for long, and all of them where the policy allows none any more."""
+        for file in (self.path / "micro-batches").glob("*"):
+            if _is_old(file, policy):
+                file.unlink()
         for file in (self.path / "reservoirs").glob("*"):
             if _is_old(file, policy) or not policy.replay_rows:
                 file.unlink()

@@ -1,5 +1,6 @@
 """What the agent asks a trainer process to do. Imports no tensor library."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -22,11 +23,28 @@ class EngineSpec:
     processes: Positive = 1  # one for each GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPUs if there are any
     threads: Count = 0  # of each process; 0: as the environment says
+    micro_batch: Count = 0  # sequences that a process has in work at once; 0: all, and half as many where memory ends
+    checkpointing: Flag = False  # keep what layers read alone, and compute the rest of their activations twice
 
     def __post_init__(self) -> None:
         """Refuse an offload that would do nothing."""
         if self.offload and (self.name != "deepspeed" or self.zero_stage == 0):
             raise ValueError("offload needs the engine 'deepspeed' with zero_stage 1, 2 or 3")
+
+    def pieces(self, batch_size: int) -> int:
+        """How many pieces the rows of each process are cut into, of a batch of so many; each process has a row of each.
+
+        Their gradients are added up before a step is taken.
+        """
+        most = -(-batch_size // self.processes)
+        return min(-(-most // (self.micro_batch or most)), batch_size // self.processes)
+
+    def halved(self, batch_size: int) -> "EngineSpec | None":
+        """Return the same with half as many rows in work at once; None where they are cut as small as can be."""
+        if self.pieces(batch_size) == batch_size // self.processes:
+            return None
+        most = -(-batch_size // self.processes)
+        return replace(self, micro_batch=-(-min(self.micro_batch or most, most) // 2))
 
     @property
     def whole(self) -> bool:

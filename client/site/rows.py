@@ -57,10 +57,10 @@ class Rows:
         for rows in self.order:
             yield self.objective.text([self.samples[row] for row in rows])
 
-    def refer(self, model: nn.Module) -> "Rows":
+    def refer(self, model: nn.Module, *, batch_size: int) -> "Rows":
         """Return the same with what the objective asks about the samples of this round before they train a model."""
         seen = sorted({row for rows in self.order for row in rows})
-        known = self.objective.refer(model, [self.samples[row] for row in seen], batch_size=len(self.order[0]))
+        known = self.objective.refer(model, [self.samples[row] for row in seen], batch_size=batch_size)
         samples = list(self.samples)
         for row, sample in zip(seen, known, strict=True):
             samples[row] = sample

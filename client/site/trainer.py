@@ -81,7 +81,8 @@ def explain(error: Exception) -> OffsiteError:
         words in lower for words in ("out of memory", "allocate memory", "not enough memory")
     ):
         return ResourceError(
-            f"the training ran out of memory; lower batch_size or max_length, or raise the site's zero_stage ({text})",
+            "the training ran out of memory; train with --checkpointing, a smaller --micro-batch or a higher "
+            f"--zero-stage, or ask for a lower max_length ({text})",
             reason="FAULT_MEMORY",
         )
     # safetensors has an error of its own for what the system says

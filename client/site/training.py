@@ -85,7 +85,7 @@ def tune(
         adapter = handout.method.state(handout.model, handout.places)
     else:
         with faults("FAULT_EMULATOR"), referred(handout, job) as reference:
-            schedule = schedule.refer(reference)
+            schedule = schedule.refer(reference, batch_size=_at_once(job))
         with faults("FAULT_EMULATOR"):
             _choose(handout, schedule, ranks)
             trained = _select(job, handout, schedule, ranks)
@@ -136,10 +136,16 @@ def make_repeatable() -> None:
 
 def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> None:
     """Look at the emulator, on what it would train on first, before any gradient is taken; raises OffsiteError."""
-    batches = list(islice(schedule.texts(), BATCHES))
+    parts = -(-job.task.training.batch_size // _at_once(job))
+    batches = [batch.share(at, parts) for batch in islice(schedule.texts(), BATCHES) for at in range(parts)]
     verdict = judge(job, handout.model, batches, handout.places, signs=handout.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
+
+
+def _at_once(job: TrainerJob) -> int:
+    """Return how many rows the memory has room for, where every process looks at all of a batch."""
+    return job.engine.micro_batch or job.task.training.batch_size
 
 
 def _choose(handout: Handout, schedule: Rows, ranks: Ranks) -> None:

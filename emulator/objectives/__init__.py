@@ -2,13 +2,13 @@
 
 from offsite.emulator import catalogue, modality
 from offsite.emulator.examples import OddRows, Reading, Source
-from offsite.emulator.objectives.base import Mean, Objective
+from offsite.emulator.objectives.base import Objective
 from offsite.kernels.plugins import Plugins
 
 OBJECTIVES: Plugins[Objective] = catalogue.OBJECTIVES
 make = OBJECTIVES.make
 
-__all__ = ["OBJECTIVES", "Mean", "Objective", "make", "read", "survey"]
+__all__ = ["OBJECTIVES", "Objective", "make", "read", "survey"]
 
 
 def read(objective: Objective, source: Source) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from offsite.emulator.examples import OddRows, Reader
@@ -10,9 +10,6 @@ from offsite.emulator.modality.base import Batch, Encoding, Modality
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-# A number that is the mean over the terms of this process's rows -> the mean over those of the whole batch.
-Mean = Callable[["Tensor"], float]
 
 
 class Objective(Protocol):
@@ -47,6 +44,13 @@ class Objective(Protocol):
         """Make a batch of the modality's of samples, for whoever looks at what a model makes of a site's text."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, mean: Mean) -> Tensor:
-        """Return the mean over a batch's `terms`, differentiable; it may be one process's share of a larger batch."""
+    def common(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """Return what the loss of each row takes from all of them, a mean over `terms`, without a gradient.
+
+        None if it takes nothing. The mean over a batch is the weighted one over its parts.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Any, common: float = 0.0) -> Tensor:
+        """Return the mean over a batch's `terms`, differentiable; it may be a part of a larger one with this common."""
         ...

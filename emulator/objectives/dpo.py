@@ -11,7 +11,6 @@ from offsite.emulator.examples import OddRows
 from offsite.emulator.examples.fault import Fault, strange_columns
 from offsite.emulator.modality.base import Batch, Encoding, Modality
 from offsite.emulator.objectives.answers import EQUAL, Answers, check_beta, encode, refer, resting
-from offsite.emulator.objectives.base import Mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +61,10 @@ class Dpo:
         """Make a batch of the chosen answers."""
         return modality.collate([one.own for one in samples])
 
-    def loss(self, model: nn.Module, batch: Pairs, mean: Mean) -> Tensor:
+    def common(self, model: nn.Module, batch: Pairs) -> None:
+        """Nothing: each pair stands for itself."""
+
+    def loss(self, model: nn.Module, batch: Pairs, common: float = 0.0) -> Tensor:
         """Return the mean over pairs, in nats."""
         from torch.nn import functional
 

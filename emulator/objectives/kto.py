@@ -11,7 +11,6 @@ from offsite.emulator.examples import OddRows
 from offsite.emulator.examples.fault import NO_SHAPE, Fault, quoted, strange_columns
 from offsite.emulator.modality.base import Batch, Encoding, Modality
 from offsite.emulator.objectives.answers import Answers, check_beta, encode, refer, resting
-from offsite.emulator.objectives.base import Mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,12 +75,18 @@ class Kto:
         """Make a batch of the answers."""
         return modality.collate([one.own for one in samples])
 
-    def loss(self, model: nn.Module, batch: Labelled, mean: Mean) -> Tensor:
-        """Return the mean over answers."""
+    def common(self, model: nn.Module, batch: Labelled) -> Tensor:
+        """Return the mean gain of answers that belong to other prompts."""
         import torch
 
         with torch.no_grad():
-            z = max(0.0, mean(batch.gain(model, 1).mean()))
+            return batch.gain(model, 1).mean()
+
+    def loss(self, model: nn.Module, batch: Labelled, common: float = 0.0) -> Tensor:
+        """Return the mean over answers."""
+        import torch
+
+        z = max(0.0, common)
         gains = batch.gain(model, 0)  # (n,)
         desired = self.desirable * (1 - torch.sigmoid(self.beta * (gains - z)))
         other = self.undesirable * (1 - torch.sigmoid(self.beta * (z - gains)))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from offsite.emulator import modality
 from offsite.emulator.examples import OddRows, Reader
 from offsite.emulator.modality.base import Batch, Encoding, Modality
-from offsite.emulator.objectives.base import Mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +44,9 @@ class Supervised:
         """Make the same batch."""
         return modality.collate(samples)
 
-    def loss(self, model: nn.Module, batch: Batch, mean: Mean) -> Tensor:
+    def common(self, model: nn.Module, batch: Batch) -> None:
+        """Nothing: each target stands for itself."""
+
+    def loss(self, model: nn.Module, batch: Batch, common: float = 0.0) -> Tensor:
         """Return the mean over the batch's targets."""
         return modality.loss(model, batch)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from offsite.emulator import modality
 from offsite.emulator.examples import OddRows, Reader
 from offsite.emulator.modality.base import Batch, Encoding, Modality
-from offsite.emulator.objectives.base import Mean, Objective
+from offsite.emulator.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,16 @@ class Recall:
         """Make a batch of the samples themselves, whether they were referred or not."""
         return self.objective.text([one.one if isinstance(one, Recalled) else one for one in samples])
 
-    def loss(self, model: nn.Module, batch: Any, mean: Mean) -> Tensor:
+    def common(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """Return that of the objective."""
+        return self.objective.common(model, batch.rows)
+
+    def loss(self, model: nn.Module, batch: Any, common: float = 0.0) -> Tensor:
         """Return the objective's loss with the divergence."""
         tokens, before = batch.recalled
         after = coarse(modality.predictions(model, batch.rows) / self.temperature, tokens)
         divergence = functional.kl_div(after, before, reduction="sum", log_target=True) / len(tokens)
-        return self.objective.loss(model, batch.rows, mean) + self.strength * self.temperature**2 * divergence
+        return self.objective.loss(model, batch.rows, common) + self.strength * self.temperature**2 * divergence
 
 
 def coarse(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from offsite.emulator.batches import training_batches
 from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Choosing, Measuring, takes
 from offsite.emulator.modality import Batch
+from offsite.emulator.objectives import Objective
 from offsite.emulator.optimisers import Estimator
 from offsite.emulator.parts.training import freeze, select, whole_schema
 from offsite.emulator.tuning.state import identity, resume, save
@@ -164,12 +165,18 @@ def adapt(
         collate=objective.collate,
     ):
         set_rate(stepper, rules.learning_rate * share[len(losses)])
-        losses.append(_lean(stepper, partial(objective.loss, model, batch.to(device), float)))
+        losses.append(_lean(stepper, partial(_loss, objective, model, batch.to(device))))
         update(stepper, trained, rules)
         if state and (len(losses) % EVERY == 0 or len(losses) == rules.steps):
             save(state, work, parameters, stepper, losses, {"draws": draws.get_state()})
         if tell:
             tell(len(losses), rules.steps, losses[-1])
+
+
+def _loss(objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
+    """Return what an objective has of a whole batch."""
+    common = objective.common(model, batch)
+    return objective.loss(model, batch, 0.0 if common is None else float(common))
 
 
 def _lean(stepper: Optimizer, loss: Callable[[], Tensor]) -> float:

@@ -1,14 +1,15 @@
 """What all engines share, so that a run's arithmetic depends neither on the engine nor on the number of processes.
 
-Every process holds the whole batch and computes the loss of its own rows, weighted by their targets, or whatever an
-objective's loss is the mean over: the mean over the processes is then the mean over the batch, and so is the gradient.
+Every process holds the whole batch and computes the loss of its own rows, all at once or piece by piece, weighted by
+their targets, or whatever an objective's loss is the mean over: the mean over the processes is then the mean over the
+batch, and so is the gradient.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -117,11 +118,48 @@ def check_rows(training: LocalTraining, spec: EngineSpec) -> None:
         )
 
 
-def own_loss(model: nn.Module, batch: Batch, ranks: Ranks, objective: Objective) -> Tensor:
-    """Loss of this process's rows; its mean over the processes is the objective's mean over the batch."""
-    rows = batch.share(ranks.rank, ranks.world)
-    share = rows.terms * ranks.world / batch.terms
-    return objective.loss(model, rows.to(ranks.device), lambda own: mean(own * share, ranks)) * share
+class Share:
+    """A process's part of a batch: its rows, cut into as many pieces as the site's memory asks for."""
+
+    def __init__(self, batch: Batch, ranks: Ranks, pieces: int) -> None:
+        rows = batch.share(ranks.rank, ranks.world)
+        self._ranks = ranks
+        self._pieces = [rows.share(at, pieces) for at in range(pieces)] if pieces > 1 else [rows]
+        self._weights = [piece.terms * ranks.world / batch.terms for piece in self._pieces]
+
+    def losses(self, model: nn.Module, objective: Objective) -> Iterator[Tensor]:
+        """Yield the loss of each piece, whose graph is the caller's to use up before the next.
+
+        Their sum is the loss of this process's rows, and its mean over the processes the objective's mean over the
+        batch.
+        """
+        common = self._common(model, objective)
+        for piece, weight in zip(self._pieces, self._weights, strict=True):
+            yield objective.loss(model, piece.to(self._ranks.device), common) * weight
+
+    def _common(self, model: nn.Module, objective: Objective) -> float:
+        """Return what the loss of each row takes from the whole batch."""
+        total: Tensor | None = None
+        for piece, weight in zip(self._pieces, self._weights, strict=True):
+            one = objective.common(model, piece.to(self._ranks.device))
+            if one is None:
+                return 0.0
+            total = one * weight if total is None else total + one * weight
+        return 0.0 if total is None else mean(total, self._ranks)
+
+
+def spare(model: nn.Module, spec: EngineSpec) -> nn.Module:
+    """Have a model keep few activations, where the site says so; raises InputError where it cannot."""
+    if spec.checkpointing:
+        name = "activation_checkpointing_enable"  # as newer versions of transformers call it
+        enable: Any = getattr(model, name, None) or getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise InputError("checkpointing: this model has none; train without --checkpointing")
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"checkpointing: this model cannot ({error}); train without --checkpointing") from None
+    return model
 
 
 def hold(training: LocalTraining, trained: Mapping[str, nn.Parameter], anchor: TensorMap | None) -> Hold:

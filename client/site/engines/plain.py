@@ -1,11 +1,11 @@
 """Plain torch: the whole model in every process, and one sum of the few trained gradients in each step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import distributed, nn
 
-from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
+from offsite.client.site.engines.base import Ranks, Share, check_rows, hold, mean, spare
 from offsite.client.site.job import EngineSpec
 from offsite.emulator import optimisers
 from offsite.emulator.methods import Adapter, Method
@@ -42,9 +42,10 @@ class Plain:
         anchor: TensorMap | None = None,
     ) -> None:
         """Take a model with its adapter attached."""
-        self._model = model.to(ranks.device)
+        self._model = spare(model, spec).to(ranks.device)
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
+        self._pieces = spec.pieces(training.batch_size)
         self._optimizer = optimizer(self._parameters, training, first_step=first_step)
         self._objective = objective_of(training)
         self._shares, self._steps = shares(training), 0
@@ -71,17 +72,20 @@ class Plain:
         return loss
 
     def _loss(self, batch: Batch) -> float:
-        return mean(self._hold.added_to(self._own_loss(batch)), self._ranks)
+        return mean(self._hold.added_to(torch.stack(list(self._losses(batch))).sum()), self._ranks)
 
-    def _own_loss(self, batch: Batch) -> torch.Tensor:
-        return own_loss(self._model, batch, self._ranks, self._objective)
+    def _losses(self, batch: Batch) -> Iterator[torch.Tensor]:
+        return Share(batch, self._ranks, self._pieces).losses(self._model, self._objective)
 
     def _differentiate(self, batch: Batch) -> float:
-        loss = self._own_loss(batch)
-        self._hold.added_to(loss).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        own = list[torch.Tensor]()
+        for loss in self._losses(batch):
+            held = loss if own else self._hold.added_to(loss)  # a penalty counts once
+            held.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            own.append(loss.detach())
         if self._ranks.world > 1:
             self._average_gradients()
-        return mean(loss, self._ranks)
+        return mean(torch.stack(own).sum(), self._ranks)
 
     def _average_gradients(self) -> None:
         for parameter in self._parameters:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.client.site.engines.base import Ranks, check_rows, hold, mean, own_loss
+from offsite.client.site.engines.base import Ranks, Share, check_rows, hold, mean, spare
 from offsite.client.site.job import EngineSpec
 from offsite.emulator import optimisers, retention
 from offsite.emulator.methods import Adapter, Method
@@ -77,13 +77,14 @@ class Zero:
         """Take a model with its adapter attached; raises InputError where DeepSpeed is not installed."""
         self._deepspeed = _import()
         self._training, self._ranks, self._spec = training, ranks, spec
+        self._pieces = spec.pieces(training.batch_size)
         self._optimizer = optimizer(list(trained.values()), training, first_step=first_step)
         config = configuration(spec, training, ranks)
         if spec.zero_stage == 3:
             # Before the engine would move the whole model to the device, which is what stage 3 is there to avoid.
             self._deepspeed.zero.Init(module=model, config_dict_or_path=config)
         self._engine, *_ = self._deepspeed.initialize(
-            model=model,
+            model=spare(model, spec),
             optimizer=self._optimizer,
             model_parameters=list(trained.values()),
             config=config,
@@ -102,11 +103,14 @@ class Zero:
     def step(self, batch: Batch) -> float:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
-        loss = own_loss(self._engine, batch, self._ranks, self._objective)
-        self._engine.backward(self._hold.added_to(loss))
-        self._engine.step()
+        own = list[torch.Tensor]()
+        for loss in Share(batch, self._ranks, self._pieces).losses(self._engine, self._objective):
+            held = loss if own else self._hold.added_to(loss)  # a penalty counts once
+            self._engine.backward(held, scale_wrt_gas=False)  # pieces have their weights
+            self._engine.step()  # of DeepSpeed's: the optimiser's is taken after the last piece
+            own.append(loss.detach())
         self._steps += 1
-        return mean(loss, self._ranks)
+        return mean(torch.stack(own).sum(), self._ranks)
 
     def gather(self, method: Method, places: Mapping[int, int]) -> Adapter:
         """Read the adapter off the model; in stage 3 every process holds it whole for a moment."""
@@ -118,13 +122,15 @@ class Zero:
 
 def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a job."""
+    pieces = spec.pieces(training.batch_size)
     zero: dict[str, Any] = {"stage": spec.zero_stage}
     if spec.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if spec.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": training.batch_size // ranks.world,  # only for its own reports
+        "train_micro_batch_size_per_gpu": max(1, training.batch_size // ranks.world // pieces),  # for its own reports
+        "gradient_accumulation_steps": pieces,
         "gradient_clipping": training.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

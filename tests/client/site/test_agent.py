@@ -25,6 +25,7 @@ from offsite.protos.errors import (
     MismatchError,
     OffsiteError,
     RefusedError,
+    ResourceError,
     UnreachableError,
     from_status,
 )
@@ -76,6 +77,7 @@ def test_the_policys_care_reaches_the_trainer_and_its_findings_the_log(
     policy = Policy(bases=("any",), data=("/",), max_emulator_perplexity=5e4, suspicious="warn")
     work: Any = SimpleNamespace(write=lambda *_: None, secret=tmp_path / "secret", path=tmp_path)
     work.clear_residuals, work.anchor, work.reservoirs = id, lambda task: None, lambda task: []
+    work.micro_batch = lambda task: 0
     config: Any = SimpleNamespace(policy=policy, data=tmp_path, engine=one.engine, work=work, meter=Meter())
     channel: Any = SimpleNamespace(
         grpc=SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
@@ -179,7 +181,7 @@ def fed_back(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         task = replace(job().task, round=round, rounds=9, previous=previous, attempt=attempt)
         site._do(task, reporter)
 
-    yield SimpleNamespace(do=do, owner=owner, said=said, began=Leaving.numbers, work=work)
+    yield SimpleNamespace(do=do, owner=owner, said=said, began=Leaving.numbers, work=work, config=config)
     work.close()
 
 
@@ -250,6 +252,45 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     assert not any(part in told for part in (secret, "notes", str(tmp_path), "line"))
     kept = (tmp_path / "work" / "site.log").read_text()
     assert kept.count(secret) == 2 - (case == "broken") and str(data) in kept
+
+
+@pytest.fixture
+def short(fed_back: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An agent on a machine that has no room for three rows at once, and the rows that its trainers had in work."""
+    asked = list[int]()
+    roomy = agent.launch
+
+    def launch(wanted: TrainerJob, folder: Path, server: ForkServer) -> Any:
+        asked.append(wanted.engine.micro_batch)
+        if not 0 < wanted.engine.micro_batch < 3:
+            raise ResourceError("out of memory", reason="FAULT_MEMORY")
+        return roomy(wanted, folder, server)
+
+    monkeypatch.setattr(agent, "launch", launch)
+    return SimpleNamespace(**vars(fed_back), asked=asked)
+
+
+def test_a_site_short_of_memory_has_half_as_many_rows_in_work_and_begins_so_in_later_rounds(short: Any) -> None:
+    short.do(0)
+    assert short.asked == [0, 2] and short.owner.sent == [b"0"]
+    assert "begins anew with 2 sequences in work at once" in "".join(short.said)
+    short.do(1, digest_bytes(b"0"))
+    assert short.asked == [0, 2, 2]
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_memory_that_ends_with_one_row_or_with_what_the_site_chose_fails_the_task(
+    short: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    def launch(wanted: TrainerJob, folder: Path, server: ForkServer) -> Any:
+        short.asked.append(wanted.engine.micro_batch)
+        raise ResourceError("out of memory", reason="FAULT_MEMORY")
+
+    monkeypatch.setattr(agent, "launch", launch)
+    short.config.engine = EngineSpec(micro_batch=rows)
+    with pytest.raises(ResourceError, match="out of memory"):
+        short.do(0)
+    assert short.asked == ([3] if rows else [0, 2, 1])
 
 
 def id_stub(*_: Any, **__: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from offsite.client.site.engines import ENGINES
-from offsite.client.site.job import TrainerJob
+from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import launch
 from offsite.client.site.training import train
 from offsite.coordinator.bundles import building
@@ -118,6 +118,80 @@ def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float, 
     assert told == losses and len(set(losses)) == len(losses)
     for key, parameter in owner.trained.items():
         assert torch.equal(parameter, site.trained[key]), key
+
+
+class Kept:
+    """A tensor that is kept for a way back, and the bytes of all that are."""
+
+    now = most = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        Kept.now += tensor.nbytes
+        Kept.most = max(Kept.most, Kept.now)
+
+    def __del__(self) -> None:
+        Kept.now -= self.tensor.nbytes
+
+
+def steps(job: TrainerJob) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Take a job's steps in this process; return losses, the adapter, and the most bytes that are kept at once."""
+    loaded = Loaded(job)
+    engine = loaded.engine()
+    Kept.now = Kept.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        losses = [engine.step(batch) for batch in loaded.batches]
+    return losses, engine.gather(loaded.method, loaded.places), Kept.most
+
+
+@pytest.mark.parametrize(("size", "rows"), [(4, 1), (5, 2), (5, 3)])
+def test_pieces_of_a_batch_give_its_loss_and_its_step_and_keep_less(job: Jobs, size: int, rows: int) -> None:
+    training = TRAINING | {"batch_size": size}
+    losses, whole, much = steps(job(training=training))
+    told, adapter, little = steps(job(training=training, micro_batch=rows))
+    assert told == pytest.approx(losses, abs=1e-5) and len(set(losses)) == len(losses)
+    for key, value in adapter.items():
+        torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=0)
+    assert little < much
+
+
+def test_checkpointing_keeps_less_and_changes_no_bit(job: Jobs) -> None:
+    losses, whole, much = steps(job(training=TRAINING))
+    told, adapter, little = steps(job(training=TRAINING, checkpointing=True))
+    assert told == losses and all(torch.equal(value, whole[key]) for key, value in adapter.items())
+    assert little < much / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"name": "plain"}, {"name": "deepspeed", "zero_stage": 3}])
+def test_two_processes_add_up_pieces_with_few_activations_kept(
+    start: Any, job: Jobs, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    training = TRAINING | {"batch_size": 5}
+    spared = job(training=training, micro_batch=1, checkpointing=True, **engine, **TWO)
+    agree(start, spared, job(training=training), tmp_path / "task")
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "rows", "pieces", "fewer"),
+    [
+        (4, 1, 0, 1, [2, 1]),
+        (5, 2, 0, 1, [2]),
+        (5, 2, 1, 2, []),
+        (8, 1, 3, 3, [2, 1]),
+        (1, 1, 0, 1, []),
+        (4, 1, 9, 1, [2, 1]),
+    ],
+)
+def test_pieces_get_smaller_until_each_process_has_one_row_at_a_time(
+    size: int, processes: int, rows: int, pieces: int, fewer: list[int]
+) -> None:
+    spec: EngineSpec | None = EngineSpec(processes=processes, micro_batch=rows)
+    assert spec and spec.pieces(size) == pieces
+    sizes = list[int]()
+    while spec := spec.halved(size):
+        sizes.append(spec.micro_batch)
+    assert sizes == fewer
 
 
 @pytest.mark.slow

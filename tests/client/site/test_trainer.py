@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,26 @@ def test_running_out_is_told_as_such() -> None:
     assert "ran out of memory" in str(explain(memory.value))
     assert str(explain(KeyError("two\nlines"))) == "KeyError: 'two\\nlines'"
     assert explain(KeyError("x")).status == "INTERNAL"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does")
+def test_a_round_for_which_memory_is_short_is_told_so_and_ends_as_any_other_with_fewer_rows_at_once(
+    job: Jobs, tmp_path: Path
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"text": " ".join(f"w{(at * at + n) % 60}" for at in range(500))}) for n in range(16))
+    )
+    whole = job(data=data, training={"steps": 1, "batch_size": 16, "max_length": 512}, device="cpu")
+    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    with closing(ForkServer("narrow", ["plain"], environment=environment, log=tmp_path / "log")) as server:
+        with pytest.raises(ResourceError, match="ran out of memory") as error:
+            list(launch(whole, tmp_path / "task", server).events())
+        assert error.value.reason == "FAULT_MEMORY"
+        one = replace(whole, engine=replace(whole.engine, micro_batch=1))
+        events = list(launch(one, tmp_path / "task", server).events())
+    assert [event["step"] for event in events if event["event"] == "step"] == [1]
 
 
 def test_an_offload_that_would_do_nothing_is_refused() -> None:
