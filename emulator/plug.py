@@ -42,9 +42,15 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = N
     these answer together. Raises ValueError if the folder has no such adapter, or it does not fit.
     """
     if (directory / ENSEMBLE).is_file():
-        folders = _experts(directory / ENSEMBLE)
+        combine, folders = experts(directory)
+        if combine != "max":
+            choice = ", ".join(str(folder.relative_to(directory)) for folder in folders.values())
+            raise ValueError(
+                f"{directory / ENSEMBLE}: of its adapters one has to be chosen (combine = {combine!r}); load one of "
+                f"the folders {choice}"
+            )
         whole = range(len(layers(model)))
-        return Ensemble({name: load(twin(model, whole), directory / one, places) for name, one in folders.items()})
+        return Ensemble({name: load(twin(model, whole), one, places) for name, one in folders.items()})
     if (directory / own_format.DOCUMENT).is_file():
         method, adapter = own_format.read(directory)
         return method.attach(model, places or _itself(adapter), adapter)
@@ -58,19 +64,22 @@ def load(model: nn.Module, directory: Path, places: Mapping[int, int] | None = N
     return peft_format.attach(model, places or _itself(adapter), adapter, scales)
 
 
-def _experts(document: Path) -> dict[str, str]:
-    """Read by name the folders of adapters that answer together."""
+def experts(directory: Path) -> tuple[str, dict[str, Path]]:
+    """Return how the adapters of a folder with several answer together, and by name the folder of each.
+
+    It is "max", of each token the largest probability that one gives it, or "route", where one has to be chosen. Raises
+    ValueError.
+    """
+    document = directory / ENSEMBLE
     try:
         written = json.loads(document.read_text())
-        combine, folders = written["combine"], {str(name): str(folder) for name, folder in written["experts"].items()}
+        folders = {str(name): directory / folder for name, folder in written["experts"].items()}
+        combine = str(written["combine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{document}: expected how adapters answer together, got {type(error).__name__}") from None
-    if combine != "max" or not folders:
-        raise ValueError(
-            f"{document}: of its adapters one has to be chosen (combine = {combine!r}); load one of the folders "
-            f"{', '.join(folders.values())}"
-        )
-    return folders
+    if not folders:
+        raise ValueError(f"{document}: it names no adapter")
+    return combine, folders
 
 
 def _itself(adapter: Adapter) -> dict[int, int]:

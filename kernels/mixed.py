@@ -8,6 +8,7 @@ adapter a has the rows starts[a] to starts[a + 1] of both. Grouped so by Punica 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -107,6 +108,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+@lru_cache(maxsize=16)
 def _most(starts: Starts) -> int:
     """Return the largest rank."""
     return max((stop - start for start, stop in pairwise(starts)), default=0)
@@ -114,7 +116,8 @@ def _most(starts: Starts) -> int:
 
 def _parts(which: Tensor, starts: Starts) -> Iterator[tuple[Tensor, slice]]:
     """Yield which rows name an adapter, and what it has of the factors, by adapter that is named."""
-    for at, (start, stop) in enumerate(pairwise(starts)):
-        rows = (which == at).nonzero().flatten()
-        if len(rows):
-            yield rows, slice(start, stop)
+    names, order = which.sort(stable=True)
+    named, counts = names.unique_consecutive(return_counts=True)
+    for at, rows in zip(named.tolist(), order.split(counts.tolist()), strict=True):
+        if at >= 0:
+            yield rows, slice(starts[at], starts[at + 1])

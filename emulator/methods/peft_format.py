@@ -166,6 +166,14 @@ def paths(directory: Path) -> dict[Place, str]:
     return {place: whole.removeprefix("base_model.model.") for whole, place, _ in parsed}
 
 
+def ranks(directory: Path) -> dict[Place, int]:
+    """Return by map of a published LoRA its rank; no values are read."""
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    parsed = {_parsed(name)[1:]: shape for name, shape in shapes.items()}
+    return {place: shape[0] for (place, part), shape in parsed.items() if part == "A"}
+
+
 def _parsed(name: str) -> tuple[str, Place, str]:
     """Take a tensor's name apart: its map as peft names it, and as we do, and which of the factors it is."""
     whole, layer, path, part = re.fullmatch(r"(.*?\.(\d+)\.(.+))\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
