@@ -37,6 +37,10 @@ GROUPS = {
     ),
     "pki": ("coordinator", "Say who takes part: certificates for the coordinator, the sites and the people."),
     "run": ("model", "Submit federated runs and look after them."),
+    "serve": (
+        "web,model",
+        "Answer with a base and its published LoRA over OpenAI's API on loopback, for a first look.",
+    ),
     "simulate": ("all", "Do a run with virtual sites, through the code of a live one, and report."),
     "site": ("client", "Take part as a data site."),
     "transfer": (

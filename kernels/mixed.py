@@ -117,7 +117,7 @@ def _most(starts: Starts) -> int:
 def _parts(which: Tensor, starts: Starts) -> Iterator[tuple[Tensor, slice]]:
     """Yield which rows name an adapter, and what it has of the factors, by adapter that is named."""
     names, order = which.sort(stable=True)
-    named, counts = names.unique_consecutive(return_counts=True)
-    for at, rows in zip(named.tolist(), order.split(counts.tolist()), strict=True):
+    named, counts = torch.unique_consecutive(names, return_counts=True)
+    for at, rows in zip(named.tolist(), torch.split(order, counts.tolist()), strict=True):
         if at >= 0:
             yield rows, slice(starts[at], starts[at + 1])

@@ -22,8 +22,9 @@ def web(
     """Show runs, sites, figures and versions in a browser, and submit and cancel runs, as who the kit says."""
     import webbrowser
 
+    from offsite.client.listening import listening
     from offsite.client.session import connect
-    from offsite.client.web.server import listening, serve
+    from offsite.client.web.server import serve
     from offsite.protos.output import say as tell
 
     def say(link: str) -> None:

@@ -1,33 +1,19 @@
-"""The page's server: a socket on loopback, and links that are printed where it runs."""
+"""The page's server, and links that are printed where it runs."""
 
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import uvicorn
 
+from offsite.client.listening import HOST
 from offsite.client.session import Session
 from offsite.client.web.access import Access
 from offsite.client.web.app import Pages
 from offsite.client.web.views import Views
-from offsite.protos.errors import ResourceError
 
-HOST = "127.0.0.1"
 END_S = 1  # that streams have to end when the server does
-
-
-@contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
-    """A socket on loopback; port 0 is any free one. Raises ResourceError."""
-    try:
-        bound = socket.create_server((HOST, port))
-    except OSError as error:
-        what = f"cannot listen on {HOST}:{port}: {error.strerror}; give another port (--port), or 0 for any free one"
-        raise ResourceError(what) from None
-    with bound:
-        yield bound
 
 
 def serve(session: Session, bound: socket.socket, *, say: Callable[[str], None]) -> None:

@@ -70,7 +70,7 @@ class Request:
         scores = (logits if len(logits) == 1 else together(one[None] for one in logits)).cpu()
         if self.temperature:
             for warp in (TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)):
-                scores = warp(None, scores)  # type: ignore[arg-type] # which neither looks at
+                scores = warp(None, scores)  # neither looks at what came before
             token = int(scores.softmax(-1).multinomial(1, generator=self._drawn))
         else:
             token = int(scores.argmax())
@@ -99,6 +99,7 @@ class Engine:
         self._live: list[Request] = []
         self._rows: batch.Rows | None = None
         self._news, self._closed = threading.Condition(), False
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.context = int(positions) if positions else 1 << 20
 
@@ -160,7 +161,7 @@ class Engine:
 
     def _take(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Give each request the logits of its rows."""
-        for request, own in zip(requests, logits.split([one.width for one in requests]), strict=True):
+        for request, own in zip(requests, torch.split(logits, [one.width for one in requests]), strict=True):
             try:
                 request.take(own, self._ends)
             except RuntimeError as error:  # there is no drawing from what is no number
@@ -189,7 +190,7 @@ class Engine:
                 break
             try:
                 slots = () if first.over else self._slots.hold(first.folders, beside=used)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # whatever a file may hold
                 first.over, slots = True, ()
                 first.tell(error)
             if slots is None:

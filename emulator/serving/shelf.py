@@ -19,7 +19,12 @@ class Shelf:
 
     def names(self) -> list[str]:
         """Return what can be asked for, sorted."""
-        return [name for folder in sorted(self._folder.iterdir()) if folder.is_dir() for name in _names(folder)]
+        return [
+            name
+            for folder in sorted(self._folder.iterdir())
+            if folder.is_dir() and folder.name[0] != "."
+            for name in _names(folder)
+        ]
 
     def folders(self, name: str) -> tuple[Path, ...]:
         """Return the folders of the LoRA that answer to a name together; empty where nothing does.

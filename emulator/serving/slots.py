@@ -31,11 +31,11 @@ class Slots:
     def __init__(self, model: nn.Module, folders: Iterable[Path], *, size: int, rank: int = 0) -> None:
         """Make slots for all maps that the adapters in some folders have, and hook them to the model.
 
-        `size` is what all slots may take, in bytes; `rank` the largest they are for, or 0 for the largest of these
-        adapters. Raises ValueError if not one fits in.
+        `size` is what all slots may take, in bytes; `rank` the largest they are for, if it is larger than these
+        adapters'. Raises ValueError if not one fits in.
         """
         known = [peft_format.ranks(folder) for folder in folders]
-        self.rank = rank or max((own for ranks in known for own in ranks.values()), default=0)
+        self.rank = max([rank, *(own for ranks in known for own in ranks.values())])
         self._which: Tensor | None = None
         self._held: OrderedDict[Key, int] = OrderedDict()  # the one that was not asked for longest first
         places = sorted({place for ranks in known for place in ranks})
@@ -45,7 +45,9 @@ class Slots:
         self.slot_bytes = sum(sum(shape(module)) for module in maps.values()) * self.rank * first.element_size()
         self.count = min(MOST, size // self.slot_bytes) if maps else 0
         if maps and not self.count:
-            raise ValueError(f"an adapter of rank {self.rank} takes {self.slot_bytes:,} bytes, more than {size:,}")
+            raise ValueError(
+                f"an adapter of rank {self.rank} takes {self.slot_bytes:,} bytes, more than all may ({size:,})"
+            )
         starts = tuple(self.rank * slot for slot in range(self.count + 1))
         self._tables = dict[Place, Adapters]()
         for place, module in maps.items():
@@ -80,9 +82,11 @@ class Slots:
     def _free(self, taken: Collection[int]) -> int | None:
         """Return a slot that nothing needs."""
         if len(self._held) < self.count:
-            return next(iter({*range(self.count)} - {*self._held.values()}))
-        oldest = next((key for key, slot in self._held.items() if slot not in taken), None)
-        return None if oldest is None else self._held.pop(oldest)
+            return next(slot for slot in range(self.count) if slot not in self._held.values())
+        for key, slot in self._held.items():
+            if slot not in taken:
+                return self._held.pop(key)
+        return None
 
     def _read(self, folder: Path, slot: int) -> None:
         adapter, scales = peft_format.read(folder)

@@ -16,11 +16,11 @@ import grpc
 import pytest
 import uvicorn
 
+from offsite.client.listening import listening
 from offsite.client.session import connect
 from offsite.client.web import story, views
 from offsite.client.web.access import Access
 from offsite.client.web.app import Pages
-from offsite.client.web.server import listening
 from offsite.client.web.views import Views
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import from_json, to_json

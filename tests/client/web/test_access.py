@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from offsite.client.listening import listening
 from offsite.client.web import access as module
 from offsite.client.web.access import Access
-from offsite.client.web.server import listening
 from offsite.protos.errors import ResourceError
 
 from .conftest import Browser
