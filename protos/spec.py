@@ -133,6 +133,7 @@ class RunSpec:
     task_s: AboveZero = 86_400.0  # a site that is not done this long after it took its task is left out of the round
     public: Place = ""  # at the coordinator: public text that builders may look at and tune on
     calibration: Place = ""  # at the coordinator: text to look at instead, such as the task's; never tuned on
+    speed: AtLeastZero = 0.0  # nats by which a trial on public text moves what is predicted, at the rate; 0: no trial
     realign_steps: Count = 0  # between rounds, of tuning the emulator beside the new adapter
     evaluation: Exams = Field(default_factory=dict)  # at the coordinator: name -> held-out examples
     exam: Literal["sites", "none"] = "sites"  # who else measures: each site, on rows that it holds out and never sends

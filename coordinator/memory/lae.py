@@ -9,8 +9,8 @@ over the changes W of the base's weights: products are averaged as products. The
 steps, and so c, not d, is a setting: as much of what was is left after a run of any length, about exp(-c) of it.
 The offline adapter begins as a copy of the version that a run goes on from, so that in the first task, before which
 there is nothing to keep, both are the same and there is one. Either serves, or both: of each next token the larger of
-their probabilities, normalised. How fast the two move is not calibrated otherwise: the paper's learnable scale is for
-modules of its own, and the freezing at a task's begin for a new classifier's head, which no task has here.
+their probabilities, normalised. Methods adapt alike where a run asks for a `speed` (`emulator.tuning.speed`); that the
+paper freezes at a task's begin is for a new classifier's head, which no task has here.
 """
 
 from dataclasses import replace

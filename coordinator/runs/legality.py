@@ -21,7 +21,7 @@ from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import MEMORY, PART, RETENTION, Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import MEMORY, OPTIMISER, PART, RETENTION, Choice, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -45,6 +45,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
         _judge_emulator(spec, method, whole=whole)
         _judge_schedule(spec.training, rounds=spec.rounds)
         _judge_optimiser(spec.training)
+        _judge_speed(spec, method)
         _judge_objective(spec)
         part_of(spec.training)
         if spec.merge and not method.mergeable:
@@ -300,6 +301,22 @@ def _judge_optimiser(training: TrainingSpec) -> None:
             "the gradients that it estimates: give training.learning_rate, and a training.gradient_clipping that "
             "leaves such gradients as they are"
         )
+
+
+def _judge_speed(spec: RunSpec, method: Method) -> None:
+    """Raise ValueError if a rate is to be found by trial, and cannot or need not be."""
+    if not spec.speed:
+        return
+    if isinstance(method, Measuring):
+        raise ValueError(f"speed: the method {method.name} measures, and nothing of it trains; leave it out")
+    if spec.training.learning_rate is not None:
+        raise ValueError(
+            "speed is what a learning rate is found by, and training.learning_rate is one; give one of both"
+        )
+    if spec.training.optimiser.name != OPTIMISER.name:
+        raise ValueError(f"speed: the trial is by {OPTIMISER.name}; use that as training.optimiser, or leave speed out")
+    if not spec.public:
+        raise ValueError("speed: a trial trains on public text: give some as public, or leave speed out")
 
 
 def _judge_objective(spec: RunSpec) -> None:

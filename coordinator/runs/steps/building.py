@@ -26,12 +26,14 @@ from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.emulator import bundle, methods, zoo
 from offsite.emulator.anatomy.structure import positions, text_config
 from offsite.emulator.builders import make as make_builder
-from offsite.emulator.methods import Method
+from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.methods.base import takes
 from offsite.emulator.outline import Draft, Outline
 from offsite.emulator.parts.training import whole_schema
 from offsite.emulator.precision import quicken
+from offsite.emulator.tuning.loop import Schedule
 from offsite.emulator.tuning.rates import suited
+from offsite.emulator.tuning.speed import STEPS, Trial, calibrated
 from offsite.kernels.schema import Schema, groups, size_bytes
 from offsite.protos import tensors, upload
 from offsite.protos.chunks import digest_bytes
@@ -74,6 +76,8 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         if part_of(spec.training).partial:
             schemas = {tier: store_schema(blobs, Path(scratch), own) for tier, own in settled.items()}
         rate = spec.training.learning_rate or suited(method.rate, emulator)
+        if spec.speed:
+            rate = _calibrated(node, spec, built, begun.adapter, rate)
         take_step(emulator, method, layout.outline.places, begun.adapter)  # the last use of this copy
         recovery = None
         if built.recovery:
@@ -153,6 +157,28 @@ def texts(node: Node, spec: Grant) -> division.Texts:
 def outline(outlined: Outlined) -> Outline:
     """Return the layers of an emulator as builders have them."""
     return Outline(outlined.layers, outlined.trainable, outlined.shared, building.grounds_of(outlined.grounds))
+
+
+def _calibrated(node: Node, spec: Grant, built: building.Built, start: Adapter, rate: float) -> float:
+    """Return the rate at which an adapter moves the emulator as fast as asked; raises InputError if there is none."""
+    layout = bundle.described(built.manifest)
+    emulator, tokenizer = bundle.load(built.folder, layout=layout, dtype="auto")
+    quicken(emulator)
+    method, read, asked = methods.make(spec.method.name, spec.method.settings), texts(node, spec), spec.training
+    material = building.material(read.public, tokenizer, folders=read.folders, longest=positions(emulator))
+    trial = Trial(emulator, method, layout.outline.places, start, material.samples)
+    schedule = Schedule(
+        STEPS,
+        rate,
+        batch_size=asked.batch_size,
+        weight_decay=asked.weight_decay,
+        gradient_clipping=asked.gradient_clipping,
+        seed=asked.seed,
+    )
+    try:
+        return calibrated(trial, spec.speed, schedule)
+    except ValueError as error:
+        raise InputError(f"speed: {error}") from error
 
 
 def _update_size(spec: Grant, schema: Schema) -> int:
