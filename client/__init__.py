@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offsite.client.adapters import compose, export
+    from offsite.client.answers import Artifact, Event, Site, Status, Version
     from offsite.client.forgetting import Forgetting
-    from offsite.client.session import Artifact, Event, Run, Session, Site, Status, Version, connect
+    from offsite.client.session import Run, Session, connect
     from offsite.protos.errors import OffsiteError
     from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
@@ -34,17 +35,9 @@ __all__ = [
 
 _HOMES = {
     "offsite.client.adapters": ("compose", "export"),
+    "offsite.client.answers": ("Artifact", "Event", "Site", "Status", "Version"),
     "offsite.client.forgetting": ("Forgetting",),
-    "offsite.client.session": (
-        "Artifact",
-        "Event",
-        "Run",
-        "Session",
-        "Site",
-        "Status",
-        "Version",
-        "connect",
-    ),
+    "offsite.client.session": ("Run", "Session", "connect"),
     "offsite.protos.errors": ("OffsiteError",),
     "offsite.protos.spec": ("Choice", "RunSpec", "TrainingSpec"),
 }

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from offsite.client.answers import Event
 from offsite.client.figures import short
-from offsite.client.session import Event
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError
 from offsite.protos.events import (

@@ -12,13 +12,13 @@ with connect("coordinator:8443", identity="kits/alice") as session:
 import logging
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from pydantic_core import from_json
 
+from offsite.client.answers import Artifact, Event, Site, Status, Version, copied, event_of, version_of
 from offsite.client.channel import Channel
 from offsite.client.forgetting import Forgetting, forgetting
 from offsite.client.membership import Renewal
@@ -34,91 +34,9 @@ from offsite.protos.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 CARD = "README.md"  # which the people of model hubs read
 RENEWAL_S = 2.0  # how long one who connects waits for an authority to renew a certificate
 RESTART_S = 600.0  # how long one who waits for a run waits for a coordinator that is being restarted
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened in a run. `round` is 0 where it does not apply; `at` is in seconds since the epoch."""
-
-    seq: int
-    at: float
-    kind: str
-    round: int
-    site: str
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file that a run has published, by a name such as adapter/adapter_model.safetensors; `size` is in bytes."""
-
-    name: str
-    digest: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a run stands. Times are in seconds since the epoch, 0 for what has not come; a list's has no artifacts."""
-
-    id: str
-    name: str
-    owner: str
-    state: str  # queued, waiting, running, completed, failed or cancelled
-    round: int  # rounds that are over
-    rounds: int
-    error: str  # why it failed
-    note: str  # what it waits for
-    submitted_at: float
-    finished_at: float
-    artifacts: tuple[Artifact, ...]
-
-
-@dataclass(frozen=True)
-class Site:
-    """An enrolled site; `seen_at` is when it was last heard, in seconds since the epoch."""
-
-    name: str
-    seen_at: float
-    examples: int
-    version: str
-
-
-@dataclass(frozen=True)
-class Withdrawal:
-    """Who took a version back, when, in seconds since the epoch, and why."""
-
-    at: float
-    by: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Version:
-    """What a round of a run ended in, and what later runs may go on from."""
-
-    run: str
-    round: int  # counted from one
-    task: str  # that its run learned; empty: it has no name
-    owner: str  # who submitted that
-    at: float  # when it was there, in seconds since the epoch
-    start: str  # RUN:ROUND that its run went on from; empty: from what changes nothing
-    figures: dict[str, float]
-    sites: tuple[str, ...]  # whose updates are in it
-    state: tuple[str, ...]  # what the owner keeps of it for later rounds, by its name
-    digest: str  # of what goes into the base
-    kept: int  # bytes of its state, as far as that is still there
-    withdrawal: Withdrawal | None  # None: it was not taken back
-
-    @property
-    def id(self) -> str:
-        """RUN:ROUND, as `start` takes it."""
-        return f"{self.run}:{self.round}"
 
 
 class Run:
@@ -158,8 +76,8 @@ class Run:
     @property
     def status(self) -> Status:
         """How it stands, as last seen."""
-        artifacts = tuple(_copied(Artifact, artifact) for artifact in self._reply.artifacts)
-        return _copied(Status, self._reply, artifacts=artifacts)
+        artifacts = tuple(copied(Artifact, artifact) for artifact in self._reply.artifacts)
+        return copied(Status, self._reply, artifacts=artifacts)
 
     def refresh(self) -> Self:
         """Ask the coordinator again."""
@@ -177,7 +95,7 @@ class Run:
             try:
                 for event in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after)):
                     after = event.seq
-                    yield _event(event)
+                    yield event_of(event)
                 ended = True
             except UnreachableError as error:
                 log.warning("%s; the run goes on, waiting for the coordinator", plain(str(error)))
@@ -188,7 +106,7 @@ class Run:
     def events(self, *, after: int = 0) -> list[Event]:
         """Return the run's events so far, those after a sequence number."""
         return [
-            _event(one) for one in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after, past=True))
+            event_of(one) for one in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after, past=True))
         ]
 
     def wait(self) -> Self:
@@ -203,6 +121,16 @@ class Run:
         """End the run; sites stop at their next report."""
         self._reply = self._session.call("Cancel", pb.RunId(id=self.id))
         return self
+
+    def extend(self, rounds: int, *, after: int = 0, token: str = "") -> "Run":
+        """Submit a run of so many more rounds, and return it: it ends with the bytes of a run of that length.
+
+        It goes on from the version of the round `after`, counted from one, or from the newest that stands, with the
+        sites of that round, and does not stop early. The same token gives the same run. Raises ConflictError while this
+        run is at work, and InputError where it cannot have these bytes.
+        """
+        request = pb.ExtendRequest(token=token or secrets.token_hex(16), run=self.id, round=after, rounds=rounds)
+        return Run(self._session, self._session.call("Extend", request))
 
     @property
     def report(self) -> dict[str, Any]:
@@ -238,34 +166,6 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CARD).write_text(self.card, encoding="utf-8")
         return folder
-
-
-def _copied(cls: type[T], message: Any, **others: Any) -> T:
-    """Return a dataclass with what the fields of a message hold, or `others`."""
-    names = {field.name for field in fields(cls)} - others.keys()  # type: ignore[arg-type]  # it is a dataclass
-    return cls(**{name: getattr(message, name) for name in names}, **others)
-
-
-def _version(message: pb.Version) -> Version:
-    return _copied(
-        Version,
-        message,
-        figures=dict(message.figures),
-        sites=tuple(message.sites),
-        state=tuple(message.state),
-        withdrawal=_copied(Withdrawal, message.withdrawal) if message.HasField("withdrawal") else None,
-    )
-
-
-def _event(message: pb.Event) -> Event:
-    """Read an event; raises MismatchError for one that is not as the protocol has it."""
-    try:
-        data = from_json(message.data or "{}", allow_inf_nan=False)
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise MismatchError(f"event {message.seq} of the run holds no JSON table; the coordinator is another version")
-    return _copied(Event, message, kind=plain(message.kind, most=64), site=plain(message.site, most=64), data=data)
 
 
 class Session:
@@ -342,7 +242,7 @@ class Session:
         """
         named = run.id if isinstance(run, Run) else run or ""
         reply = self.call("Versions", pb.VersionsRequest(run=named, limit=limit))
-        return [_version(message) for message in reply.versions]
+        return [version_of(message) for message in reply.versions]
 
     def roll_back(self, version: Version | str, *, reason: str) -> list[Version]:
         """Take back all that came after a version, "RUN:ROUND", in its run and in those that went on from there.
@@ -355,7 +255,7 @@ class Session:
         if not (number.isdecimal() and 0 < int(number) < 2**32):
             raise InputError(f"{version}: expected RUN:ROUND, such as {run or 'a1b2c3d4'}:2, the last to stay")
         reply = self.call("RollBack", pb.RollBackRequest(run=run, round=int(number), reason=reason))
-        return [_version(message) for message in reply.versions]
+        return [version_of(message) for message in reply.versions]
 
     def forgetting(self, run: Run | str) -> Forgetting:
         """Return what the runs that led to a run, and itself, have learned and forgotten of their tasks.
@@ -378,7 +278,7 @@ class Session:
 
     def sites(self) -> list[Site]:
         """Return the enrolled sites, by name."""
-        return [_copied(Site, site) for site in self.call("Sites", pb.SitesRequest()).sites]
+        return [copied(Site, site) for site in self.call("Sites", pb.SitesRequest()).sites]
 
 
 def connect(address: str, *, identity: str | Path, patience_s: float = 10.0) -> Session:

@@ -21,6 +21,18 @@ class SubmitRequest(_message.Message):
     spec: bytes
     def __init__(self, token: _Optional[str] = ..., spec: _Optional[bytes] = ...) -> None: ...
 
+class ExtendRequest(_message.Message):
+    __slots__ = ("token", "run", "round", "rounds")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    run: str
+    round: int
+    rounds: int
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("limit", "before")
     LIMIT_FIELD_NUMBER: _ClassVar[int]

@@ -56,6 +56,11 @@ class RunsStub:
                 request_serializer=offsite_dot_protos_dot_runs__pb2.WatchRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_runs__pb2.Event.FromString,
                 _registered_method=True)
+        self.Extend = channel.unary_unary(
+                '/offsite.v1.Runs/Extend',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.ExtendRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/offsite.v1.Runs/Cancel',
                 request_serializer=offsite_dot_protos_dot_runs__pb2.RunId.SerializeToString,
@@ -108,6 +113,13 @@ class RunsServicer:
 
     def Watch(self, request, context):
         """Streams events after a sequence number, then new ones until the run ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Extend(self, request, context):
+        """Submits a run of more rounds from a version of one that is over. Idempotent as Submit is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,6 +179,11 @@ def add_RunsServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.WatchRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_runs__pb2.Event.SerializeToString,
+            ),
+            'Extend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Extend,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.ExtendRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.RunStatus.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -303,6 +320,33 @@ class Runs:
             '/offsite.v1.Runs/Watch',
             offsite_dot_protos_dot_runs__pb2.WatchRequest.SerializeToString,
             offsite_dot_protos_dot_runs__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/Extend',
+            offsite_dot_protos_dot_runs__pb2.ExtendRequest.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from offsite.client import session
-from offsite.client.session import Run, Version
+from offsite.client.answers import Version
+from offsite.client.session import Run
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import from_toml, to_json
 from offsite.protos.fields import comments, defaults

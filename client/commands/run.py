@@ -12,7 +12,7 @@ from offsite.client.commands.options import Coordinator, Format, Kit
 from offsite.protos.output import as_json, say
 
 if TYPE_CHECKING:
-    from offsite.client.session import Event
+    from offsite.client.answers import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit federated runs and look after them.")
 app.command()(new)
@@ -188,6 +188,32 @@ def stop(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
     with connect(coordinator, identity=identity) as session:
         run = session.run(id).cancel()
     print(as_json(_plain(run)) if format == "json" else f"run {run.id} is {run.state}")
+
+
+@app.command()
+def extend(
+    id: Id,
+    coordinator: Coordinator,
+    identity: Kit,
+    rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many more.")],
+    from_: Annotated[
+        int,
+        typer.Option(
+            "--from", metavar="ROUND", min=0, max=1_000_000, help="Whose version to go on from; 0: the newest."
+        ),
+    ] = 0,
+    token: Annotated[str, typer.Option(help="Repeating it with the same token gives the same run.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the new run until it ends.")] = False,
+    format: Format = "text",
+) -> None:
+    """Submit a run of more rounds, which ends with the bytes of a run of that length, and print its id."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        run = session.run(id).extend(rounds, after=from_, token=token)
+        print(as_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
+        if watch:
+            _follow(run, format)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from offsite.protos.output import as_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from offsite.client.session import Version
+    from offsite.client.answers import Version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at the versions of runs, and take them back.")
 

@@ -17,13 +17,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
+from offsite.client.answers import Event
 from offsite.client.demo import policy
 from offsite.client.demo.data import SiteData, prepare, split
 from offsite.client.demo.outcome import join
 from offsite.client.demo.pooled import Pooled, PooledJob, What
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
-from offsite.client.session import Event, Run, connect
+from offsite.client.session import Run, connect
 from offsite.emulator import zoo
 from offsite.protos.documents import from_json, parse, to_json
 from offsite.protos.errors import ConflictError, InputError, OffsiteError, RunError, UnreachableError, from_system

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from offsite.client.answers import Version
 from offsite.client.figures import short
-from offsite.client.session import Version
 from offsite.client.web.story import Story
 from offsite.protos.figures import BASE_ZERO_SHOT, FIGURES, PLUG_IN, perplexity, title
 

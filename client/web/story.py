@@ -7,9 +7,10 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from offsite.client.answers import Event, Version
 from offsite.client.forgetting import Forgetting
 from offsite.client.progress import RunView
-from offsite.client.session import Event, Run, Session, Version
+from offsite.client.session import Run, Session
 from offsite.protos.documents import plain
 from offsite.protos.errors import InputError, OffsiteError
 from offsite.protos.events import (

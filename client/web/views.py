@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 
 import tomli_w
 
+from offsite.client.answers import Site, Version
 from offsite.client.figures import moved
-from offsite.client.session import Run, Session, Site, Version
+from offsite.client.session import Run, Session
 from offsite.client.web import plots
 from offsite.client.web.story import OVER, Follower
 from offsite.protos.documents import parse, to_plain

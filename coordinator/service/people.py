@@ -45,6 +45,13 @@ def _judge(grant: Grant, journal: Journal, blobs: Blobs) -> None:
         raise type(error)(grant.wording(error)) from None
 
 
+def _extension(journal: Journal, request: pb.ExtendRequest) -> RunSpec:
+    """Import what makes it in the thread that does: it brings torch."""
+    from offsite.coordinator.runs.extending import extension
+
+    return extension(journal, request.run, rounds=request.rounds, number=request.round)
+
+
 class RunsService(runs_pb2_grpc.RunsServicer):
     """The Runs service. A researcher's runs are theirs: for other researchers they do not exist."""
 
@@ -55,18 +62,27 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.RunStatus:
         """Check the spec and make the run durable; whoever dispatches finds it there."""
         async with self._gate(context, "owner", "researcher", request=request) as person:
-            spec = from_json(RunSpec, request.spec, where="run spec")
-            run = secrets.token_hex(4)
-            token = f"{person.name} {request.token or run}"  # one person's token is nobody else's
-            granted = None
-            if not await in_thread(self._journal.submitted, token):
-                grant = await asyncio.to_thread(self._grant, spec, person)
-                await asyncio.to_thread(_judge, grant, self._journal, self._blobs)
-                granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
-            row = await in_thread(
-                self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
-            )
-            return await in_thread(self._status, row.id, person)  # of the first submission with the token
+            return await self._submit(from_json(RunSpec, request.spec, where="run spec"), request.token, person)
+
+    async def _submit(self, spec: RunSpec, token: str, person: Peer) -> pb.RunStatus:
+        run = secrets.token_hex(4)
+        token = f"{person.name} {token or run}"  # one person's token is nobody else's
+        granted = None
+        if not await in_thread(self._journal.submitted, token):
+            grant = await asyncio.to_thread(self._grant, spec, person)
+            await asyncio.to_thread(_judge, grant, self._journal, self._blobs)
+            granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
+        row = await in_thread(
+            self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
+        )
+        return await in_thread(self._status, row.id, person)  # of the first submission with the token
+
+    async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.RunStatus:
+        """Submit a run of more rounds."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            await in_thread(self._seen, request.run, person)
+            spec = await asyncio.to_thread(_extension, self._journal, request)
+            return await self._submit(spec, request.token, person)
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """Return one run."""

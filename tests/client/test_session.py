@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from offsite import client
+from offsite.client.answers import Artifact, Status
 from offsite.client.progress import follow
-from offsite.client.session import Artifact, Session, Status, connect
+from offsite.client.session import Session, connect
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,71 +12,20 @@ import pytest
 import torch
 
 from offsite.client import Choice, RunSpec, TrainingSpec
-from offsite.client.site.engines.base import EngineSpec
-from offsite.client.site.job import TrainerJob
-from offsite.client.site.policy import Policy
-from offsite.client.site.training import train
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import forking
-from offsite.coordinator.runs.steps import performing
-from offsite.coordinator.runs.supervisor import Supervisor
-from offsite.coordinator.service.uploads import Upload
 from offsite.coordinator.store.database import Database
-from offsite.coordinator.store.journal import LIVE, OPEN
-from offsite.protos import fleet_pb2 as pb
+from offsite.coordinator.store.journal import LIVE
 from offsite.protos import tensors
-from offsite.protos.chunks import digest_file
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.security.pki import Authority
-from offsite.protos.spec import Manifest, TaskSpec
+from offsite.protos.spec import TaskSpec
+
+from .inline import Site, live
 
 
 class Killed(BaseException):
     """The end of a process, as far as a test can bring it about: nothing of ours catches it."""
-
-
-class Site:
-    """Trains in this process; a task that comes again, after a kill, has been trained and its update is sent again."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self._folder, self._data = folder, data
-        folder.mkdir()
-        (folder / "secret").write_bytes(bytes(32))
-
-    def work(self, home: Home) -> None:
-        journal = home.journal()
-        for row in journal.tasks("r"):
-            if row.state in OPEN:
-                out = self._folder / f"round-{row.round}"
-                if not out.exists():
-                    self._train(home, from_json(TaskSpec, row.spec, where="task"), out)
-                file, key = out / "update.safetensors", pb.TaskKey(run="r", round=row.round, attempt=row.attempt)
-                about = {"digest": digest_file(file), "size": file.stat().st_size}
-                header = pb.UploadHeader(key=key, metrics=(out / "metrics.json").read_text(), **about)
-                upload = Upload(home, journal, home.blobs(), row.site, header)
-                kept = upload.begin()
-                with closing(upload):
-                    upload.write(kept, file.read_bytes()[kept:])
-                upload.finish()
-
-    def _train(self, home: Home, task: TaskSpec, out: Path) -> None:
-        bundle = self._folder / "bundle"
-        listed = from_json(Manifest, home.blobs().path(task.manifest).read_bytes(), where="manifest")
-        for entry in listed.files:
-            (bundle / entry.path).parent.mkdir(parents=True, exist_ok=True)
-            (bundle / entry.path).write_bytes(home.blobs().path(entry.digest).read_bytes())
-        job = TrainerJob(
-            **{"bundle": str(bundle), "manifest": listed, "adapter": str(home.blobs().path(task.adapter))},
-            **{"data": str(self._data), "task": task, "engine": EngineSpec(name="plain", device="cpu")},
-            **{"policy": Policy(bases=("any",), data=("/",), suspicious="warn"), "out": str(out)},
-            secret=str(self._folder / "secret"),
-        )
-        train(job, say=lambda event, **fields: None, rendezvous=self._folder / "rendezvous")
-
-
-def live(home: Home, site: Site, perform: Callable[..., bytes] | None = None) -> None:
-    do = perform or partial(performing.perform, home.node)
-    Supervisor(home, "r", perform=lambda *job: do(*job[:3]), rest=lambda _: site.work(home)).run()
 
 
 def story(home: Home) -> dict[str, Any]:
@@ -100,7 +49,7 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
 ) -> None:
     torch.set_num_threads(1)
     kit = Authority.create(tmp_path / "pki").issue("coordinator", "coordinator")
-    site = Site(tmp_path / "hospital", material / "hospital.jsonl")
+    sites = {"hospital": Site(tmp_path / "hospital", material / "hospital.jsonl")}
     spec = RunSpec(
         model=str(material / "model"),
         builders=(Choice(name="crash", settings={"keep": 5}),),
@@ -124,7 +73,7 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
     server.start()
     with closing(server):
         live(
-            undisturbed, site, partial(forking.perform, 1, undisturbed.node, log={"form": "text", "about": {}})
+            undisturbed, sites, partial(forking.perform, 1, undisturbed.node, log={"form": "text", "about": {}})
         )  # its steps in processes of their own
     whole, writes, moments = Database._write, itertools.count(1), itertools.cycle(("before", "after"))
 
@@ -145,7 +94,7 @@ def test_a_real_run_that_dies_around_its_writes_ends_with_the_same_bytes_events_
         while killed.journal().run("r").state in LIVE:
             writes = itertools.count(1)
             try:
-                live(killed, site)
+                live(killed, sites)
             except Killed:
                 deaths += 1
     assert deaths > 10 and story(killed)["state"] == "completed"
