@@ -76,6 +76,11 @@ def missing(report: dict[str, Any]) -> list[str]:
         f"round {absence['round']} without {absence['site']}: {absence['state']}: {absence['message']}"
         for absence in report.get("left_out", ())
     ]
+    lines += [
+        f"round {late['round']} without {late['site']}: its update came late, and is in round {late['folded_in']} with "
+        f"a weight of {late['weight']:.2f}"
+        for late in report.get("late", ())
+    ]
     return [*lines[:MOST], *([f"and {len(lines) - MOST} more that were left out"] if len(lines) > MOST else [])]
 
 

@@ -122,7 +122,7 @@ class RunView:
             site.step, site.steps = event.step, event.steps
             site.loss = site.loss if event.loss is None else event.loss
         site.bytes_down = max(site.bytes_down, event.bytes_down)
-        if site.state in ("refused", "failed", "stalled", "left out"):
+        if site.state in ("refused", "failed", "stalled", "left out", "late", "folded"):
             return f"round {event.round}: {event.site} {site.state}: {event.message}"
         return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
 

@@ -128,6 +128,9 @@ class RunSpec:
     rounds: Positive = 1  # in each, sites train and their updates become one
     sites: Names = ()  # that take part; empty: every one that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
+    quorum: Count = 0  # updates after which a round waits for the others only for its grace; 0: for all
+    grace: AtLeastZero = 0.25  # times as long as the quorum took
+    staleness: Count = 0  # rounds that an update may come late and still be folded, at less weight; 0: it is dropped
     wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
     task_s: AboveZero = 86_400.0  # a site that is not done this long after it took its task is left out of the round

@@ -109,7 +109,7 @@ class Story(RunView):
         if event.state == "training" and event.step and event.loss is not None:
             at = event.round - 1 + event.step / max(1, event.steps)
             self.steps.setdefault(event.site, []).append((at, event.loss))
-        elif event.state in ("refused", "failed", "stalled", "left out"):
+        elif event.state in ("refused", "failed", "stalled", "left out", "late", "folded"):
             self._note(event.site, line)
         return line
 

@@ -20,7 +20,7 @@ STRATEGIES: Plugins[Strategy] = Plugins(
         "vote": "offsite.coordinator.aggregation.vote:Vote",
     },
     group="offsite.strategies",
-    states=("rules", "exact", "mixed_tiers", "needs"),
+    states=("rules", "exact", "linear", "mixed_tiers", "needs"),
 )
 
 

@@ -31,7 +31,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an update comes from; the weights of a round sum to one."""
+    """Where an update comes from; the weights of a round sum to one.
+
+    That of a broadcast may be below zero, where a strategy is linear: what a late update began from is taken off.
+    """
 
     site: str
     tier: Tier
@@ -65,6 +68,7 @@ class Strategy(Protocol):
     name: ClassVar[str]
     rules: ClassVar[frozenset[Rule]]  # those it folds by
     exact: ClassVar[frozenset[Rule]]  # of them those whose mean it makes as they say, not one near it
+    linear: ClassVar[bool]  # whether it sums updates times weights, of any sign: so late ones can be folded, as changes
     mixed_tiers: ClassVar[bool]  # whether sites may train different sizes of what is open in a schema
     needs: ClassVar[Literal["updates", "sum"]]  # whether it must see each update, or their weighted sum is enough
 

@@ -20,6 +20,7 @@ class FactorMean:
     name: ClassVar[str] = "factor-mean"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT, Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = True
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "sum"
 

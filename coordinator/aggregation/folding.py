@@ -12,6 +12,7 @@ import torch
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation.base import Separable, Strategy, Together, Version
 from offsite.coordinator.aggregation.keyed import Share, Update, fold_keyed, is_partial
+from offsite.coordinator.aggregation.lateness import called, discount
 from offsite.coordinator.aggregation.outliers import Change, outliers
 from offsite.kernels.schema import Rule, Schema, Tier, groups
 from offsite.protos.errors import MismatchError, RunError
@@ -28,30 +29,37 @@ class Sent:
     tier: Tier
     examples: int  # that it saw: its weight
     norm: float  # L2 norm of the change since its broadcast
+    age: int = 0  # rounds since the one that it was asked for in
+
+    @property
+    def whom(self) -> str:
+        """Return what it is called among the updates of a round, which may have two of a site."""
+        return called(self.site, self.age)
 
 
 @dataclass(frozen=True)
 class Weighing:
     """Who is in a version."""
 
-    weights: dict[str, float]  # by site, in the order of their names
-    left_out: dict[str, str]  # site -> why its update is not in it
+    weights: dict[str, float]  # by what updates are called, in that order
+    left_out: dict[str, str]  # likewise, why one is not in it
 
 
 def weigh(sent: Sequence[Sent], *, spec: RunSpec) -> Weighing:
     """Say what each update of a round weighs; those far larger than the others are left out, and named.
 
-    Sums are as large as what they are of, and are compared for each example. Raises RunError if too few are left.
+    Sums are as large as what they are of, and are compared for each example. Late ones weigh less. Raises RunError if
+    too few are left.
     """
     sums = Rule.SUM in aggregation.make(spec.strategy.name, spec.strategy.settings).rules
-    changes = {one.site: Change(one.norm / one.examples if sums else one.norm, one.tier) for one in sent}
+    changes = {one.whom: Change(one.norm / one.examples if sums else one.norm, one.tier) for one in sent}
     left_out = outliers(changes, ratio=spec.max_update_ratio)
-    taken = sorted((one.site, one.examples) for one in sent if one.site not in left_out)
+    taken = sorted((one.whom, one.examples * discount(one.age)) for one in sent if one.whom not in left_out)
     if len(taken) < spec.min_sites:
-        why = "; ".join(f"{site}: {reason}" for site, reason in left_out.items())
+        why = "; ".join(f"{whom}: {reason}" for whom, reason in left_out.items())
         raise RunError(f"{len(taken)} of at least {spec.min_sites} updates are left in the round ({why})")
     total = sum(examples for _, examples in taken)
-    return Weighing({site: examples / total for site, examples in taken}, left_out)
+    return Weighing({whom: examples / total for whom, examples in taken}, left_out)
 
 
 def part_of(schema: Schema, part: int, parts: int) -> Schema:

@@ -33,6 +33,7 @@ class IndexUnion:
     name: ClassVar[str] = "index-union"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.UNION, Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.UNION, Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = False
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "updates"
 

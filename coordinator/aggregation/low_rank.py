@@ -29,6 +29,7 @@ class LowRank:
     name: ClassVar[str] = "low-rank"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT, Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.PRODUCT, Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = True
     mixed_tiers: ClassVar[bool] = True
     needs: ClassVar[Literal["updates", "sum"]] = "updates"
     tolerance: float = 1e-7  # singular values below this share of the largest are dropped

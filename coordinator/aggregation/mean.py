@@ -25,6 +25,7 @@ class Mean:
     name: ClassVar[str] = "mean"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = True
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "sum"
 

@@ -32,6 +32,7 @@ class Requantise:
     name: ClassVar[str] = "requantise"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.REQUANTISE, Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = False
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "updates"
 

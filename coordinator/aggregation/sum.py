@@ -27,6 +27,7 @@ class Sum:
     name: ClassVar[str] = "sum"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM, Rule.FIXED})
+    linear: ClassVar[bool] = False
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "sum"
 

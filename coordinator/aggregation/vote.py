@@ -29,6 +29,7 @@ class Vote:
     name: ClassVar[str] = "vote"
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.VOTE, Rule.MEAN, Rule.FIXED})
     exact: ClassVar[frozenset[Rule]] = frozenset({Rule.MEAN, Rule.FIXED})
+    linear: ClassVar[bool] = False
     mixed_tiers: ClassVar[bool] = False
     needs: ClassVar[Literal["updates", "sum"]] = "updates"
 

@@ -77,6 +77,7 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(mixed))}; "
             f"use one of: {', '.join(pairs.strategies(method, mixed=True)) or 'none'}"
         )
+    _judge_rounds(spec, method, strategy)
     if len(spec.sites) != len(set(spec.sites)):
         raise InputError(f"sites: a name stands twice in {list(spec.sites)}")
     if spec.sites and len(spec.sites) < spec.min_sites:
@@ -247,6 +248,36 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             f"of one cannot be added in another where stage {together[0]} packs all of them together; use part "
             f"{PART.name}, or leave one of the two stages out"
         )
+
+
+def _judge_rounds(spec: RunSpec, method: Method, strategy: Strategy) -> None:
+    """Raise InputError for a quorum that no round can have, and for late updates that cannot be folded."""
+    if spec.quorum and not spec.min_sites <= spec.quorum:
+        raise InputError(
+            f"quorum is {spec.quorum}: a round with fewer updates than min_sites, which is {spec.min_sites}, fails the "
+            "run; ask for no less"
+        )
+    if spec.sites and spec.quorum > len(spec.sites):
+        raise InputError(f"quorum is {spec.quorum}, but only {len(spec.sites)} sites are named")
+    if not spec.staleness:
+        return
+    why = ""
+    if not spec.quorum:
+        why = "nobody is late where all are waited for; give a quorum, or leave staleness out"
+    elif not strategy.linear:
+        linear = ", ".join(pairs.strategies(method, linear=True)) or "no other for this method"
+        why = (
+            f"strategy {strategy.name} is no weighted sum of updates, and what an older broadcast has become cannot be "
+            f"folded; use {linear}, or leave staleness out"
+        )
+    elif part_of(spec.training).partial:
+        why = (
+            f"part {spec.training.part.name} trains other tensors in each round; use part {PART.name}, or leave it out"
+        )
+    elif spec.contributions:
+        why = "contributions are measured of rounds whose updates are their own; leave one of the two out"
+    if why:
+        raise InputError(f"staleness: {why}")
 
 
 def _judge_retention(spec: RunSpec, method: Method, strategy: Strategy) -> None:

@@ -69,7 +69,7 @@ def _entries(journal: Journal, run: str, rounds: "range | list[int]") -> Iterato
             at=times.get(number, 0.0),
             start=grant.continues,
             figures=figures | known,
-            sites=tuple(folded.lineage),
+            sites=folded.sites,
             state=folded.version.state,
             digest=folded.version.adapter,
             withdrawal=gone.get((run, number)),

@@ -19,15 +19,17 @@ def strategies(
     mixed: bool = False,
     summing: bool = False,
     part: Part | type[Part] | None = None,
+    linear: bool = False,
 ) -> list[str]:
     """Name the strategies that fold what a method trains.
 
-    At `mixed` tiers, given no more than the updates' sum, or where updates have a part of an adapter.
+    At `mixed` tiers, given no more than the updates' sum, where updates have a part of an adapter, or come late.
     """
     return sorted(
         name
         for name, kind in aggregation.STRATEGIES.sound().items()
         if method.rules <= kind.rules and kind.mixed_tiers >= mixed and (kind.needs == "sum") >= summing
+        if kind.linear >= linear
         if part is None or folds(kind, part)
     )
 

@@ -90,6 +90,11 @@ def assemble(journal: Journal, run: str) -> str:
             for number, version in enumerate(folded)
             for site, why in version.left_out.items()
         ],
+        "late": [
+            {"round": number + 1 - part.age, "site": site, "folded_in": number + 1, "weight": part.weight}
+            for number, version in enumerate(folded)
+            for site, part in version.late.items()
+        ],
         "vocabulary": built.vocabulary,
         "warnings": warnings(overall, vocabulary=built.vocabulary),
         "attacks": [{"name": one.name, "overall": perplexity(one.sets.values())} for one in attacks],

@@ -7,6 +7,7 @@ from contextvars import copy_context
 from dataclasses import replace
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import quorum
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes, at_site
@@ -14,18 +15,19 @@ from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, SELECT, Closing, Folded, Roster, closing, roster
 from offsite.coordinator.store.blobs import Blobs, Stamp
-from offsite.coordinator.store.journal import Journal, Key, Row
+from offsite.coordinator.store.journal import OPEN, Journal, Key, Row
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import from_json, to_json
 from offsite.protos.errors import MismatchError, NotFoundError, RunError
-from offsite.protos.events import RoundBegun
+from offsite.protos.events import RoundBegun, SiteState
 from offsite.protos.security.signing import sign
 from offsite.protos.spec import TaskSpec, UpdateMetrics
 
 ATTEMPTS = 2  # a site that fails a task is asked once more
 CHECKS = 4  # updates whose digests are checked at once, on as many cores as there are
 TIME_EVERY_S = 1.0
+FOREVER = float("inf")
 NAMED = 20  # sites that an error names, at most
 
 
@@ -37,6 +39,8 @@ class Round:
         self._history, self._number = history, number
         self._sizes = UpdateSizes(home.blobs, spec, history[BUILD])
         self._timed = 0.0  # when it was last looked who is out of time
+        self._quorum, self._busy = quorum.of(spec), set[str]()  # who is asked once done with an earlier round
+        self.until = FOREVER  # when it closes, whoever is missing
 
     def open(self) -> None:
         """Write down who is asked, and offer each a task; what was written before stands."""
@@ -45,7 +49,19 @@ class Round:
             tiers = self._history[BUILD].tiers
             asked = {site: tiers[site] for site in self._history[SELECT].names}
             self._history.record(opens, Roster(tiers=asked), RoundBegun(round=self._number + 1, sites=len(asked)))
-        self._offer((site, 0) for site in self._history[opens].tiers)
+        self._began = next(
+            event.at
+            for event in self._journal.events(self._run, kind=RoundBegun.kind)
+            if event.round == self._number + 1
+        )
+        self._busy = {*self._history[opens].tiers}
+        self._ask()
+
+    def _ask(self) -> None:
+        """Offer a task to those who were not asked yet, unless they are at one of an earlier round."""
+        busy = self._journal.busy(self._run, before=self._number) if self._spec.staleness else set()
+        self._offer((site, 0) for site in sorted(self._busy - busy))
+        self._busy &= busy
 
     def look(self, *, since: float) -> bool:
         """Tell whether there is something to wait for.
@@ -55,7 +71,18 @@ class Round:
         """
         standing = self._journal.standing(self._run, self._number, attempts=ATTEMPTS)
         self._offer((task.site, task.attempt + 1) for task in standing.failed)
-        return standing.open > self._leave_out(since) or bool(standing.failed)
+        self.until = self._end(since)
+        if self._busy and self.until == FOREVER:
+            self._ask()
+        waits = standing.open > self._leave_out(since) or bool(standing.failed)
+        return waits and time.time() < self.until
+
+    def _end(self, since: float) -> float:
+        """Return when the round closes, in seconds since the epoch: FOREVER before its quorum is in."""
+        if self._quorum is None:
+            return FOREVER
+        at = self._journal.arrival(self._run, self._number, self._quorum.updates)
+        return FOREVER if at is None else self._quorum.end(self._began, at, since=since)
 
     def _leave_out(self, since: float) -> int:
         """Close, now and then, the tasks that are out of time; return how many."""
@@ -65,7 +92,8 @@ class Round:
         self._timed = now
         moved_before = now - spec.stall_s
         overdue = self._journal.overdue(
-            *(self._run, self._number),
+            self._run,
+            (self._oldest, self._number),
             moved_before=moved_before if since < moved_before else 0.0,
             begun_before=now - spec.task_s,
         )
@@ -73,7 +101,12 @@ class Round:
             late = f"was not done {spec.task_s:.0f} s after it took its task"
             stuck = f"got no further for {spec.stall_s:.0f} s"
             self._journal.close_task(self._key(task), "stalled", late if task.late else stuck)
-        return len(overdue)
+        return sum(task.round == self._number for task in overdue)
+
+    @property
+    def _oldest(self) -> int:
+        """The first round whose late updates may be in this one."""
+        return max(0, self._number - self._spec.staleness)
 
     def close(self) -> tuple[Update, ...] | None:
         """Decide on the updates of a round that nobody works on any more; None if a site is asked again for one.
@@ -81,20 +114,54 @@ class Round:
         Raises RunError if they are too few.
         """
         tasks = list({task.site: task for task in self._journal.tasks(self._run, self._number)}.values())  # the last
-        done = [task for task in tasks if task.state == "uploaded"]
+        done = [task for task in tasks if task.state == "uploaded"] + self._late()
         stamps = self._stamps(done)
         if len(stamps) < len(done):
             return None
         if len(done) < self._spec.min_sites:
+            if self._busy:  # with a task of an earlier round, whose update is to come
+                return None
             reasons = [f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded"]
             more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
             why = "; ".join(reasons[:NAMED] + more)
             raise RunError(
                 f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
             )
-        updates = tuple(map(_update, done))
-        self._history.record(closing(self._number + 1), Closing(updates=updates))
+        updates = tuple(_update(task, self._number) for task in done)
+        self._history.record(closing(self._number + 1), Closing(updates=updates), *self._news(tasks))
         return tuple(replace(update, stamp=stamp) for update, stamp in zip(updates, stamps, strict=True))
+
+    def _late(self) -> list[Row]:
+        """Return the tasks of earlier rounds whose updates came after these had closed, and are in no other."""
+        earlier = range(self._oldest, self._number)
+        entered = self._entered(earlier)
+        tasks = [task for round in earlier for task in self._journal.tasks(self._run, round)]
+        return [task for task in tasks if task.state == "uploaded" and (task.round, task.site) not in entered]
+
+    def _entered(self, rounds: Iterable[int]) -> set[tuple[int, str]]:
+        """Return (round, site) of the updates that are in some rounds: of which round, and of whom."""
+        closed = [(round, self._history[closing(round + 1)]) for round in rounds]
+        return {(round - update.age, update.site) for round, end in closed for update in end.updates}
+
+    def _news(self, tasks: Iterable[Row]) -> list[SiteState]:
+        """Tell of the sites whose updates may be in a later round."""
+        last = min(self._number + self._spec.staleness, self._spec.rounds - 1) + 1
+        why = f"goes on after the round has closed; its update may be in one until round {last}"
+        late = [task.site for task in tasks if task.state in OPEN] if last > self._number + 1 else []
+        return [SiteState(round=self._number + 1, site=site, state="late", message=why) for site in late]
+
+    def settle(self) -> None:
+        """End the tasks whose updates can be in no round any more, once this one has closed."""
+        if self._quorum is None:
+            return
+        number, staleness = self._number, self._spec.staleness
+        is_last = number + 1 == self._spec.rounds
+        entered = self._entered(range(self._oldest, number + 1))
+        why = f"its update did not come within {staleness} rounds" if staleness else quorum.WITHOUT
+        for round in range(self._oldest, number + 1 if is_last else number - staleness + 1):
+            sites = {site for of, site in entered if of == round}
+            why = "the last round closed without its update" if is_last else why
+            self._journal.end_late(self._run, round, entered=sites, message=why)
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
@@ -128,7 +195,7 @@ class Round:
         return stamps
 
     def _key(self, task: Row) -> Key:
-        return Key(self._run, self._number, task.site, task.attempt)
+        return Key(self._run, task.round, task.site, task.attempt)
 
 
 def task_of(key: Key, spec: Grant, history: History, *, tier: Tier, size: int, previous: str | None = None) -> TaskSpec:
@@ -166,15 +233,18 @@ def checks(blobs: Blobs, digests: Iterable[str]) -> list[Future[Stamp]]:
 def folded_updates(journal: Journal, run: str, number: int, folded: Folded) -> tuple[Update, ...]:
     """Return the updates that a round's version is made of, the round counted from zero."""
     parts = {(site, part.update) for site, part in folded.lineage.items()}
-    return tuple(_update(task) for task in journal.tasks(run, number) if (task.site, task.update) in parts)
+    return tuple(_update(task, number) for task in journal.tasks(run, number) if (task.site, task.update) in parts)
 
 
-def _update(task: Row) -> Update:
-    metrics = from_json(UpdateMetrics, task.metrics, where="metrics")
+def _update(task: Row, number: int) -> Update:
+    """Return the update of a task for a round, counted from zero."""
+    metrics, age = from_json(UpdateMetrics, task.metrics, where="metrics"), number - task.round
     return Update(
         site=task.site,
         digest=task.update,
         examples=metrics.examples,
         norm=task.norm,
         chosen=metrics.chosen,
+        age=age,
+        start=from_json(TaskSpec, task.spec, where="task").adapter if age else None,
     )

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from offsite.coordinator.bundles import disclosures
 from offsite.coordinator.home import Home
-from offsite.coordinator.runs import ending, judging
+from offsite.coordinator.runs import ending, judging, news
 from offsite.coordinator.runs.continuing import continued
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
@@ -40,12 +40,9 @@ from offsite.protos.documents import from_json, plain, to_json
 from offsite.protos.errors import OffsiteError, ResourceError, from_system
 from offsite.protos.events import (
     Completed,
-    EmulatorBuilt,
     Event,
     Failed,
     Measured,
-    RoundDone,
-    SiteState,
     StepBegun,
     StepLost,
     Stopped,
@@ -151,7 +148,7 @@ class Supervisor:
             self._document = to_json(self._spec)
         origin = continued(self._journal, self._spec.continues) if self._spec.continues else None
         order = Build(sites=self._history[SELECT].names, continued=origin)
-        self._do(BUILD, order, _built, accept=self._accept)
+        self._do(BUILD, order, news.built, accept=self._accept)
         for number in range(self._spec.rounds):
             if self._stops(number):
                 break
@@ -288,11 +285,12 @@ class Supervisor:
             if number:
                 self._contributions(number)
             updates = closed.updates if closed else self._close(current)
-            self._do(step, self._fold(number, updates), partial(_folded, number + 1))
+            current.settle()
+            self._do(step, self._fold(number, updates), partial(news.folded, number + 1))
         elif self._history.get(step) is None and self._train:
             self._measure(number)
             folded = self._train(self._history, number)
-            self._history.record(step, folded, *_folded(number + 1, folded))
+            self._history.record(step, folded, *news.folded(number + 1, folded))
         if self._spec.realign_steps and number + 1 < self._spec.rounds:  # the next round trains on what this gives
             manifest, adapter = self._history.bundle(number).manifest, self._history[step].version.adapter
             realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
@@ -303,7 +301,7 @@ class Supervisor:
         return Aggregate(
             last=self._history.version(number),
             schema=built.schema,
-            tiers=self._history.tiers(number),
+            tiers={one.site: self._history.tiers(number - one.age)[one.site] for one in updates},
             updates=updates,
             round=self._spec.rounds_before + number,
             groups=built.groups,
@@ -353,31 +351,11 @@ class Supervisor:
                 if not current.look(since=self._started) and (updates := current.close()) is not None:
                     return updates
                 self.heed()
-                self._wait(watch)
+                self._wait(watch, current.until)
 
-    def _wait(self, watch: Watch) -> None:
-        """Wait until the journal has changed, or a while: time alone may be up for a site."""
+    def _wait(self, watch: Watch, until: float) -> None:
+        """Wait until the journal has changed, or a while: time alone may be up for a site, or for a round."""
         for _ in range(POLLS):
             self._rest(POLL_S)
-            if watch.changed():
+            if watch.changed() or time.time() >= until:
                 return
-
-
-def _built(built: Built) -> list[Event]:
-    about = built.bundle
-    return [
-        EmulatorBuilt(
-            layers=about.layers,
-            bytes=about.bytes,
-            disclosed=about.disclosed,
-            learning_rate=built.learning_rate,
-            computed=built.computed,
-        )
-    ]
-
-
-def _folded(number: int, folded: Folded) -> list[Event]:
-    left_out = [
-        SiteState(round=number, site=site, state="left out", message=why) for site, why in folded.left_out.items()
-    ]
-    return [*left_out, RoundDone(round=number, sites=len(folded.lineage), figures=folded.version.figures)]

@@ -1,5 +1,6 @@
 """Uploads that survive: spooled as they come, resumed by offset, checked, then kept before they are acknowledged."""
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,7 @@ class Upload:
             self._file.unlink(missing_ok=True)
             self.fail(str(error))
             raise
-        values = {"state": "uploaded", "update": self.digest, "norm": norm}
+        values = {"state": "uploaded", "update": self.digest, "norm": norm, "moved_at": time.time()}
         values |= {"metrics": self._header.metrics, "bytes_up": size}
         site, number, examples = self._key.site, self._key.round + 1, metrics.examples
         accepted = UpdateAccepted(

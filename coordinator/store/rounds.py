@@ -30,21 +30,32 @@ class Rounds(Database):
         may_again = tasks.c.state == "failed", tasks.c.attempt + 1 < attempts, ~again
         return Standing(open=count, failed=self._all(sa.select(tasks).where(*mine, *may_again)))
 
-    def overdue(self, run: str, round: int, *, moved_before: float, begun_before: float) -> list[Row]:
-        """Return the open tasks of a round that are out of time.
+    def arrival(self, run: str, round: int, number: int) -> float | None:
+        """Return when a round's update of a number, counted from one, came; None if so many are not there yet."""
+        came = sa.select(tasks.c.moved_at).where(tasks.c.run == run, tasks.c.round == round)
+        rows = self._all(came.where(tasks.c.state == "uploaded").order_by("moved_at").offset(number - 1).limit(1))
+        return float(rows[0].moved_at) if rows else None
+
+    def busy(self, run: str, *, before: int) -> set[str]:
+        """Return the sites that still work on a task of a run's rounds before one."""
+        mine = tasks.c.run == run, tasks.c.round < before, tasks.c.state.in_(OPEN)
+        return {row.site for row in self._all(sa.select(tasks.c.site).where(*mine))}
+
+    def overdue(self, run: str, rounds: tuple[int, int], *, moved_before: float, begun_before: float) -> list[Row]:
+        """Return the open tasks of some rounds that are out of time.
 
         Args:
             run: the run.
-            round: the round, counted from zero.
+            rounds: the first and the last round, counted from zero.
             moved_before: a task that has not got further since then is overdue. One that is only offered is not, as
                 long as its site is here: it may be busy with another run.
-            begun_before: so is one whose site was first heard of in the round before then, at whichever attempt; its
+            begun_before: so is one whose site was first heard of in its round before then, at whichever attempt; its
                 row has `late`.
         """
-        is_open = tasks.c.run == run, tasks.c.round == round, tasks.c.state.in_(OPEN)
+        is_open = tasks.c.run == run, tasks.c.round.between(*rounds), tasks.c.state.in_(OPEN)
         here = sa.select(sites.c.seen_at).where(sites.c.name == tasks.c.site).scalar_subquery()
         busy = sa.and_(tasks.c.state == "offered", here >= moved_before)
-        heard = events.c.run == run, events.c.round == round + 1, events.c.site == tasks.c.site
+        heard = events.c.run == run, events.c.round == tasks.c.round + 1, events.c.site == tasks.c.site
         late = sa.select(sa.func.min(events.c.at)).where(*heard).scalar_subquery() < begun_before
         stuck = sa.and_(tasks.c.moved_at < moved_before, ~sa.func.coalesce(busy, False))
         return self._all(sa.select(tasks, late.label("late")).where(*is_open, sa.or_(stuck, late)))

@@ -1,7 +1,7 @@
 """Tasks in the journal, and the sites that do them."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -121,6 +121,17 @@ class Tasks(Database):
             if rows:
                 connection.execute(sa.insert(events), rows)
         return were_open
+
+    def end_late(self, run: str, round: int, *, entered: Collection[str], message: str) -> None:
+        """End the tasks of a round but those of the sites whose update is in one: what is open, and what came since."""
+        mine = tasks.c.run == run, tasks.c.round == round, tasks.c.state.in_([*OPEN, "uploaded"])
+        with self._write() as connection:
+            for task in connection.execute(sa.select(tasks).where(*mine).order_by("site", "attempt")).all():
+                if task.site in entered:
+                    continue
+                key = Key(run, round, task.site, task.attempt)
+                connection.execute(sa.update(tasks).where(*_is(key)).values(state="late", message=message, update=""))
+                connection.execute(event_row(run, _why(key, "late", message)))
 
     def lose_update(self, key: Key, message: str) -> None:
         """Take back that an update was accepted: its file is lost."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from itertools import count
 from random import Random
 
-from offsite.coordinator.runs.rounds import ATTEMPTS
+from offsite.coordinator.runs import quorum
+from offsite.coordinator.runs.rounds import ATTEMPTS, FOREVER
 from offsite.deploy.simulation.world import Nature, World, natures
 from offsite.protos.spec import RunSpec
-
-FOREVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Load:
 class Visit:
     """How a site's task ended, when, and in which attempt."""
 
-    state: str  # "uploaded", or as a live task that gave no update: "failed" or "stalled"
+    state: str  # "uploaded", or as a live task that gave no update: "failed", "stalled" or "late"
     at: float
     attempt: int = 0
     message: str = ""
@@ -91,9 +90,18 @@ class Clock:
     def round(self, number: int, loads: Mapping[str, Load]) -> dict[str, Visit]:
         """Let a round pass: tell how the task of each site ends. It is over when nobody is waited for any more."""
         visits = {site: self._visit(number, site, load) for site, load in loads.items()}
-        begun = self.now
-        self.now = max((visit.at for visit in visits.values()), default=begun)
+        end = self._end(visits)
+        visits = {
+            site: visit if visit.at <= end else Visit("late", end, visit.attempt, quorum.WITHOUT)
+            for site, visit in visits.items()
+        }
+        self.now = max((visit.at for visit in visits.values()), default=self.now)
         return visits
+
+    def _end(self, visits: Mapping[str, Visit]) -> float:
+        """Return when a round closes though some are still at it."""
+        rule, came = quorum.of(self._spec), sorted(one.at for one in visits.values() if one.state == "uploaded")
+        return rule.end(self.now, came[rule.updates - 1]) if rule and rule.updates <= len(came) else FOREVER
 
     def _visit(self, number: int, site: str, load: Load) -> Visit:
         if self._nature is None or self._world is None:

@@ -82,7 +82,7 @@ class Progress:
 
 
 def _absent(one: dict[str, Any]) -> str:
-    kinds = [f"{one[kind]:,} {kind}" for kind in ("stalled", "failed", "refused") if one[kind]]
+    kinds = [f"{one[kind]:,} {kind}" for kind in ("stalled", "late", "failed", "refused") if one[kind]]
     return f" ({', '.join(kinds)})" if kinds else ""
 
 

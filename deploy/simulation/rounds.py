@@ -56,6 +56,7 @@ class Moment:
     asked: Count  # sites
     updates: Count
     stalled: Count  # sites that were away for too long, or too slow
+    late: Count = 0  # sites that the round closed without, its quorum being in
     failed: Count  # that gave up, or whose training ended with an error
     refused: Count  # whose policy would not have it
     bytes_down: Amount
@@ -280,7 +281,7 @@ class Rounds:
             sent |= zip(work.batch.sites, rows_of, strict=False)
         failures = {one.site: one for work in works for one in work.failures}
         rows: list[tuple[Key, dict[str, Any]]] = []
-        counts = dict.fromkeys(("uploaded", "stalled", "failed", "refused"), 0)
+        counts = dict.fromkeys(("uploaded", "stalled", "late", "failed", "refused"), 0)
         up, all_tokens, all_loss = 0, 0, 0.0
         for site, visit in visits.items():
             state, message, size, metrics = visit.state, visit.message, 0, ""
@@ -300,6 +301,7 @@ class Rounds:
             asked=len(visits),
             updates=counts["uploaded"],
             stalled=counts["stalled"],
+            late=counts["late"],
             failed=counts["failed"],
             refused=counts["refused"],
             bytes_down=sum(self._down.values()),

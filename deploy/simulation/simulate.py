@@ -119,8 +119,7 @@ def simulate(
         raise InputError(
             f"sites: the run names its sites, and {sites} others cannot be made up; leave out one of the two"
         )
-    if spec.contributions:
-        raise InputError("contributions: a simulation keeps no updates to fold again; measure them in a run")
+    _judge(spec)
     grant = _granted(spec, start)
     policy = policy or Policy(bases=("any",), data=(str(data),))
     objective = spec.training.objective
@@ -195,6 +194,14 @@ def simulate(
 
 def _silent(*_: object) -> None:
     """Tell nobody."""
+
+
+def _judge(spec: RunSpec) -> None:
+    """Raise InputError for what only a run that keeps its updates can do."""
+    if spec.contributions:
+        raise InputError("contributions: a simulation keeps no updates to fold again; measure them in a run")
+    if spec.staleness:
+        raise InputError("staleness: a simulation keeps no update beyond its round; leave it out, and late ones drop")
 
 
 def _granted(spec: RunSpec, start: Path | None) -> Grant:

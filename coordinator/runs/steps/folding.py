@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,12 +22,13 @@ from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Origin, folding, keyed, likeness
 from offsite.coordinator.aggregation.folding import Sent, Weighing, fold_apart, weigh
 from offsite.coordinator.aggregation.keyed import Share
+from offsite.coordinator.aggregation.lateness import called
 from offsite.coordinator.node import Node
 from offsite.coordinator.runs import partial
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import memory
 from offsite.coordinator.runs.steps.orders import Aggregate, Compare, Join, Update
-from offsite.coordinator.runs.steps.results import Compared, Folded, Part
+from offsite.coordinator.runs.steps.results import Compared, Folded, LatePart, Part
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.steps.timeline import Timeline
 from offsite.coordinator.runs.versions import Version, read_schema
@@ -60,20 +62,26 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
         starts = {tier: blobs.served(sent.digest) for tier, sent in order.last.broadcast.items()}
         has = _schemas(spec, order, schema)
         whole = all(one is schema for one in has.values())
-        updates = {update.site: update for update in order.updates}
+        updates = {called(update.site, update.age): update for update in order.updates}
+
+        def start_of(update: Update) -> Path:
+            return blobs.served(update.start) if update.start else starts[order.tiers[update.site]]
 
         def distance_of(update: Update) -> float:
-            file = blobs.path(update.digest, update.stamp)
-            return distance(file, starts[order.tiers[update.site]], has[update.site], stages)
+            return distance(blobs.path(update.digest, update.stamp), start_of(update), has[update.site], stages)
 
         weighing = _weigh(spec, order, distance_of)
         last, part = load_version(blobs, order.last.bare), folding.part_of(schema, order.part, order.parts)
-        origins = [Origin(site, order.tiers[site], weight) for site, weight in weighing.weights.items()]
-        files = Ahead(digests, lambda one: blobs.path(one.digest, one.stamp), [updates[one.site] for one in origins])
+        taken = [updates[whom] for whom in weighing.weights]
+        files = Ahead(digests, lambda one: blobs.path(one.digest, one.stamp), taken)
 
         def opens() -> Iterator[keyed.Update]:
-            for origin, file in zip(origins, files, strict=True):
-                yield origin, opened(file, starts[origin.tier], has[origin.site], stages)
+            for update, weight, file in zip(taken, weighing.weights.values(), files, strict=True):
+                origin, start = Origin(update.site, order.tiers[update.site], weight), start_of(update)
+                yield origin, opened(file, start, has[update.site], stages)
+                if update.start:  # its change since what it began from, on top of the newest
+                    yield replace(origin, weight=-weight), tensors.reading(start)
+                    yield origin, tensors.reading(starts[origin.tier])
 
         shares = {} if whole else {site: Share(weight, groups(has[site])) for site, weight in weighing.weights.items()}
         threads = min(THREADS, torch.get_num_threads())
@@ -83,8 +91,20 @@ def aggregate(node: Node, spec: Grant, order: Aggregate) -> Folded:
         stored = store_version(blobs, Path(scratch), version, part=order.parts > 1)
     return Folded(
         version=stored,
-        lineage={site: Part(update=updates[site].digest, weight=weight) for site, weight in weighing.weights.items()},
-        left_out=weighing.left_out,
+        lineage={
+            one.site: Part(update=one.digest, weight=weight)
+            for one, weight in zip(taken, weighing.weights.values(), strict=True)
+            if not one.age
+        },
+        late={
+            one.site: LatePart(update=one.digest, weight=weight, age=one.age)
+            for one, weight in zip(taken, weighing.weights.values(), strict=True)
+            if one.age
+        },
+        left_out={
+            updates[whom].site: f"{whom}: {why}" if updates[whom].age else why
+            for whom, why in weighing.left_out.items()
+        },
         spans=tuple(timeline),
     )
 
@@ -112,7 +132,7 @@ def _weigh(spec: Grant, order: Aggregate, distance_of: Callable[[Update], float]
     if order.weights:
         return Weighing(dict(sorted(order.weights.items())), {})
     sent = [
-        Sent(one.site, order.tiers[one.site], one.examples, distance_of(one) if one.norm is None else one.norm)
+        Sent(one.site, order.tiers[one.site], one.examples, distance_of(one) if one.norm is None else one.norm, one.age)
         for one in order.updates
     ]
     return weigh(sent, spec=spec)

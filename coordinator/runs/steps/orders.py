@@ -85,6 +85,8 @@ class Update:
     examples: Positive  # that it saw: its weight
     norm: AtLeastZero | None = None  # L2 norm of the change since its broadcast; None: to be measured
     chosen: Layers = ()  # what of the adapter its site chose to train, where it does
+    age: Count = 0  # rounds since the one that it was asked for in
+    start: Digest | None = None  # the broadcast that it began from; None: that of the last version
     stamp: Stamp | None = None  # of its file's check; None, or on another machine: it is checked before it is folded
 
 

@@ -112,13 +112,26 @@ class Part:
 
 
 @document
+class LatePart(Part):
+    """The part of a site whose update was asked for in an earlier round."""
+
+    age: Positive  # rounds since then
+
+
+@document
 class Folded:
     """The version that a round ends in, and where it comes from."""
 
     version: Version
     lineage: dict[Name, Part]
+    late: dict[Name, LatePart] = Field(default_factory=dict)  # beside those of the round
     left_out: dict[Name, Message] = Field(default_factory=dict)  # site -> why its update is not in it
     spans: tuple[Span, ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Return whose updates are in it, by name."""
+        return tuple(sorted({*self.lineage, *self.late}))
 
 
 @document

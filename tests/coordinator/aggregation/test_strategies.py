@@ -72,6 +72,14 @@ def test_low_rank_gives_the_weighted_mean_of_the_products(ranks: list[int]) -> N
     assert error(outcome.adapter, mean(updates, WEIGHTS)) < 1e-5
 
 
+@pytest.mark.parametrize("ranks", [[4, 4], [2, 8]])
+def test_low_rank_takes_a_change_since_an_older_broadcast_as_exactly(ranks: list[int]) -> None:
+    whole, late = (update(rank, seed=seed) for seed, rank in enumerate(ranks))
+    old, new = update(ranks[1], seed=7), begun(*ranks).broadcast[f"r{ranks[1]}"]
+    outcome = fold(LowRank(), [whole, late, old, new], [0.6, 0.4, -0.4, 0.4], sorted(set(ranks)))
+    assert error(outcome.adapter, mean([whole, late, old, new], [0.6, 0.4, -0.4, 0.4])) < 1e-5
+
+
 def test_factor_mean_fails_what_low_rank_passes() -> None:
     updates = [update(4, seed=seed) for seed in range(3)]
     outcome = fold(FactorMean(), updates, WEIGHTS, [4])

@@ -19,6 +19,7 @@ from offsite.coordinator.runs.steps.results import (
     Compared,
     Evaluation,
     Folded,
+    LatePart,
     Part,
     Publication,
     Realigned,
@@ -87,7 +88,7 @@ class Stand:
             file.write_bytes(content)
             self.home.blobs().take(file)
         metrics = UpdateMetrics(examples=3, tokens=1, loss=1.0, engine="plain")
-        values = {"state": "uploaded", "update": digest_bytes(content), "norm": 0.5}
+        values = {"state": "uploaded", "update": digest_bytes(content), "norm": 0.5, "moved_at": time.time()}
         values |= {"metrics": to_json(metrics).decode()}
         accepted = UpdateAccepted(round=task.round + 1, site=task.site, loss=1.0, bytes=len(content), examples=3)
         self.journal.set_task(key(task), accepted, **values, bytes_up=len(content))
@@ -123,7 +124,14 @@ class Stand:
         known = replace(asked, updates=tuple(replace(update, stamp=None) for update in asked.updates))
         return Folded(
             version=version(to_json(known)),
-            lineage={one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates},
+            lineage={
+                one.site: Part(update=one.digest, weight=1 / len(asked.updates)) for one in asked.updates if not one.age
+            },
+            late={
+                one.site: LatePart(update=one.digest, weight=1 / len(asked.updates), age=one.age)
+                for one in asked.updates
+                if one.age
+            },
             spans=SPANS,
         )
 

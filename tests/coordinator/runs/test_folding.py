@@ -19,6 +19,7 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps import storage
 from offsite.coordinator.runs.steps.folding import AHEAD, Ahead, aggregate, compare
 from offsite.coordinator.runs.steps.orders import Aggregate, Compare, Update
+from offsite.coordinator.runs.steps.results import LatePart
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store import blobs
 from offsite.coordinator.store.blobs import Stored
@@ -138,6 +139,34 @@ def test_whoever_was_first_the_version_is_the_same(round_: Round) -> None:
     late = replace(round_.order, updates=round_.order.updates[::-1])
     one, other = (aggregate(round_.node, SPEC, order) for order in (round_.order, late))
     assert (one.version, one.lineage) == (other.version, other.lineage)
+
+
+def test_a_late_update_counts_as_its_change_on_top_of_the_newest_broadcast_at_less_weight(round_: Round) -> None:
+    old, (bank, *others) = adapter(9, SMALL), round_.order.updates
+    late = replace(bank, age=3, start=round_._store(old).digest)
+    folded = aggregate(round_.node, SPEC, replace(round_.order, updates=(*others, late)))
+    total = 1 * 0.5 + 2 + 3 + 4  # examples, those of the late one by (1 + 3) ** -0.5
+    assert folded.late["bank"] == LatePart(update=bank.digest, weight=0.5 / total, age=3)
+    assert [part.weight for part in folded.lineage.values()] == [2 / total, 3 / total, 4 / total]
+    assert folded.sites == SITES
+    made, new = tensors.load(round_.blobs.path(folded.version.adapter)), adapter(0, SMALL)
+    for key in ("F64.1", "F32.1"):
+        rebased = new[key] + adapter(1, SMALL)[key] - old[key]
+        mean = (0.5 * rebased + sum(seed * adapter(seed, SMALL)[key] for seed in (2, 3, 4))) / total
+        torch.testing.assert_close(made[key], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_both_updates_of_a_site_are_folded_where_one_is_late(round_: Round) -> None:
+    late = replace(round_.order.updates[0], age=1, start=round_.order.last.broadcast[""].digest)
+    folded = aggregate(round_.node, SPEC, replace(round_.order, updates=(*round_.order.updates, late)))
+    assert [*folded.lineage] == [*SITES] and [*folded.late] == ["bank"]
+    assert folded.late["bank"].weight == pytest.approx(folded.lineage["bank"].weight * 2**-0.5)
+
+
+def test_a_late_update_that_is_far_larger_than_the_others_is_left_out_and_named(round_: Round) -> None:
+    late = replace(round_.order.updates[0], age=1, start=round_.order.last.adapter, norm=9.0)
+    folded = aggregate(round_.node, SPEC, replace(round_.order, updates=(*round_.order.updates, late)))
+    assert folded.left_out["bank"].startswith("bank, 1 rounds late: its update changed by a norm of 9")
 
 
 @pytest.mark.parametrize("place", [0, len(SITES) - 1])

@@ -214,3 +214,27 @@ def test_a_method_that_cannot_train_what_a_builder_alters_is_refused_with_those_
     )
     with pytest.raises(InputError, match=words) if words else nullcontext():
         legality.judge(spec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"quorum": 1, "min_sites": 2}, "quorum is 1: a round with fewer updates than min_sites, which is 2, fails"),
+        ({"quorum": 3, "sites": ("bank", "ward")}, "quorum is 3, but only 2 sites are named"),
+        ({"staleness": 1}, "staleness: nobody is late where all are waited for; give a quorum"),
+        (
+            {"staleness": 1, "quorum": 2, "method": "shira", "strategy": "index-union"},
+            "staleness: strategy index-union is no weighted sum of updates.*; use factor-mean, low-rank, mean",
+        ),
+        ({"staleness": 1, "quorum": 2, "part": "half"}, "staleness: part half trains other tensors in each round"),
+        ({"staleness": 1, "quorum": 2, "contributions": True}, "staleness: contributions are measured of rounds whose"),
+    ],
+)
+def test_what_no_round_can_wait_for_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    training = TrainingSpec(part=parse_one(fields.pop("part"))) if "part" in fields else TrainingSpec()
+    chosen = {name: Choice(name=fields.pop(name)) for name in ("method", "strategy") if name in fields}
+    with pytest.raises(InputError, match=words):
+        legality.judge(RunSpec(model="nowhere", builders=(WHOLE,), training=training, **chosen, **fields))

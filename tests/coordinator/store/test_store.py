@@ -94,6 +94,29 @@ def test_a_closed_task_stays_closed(journal: Journal) -> None:
     assert journal.task(KEY).update == "digest" and journal.open_tasks("a") == []
 
 
+def test_a_round_knows_when_its_updates_came_and_who_is_still_at_an_older_one(journal: Journal) -> None:
+    for number, site in ((0, "a"), (0, "b"), (0, "c"), (1, "a")):
+        journal.add_task(Key("r", number, site, 0), spec=b"task", signature=b"s")
+    assert journal.arrival("r", 0, 1) is None and journal.busy("r", before=1) == {"a", "b", "c"}
+    for site, at in (("b", 30.0), ("a", 20.0)):
+        journal.set_task(Key("r", 0, site, 0), state="uploaded", update=site, moved_at=at)
+    assert [journal.arrival("r", 0, number) for number in (1, 2, 3)] == [20.0, 30.0, None]
+    assert journal.busy("r", before=1) == {"c"} and journal.busy("r", before=2) == {"a", "c"}
+
+
+def test_what_came_after_a_round_had_closed_is_in_no_other_and_what_is_open_ends(journal: Journal) -> None:
+    for site in ("a", "b", "c"):
+        journal.add_task(Key("r", 0, site, 0), spec=b"task", signature=b"s")
+    for site in ("a", "b"):
+        journal.set_task(Key("r", 0, site, 0), state="uploaded", update=site)
+    for _ in range(2):
+        journal.end_late("r", 0, entered={"a"}, message="too late")
+    assert [(task.state, task.update) for task in journal.tasks("r")] == [("uploaded", "a"), ("late", ""), ("late", "")]
+    assert journal.newest_updates("r") == {"a": "a"} and journal.open_tasks("a", "b", "c") == []
+    told = [(event.site, event.data["state"], event.data["message"]) for event in journal.events("r")]
+    assert told == [("b", "late", "too late"), ("c", "late", "too late")]
+
+
 def test_tasks_of_an_ended_run_are_not_handed_out(journal: Journal) -> None:
     journal.add_task(KEY, spec=b"task", signature=b"s")
     journal.end_run("r", Cancelled(error="by alice"))

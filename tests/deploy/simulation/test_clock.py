@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from offsite.coordinator.runs import quorum
 from offsite.deploy.simulation.clock import Clock, Load, Visit
 from offsite.deploy.simulation.world import World
 from offsite.protos.errors import InputError
@@ -46,6 +47,17 @@ def test_who_is_away_too_long_or_too_slow_is_left_out(tmp_path: Path) -> None:
     assert visits["never"] == Visit("stalled", 100.0, 0, "got no further for 100 s")
     cut = clock(traced(tmp_path, "a,0-10,"), stall_s=100.0).round(0, {"a": LOAD})
     assert cut["a"] == Visit("stalled", 110.0, 0, "got no further for 100 s")
+
+
+def test_once_the_quorum_is_in_a_round_waits_for_a_share_of_what_it_took(tmp_path: Path) -> None:
+    loads = dict.fromkeys(("slow", "soon", "a", "b", "c"), LOAD)  # 202, 26 and 3 x 22 s
+    one = clock(traced(tmp_path, "slow,,0.1", f"soon,,{20 / 24}"), quorum=3, grace=0.25)
+    for number in range(3):
+        visits = one.round(number, loads)
+        assert visits["slow"] == Visit("late", pytest.approx(27.5 * (number + 1)), 0, quorum.WITHOUT)
+        assert {visit.state for site, visit in visits.items() if site != "slow"} == {"uploaded"}
+    assert one.now == pytest.approx(3 * 1.25 * 22.0)
+    assert clock(traced(tmp_path, "slow,,0.1"), quorum=5).round(0, loads)["slow"].state == "uploaded"
 
 
 def test_the_sessions_of_a_trace_begin_again_after_a_period(tmp_path: Path) -> None:
