@@ -150,17 +150,17 @@ class Round:
         late = [task.site for task in tasks if task.state in OPEN] if last > self._number + 1 else []
         return [SiteState(round=self._number + 1, site=site, state="late", message=why) for site in late]
 
-    def settle(self) -> None:
-        """End the tasks whose updates can be in no round any more, once this one has closed."""
+    def settle(self, *, last: bool = False) -> None:
+        """End the tasks whose updates can be in no round any more, once this one has closed, or was the `last`."""
         if self._quorum is None:
             return
         number, staleness = self._number, self._spec.staleness
-        is_last = number + 1 == self._spec.rounds
+        is_last = last or number + 1 == self._spec.rounds
         entered = self._entered(range(self._oldest, number + 1))
         why = f"its update did not come within {staleness} rounds" if staleness else quorum.WITHOUT
+        why = "the last round closed without its update" if is_last else why
         for round in range(self._oldest, number + 1 if is_last else number - staleness + 1):
             sites = {site for of, site in entered if of == round}
-            why = "the last round closed without its update" if is_last else why
             self._journal.end_late(self._run, round, entered=sites, message=why)
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:

@@ -151,6 +151,8 @@ class Supervisor:
         self._do(BUILD, order, news.built, accept=self._accept)
         for number in range(self._spec.rounds):
             if self._stops(number):
+                if self._train is None:
+                    self._at(number - 1).settle(last=True)
                 break
             with about(round=number + 1):
                 self._round(number)
@@ -277,7 +279,7 @@ class Supervisor:
     def _round(self, number: int) -> None:
         built, step = self._history[BUILD], results.fold(number + 1)
         if self._history.get(step) is None and self._train is None:
-            current = Round(self._home, self._journal, self._run, self._spec, self._history, number)
+            current = self._at(number)
             closed = self._history.get(results.closing(number + 1))
             if closed is None:
                 current.open()
@@ -295,6 +297,9 @@ class Supervisor:
             manifest, adapter = self._history.bundle(number).manifest, self._history[step].version.adapter
             realign = Realign(base=built.base.digest, manifest=manifest, adapter=adapter, recovery=built.recovery)
             self._do(results.realign(number + 1), realign)
+
+    def _at(self, number: int) -> Round:
+        return Round(self._home, self._journal, self._run, self._spec, self._history, number)
 
     def _fold(self, number: int, updates: tuple[Update, ...]) -> Aggregate:
         built = self._history[BUILD]
