@@ -128,8 +128,8 @@ class RunSpec:
     rounds: Positive = 1  # in each, sites train and their updates become one
     sites: Names = ()  # that take part; empty: every one that is enrolled when the run starts
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
-    quorum: Count = 0  # updates after which a round waits for the others only for its grace; 0: for all
-    grace: AtLeastZero = 0.25  # times as long as the quorum took
+    quorum: Count = 0  # updates after which a round waits for the others only for a grace; 0: for all of them
+    grace: AtLeastZero = 0.25  # times as long as the quorum took, that a round waits for the others
     staleness: Count = 0  # rounds that an update may come late and still be folded, at less weight; 0: it is dropped
     wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
