@@ -134,10 +134,10 @@ def test_what_each_site_gave_is_measured_by_folding_the_round_without_it(stand: 
     ]
     assert all([update.site for update in one.updates] == [*one.weights] for one in asked)
     steps = stand.journal.steps("r")
-    for number, whole in ((1, "plug_in:1"), (2, "plug_in")):
-        told = report["rounds"][number - 1]["sites"]
+    for number in (1, 2):
+        told, names = report["rounds"][number - 1]["sites"], (f"plug_in:{number}:without:", f"plug_in:{number}")
         for site in ("bank", "town"):
-            losses = [steps[name]["sets"]["exam"]["nll"] / 1000 for name in (f"plug_in:{number}:without:{site}", whole)]
+            losses = [steps[name]["sets"]["exam"]["nll"] / 1000 for name in (names[0] + site, names[1])]
             assert told[site]["gain"] == pytest.approx(losses[0] - losses[1]) and told[site]["cosine"] == 0.5
 
 
