@@ -42,6 +42,11 @@ class Plugins(Mapping[str, type[T]]):
         self._loaded: dict[str, type[T]] = {}
 
     @property
+    def ours(self) -> tuple[str, ...]:
+        """The names of those in this package."""
+        return (*self._ours,)
+
+    @property
     def refused(self) -> dict[str, str]:
         """The names that stand for nothing, with the reason of each; another package may give one of them a meaning."""
         return {name: reason for name, reason in self._refused.items() if name not in self}

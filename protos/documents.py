@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _dataclass
@@ -30,7 +30,7 @@ _MEANT = {
     "Input should be a valid tuple": "expected a list",
     "Input should be a valid dictionary": "expected a table",
 }
-_TEXT, _PLAIN = "<text>", "<plain>"  # pydantic's places of what `Written` reads
+_TEXT, _STATED, _PLAIN = "<text>", "<stated>", "<plain>"  # pydantic's places of what `Written` and `Stated` read
 _adapter: Any = cache(TypeAdapter)
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 _quoting = reprlib.Repr()
@@ -63,6 +63,26 @@ class Written:
         )
         kinds = {_TEXT: text, _PLAIN: handler(source)}
         return core_schema.tagged_union_schema(kinds, lambda value: _TEXT if isinstance(value, str) else _PLAIN)
+
+
+class Stated:
+    """Marks a choice, or a chain, that can also be stated by objects which have a `choice`, such as the SDK's."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Take an object's choice for it, and one object for a chain of it alone."""
+        whole, chain = handler(source), get_origin(source) is tuple
+
+        def choice(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return tuple(getattr(one, "choice", one) for one in value)
+            return (value.choice,) if chain else value.choice
+
+        def kind(value: Any) -> str:
+            parts = value if isinstance(value, list | tuple) else (value,)
+            return _STATED if any(hasattr(one, "choice") for one in parts) else _PLAIN
+
+        stated = core_schema.no_info_before_validator_function(choice, whole)
+        return core_schema.tagged_union_schema({_STATED: stated, _PLAIN: whole}, kind)
 
 
 def parse(cls: type[T], value: Any, *, where: str) -> T:
@@ -154,7 +174,7 @@ def inner(kind: Any, part: Any) -> Any:
 def _fault(cls: Any, error: ValidationError, value: Any) -> str:
     """Name the first fault by its place: ``training.steps: Input should be ... (got 0)``."""
     first = error.errors(include_url=False, include_context=False)[0]
-    parts = [part for part in first["loc"] if part not in (_TEXT, _PLAIN)]
+    parts = [part for part in first["loc"] if part not in (_TEXT, _STATED, _PLAIN)]
     *parents, last = parts or ("",)
     place = plain(".".join(map(str, parts)), most=100)
     place += ": " if place else ""

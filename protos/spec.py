@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offsite.protos.documents import Written, document, parse
+from offsite.protos.documents import Stated, Written, document, parse
 from offsite.protos.errors import InputError
 from offsite.protos.exams import Exam
 from offsite.protos.grammar import TEXT, read_one
@@ -69,10 +69,10 @@ def _choice(text: str) -> Choice:
 
 
 # Builders, in the order they work. A chain, and a choice of a run, can also be written as a recipe.
-Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=LINKS), Written(_chain, most=TEXT)]
-Chosen = Annotated[Choice, Written(_choice, most=TEXT)]
+Chain = Annotated[tuple[Choice, ...], Field(min_length=1, max_length=LINKS), Stated(), Written(_chain, most=TEXT)]
+Chosen = Annotated[Choice, Stated(), Written(_choice, most=TEXT)]
 # Of an upload, in the order they pack it.
-Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Written(_chain, most=TEXT)]
+Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Stated(), Written(_chain, most=TEXT)]
 
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)

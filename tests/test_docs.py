@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
+from offsite import client
 from offsite.client.cli import GROUPS
 
 ROOT = Path(__file__).parent.parent
@@ -118,3 +119,9 @@ def test_every_command_speaks_to_programs_too_and_the_page_says_how() -> None:
     rows = re.findall(r"^\| ((?:`[a-z- ]+`(?:, )?)+) \|", text("docs/programs.md"), re.MULTILINE)
     named = [words for row in rows for words in re.findall("`(.+?)`", row)]
     assert sorted(named) == sorted(commands), "a row of docs/programs.md for each, with the keys that stay"
+
+
+def test_every_name_of_the_sdk_is_on_its_page() -> None:
+    page = text("docs/sdk.md")
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == client.__all__
+    assert not re.search(r"\|  \|$", page, re.MULTILINE), "each has a sentence"

