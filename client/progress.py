@@ -18,6 +18,7 @@ from offsite.protos.errors import InputError
 from offsite.protos.events import (
     EVENTS,
     EmulatorBuilt,
+    Examined,
     Measured,
     RoundDone,
     Selected,
@@ -131,6 +132,9 @@ class RunView:
         site.state, site.bytes_up, site.loss = "done", site.bytes_up + event.bytes, event.loss
         upload = f"uploaded {event.bytes / 1e6:.2f} MB after {event.examples} examples, mean loss {event.loss:.3f}"
         return f"round {event.round}: {event.site} {upload}{examined(event.exam)}"
+
+    def _on_exam(self, event: Examined) -> str:
+        return f"round {event.round}: {event.site} measured its version{examined(event.exam)}"
 
     def _on_round(self, event: RoundDone) -> str:
         error, above = (event.figures.get(name) for name in ("factor_mean_error", "energy_above_smallest_rank"))

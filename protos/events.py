@@ -118,6 +118,16 @@ class UpdateAccepted:
 
 
 @document
+class Examined:
+    """A site has measured the version that a round ended in on its held-out rows, without training it."""
+
+    kind: ClassVar[str] = "exam"
+    round: Positive
+    site: Name
+    exam: Exam
+
+
+@document
 class RoundDone:
     """The updates of a round are averaged."""
 
@@ -183,6 +193,7 @@ Event = (
     | RoundBegun
     | SiteState
     | UpdateAccepted
+    | Examined
     | RoundDone
     | Stopped
     | Withdrawn

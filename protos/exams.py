@@ -1,10 +1,15 @@
-"""What sites tell of the rows that they hold out: sums alone, which add up to those of all rows together."""
+"""What sites tell of the rows that they hold out, and how well it foretells the plug-in.
 
-from collections.abc import Iterable
+It is sums alone, which add up to those of all rows together.
+"""
 
-from offsite.protos.documents import document
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from offsite.protos.documents import document, to_plain
 from offsite.protos.figures import Score
-from offsite.protos.ranges import Flag, Positive
+from offsite.protos.ranges import Finite, Flag, Positive
 
 
 @document
@@ -33,3 +38,51 @@ def total(scores: Iterable[Score]) -> Score:
 def nats(score: Score) -> float | None:
     """Return the mean negative log-likelihood of a token; None where it is no number, or there is no token."""
     return score.nll / score.tokens if score.nll is not None and score.tokens else None
+
+
+@document
+class Gains:
+    """How much less a version loses than what the run began with, in nats a token: more is better."""
+
+    round: Positive  # that ended in the version
+    emulator: Finite  # at the sites, on the rows that they hold out
+    plug_in: Finite  # at the owner, on its own sets
+
+
+ENOUGH = 3  # versions, of which a correlation says something
+
+
+def prediction(gains: Sequence[Gains]) -> dict[str, Any]:
+    """Say how well what sites gain on the emulator tells what the plug-in gains, where the owner can measure both.
+
+    "correlation" is Pearson's over versions, None of fewer than ENOUGH or where one of the two stays as it is; "agree"
+    is in how many both gain or both lose; "warning" is empty unless the sites' gains mislead.
+    """
+    agree = sum((one.emulator > 0) == (one.plug_in > 0) for one in gains)
+    correlation = _correlation(gains) if len(gains) >= ENOUGH else None
+    told: dict[str, Any] = {"versions": [to_plain(one) for one in gains], "agree": agree, "correlation": correlation}
+    if not gains:
+        why = "no version was measured both at the sites and on the owner's own sets"
+        return told | {"reason": f"whether the sites' gains foretell the plug-in's is not known: {why}", "warning": ""}
+    last = gains[-1]
+    both = f"{last.emulator:+.3f} nats a token on the emulator at the sites, {last.plug_in:+.3f} by the plug-in"
+    reason = f"after round {last.round} the gain is {both} on the owner's sets; "
+    if correlation is None:
+        reason += f"{len(gains)} {'version is' if len(gains) == 1 else 'versions are'} too few for a correlation"
+        reason += f", and in {agree} of them both gain or both lose"
+    else:
+        reason += (
+            f"over {len(gains)} versions their correlation is {correlation:.2f}, in {agree} both gain or both lose"
+        )
+    misled = (last.emulator > 0) != (last.plug_in > 0) or (correlation is not None and correlation < 0)
+    warning = (
+        f"what the sites gain on the emulator does not foretell what the plug-in gains: {reason}" if misled else ""
+    )
+    return told | {"reason": reason, "warning": warning}
+
+
+def _correlation(gains: Sequence[Gains]) -> float | None:
+    try:
+        return statistics.correlation([one.emulator for one in gains], [one.plug_in for one in gains])
+    except statistics.StatisticsError:  # one of the two is constant
+        return None

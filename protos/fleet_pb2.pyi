@@ -16,6 +16,7 @@ class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPLOADING: _ClassVar[TaskState]
     REFUSED: _ClassVar[TaskState]
     FAILED: _ClassVar[TaskState]
+    MEASURED: _ClassVar[TaskState]
 
 class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -60,6 +61,7 @@ TRAINING: TaskState
 UPLOADING: TaskState
 REFUSED: TaskState
 FAILED: TaskState
+MEASURED: TaskState
 REASON_UNSPECIFIED: Reason
 BOUND_BASES: Reason
 BOUND_DATA: Reason
@@ -168,7 +170,7 @@ class UploadPart(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., header: _Optional[_Union[UploadHeader, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason")
+    __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason", "exam")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +178,7 @@ class ReportRequest(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    EXAM_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     state: TaskState
     step: int
@@ -183,7 +186,8 @@ class ReportRequest(_message.Message):
     loss: float
     bytes_down: int
     reason: Reason
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., bytes_down: _Optional[int] = ..., reason: _Optional[_Union[Reason, str]] = ...) -> None: ...
+    exam: str
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., bytes_down: _Optional[int] = ..., reason: _Optional[_Union[Reason, str]] = ..., exam: _Optional[str] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("stop",)

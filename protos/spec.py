@@ -32,6 +32,7 @@ from offsite.protos.ranges import (
 
 DEPTHS = 10_000  # layers of a model, at most
 LINKS = 4  # of a chain of plug-ins
+EXAMS = 500_000  # what the round of a task that only measures is counted from: it is of the version with this number
 Layers = Annotated[tuple[Count, ...], Field(max_length=DEPTHS)]
 Shared = Annotated[dict[Count, Count], Field(max_length=DEPTHS)]
 Names = Annotated[tuple[Name, ...], Field(max_length=1024)]
@@ -247,6 +248,16 @@ class TaskSpec:
     anchor: Digest | None = None  # digest of what the retention holds training to, beside the broadcast
     anchor_size: Amount = 0
     exam: Flag = False  # whether the site is to measure what it receives and what it makes of it on rows it holds out
+
+    @property
+    def examines(self) -> int:
+        """Number of the version that is only to be measured, from 1; 0: it is to be trained."""
+        return max(0, self.round - EXAMS)
+
+    @property
+    def number(self) -> int:
+        """The round that it is of, or whose version it measures, counted from one."""
+        return self.examines or self.round + 1
 
     @property
     def rounds_before(self) -> int:

@@ -141,7 +141,7 @@ class Agent:
         try:
             self._do(task, reporter)
         except Stopped:
-            self._say("stopped", {"run": task.run, "round": task.round + 1})
+            self._say("stopped", {"run": task.run, "round": task.number})
             self._work.clear(task)
         except (UnreachableError, IdentityError):
             raise
@@ -162,7 +162,7 @@ class Agent:
         """Say why a task gives no update: here what happened, to the coordinator a reason of a list."""
         code = reason(error)
         kind = "refused" if isinstance(error, RefusedError) else "failed"
-        self._say(kind, {"run": task.run, "round": task.round + 1, "told": code, "message": str(error)})
+        self._say(kind, {"run": task.run, "round": task.number, "told": code, "message": str(error)})
         for log in sorted(self._work.task(task).glob("rank-*.log")):
             self._work.write("trainer", {"log": log.name, "text": last(log)})
         reporter.last(code)
@@ -174,10 +174,13 @@ class Agent:
             raise MismatchError(what, reason="FAULT_TASK")
         self._config.policy.check_task(task)
         self._config.policy.check_data(self._config.data)
-        about = {"run": task.run, "round": task.round + 1, "rounds": task.rounds, "steps": task.training.steps}
-        self._say("task", about | {"upload": render(task.upload) or "plain"})
         folder = self._work.task(task)
         folder.mkdir(parents=True, exist_ok=True)
+        if task.examines:
+            self._examine(task, folder, reporter)
+            return
+        about = {"run": task.run, "round": task.number, "rounds": task.rounds, "steps": task.training.steps}
+        self._say("task", about | {"upload": render(task.upload) or "plain"})
         update, digest, metrics = (folder / name for name in ("update.safetensors", "update.digest", "metrics.json"))
         if not (update.exists() and digest.exists() and metrics.exists()):
             self._train(task, folder, reporter)
@@ -190,10 +193,30 @@ class Agent:
         self._work.keep_rows(task)
         with because("FAULT_UPDATE", InputError, MismatchError, RefusedError):
             self._channel.upload(self._fleet, header, update)
-        self._say("uploaded", {"run": task.run, "round": task.round + 1, "bytes": header.size})
+        self._say("uploaded", {"run": task.run, "round": task.number, "bytes": header.size})
+        self._work.clear(task)
+
+    def _examine(self, task: TaskSpec, folder: Path, reporter: Reporter) -> None:
+        """Measure a version, if anything of that may leave, and tell what may."""
+        about = {"run": task.run, "round": task.number}
+        self._say("task", about | {"rounds": task.rounds, "steps": 0})
+        exam = folder / "exam.json"
+        if self._config.policy.tells and not exam.exists():
+            self._work_on(task, folder, reporter)
+        reporter.measured(exam.read_text() if exam.exists() else "")
+        self._say("measured", about)
         self._work.clear(task)
 
     def _train(self, task: TaskSpec, folder: Path, reporter: Reporter) -> None:
+        transfer = self._work_on(task, folder, reporter)
+        metrics = from_json(UpdateMetrics, (folder / "metrics.json").read_text(), where="metrics")
+        spans = (transfer, *metrics.spans) if reporter.bytes_down else metrics.spans
+        partial = folder / "metrics.partial"
+        partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
+        partial.replace(folder / "metrics.json")
+
+    def _work_on(self, task: TaskSpec, folder: Path, reporter: Reporter) -> Span:
+        """Have a trainer do a task; return when what it needs was downloaded."""
         self._trainers.start()  # it imports while the bundle comes
         start = time.time()
         manifest, bundle, adapter = self._fetch(task, reporter)
@@ -211,18 +234,14 @@ class Agent:
                 self._config.engine, micro_batch=self._config.engine.micro_batch or self._work.micro_batch(task)
             ),
             secret=str(self._work.secret.resolve()),
-            residual=self._residual(task),
+            residual="" if task.examines else self._residual(task),
             reservoirs=tuple(map(str, self._work.reservoirs(task))),
             out=str(folder),
         )
         if reporter.stopped:
             raise Stopped
         self._perform(job, folder, reporter)
-        metrics = from_json(UpdateMetrics, (folder / "metrics.json").read_text(), where="metrics")
-        spans = (transfer, *metrics.spans) if reporter.bytes_down else metrics.spans
-        partial = folder / "metrics.partial"
-        partial.write_bytes(to_json(UpdateMetrics(**{**vars(metrics), "spans": spans})))
-        partial.replace(folder / "metrics.json")
+        return transfer
 
     def _perform(self, job: TrainerJob, folder: Path, reporter: Reporter) -> None:
         """Have a job done: where the site leaves it to us, anew with half as many rows at once if memory runs out.
@@ -251,7 +270,7 @@ class Agent:
                 if event["event"] == "step":
                     loss = event["loss"] if self._config.policy.per_step_metrics else None
                     reporter.now(pb.TRAINING, step=event["step"], steps=event["steps"], loss=loss)
-                    self._say("step", {"round": task.round + 1, **{k: event[k] for k in ("step", "steps", "loss")}})
+                    self._say("step", {"round": task.number, **{k: event[k] for k in ("step", "steps", "loss")}})
                 elif "warnings" in event:
                     self._say_judged(task, event)
         except OffsiteError:
@@ -278,7 +297,7 @@ class Agent:
     def _say_judged(self, task: TaskSpec, event: dict[str, Any]) -> None:
         """Say what the trainer found of the data or of the emulator before it trains."""
         findings = {key: value for key, value in event.items() if key not in ("event", "warnings")}
-        self._say(event["event"], {"round": task.round + 1, **findings})
+        self._say(event["event"], {"round": task.number, **findings})
         for warning in event["warnings"]:
             self._say("warning", {"message": warning})
 

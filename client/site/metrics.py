@@ -18,7 +18,7 @@ from offsite.protos.addresses import Address
 from offsite.protos.telemetry.exposition import Exposition
 
 STATES = ("waiting", "downloading", "loading", "training", "uploading")
-OUTCOMES = ("uploaded", "refused", "failed", "stopped")
+OUTCOMES = ("uploaded", "measured", "refused", "failed", "stopped")
 SILENT_S = 90.0  # a coordinator that is there answers a poll within 20 s
 
 

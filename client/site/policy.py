@@ -111,6 +111,11 @@ class Policy:
                 raise InputError(f"{path}: data: {folder} is not a folder")
         return replace(policy, data=tuple(str(folder.resolve()) for folder in folders))
 
+    @property
+    def tells(self) -> bool:
+        """Whether the site measures on held-out rows, and lets something of that out."""
+        return self.held_out > 0 and self.figures != "withhold"
+
     def source(self, data: Path) -> Source:
         """Return where rows are, and how they are read here."""
         folders = [Path(folder) for folder in self.data]
@@ -132,7 +137,7 @@ class Policy:
             raise refusal("methods", f"method {task.method.name} is not among {', '.join(self.methods)}")
         if task.continues and not self.continued:
             raise refusal("continued", f"the run goes on from round {task.continues.round} of {task.continues.run}")
-        if task.round >= task.rounds:
+        if task.round >= task.rounds and not task.examines:
             raise refusal("max_rounds", f"round {task.round + 1} of a run of {task.rounds}")
         for bound, value, what in (
             ("steps", training.steps, "steps a round"),

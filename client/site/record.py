@@ -16,6 +16,7 @@ MESSAGES = {
     "step": "a step was done",
     "exam": "held-out rows were measured",
     "uploaded": "the update was accepted",
+    "measured": "a version was measured on held-out rows",
     "refused": "the task was refused: the policy does not allow it",
     "failed": "the task failed",
     "stopped": "the task was stopped by the coordinator",

@@ -60,6 +60,12 @@ class Reporter:
         except OffsiteError as error:
             log.warning("could not report the end of a task: %s", error)
 
+    def measured(self, exam: str) -> None:
+        """Report what an exam gave, with the channel's patience; raises OffsiteError where that is not kept."""
+        self._closed.set()
+        request = pb.ReportRequest(key=self.key, state=pb.MEASURED, exam=exam, bytes_down=self.bytes_down)
+        self._channel.call(self._fleet.Report, request)
+
     def close(self) -> None:
         """End the heartbeat."""
         self._closed.set()

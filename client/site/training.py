@@ -27,6 +27,7 @@ from offsite.emulator.modality import Score
 from offsite.emulator.parts.training import Trained, freeze, select, whole_schema
 from offsite.emulator.retention import Pulling
 from offsite.emulator.tuning.adapting import shares
+from offsite.protos.documents import to_json
 from offsite.protos.errors import MismatchError, RunError
 from offsite.protos.exams import Exam
 from offsite.protos.spec import LocalTraining, Span, UpdateMetrics
@@ -49,6 +50,10 @@ def train(job: TrainerJob, *, say: Say, rendezvous: Path) -> None:
         data, held_out = rows.hold_out(job, data, secret=Path(job.secret).read_bytes())
     with faults("FAULT_EMULATOR"):
         handout = load(job)
+    if job.task.examines:
+        if ranks.rank == 0:
+            _examine(job, handout, held_out, ranks, say=say)
+        return
     adapter, metrics = tune(job, handout, data, ranks, held_out=held_out, say=say, started=started)
     if ranks.rank == 0:
         with faults("FAULT_TASK"):
@@ -118,6 +123,20 @@ def _tell(sheet: Paper, before: Sequence[Score], after: Sequence[Score] | None, 
     figures = {"before": exam.shown(before)} | ({"after": exam.shown(after)} if after is not None else {})
     say("exam", rows=len(before), **figures, leaves=told is not None, warnings=[])
     return told
+
+
+def _examine(job: TrainerJob, handout: Handout, held_out: HeldOut, ranks: Ranks, *, say: Say) -> None:
+    """Measure what was handed out, by one process, and write what leaves of that: whole, or not at all."""
+    if job.engine.whole:
+        handout.model.to(ranks.device)
+    sheet = exam.paper(job, held_out, handout.tokenizer)
+    if sheet.rows:
+        judge(job, handout.model, sheet.rows, handout.places, signs=handout.signs)
+    told = _tell(sheet, sheet.marks(handout.model), None, say=say)
+    if told is not None:
+        partial = Path(job.out) / "exam.partial"
+        partial.write_bytes(to_json(told))
+        partial.replace(Path(job.out) / "exam.json")
 
 
 def _shares(spec: LocalTraining) -> list[float]:

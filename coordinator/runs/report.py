@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from offsite.coordinator.runs import predictions
 from offsite.coordinator.runs.contributions import contributions
 from offsite.coordinator.runs.ending import outcome
 from offsite.coordinator.runs.history import GRANT, History
@@ -14,6 +15,7 @@ from offsite.coordinator.runs.steps import results
 from offsite.coordinator.runs.steps.results import BUILD, evaluate, fold
 from offsite.coordinator.store.journal import Journal, Row
 from offsite.protos.documents import from_json, to_plain
+from offsite.protos.exams import Exam
 from offsite.protos.figures import (
     ATTACK,
     BASE_TUNED,
@@ -30,7 +32,7 @@ from offsite.protos.figures import (
     title,
     without_infinities,
 )
-from offsite.protos.spec import LocalTraining, RunSpec, UpdateMetrics
+from offsite.protos.spec import EXAMS, LocalTraining, RunSpec, UpdateMetrics
 from offsite.protos.timeline import seconds
 
 MEASURED = (BASE_ZERO_SHOT, EMULATOR_ZERO_SHOT, EMULATOR_TUNED, PLUG_IN, BASE_TUNED)
@@ -41,7 +43,8 @@ UNUSABLE = 50.0  # times the base's perplexity: an emulator beyond it hardly gui
 
 def assemble(journal: Journal, run: str) -> str:
     """Return the report of a run as JSON, from nothing but the journal."""
-    row, history, tasks = journal.run(run), History(journal, run), journal.tasks(run)
+    row, history, everything = journal.run(run), History(journal, run), journal.tasks(run)
+    tasks = [task for task in everything if task.round < EXAMS]
     spec = from_json(RunSpec, row.spec, where="run spec")
     accepted = [(task, from_json(UpdateMetrics, task.metrics, where="metrics")) for task in tasks if task.metrics]
     spans = [{"who": "coordinator", "step": name, **to_plain(span)} for name, span in history.spans()]
@@ -58,6 +61,8 @@ def assemble(journal: Journal, run: str) -> str:
     built, last, stop = history[BUILD], history.rounds(spec.rounds), history.get(results.STOP)
     folded = [history[fold(number + 1)] for number in range(last)]
     bundle = to_plain(built.bundle)
+    exam = predictions.told(history, everything, last=last, chosen=outcome(history, spec.rounds))
+    misled = [warning] if exam and (warning := exam["prediction"]["warning"]) else []
     report = {
         "run": run,
         "name": spec.name,
@@ -75,9 +80,10 @@ def assemble(journal: Journal, run: str) -> str:
         "outcome": {"round": outcome(history, spec.rounds), "last": last, "stopped": stop.reason if stop else ""},
         "overall": overall,
         "sites": sites,
+        "exam": exam,
         "experts": _experts(history),
         "tokens": {name: score.tokens for name, score in measured.get(BASE_ZERO_SHOT, {}).items()},
-        "bytes": {"down": sum(task.bytes_down for task in tasks), "up": sum(task.bytes_up for task in tasks)},
+        "bytes": {way: sum(getattr(task, f"bytes_{way}") for task in everything) for way in ("down", "up")},
         "seconds": seconds(spans, start=row.submitted_at, end=time.time()),
         "spans": spans,
         "left_out": [
@@ -96,7 +102,7 @@ def assemble(journal: Journal, run: str) -> str:
             for site, part in version.late.items()
         ],
         "vocabulary": built.vocabulary,
-        "warnings": warnings(overall, vocabulary=built.vocabulary),
+        "warnings": warnings(overall, vocabulary=built.vocabulary) + misled,
         "attacks": [{"name": one.name, "overall": perplexity(one.sets.values())} for one in attacks],
         "protection": protection(
             overall, [one.name for one in attacks], task=bool(spec.attack_text), tuned_on=OWN_TEXT
@@ -161,6 +167,12 @@ def _experts(history: History) -> dict[str, Any]:
     }
 
 
+def _held_out(exam: Exam | None) -> dict[str, float]:
+    """Return the perplexities of a site's held-out rows before and after it trained, as far as it told them."""
+    scores = {"held_out_before": exam.before, "held_out_after": exam.after} if exam else {}
+    return {name: perplexity([score]) for name, score in scores.items() if score}
+
+
 def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetrics]], last: int) -> dict[str, Any]:
     version = history[fold(number + 1)]
     measured, given = plugged(history, number + 1, last=last), contributions(history, number + 1)
@@ -177,6 +189,7 @@ def _round(number: int, history: History, accepted: list[tuple[Row, UpdateMetric
                 "bytes_down": task.bytes_down,
                 "engine": metrics.engine,
                 "peak_memory_bytes": metrics.peak_memory_bytes,
+                **_held_out(metrics.exam),
             }
             | (to_plain(given[task.site]) if task.site in given else {})
             for task, metrics in accepted

@@ -5,6 +5,7 @@ moment and started again, it reads the journal, skips what is done and goes on w
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +17,7 @@ from offsite.coordinator.bundles import disclosures
 from offsite.coordinator.home import Home
 from offsite.coordinator.runs import ending, judging, news
 from offsite.coordinator.runs.continuing import continued
+from offsite.coordinator.runs.examination import Examination
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.needs import Needs, NoRoom, of
@@ -156,8 +158,14 @@ class Supervisor:
                 break
             with about(round=number + 1):
                 self._round(number)
-        self._contributions(self._history.rounds(self._spec.rounds))
+        last = self._history.rounds(self._spec.rounds)
+        examination = Examination(self._home, self._journal, self._run, self._spec, self._history, last)
+        if self._train is None:
+            examination.open()  # sites measure while this end does
+        self._contributions(last)
         published = ending.end(self._spec, self._history, self._do, self._evaluate)
+        if self._train is None:
+            self._examined(examination)
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published)
 
@@ -364,3 +372,10 @@ class Supervisor:
             self._rest(POLL_S)
             if watch.changed() or time.time() >= until:
                 return
+
+    def _examined(self, examination: Examination) -> None:
+        """Wait until no site is at the exam any more."""
+        with closing(self._journal.watch()) as watch:
+            while not examination.over(since=self._started):
+                self.heed()
+                self._wait(watch, math.inf)

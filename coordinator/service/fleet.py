@@ -22,7 +22,8 @@ from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc, transfer_pb2
 from offsite.protos.documents import from_json, plain
 from offsite.protos.errors import InputError, NotFoundError
-from offsite.protos.events import SiteState
+from offsite.protos.events import Examined, SiteState
+from offsite.protos.exams import Exam
 from offsite.protos.frames import Piece
 from offsite.protos.ranges import finite
 from offsite.protos.spec import Manifest, TaskSpec
@@ -37,6 +38,7 @@ STATES = {
     pb.UPLOADING: "uploading",
     pb.REFUSED: "refused",
     pb.FAILED: "failed",
+    pb.MEASURED: "measured",
 }
 
 log = logging.getLogger(__name__)
@@ -141,16 +143,18 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if not wanted:
                 self._pace.forget(key)
                 return pb.ReportReply(stop=state in OPEN)
-            most = _task(task.spec).training.steps
+            spec = _task(task.spec)
+            most = spec.training.steps
             if not request.step <= request.steps <= most:
                 raise InputError(f"report: step {request.step} of {request.steps}, the task has {most}")
             received = max(request.bytes_down, task.bytes_down)
             progress: dict[str, Any] = {"state": state, "step": request.step, "steps": request.steps}
             progress |= {"loss": finite(request.loss)} if request.HasField("loss") else {}
-            progress |= {"message": "" if state in OPEN else sentence(request.reason), "bytes_down": received}
+            message = "" if state in (*OPEN, "measured") else sentence(request.reason)
+            progress |= {"message": message, "bytes_down": received}
             if state not in OPEN:
                 self._pace.forget(key)
-                await self._move(key, Move(key, progress, SiteState(round=key.round + 1, site=site.name, **progress)))
+                await self._move(key, Move(key, *_ended(request, spec, progress)))
                 return pb.ReportReply()
             if ahead(task, state=state, step=request.step, received=received):
                 return pb.ReportReply(stop=not await self._move(key, self._pace.move(key, task, **progress)))
@@ -160,6 +164,23 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         """Return a task, and whether it is still wanted."""
         task = self._journal.task(key)
         return task, task.state in OPEN and self._journal.is_live(key.run)
+
+
+def _ended(
+    request: pb.ReportRequest, task: TaskSpec, progress: dict[str, Any]
+) -> tuple[dict[str, Any], SiteState | Examined | None]:
+    """Return how a task ends without an update: the fields that change, and the event that tells of it.
+
+    Of an exam that a site could not do, or of which it tells nothing, nothing is told. Raises InputError.
+    """
+    if request.state == pb.MEASURED and not task.examines:
+        raise InputError("report: the task is to train, and not only to measure")
+    if not task.examines:
+        return progress, SiteState(round=task.round + 1, site=task.site, **progress)
+    if request.state != pb.MEASURED or not request.exam:
+        return progress, None
+    exam = from_json(Exam, request.exam, where="report: exam")
+    return progress | {"metrics": request.exam}, Examined(round=task.examines, site=task.site, exam=exam)
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from offsite.protos.events import (
     Completed,
     EmulatorBuilt,
     Event,
+    Examined,
     Failed,
     Measured,
     RoundBegun,
@@ -27,6 +28,7 @@ from offsite.protos.events import (
     data,
     read,
 )
+from offsite.protos.exams import Exam
 from offsite.protos.figures import Score
 
 ONE_OF_EACH: list[Event] = [
@@ -41,6 +43,7 @@ ONE_OF_EACH: list[Event] = [
     SiteState(round=1, site="ward", state="training", step=2, steps=4, loss=0.5, bytes_down=9),
     SiteState(round=2, site="ward", state="stalled", message="got no further"),
     UpdateAccepted(round=1, site="ward", loss=0.5, bytes=9, examples=3),
+    Examined(round=2, site="ward", exam=Exam(rows=3, before=Score(nll=2.5, tokens=3))),
     RoundDone(round=1, sites=1, figures={"residual": 0.0, "odd": None}),
     Stopped(round=4, best=2, message="no better"),
     Withdrawn(round=1, by="olga", reason="it forgot"),
