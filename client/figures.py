@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offsite.protos.documents import plain
-from offsite.protos.figures import FIGURES, PLUG_IN, title
+from offsite.protos.figures import EMULATOR_TUNED, EMULATOR_ZERO_SHOT, FIGURES, PLUG_IN, title
 
 MOST = 40  # lines of one kind; the report has them all
 
@@ -21,9 +21,8 @@ def table(report: dict[str, Any]) -> RenderableType:
     notes += [f"warning: {warning}" for warning in report["warnings"]]
     notes += missing(report)
     if not report["overall"]:
-        return Group(
-            *_lines([*notes, "no figures: the run names no held-out examples (evaluation)"]), Text(moved(report))
-        )
+        none = "no figures of the plug-in: the run names no held-out examples (evaluation)"
+        return Group(*_lines([*notes, none]), *held_out(report), Text(moved(report)))
     caption = "perplexity on held-out data (lower is better)"
     grid = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
     grid.add_column("")
@@ -51,7 +50,27 @@ def table(report: dict[str, Any]) -> RenderableType:
         for name, one in report.get("experts", {}).items()
     ]
     notes.append(f"{report['protection']['label']}: {report['protection']['reason']}")
-    return Group(grid, *_lines(notes), Text(moved(report)))
+    return Group(grid, *_lines(notes), *held_out(report), Text(moved(report)))
+
+
+def held_out(report: dict[str, Any]) -> list[RenderableType]:
+    """Draw what sites told of the rows that they hold out, and how well that foretells the plug-in."""
+    exam = report.get("exam")
+    if not exam:
+        return []
+    figures = (EMULATOR_ZERO_SHOT, EMULATOR_TUNED)
+    caption = "perplexity on rows that never left their sites (lower is better)"
+    grid = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for head in ("", *(FIGURES[name].head for name in figures), "rows", "tokens"):
+        grid.add_column(head, justify="right" if head else "left", style="dim" if head in ("rows", "tokens") else "")
+    for site, row in sorted(exam["sites"].items())[:MOST]:
+        name = plain(site, most=64) + (", with noise" if row["noised"] else "")
+        grid.add_row(name, *(short(row.get(figure)) for figure in figures), f"{row['rows']:,}", f"{row['tokens']:,}")
+    if len(exam["sites"]) > MOST:
+        grid.add_row(f"and {len(exam['sites']) - MOST} more")
+    grid.add_section()
+    grid.add_row("all", *(short(exam["overall"].get(figure)) for figure in figures), style="bold")
+    return [grid, *_lines([exam["prediction"]["reason"]])]
 
 
 def lineage(report: dict[str, Any]) -> str:

@@ -30,6 +30,14 @@ def rounds(report: Mapping[str, Any]) -> "DataFrame":
     return DataFrame(rows, columns=None if rows else ["round", "site"]).set_index(["round", "site"])
 
 
+def held_out(report: Mapping[str, Any]) -> "DataFrame":
+    """Return what sites told of the rows that they hold out: rows, tokens and perplexities, a row a site."""
+    from pandas import DataFrame
+
+    sites = (report.get("exam") or {"sites": {}})["sites"]
+    return DataFrame.from_dict(sites, orient="index").rename_axis("site")
+
+
 def steps(report: Mapping[str, Any]) -> "DataFrame":
     """Return the loss of each step that sites told, a row a step, a column a site."""
     from pandas import DataFrame

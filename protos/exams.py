@@ -68,8 +68,8 @@ def prediction(gains: Sequence[Gains]) -> dict[str, Any]:
     both = f"{last.emulator:+.3f} nats a token on the emulator at the sites, {last.plug_in:+.3f} by the plug-in"
     reason = f"after round {last.round} the gain is {both} on the owner's sets; "
     if correlation is None:
-        reason += f"{len(gains)} {'version is' if len(gains) == 1 else 'versions are'} too few for a correlation"
-        reason += f", and in {agree} of them both gain or both lose"
+        few = f"{len(gains)} {'version is' if len(gains) == 1 else 'versions are'} too few, or too alike,"
+        reason += f"{few} for a correlation, and in {agree} of them both gain or both lose"
     else:
         reason += (
             f"over {len(gains)} versions their correlation is {correlation:.2f}, in {agree} both gain or both lose"

@@ -8,12 +8,12 @@ from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.judging import plugged
 from offsite.coordinator.runs.steps.results import evaluate
 from offsite.coordinator.store.journal import Row
-from offsite.protos.exams import Exam, Gains, nats, prediction, total
+from offsite.protos.exams import Gains, nats, prediction, total
 from offsite.protos.figures import BASE_ZERO_SHOT, EMULATOR_TUNED, EMULATOR_ZERO_SHOT, Score, perplexity
 
 
 def told(history: History, tasks: Iterable[Row], *, last: int, chosen: int) -> dict[str, Any] | None:
-    """Return the sites' figures of a run by its last round and by the one whose version is its outcome; None: none told.
+    """Return what sites told in a run, by its last round and the one whose version is its outcome; None: nothing.
 
     "sites" has each site's rows and tokens, and the perplexities of the emulator as it was first received and with the
     run's outcome in it; "overall" those of the sites that told both, by their sums; "rounds" the perplexity of the
@@ -30,7 +30,7 @@ def told(history: History, tasks: Iterable[Row], *, last: int, chosen: int) -> d
     }
     return {
         "sites": {
-            site: _site(site, first, tuned) for site in sorted({site for sheet in sheets.values() for site in sheet})
+            site: _site(site, sheets, chosen) for site in sorted({site for sheet in sheets.values() for site in sheet})
         },
         "overall": overall if both else {},
         "rounds": [
@@ -42,10 +42,10 @@ def told(history: History, tasks: Iterable[Row], *, last: int, chosen: int) -> d
     }
 
 
-def _site(site: str, first: dict[str, Exam], tuned: dict[str, Exam]) -> dict[str, Any]:
-    newest = tuned.get(site) or first.get(site)
-    figures = {EMULATOR_ZERO_SHOT: first.get(site), EMULATOR_TUNED: tuned.get(site)}
-    about = {"rows": newest.rows, "tokens": newest.before.tokens, "noised": newest.noised} if newest else {}
+def _site(site: str, sheets: exams.Sheets, chosen: int) -> dict[str, Any]:
+    newest = next(sheet[site] for _, sheet in sorted(sheets.items(), reverse=True) if site in sheet)
+    figures = {EMULATOR_ZERO_SHOT: sheets.get(0, {}).get(site), EMULATOR_TUNED: sheets.get(chosen, {}).get(site)}
+    about = {"rows": newest.rows, "tokens": newest.before.tokens, "noised": newest.noised}
     return about | {name: perplexity([exam.before]) for name, exam in figures.items() if exam}
 
 
