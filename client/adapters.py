@@ -40,20 +40,28 @@ def export(out: str | Path, adapter: str | Path, form: Form, *, base: str | Path
         out: a new folder.
         adapter: the folder of an adapter, such as `adapter/` of a run's files.
         form: "vllm", LoRA in peft's format at one rank, as it takes it; "gguf", the same for llama.cpp, in
-            adapter.gguf; "merged", the whole model as safetensors, of any method that can be merged.
-        base: the folder of the base, for the last two.
+            adapter.gguf, or, of the folder of a model such as `merged/`, the whole of it, in model.gguf; "merged", the
+            whole model as safetensors, of any method that can be merged.
+        base: the folder of the base, for the last two where they are of an adapter.
         rank: of "vllm" and "gguf", from 1; 0 is the largest of the adapter, which loses nothing.
 
     Raises ConflictError if the folder has files, and InputError for an adapter that has no such form.
     """
     folder, source = _new(out), Path(adapter).expanduser()
-    if form != "vllm" and base is None:
+    whole = form == "gguf" and (source / "config.json").is_file()
+    if form != "vllm" and base is None and not whole:
         raise InputError(f"the form {form} is made with the base: name its folder")
+    own_base = Path(base or "").expanduser()
     try:
         if form == "merged":
             from offsite.emulator.exports import merged
 
-            merged.write(folder, source, Path(base or "").expanduser())
+            merged.write(folder, source, own_base)
+            return 0.0
+        if whole:
+            from offsite.emulator.exports import gguf_model
+
+            gguf_model.write(folder / "model.gguf", source)
             return 0.0
         from offsite.emulator.exports import uniform
 
@@ -63,7 +71,7 @@ def export(out: str | Path, adapter: str | Path, form: Form, *, base: str | Path
         else:
             from offsite.emulator.exports import llama_cpp
 
-            llama_cpp.write(folder / "adapter.gguf", own, _config(Path(base or "").expanduser()))
+            llama_cpp.write(folder / "adapter.gguf", own, _config(own_base))
         return own.lost
     except ValueError as error:
         raise InputError(str(error)) from error

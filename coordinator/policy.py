@@ -259,12 +259,14 @@ def _folder(policy: Path, place: str) -> Path:
 
 
 def _model(policy: Path, name: str, place: str) -> str:
-    """Return the folder of a model, or its hub id or name in the zoo as it is."""
+    """Return the folder of a model, or its file, or its hub id or name in the zoo as it is."""
     folder = _folder(policy, place)
-    if folder.is_dir():
+    if folder.exists():
         return str(folder)
     if not fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", place):
-        raise InputError(f"{policy}: models: {name}: {place} is neither a folder, a hub id nor a name from the zoo")
+        raise InputError(
+            f"{policy}: models: {name}: {place} is neither a folder, a file, a hub id nor a name from the zoo"
+        )
     return place
 
 

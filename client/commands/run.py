@@ -257,12 +257,14 @@ def compose(
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter that was fetched.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of an adapter that was fetched; for gguf also of a merged model.")
+    ],
     form: Annotated[
         Literal["vllm", "gguf", "merged"],
         typer.Option("--as", help="vllm: peft's format at one rank; gguf: for llama.cpp; merged: safetensors."),
     ] = "vllm",
-    base: Annotated[Path | None, typer.Option(help="Folder of the base, for gguf and merged.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base, for an adapter as gguf or merged.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Of vllm and gguf; 0: the adapter's largest, losing nothing.")] = 0,
     format: Format = "text",
 ) -> None:

@@ -16,7 +16,7 @@ TOKEN = "OFFSITE_SERVE_TOKEN"
 def serve(
     base: Annotated[str, typer.Argument(help="The base: a path, a hub id, or a name from the model zoo.")],
     adapters: Annotated[
-        Path | None, typer.Argument(help="A folder of folders, each an adapter or what `offsite run fetch` wrote.")
+        Path | None, typer.Argument(help="A folder of folders, each an adapter or what `offsite run pull` wrote.")
     ] = None,
     run: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A run to fetch into that folder first; may be repeated.")

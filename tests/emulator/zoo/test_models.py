@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offsite.emulator import zoo
-from offsite.emulator.zoo import models, wheels
+from offsite.emulator.zoo import models, packed, wheels
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_a_name_that_is_nowhere_is_answered_with_what_would_be_right(tmp_path: P
 
 
 def test_a_file_is_not_a_model_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match="model.gguf: not a folder"):
-        zoo.locate(str(tmp_path / "model.gguf"), cache=tmp_path)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.bin: expected a folder with .* or a GGUF file"):
+        zoo.locate(str(tmp_path / "model.bin"), cache=tmp_path)
 
 
 def test_a_folder_without_a_config_is_refused(model_folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_model_is_unpacked_once(monkeypatch: pytest.MonkeyPatch, model_folder:
         conversions.append(gguf.read_bytes())
         shutil.copytree(model_folder, out)
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(packed, "convert", convert)
     first = zoo.locate("packed", cache=tmp_path / "cache")
     assert zoo.locate("packed", cache=tmp_path / "cache") == first
     assert conversions == [b"gguf"]
@@ -153,7 +153,7 @@ def test_a_conversion_that_fails_leaves_no_model_behind(monkeypatch: pytest.Monk
         (out / "config.json").write_text("{}")
         raise ValueError("disk full")
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(packed, "convert", convert)
     with pytest.raises(ValueError, match="disk full"):
         zoo.locate("packed", cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == ["packed.lock"]
