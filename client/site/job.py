@@ -24,6 +24,7 @@ class EngineSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPUs if there are any
     threads: Count = 0  # of each process; 0: as the environment says
     micro_batch: Count = 0  # sequences that a process has in work at once; 0: all, and half as many where memory ends
+    packing: Flag = False  # run sequences one behind the other, without padding, where the model takes them so
     checkpointing: Flag = False  # keep what layers read alone, and compute the rest of their activations twice
 
     def __post_init__(self) -> None:

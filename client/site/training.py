@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from offsite.client.site.inspection import BATCHES, judge
 from offsite.client.site.job import TrainerJob
 from offsite.client.site.reasons import because, faults
 from offsite.client.site.rows import Rows
-from offsite.emulator import optimisers, parts, retention
+from offsite.emulator import modality, optimisers, parts, retention
 from offsite.emulator.examples import Reading
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Choosing, Measuring
@@ -94,7 +94,7 @@ def tune(
         with faults("FAULT_EMULATOR"):
             _choose(handout, schedule, ranks)
             trained = _select(job, handout, schedule, ranks)
-        engine, witness = _prepare(job, handout, trained, ranks)
+        engine, witness = _prepare(_packing(job, handout, say=say), handout, trained, ranks)
         loaded = time.time()
         steps = _run(job, engine, witness, schedule, say=say)
         adapter = trained.of(engine.gather(handout.method, handout.places))
@@ -160,6 +160,15 @@ def _inspect(job: TrainerJob, handout: Handout, schedule: Rows, *, say: Say) -> 
     verdict = judge(job, handout.model, batches, handout.places, signs=handout.signs)
     perplexity = verdict.perplexity if math.isfinite(verdict.perplexity) else None  # JSON has no infinity
     say("inspected", perplexity=perplexity, warnings=verdict.warnings)
+
+
+def _packing(job: TrainerJob, handout: Handout, *, say: Say) -> TrainerJob:
+    """Return the job with rows that are packed if it asks for that and the model, with its adapter in it, allows it."""
+    if not job.engine.packing or modality.packs(handout.model):
+        return job
+    what = "this model mixes sequences that are packed, or takes none; its rows are padded instead"
+    say("packing", warnings=[what])
+    return replace(job, engine=replace(job.engine, packing=False))
 
 
 def _at_once(job: TrainerJob) -> int:

@@ -19,6 +19,7 @@ from offsite.emulator.modality.base import (
     Encoding,
     Likelihoods,
     Modality,
+    Packs,
     Piece,
     Predictions,
     Sample,
@@ -48,6 +49,7 @@ __all__ = [
     "encode",
     "likelihoods",
     "loss",
+    "packs",
     "pieces",
     "predictions",
     "read",
@@ -107,6 +109,12 @@ def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(kind, Likelihoods):
         raise ValueError(f"the modality {kind.name} does not say how likely a sample is, so that none are compared")
     return kind.likelihoods(model, batch)
+
+
+def packs(model: nn.Module) -> bool:
+    """Tell whether a model predicts of a packed batch of a run's what it does of one that is not."""
+    kind = default()
+    return isinstance(kind, Packs) and kind.packs(model)
 
 
 def words(batch: Batch) -> list[tuple[int, ...]]:

@@ -106,6 +106,10 @@ class Batch(ABC):
         """Return the batch on a device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    def packed(self) -> Self:
+        """Return the batch, to be run without padding where its modality can."""
+        return self
+
     def share(self, rank: int, world: int) -> Self:
         """Return the rows of one of several processes."""
         return replace(self, **{name: tensor.tensor_split(world)[rank] for name, tensor in self.tensors.items()})
@@ -126,6 +130,15 @@ class Predictions(Protocol):
 
     def predictions(self, model: nn.Module, batch: Any) -> Tensor:
         """Return (n, v) logits of a batch's targets, row by row, in fp32 and differentiable."""
+        ...
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """A modality that runs samples one behind the other, on models that take them so."""
+
+    def packs(self, model: nn.Module) -> bool:
+        """Tell whether a model predicts of a packed batch what it does of one that is not."""
         ...
 
 

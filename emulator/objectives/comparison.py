@@ -73,6 +73,10 @@ class Comparisons(Batch):
             desirable=self.desirable.to(device),
         )
 
+    def packed(self) -> Self:
+        """Have its rows run without padding."""
+        return replace(self, rows=self.rows.packed())
+
     def share(self, rank: int, world: int) -> Self:
         """Return the comparisons of one of several processes."""
         rows = {

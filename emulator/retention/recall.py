@@ -65,6 +65,10 @@ class RecalledBatch(Batch):
         """Return the batch on a device."""
         return self._each(lambda tensor: tensor.to(device), self.rows.to(device))
 
+    def packed(self) -> Self:
+        """Have its rows run without padding."""
+        return replace(self, rows=self.rows.packed())
+
     def share(self, rank: int, world: int) -> Self:
         """Return the rows of one of several processes."""
         return self._each(lambda tensor: tensor.tensor_split(world)[rank], self.rows.share(rank, world))

@@ -121,8 +121,9 @@ def check_rows(training: LocalTraining, spec: EngineSpec) -> None:
 class Share:
     """A process's part of a batch: its rows, cut into as many pieces as the site's memory asks for."""
 
-    def __init__(self, batch: Batch, ranks: Ranks, pieces: int) -> None:
+    def __init__(self, batch: Batch, ranks: Ranks, pieces: int, *, packing: bool) -> None:
         rows = batch.share(ranks.rank, ranks.world)
+        rows = rows.packed() if packing else rows
         self._ranks = ranks
         self._pieces = [rows.share(at, pieces) for at in range(pieces)] if pieces > 1 else [rows]
         self._weights = [piece.terms * ranks.world / batch.terms for piece in self._pieces]

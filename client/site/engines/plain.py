@@ -1,6 +1,7 @@
 """Plain torch: the whole model in every process, and one sum of the few trained gradients in each step."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import distributed, nn
@@ -45,7 +46,8 @@ class Plain:
         self._model = spare(model, spec).to(ranks.device)
         self._parameters = list(trained.values())
         self._training, self._ranks = training, ranks
-        self._pieces = spec.pieces(training.batch_size)
+        pieces = spec.pieces(training.batch_size)
+        self._share = partial(Share, ranks=ranks, pieces=pieces, packing=spec.packing)
         self._optimizer = optimizer(self._parameters, training, first_step=first_step)
         self._objective = objective_of(training)
         self._shares, self._steps = shares(training), 0
@@ -75,7 +77,7 @@ class Plain:
         return mean(self._hold.added_to(torch.stack(list(self._losses(batch))).sum()), self._ranks)
 
     def _losses(self, batch: Batch) -> Iterator[torch.Tensor]:
-        return Share(batch, self._ranks, self._pieces).losses(self._model, self._objective)
+        return self._share(batch).losses(self._model, self._objective)
 
     def _differentiate(self, batch: Batch) -> float:
         own = list[torch.Tensor]()

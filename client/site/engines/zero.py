@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ class Zero:
         """Take a model with its adapter attached; raises InputError where DeepSpeed is not installed."""
         self._deepspeed = _import()
         self._training, self._ranks, self._spec = training, ranks, spec
-        self._pieces = spec.pieces(training.batch_size)
+        pieces = spec.pieces(training.batch_size)
+        self._share = partial(Share, ranks=ranks, pieces=pieces, packing=spec.packing)
         self._optimizer = optimizer(list(trained.values()), training, first_step=first_step)
         config = configuration(spec, training, ranks)
         if spec.zero_stage == 3:
@@ -104,7 +106,7 @@ class Zero:
         """Take one optimiser step on a batch and return its mean loss before the step."""
         set_rate(self._optimizer, self._training.learning_rate * self._shares[self._steps])
         own = list[torch.Tensor]()
-        for loss in Share(batch, self._ranks, self._pieces).losses(self._engine, self._objective):
+        for loss in self._share(batch).losses(self._engine, self._objective):
             held = loss if own else self._hold.added_to(loss)  # a penalty counts once
             self._engine.backward(held, scale_wrt_gas=False)  # pieces have their weights
             self._engine.step()  # of DeepSpeed's: the optimiser's is taken after the last piece

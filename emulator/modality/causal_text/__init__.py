@@ -74,7 +74,11 @@ class CausalText:
 
     def likelihoods(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return (b,) log-likelihoods of each sequence's target tokens, in nats."""
-        return -self._nll(model, batch, reduction="none").view(len(batch.labels), -1).sum(dim=1)
+        losses = self._nll(model, batch, reduction="none")
+        if batch.packing:
+            rows = (batch.labels[:, 1:] != encoding.IGNORED).nonzero()[:, 0]
+            return -losses.new_zeros(len(batch.labels)).index_add(0, rows, losses)
+        return -losses.view(len(batch.labels), -1).sum(dim=1)
 
     def pieces(self, batch: TokenBatch) -> list[list[Piece]]:
         """Cut each sequence between what has a label and what has none."""
@@ -98,9 +102,19 @@ class CausalText:
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return (n, v) logits of the target tokens, sequence by sequence."""
+        if batch.packing:
+            from offsite.emulator.modality.causal_text import packing
+
+            return packing.logits(model, batch).float()
         targets = batch.labels[:, 1:] != encoding.IGNORED
         columns = targets.any(dim=0).nonzero().squeeze(1)
         return self.run(model, batch, keep=columns)[targets[:, columns]].float()
+
+    def packs(self, model: nn.Module) -> bool:
+        """Try it."""
+        from offsite.emulator.modality.causal_text import packing
+
+        return packing.holds(model)
 
     def _nll(self, model: nn.Module, batch: TokenBatch, *, reduction: str) -> Tensor:
         """Ask for logits only where some row has a target."""
@@ -110,6 +124,9 @@ class CausalText:
         columns = (targets != encoding.IGNORED).any(dim=0).nonzero().squeeze(1)
         if not len(columns):
             raise ValueError("the batch has no token to predict")
+        if batch.packing:
+            labels = targets[targets != encoding.IGNORED]
+            return functional.cross_entropy(self.predictions(model, batch), labels, reduction=reduction)
         rows = self.run(model, batch, keep=columns).flatten(0, 1).float()
         labels = targets[:, columns].flatten()
         return functional.cross_entropy(rows, labels, ignore_index=encoding.IGNORED, reduction=reduction)

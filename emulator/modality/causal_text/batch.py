@@ -19,8 +19,18 @@ class TokenBatch(Batch):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    packing: bool = False  # whether it is run with its sequences one behind the other
 
     modality: ClassVar[str] = Tokens.modality
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its fields by name, without how it is run."""
+        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels")}
+
+    def packed(self) -> "TokenBatch":
+        """Have it run without padding."""
+        return replace(self, packing=True)
 
     @property
     def targets(self) -> int:

@@ -144,15 +144,20 @@ def steps(job: TrainerJob) -> tuple[list[float], dict[str, torch.Tensor], int]:
     return losses, engine.gather(loaded.method, loaded.places), Kept.most
 
 
-@pytest.mark.parametrize(("size", "rows"), [(4, 1), (5, 2), (5, 3)])
-def test_pieces_of_a_batch_give_its_loss_and_its_step_and_keep_less(job: Jobs, size: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "spare"),
+    [(4, {"micro_batch": 1}), (5, {"micro_batch": 2, "packing": True}), (5, {"packing": True})],
+)
+def test_pieces_of_a_batch_give_its_loss_and_its_step_and_keep_less_and_packed_rows_do_so_too(
+    job: Jobs, size: int, spare: dict[str, Any]
+) -> None:
     training = TRAINING | {"batch_size": size}
     losses, whole, much = steps(job(training=training))
-    told, adapter, little = steps(job(training=training, micro_batch=rows))
+    told, adapter, little = steps(job(training=training, **spare))
     assert told == pytest.approx(losses, abs=1e-5) and len(set(losses)) == len(losses)
     for key, value in adapter.items():
         torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=0)
-    assert little < much
+    assert little < much or "micro_batch" not in spare
 
 
 def test_checkpointing_keeps_less_and_changes_no_bit(job: Jobs) -> None:

@@ -99,12 +99,12 @@ def test_rows_for_another_objective_are_named_with_what_is_expected(job: Jobs, t
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_answers_in_pieces_of_a_batch_compare_as_all_of_them_at_once(
+def test_answers_in_packed_pieces_of_a_batch_compare_as_all_of_them_at_once(
     job: Jobs, data: Any, tmp_path: Path, objective: str
 ) -> None:
     file, training = data(objective), TRAINING | {"objective": f"{objective}(beta=1.0)"}
     losses, expected = trained(job(data=file, training=training), tmp_path / "whole")
-    told, update = trained(job(data=file, training=training, micro_batch=3), tmp_path / "pieces")
+    told, update = trained(job(data=file, training=training, micro_batch=3, packing=True), tmp_path / "pieces")
     assert told == pytest.approx(losses, abs=1e-5) and len(set(losses)) == len(losses)
     for key, value in update.items():
         torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=0)

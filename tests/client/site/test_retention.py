@@ -84,6 +84,16 @@ def test_what_trains_stays_nearer_to_what_it_is_held_to(holding: Any, recipe: st
     assert distance[0] < 0.9 * distance[1]
 
 
+@pytest.mark.parametrize("recipe", ["ewc(strength=1e3)", "distil(strength=5.0)"])
+def test_a_penalty_counts_once_and_what_is_recalled_goes_with_its_rows_in_packed_pieces(
+    holding: Any, recipe: str, tmp_path: Path
+) -> None:
+    whole = trained(holding(recipe), tmp_path)
+    pieces = trained(holding(recipe, micro_batch=2, packing=True), tmp_path)
+    for key, value in pieces.items():
+        torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=0)
+
+
 def test_surgery_moves_the_values_once_after_each_step(holding: Any) -> None:
     """0.1 of the way, whatever the number of layers, and not 0.718 as where each of twelve layers moves them all."""
     job = holding("surgery(alpha=0.1)", training={"learning_rate": 1e-30})
