@@ -17,6 +17,7 @@ class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSED: _ClassVar[TaskState]
     FAILED: _ClassVar[TaskState]
     MEASURED: _ClassVar[TaskState]
+    AWAITING_APPROVAL: _ClassVar[TaskState]
 
 class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -43,6 +44,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOUND_CONTINUED: _ClassVar[Reason]
     BOUND_RETENTIONS: _ClassVar[Reason]
     BOUND_REPLAY_ROWS: _ClassVar[Reason]
+    BOUND_APPROVE: _ClassVar[Reason]
     FAULT_INTERNAL: _ClassVar[Reason]
     FAULT_DATA: _ClassVar[Reason]
     FAULT_EMULATOR: _ClassVar[Reason]
@@ -62,6 +64,7 @@ UPLOADING: TaskState
 REFUSED: TaskState
 FAILED: TaskState
 MEASURED: TaskState
+AWAITING_APPROVAL: TaskState
 REASON_UNSPECIFIED: Reason
 BOUND_BASES: Reason
 BOUND_DATA: Reason
@@ -85,6 +88,7 @@ BOUND_MIN_NOISE: Reason
 BOUND_CONTINUED: Reason
 BOUND_RETENTIONS: Reason
 BOUND_REPLAY_ROWS: Reason
+BOUND_APPROVE: Reason
 FAULT_INTERNAL: Reason
 FAULT_DATA: Reason
 FAULT_EMULATOR: Reason

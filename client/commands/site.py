@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from offsite.client.commands.approvals import approve, pending, reject
 from offsite.client.commands.identity import enrol
 from offsite.client.site.record import record
 from offsite.protos.telemetry.logs import Form, begin
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from offsite.emulator.examples import Census
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take part as a data site.")
-app.command()(enrol)
+for command in (enrol, pending, approve, reject):
+    app.command()(command)
 
 
 @app.command()
@@ -56,6 +58,9 @@ def join(
             min=0, help="Sequences in work at once; 0: all of a batch, and half as many whenever memory runs out."
         ),
     ] = 0,
+    packing: Annotated[
+        bool, typer.Option(help="Compute nothing of padding, where the model keeps packed sequences apart.")
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option(help="Compute activations twice, to keep few of them in memory: the same result, slower.")
     ] = False,
@@ -113,7 +118,8 @@ def join(
     say = _saying(format, log_format, meter)
     _warn_of_few(say, census, rules.min_rows, data, policy)
     options: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
-    options |= {"name": engine, "threads": threads, "micro_batch": micro_batch, "checkpointing": checkpointing}
+    options |= {"name": engine, "threads": threads, "micro_batch": micro_batch}
+    options |= {"packing": packing, "checkpointing": checkpointing}
     spec = parse(EngineSpec, options, where="engine")
     channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)

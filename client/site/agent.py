@@ -14,11 +14,12 @@ from typing import Any
 
 from offsite.client.apart import all_of
 from offsite.client.channel import Channel
+from offsite.client.site.approvals import Approvals, request
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.launch import fork_server, last, launch
 from offsite.client.site.meter import Meter
-from offsite.client.site.policy import Policy
+from offsite.client.site.policy import Policy, refusal
 from offsite.client.site.reasons import because, reason
 from offsite.client.site.reporter import Reporter
 from offsite.protos import fleet_pb2 as pb
@@ -44,6 +45,7 @@ from offsite.protos.spec import Manifest, Span, TaskSpec, UpdateMetrics
 
 PATIENCE_S = 600.0  # with a coordinator that was right before: a person may be replacing its files
 WAIT_S = 20.0  # one long poll
+LOOK_S = 1.0  # between two looks whether a person has decided
 RETRY_S = 10.0  # before asking again a coordinator that has no room
 FILES = 2  # downloaded at once: one comes while the other is opened or closed
 IDLE_S = 600.0  # without a task, after which the libraries of trainers are given their memory back
@@ -74,6 +76,7 @@ class Agent:
 
     def __init__(self, channel: Channel, config: SiteConfig, *, say: Say) -> None:
         self._channel, self._config, self._work = channel, config, config.work
+        self._approvals = Approvals(config.work.path)
         self._show = say
         channel.waiting = lambda message: self._say("waiting", {"message": message})
         self._fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
@@ -174,6 +177,7 @@ class Agent:
             raise MismatchError(what, reason="FAULT_TASK")
         self._config.policy.check_task(task)
         self._config.policy.check_data(self._config.data)
+        self._approve(task, reporter)
         folder = self._work.task(task)
         folder.mkdir(parents=True, exist_ok=True)
         if task.examines:
@@ -206,6 +210,25 @@ class Agent:
         reporter.measured(exam.read_text() if exam.exists() else "")
         self._say("measured", about)
         self._work.clear(task)
+
+    def _approve(self, task: TaskSpec, reporter: Reporter) -> None:
+        """Wait for a person here, where the policy wants one; raises RefusedError if they say no."""
+        wish = request(task, self._config.policy, asked_by=self._channel.target)
+        if wish is None:
+            return
+        about = {"run": task.run, "round": task.number, "request": wish.id}
+        standing = self._approvals.ask(wish)
+        if standing.state == "pending":
+            self._say("approval", {**about, "state": "pending", "show": f"offsite site pending {self._work.path}"})
+            reporter.now(pb.AWAITING_APPROVAL)
+        while standing.state == "pending":
+            if reporter.stopped:
+                raise Stopped
+            time.sleep(LOOK_S)
+            standing = self._approvals.ask(wish)
+        self._say("approval", {**about, "state": standing.state, "by": standing.by, "why": standing.why})
+        if standing.state == "rejected":
+            raise refusal("approve", f"{standing.by} has rejected it" + (f": {standing.why}" if standing.why else ""))
 
     def _train(self, task: TaskSpec, folder: Path, reporter: Reporter) -> None:
         transfer = self._work_on(task, folder, reporter)

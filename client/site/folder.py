@@ -10,6 +10,7 @@
     anchors/        what they are held to, so as not to forget earlier tasks
     tasks/RUN/      what the open tasks give
     reservoirs/     rows that are kept of a run, for later ones to rehearse
+    approvals/      what a person here is asked to allow, and what was decided
     micro-batches/  of a run: how many rows at once this machine's memory has room for
     residuals/RUN/  what stages left out of an update, by its digest, for the run's next round
 

@@ -17,7 +17,7 @@ from offsite.client.site.meter import Meter
 from offsite.protos.addresses import Address
 from offsite.protos.telemetry.exposition import Exposition
 
-STATES = ("waiting", "downloading", "loading", "training", "uploading")
+STATES = ("waiting", "awaiting_approval", "downloading", "loading", "training", "uploading")
 OUTCOMES = ("uploaded", "measured", "refused", "failed", "stopped")
 SILENT_S = 90.0  # a coordinator that is there answers a poll within 20 s
 

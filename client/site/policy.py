@@ -67,6 +67,9 @@ class Policy:
     retentions: Annotated[tuple[Word, ...], Field(max_length=64)] = _bound(
         ("any",), "what may hold training to what earlier runs have learned, by name, or any"
     )
+    approve: Literal["none", "first", "each"] = _bound(
+        "none", "what waits for a person here: nothing, the first task of what a run asks for, or every round's"
+    )
     replay_rows: Count = _bound(
         0, "rows of a run that are kept on this disk for later ones to rehearse, and never sent"
     )

@@ -32,6 +32,7 @@ from offsite.protos.telemetry.logs import about
 REPORT_EVERY_S = 2.0
 MANIFESTS = 64  # whose lists of files are remembered
 STATES = {
+    pb.AWAITING_APPROVAL: "awaiting approval",
     pb.DOWNLOADING: "downloading",
     pb.LOADING: "loading",
     pb.TRAINING: "training",

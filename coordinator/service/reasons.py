@@ -25,6 +25,7 @@ _HINTS = {
     "continued": "let the run begin from the start, not from a version of another run",
     "retentions": "choose another training.retention, or none",
     "replay_rows": "it keeps no rows, or fewer: ask for fewer rows, or another training.retention",
+    "approve": "a person at the site has rejected what the run asks for",
     "suspicious": "the emulator or its first adapter has signs of being made to leak text",
 }
 _FAULTS = {

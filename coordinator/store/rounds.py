@@ -48,13 +48,13 @@ class Rounds(Database):
             run: the run.
             rounds: the first and the last round, counted from zero.
             moved_before: a task that has not got further since then is overdue. One that is only offered is not, as
-                long as its site is here: it may be busy with another run.
+                long as its site is here: it may be busy with another run. Nor is one that waits for a person there.
             begun_before: so is one whose site was first heard of in its round before then, at whichever attempt; its
                 row has `late`.
         """
         is_open = tasks.c.run == run, tasks.c.round.between(*rounds), tasks.c.state.in_(OPEN)
         here = sa.select(sites.c.seen_at).where(sites.c.name == tasks.c.site).scalar_subquery()
-        busy = sa.and_(tasks.c.state == "offered", here >= moved_before)
+        busy = sa.and_(tasks.c.state.in_(("offered", "awaiting approval")), here >= moved_before)
         heard = events.c.run == run, events.c.round == tasks.c.round + 1, events.c.site == tasks.c.site
         late = sa.select(sa.func.min(events.c.at)).where(*heard).scalar_subquery() < begun_before
         stuck = sa.and_(tasks.c.moved_at < moved_before, ~sa.func.coalesce(busy, False))

@@ -11,7 +11,8 @@ from offsite.protos.events import data as plain_data
 Row = sa.Row[Any]
 
 LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
-OPEN = ("offered", "taken", "downloading", "loading", "training", "uploading")  # of a task not over, in their order
+# Of a task not over, in their order.
+OPEN = ("offered", "taken", "awaiting approval", "downloading", "loading", "training", "uploading")
 
 # Sorted by their bytes wherever they are kept: sites are folded in the order of their names.
 Text = sa.String().with_variant(sa.String(collation="C"), "postgresql")

@@ -1,5 +1,6 @@
 """What the agent hands a trainer of the site's policy, and what it says of what the trainer tells."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from offsite.client.site import agent, rows
+from offsite.client.site.approvals import Approvals, request
 from offsite.client.site.folder import WorkFolder
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.client.site.meter import Meter
 from offsite.client.site.policy import Policy
-from offsite.client.site.reasons import faults
+from offsite.client.site.reasons import faults, reason
 from offsite.client.site.reporter import Reporter
 from offsite.coordinator.service.reasons import sentence
 from offsite.protos import fleet_pb2 as pb
@@ -136,6 +138,7 @@ class Owner:
     def __init__(self) -> None:
         self.grpc = SimpleNamespace(unary_unary=id_stub, unary_stream=id_stub, stream_stream=id_stub)
         self.sent: list[bytes] = []
+        self.target = "tuning.example.org:8443"
         self.error: Exception | None = None
 
     def call(self, *_: Any, **__: Any) -> None:
@@ -177,11 +180,13 @@ def fed_back(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(site, "_fetch", lambda task, reporter: (job().manifest, tmp_path, tmp_path / "adapter"))
     reporter: Any = SimpleNamespace(now=lambda *_, **__: None, on_stop=id, stopped=False, bytes_down=0, key=None)
 
-    def do(round: int, previous: str | None = None, *, attempt: int = 0) -> None:
-        task = replace(job().task, round=round, rounds=9, previous=previous, attempt=attempt)
+    def do(round: int, previous: str | None = None, *, attempt: int = 0, steps: int = 6) -> None:
+        task = replace(job(training={"steps": steps}).task, round=round, rounds=9, previous=previous, attempt=attempt)
         site._do(task, reporter)
 
-    yield SimpleNamespace(do=do, owner=owner, said=said, began=Leaving.numbers, work=work, config=config)
+    yield SimpleNamespace(
+        do=do, owner=owner, said=said, began=Leaving.numbers, work=work, config=config, reporter=reporter
+    )
     work.close()
 
 
@@ -252,6 +257,76 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
     assert not any(part in told for part in (secret, "notes", str(tmp_path), "line"))
     kept = (tmp_path / "work" / "site.log").read_text()
     assert kept.count(secret) == 2 - (case == "broken") and str(data) in kept
+
+
+@pytest.fixture
+def careful(fed_back: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A maker of agents whose policy asks a person, and what that person decides while the agent waits."""
+    decisions, states = list[tuple[Any, str]](), list[Any]()
+    approvals = Approvals(fed_back.work.path)
+
+    def look(seconds: float) -> None:
+        (waiting,) = (one for one in approvals.all() if one.state == "pending")
+        state, why = decisions.pop(0)
+        if state:
+            approvals.decide(waiting.id, state, why=why)
+
+    def ask(approve: str) -> None:
+        fed_back.config.policy = replace(fed_back.config.policy, approve=approve)
+
+    monkeypatch.setattr(agent, "time", SimpleNamespace(sleep=look, time=time.time, monotonic=time.monotonic))
+    fed_back.reporter.now = lambda state, **_: states.append(state)
+    return SimpleNamespace(**vars(fed_back), ask=ask, decisions=decisions, states=states, approvals=approvals)
+
+
+def test_a_person_allows_what_a_run_asks_for_once_and_is_asked_anew_for_anything_else(careful: Any) -> None:
+    careful.ask("first")
+    careful.decisions[:] = [(None, ""), (None, ""), ("approved", "")]
+    careful.do(0)
+    assert careful.states[0] == pb.AWAITING_APPROVAL and careful.owner.sent == [b"0"] and not careful.decisions
+    careful.do(1, digest_bytes(b"0"))  # the file holds after a restart, too: nothing else was kept
+    assert careful.owner.sent == [b"0", b"01"]
+    careful.decisions[:] = [("rejected", "too many steps")]
+    with pytest.raises(RefusedError, match=r"\(approve\): .* has rejected it: too many steps") as error:
+        careful.do(2, digest_bytes(b"01"), steps=7)
+    assert error.value.reason == "BOUND_APPROVE" and reason(error.value) in pb.Reason.keys()
+    with pytest.raises(RefusedError):
+        careful.do(2, digest_bytes(b"01"), steps=7)
+    approved, rejected = careful.approvals.all()
+    assert "steps: 6 a round" in "".join(approved.plan) and "steps: 7 a round" in "".join(rejected.plan)
+    told = "".join(careful.said)
+    assert f"offsite site pending {careful.work.path}" in told and "'state': 'approved'" in told
+    careful.approvals.decide(rejected.id, "approved")
+    careful.do(2, digest_bytes(b"01"), steps=7)
+
+
+def test_a_person_may_be_asked_in_every_round_and_a_run_that_ends_meanwhile_is_let_go(careful: Any) -> None:
+    careful.ask("each")
+    for number in range(2):
+        careful.decisions[:] = [("approved", "")]
+        careful.do(number, digest_bytes(b"0") if number else None)
+    assert [one.plan[0] for one in careful.approvals.all()] == [f"run run-1, round {n} of 9" for n in (1, 2)]
+    careful.reporter.stopped = True
+    with pytest.raises(agent.Stopped):
+        careful.do(2, digest_bytes(b"01"))
+
+
+def test_a_plan_says_in_words_what_is_trained_and_what_leaves(job: Any) -> None:
+    task = job().task
+    policy = Policy(bases=("any",), data=(), approve="first", max_steps=50)
+    wish = request(task, policy, asked_by="tuning.example.org:8443")
+    assert wish and request(task, replace(policy, approve="none"), asked_by="") is None
+    text = "\n".join(wish.plan)
+    for words in (
+        "run run-1, rounds: 1",
+        "asked by: tuning.example.org:8443; signed by the model's owner",
+        "method: lora(rank=4,alpha=8.0)",
+        "steps: 6 a round (at most 50 allowed), of 4 sequences",
+        "objective supervised, optimiser adamw",
+        "stages before the update leaves: none",
+        "how many sequences and tokens it saw, and their mean loss",
+    ):
+        assert words in text
 
 
 @pytest.fixture

@@ -110,10 +110,10 @@ class Stand:
         """Close a task without an update."""
         self.journal.close_task(key(task), state, message)
 
-    def move(self, task: Row, **values: Any) -> None:
+    def move(self, task: Row, state: str = "training", **values: Any) -> None:
         """Have a site say how far it is with a task, and the journal tell it."""
-        event = SiteState(round=task.round + 1, site=task.site, state="training", **values)
-        self.journal.set_task(key(task), event, state="training", moved_at=time.time(), **values)
+        event = SiteState(round=task.round + 1, site=task.site, state=state, **values)
+        self.journal.set_task(key(task), event, state=state, moved_at=time.time(), **values)
 
     def perform(self, step: str, spec: bytes, order: bytes, _: Needs) -> bytes:
         return to_json(getattr(self, f"_{step}")(order))

@@ -59,6 +59,28 @@ def test_a_site_that_is_here_and_busy_with_another_run_is_waited_for(
     assert [task.state for task in stand.journal.tasks("r")] == ["stalled", "uploaded"]
 
 
+def test_a_site_where_a_person_is_to_decide_is_waited_for_until_its_longest_time(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(stand, monkeypatch)
+    for site in ("bank", "ward"):
+        stand.journal.enrol(site)
+
+    def act(task: Any) -> None:
+        stand.journal.see(task.site)
+        if task.state == "offered":
+            stand.move(task, state="awaiting approval")
+        elif task.site == "ward" and clock.now > 1e6 + 200:
+            stand.upload(task)
+
+    stand.act = act
+    stand.submit("bank", "ward", stall_s=50.0, task_s=300.0)
+    stand.run()
+    bank, ward = stand.journal.tasks("r")
+    assert (bank.state, bank.message) == ("stalled", "was not done 300 s after it took its task")
+    assert ward.state == "uploaded"
+
+
 def test_a_task_has_a_longest_time_that_neither_progress_nor_a_restart_nor_an_attempt_renews(
     stand: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
