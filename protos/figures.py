@@ -1,7 +1,7 @@
 """The figures that tell a tuning's story, and the one way in which likelihoods become the perplexities of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,26 @@ WORSE = {  # than: what training must not do, and what it means for the figure
     (ATTACK, EMULATOR_ZERO_SHOT): "training made the emulator worse, so this attacks nothing",
 }
 
+# One that is no larger than so many times another: which of them is not what it is called then, and what it is.
+AS_GOOD = (
+    (EMULATOR_TUNED, 1.02, PLUG_IN, EMULATOR_TUNED, "sites hold what is as good as the plug-in: nothing is protected"),
+    (
+        PLUG_IN,
+        0.99,
+        BASE_TUNED,
+        BASE_TUNED,
+        "the plug-in is better, so this is no bound: the base was tuned too little",
+    ),
+    (EMULATOR_TUNED, 0.99, ATTACK, ATTACK, "the emulator tuned as asked is better, so this attack tells nothing"),
+    (
+        EMULATOR_ZERO_SHOT,
+        0.99,
+        BASE_ZERO_SHOT,
+        EMULATOR_ZERO_SHOT,
+        "the base is worse: the held-out text is too little",
+    ),
+)
+
 
 def doubts(row: Mapping[str, float | None], *, vocabulary: int | None = None) -> dict[str, str]:
     """Say of each perplexity of one tuning that cannot be right why not; `vocabulary` is the number of tokens."""
@@ -92,16 +112,37 @@ def doubts(row: Mapping[str, float | None], *, vocabulary: int | None = None) ->
     return reasons
 
 
+def remarks(row: Mapping[str, float | None]) -> dict[str, str]:
+    """Say of each perplexity of one tuning that may be right, but is not what it is called, what it is.
+
+    Of an emulator that is the base itself, as in plain federated training, nothing is said.
+    """
+    known = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
+    if known.get(BASE_ZERO_SHOT, -1.0) == known.get(EMULATOR_ZERO_SHOT):
+        known.pop(EMULATOR_TUNED, None)
+    return {
+        marked: why
+        for better, factor, worse, marked, why in AS_GOOD
+        if better in known and worse in known and known[better] <= factor * known[worse]
+    }
+
+
 def marks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Say of each figure of a report that cannot be right why not, by place: "overall" or "sites.<name>"."""
+    """Say of each figure of a report that cannot be right, or is not what it is called, why not.
+
+    By place: "overall" or "sites.<name>".
+    """
     places = {"overall": report["overall"], **{f"sites.{name}": row for name, row in report["sites"].items()}}
-    reasons = {place: doubts(row, vocabulary=report.get("vocabulary")) for place, row in places.items()}
+    reasons = {place: remarks(row) | doubts(row, vocabulary=report.get("vocabulary")) for place, row in places.items()}
     return {place: one for place, one in reasons.items() if one}
 
 
-def sentences(reasons: Mapping[str, str]) -> list[str]:
-    """Turn what is doubted of figures into warnings."""
-    return [f"the figure '{title(name)}' cannot be right: {why}" for name, why in reasons.items()]
+def sentences(row: Mapping[str, float | None], *, vocabulary: int | None = None, of: Container[str]) -> list[str]:
+    """Return warnings of some figures of a tuning."""
+    wrong = doubts(row, vocabulary=vocabulary)
+    said = {name: f"cannot be right: {why}" for name, why in wrong.items()}
+    said |= {name: f"is not what it is called: {why}" for name, why in remarks(row).items() if name not in wrong}
+    return [f"the figure '{title(name)}' {why}" for name, why in said.items() if name in of]
 
 
 def without_infinities(value: Any, place: str = "") -> tuple[Any, list[str]]:

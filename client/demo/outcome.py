@@ -26,6 +26,5 @@ def join(report: dict[str, Any], measured: Mapping[What, Pooled], *, started: fl
         report["overall"], list(attacks), task=True, tuned_on="the sites' data in one place"
     )
     report["marks"] = marks(report)
-    wrong = {name: why for name, why in report["marks"].get("overall", {}).items() if name in FIGURES.values()}
-    report["warnings"] += sentences(wrong)
+    report["warnings"] += sentences(report["overall"], vocabulary=report.get("vocabulary"), of=FIGURES.values())
     report["seconds"] = seconds(report["spans"], start=started, end=time.time())

@@ -24,7 +24,6 @@ from offsite.protos.figures import (
     EMULATOR_ZERO_SHOT,
     PLUG_IN,
     Score,
-    doubts,
     marks,
     perplexity,
     protection,
@@ -139,8 +138,8 @@ def perplexities(
 
 
 def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> list[str]:
-    """Say what a careful reader would object to, and which figures cannot be right."""
-    objections, wrong = [], doubts(overall, vocabulary=vocabulary)
+    """Say what a careful reader would object to, and which figures are not what they should be."""
+    objections = []
     base, emulator = overall.get(BASE_ZERO_SHOT), overall.get(EMULATOR_ZERO_SHOT)
     if base and emulator and emulator > UNUSABLE * base:
         objections.append(
@@ -155,7 +154,7 @@ def warnings(overall: dict[str, float], *, vocabulary: int | None = None) -> lis
     plug_in = overall.get(PLUG_IN)
     if base and plug_in and plug_in >= base:
         objections.append(f"tuning did not help: plug-in perplexity {plug_in:.2f}, base zero-shot {base:.2f}")
-    return objections + sentences({name: why for name, why in wrong.items() if name not in odd})
+    return objections + sentences(overall, vocabulary=vocabulary, of=overall.keys() - {*odd})
 
 
 def _experts(history: History) -> dict[str, Any]:

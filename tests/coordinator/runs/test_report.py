@@ -2,11 +2,12 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
 from offsite.coordinator.runs.report import perplexities, warnings
-from offsite.protos.figures import Score, doubts, marks, protection, without_infinities
+from offsite.protos.figures import Score, doubts, marks, protection, title, without_infinities
 from offsite.protos.timeline import seconds
 
 
@@ -72,6 +73,28 @@ def test_a_figure_that_cannot_be_right_is_marked_and_warned_of(figure: str, valu
     told = warnings(row, vocabulary=49_152)
     assert any("cannot be right" in one or "finite" in one for one in told)
     assert not [one for one in warnings(HONEST, vocabulary=49_152) if "cannot be right" in one]
+
+
+@pytest.mark.parametrize(
+    ("changes", "figure", "what"),
+    [
+        ({"emulator_tuned": 9.1, "attack": 9.05}, "emulator_tuned", "as good as the plug-in: nothing is protected"),
+        ({"plug_in": 6.0}, "base_tuned", "the plug-in is better, so this is no bound"),
+        ({"attack": 70.0}, "attack", "the emulator tuned as asked is better, so this attack tells nothing"),
+        ({"emulator_zero_shot": 10.0, "emulator_tuned": 9.9}, "emulator_zero_shot", "the base is worse"),
+    ],
+)
+def test_a_figure_that_is_not_what_it_is_called_is_called_what_it_is(changes: Any, figure: str, what: str) -> None:
+    row = HONEST | {"attack": 9.5} | changes
+    marked = marks({"overall": row, "sites": {}})["overall"]
+    assert list(marked) == [figure] and what in marked[figure]
+    (warning,) = warnings(row)
+    assert warning.startswith(f"the figure '{title(figure)}' is not what it is called: ") and what in warning
+
+
+def test_nothing_is_said_of_an_emulator_that_is_the_base() -> None:
+    federated = {"base_zero_shot": 10.0, "emulator_zero_shot": 10.0, "emulator_tuned": 7.0, "plug_in": 7.0}
+    assert marks({"overall": federated | {"base_tuned": 7.0}, "sites": {}}) == {}
 
 
 def test_where_no_attack_was_asked_for_the_report_says_so_and_claims_nothing() -> None:
