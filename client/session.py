@@ -117,6 +117,17 @@ class Run:
             raise RunError(f"run {self.id} {self.state}: {self.error}")
         return self
 
+    def log_to(self, *targets: str) -> Self:
+        """Write the run's figures to `tensorboard:DIR`, `mlflow:URI` or `otlp:URL` until it ends, and return it.
+
+        Raises InputError for another target, ResourceError where the extra that it needs is not installed.
+        """
+        from offsite.client.loggers import logged
+
+        for _ in logged(self, self.watch(), targets):
+            pass
+        return self
+
     def cancel(self) -> Self:
         """End the run; sites stop at their next report."""
         self._reply = self._session.call("Cancel", pb.RunId(id=self.id))

@@ -12,6 +12,8 @@ from offsite.client.commands.options import Coordinator, Format, Kit
 from offsite.protos.output import as_json, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from offsite.client.answers import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit federated runs and look after them.")
@@ -125,12 +127,21 @@ def show(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
 
 
 @app.command()
-def watch(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text") -> None:
+def watch(
+    id: Id,
+    coordinator: Coordinator,
+    identity: Kit,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND:PLACE", help="Also write figures to tensorboard:DIR, mlflow:URI or otlp:URL."),
+    ] = None,
+    format: Format = "text",
+) -> None:
     """Follow a run until it ends; exit code 10 if it failed or was cancelled."""
     from offsite.client.session import connect
 
     with connect(coordinator, identity=identity, patience_s=RESTART_S) as session:
-        _follow(session.run(id), format)
+        _follow(session.run(id), format, log or ())
 
 
 @app.command()
@@ -294,15 +305,16 @@ def sites(coordinator: Coordinator, identity: Kit, format: Format = "text") -> N
         print(plain(f"{site.name}  {site.examples} examples  {contact}  offsite {site.version}"))
 
 
-def _follow(run: Any, format: str) -> None:
+def _follow(run: Any, format: str, targets: "Sequence[str]" = ()) -> None:
     from rich.console import Console
 
     from offsite.client.figures import table
+    from offsite.client.loggers import logged
     from offsite.client.progress import follow
     from offsite.protos.errors import RunError
 
     console = Console()
-    follow(run.watch(), run.spec, console=console, format=format)
+    follow(logged(run, run.watch(), targets), run.spec, console=console, format=format)
     if run.state != "completed":
         raise RunError(f"run {run.id} {run.state}: {run.error}")
     if format == "text":
