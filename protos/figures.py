@@ -54,6 +54,13 @@ class Score:
     tokens: Amount
 
 
+def total(scores: Iterable[Score]) -> Score:
+    """Return the score of several texts together."""
+    known = list(scores)
+    nll = [score.nll for score in known if score.nll is not None]
+    return Score(nll=sum(nll) if len(nll) == len(known) else None, tokens=sum(score.tokens for score in known))
+
+
 def perplexity(scores: Iterable[Score]) -> float:
     """Perplexity over all tokens of several texts; capped where floats end.
 

@@ -153,6 +153,7 @@ class RunSpec:
     merge: Flag = False  # also publish the merged model
     start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing
     task: Task = ""  # what the run learns, by a name of its own; empty: it has none
+    known_by: Start = ""  # RUN, or RUN:ROUND, that measured what this task's rows are like; empty: it goes by its name
     memory: Chosen = MEMORY  # how versions accumulate over rounds, and over the runs that go on from one another
 
 

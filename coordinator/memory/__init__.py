@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from offsite.coordinator.memory.base import PREFIX, Combine, Memory, Moment
+from offsite.coordinator.memory.base import PREFIX, SUMS, Combine, Memory, Moment
 from offsite.kernels.plugins import Plugins
 from offsite.protos.errors import InputError
 
-__all__ = ["MEMORIES", "PREFIX", "Combine", "Memory", "Moment", "make"]
+__all__ = ["MEMORIES", "PREFIX", "SUMS", "Combine", "Memory", "Moment", "make"]
 
 MEMORIES: Plugins[Memory] = Plugins(
     "memory",

@@ -13,7 +13,9 @@ from offsite.coordinator.aggregation.base import Version
 from offsite.kernels.schema import Rule, Schema, Tensors
 from offsite.protos.ranges import Name
 
-__all__ = ["PREFIX", "Combine", "Memory", "Moment"]
+SUMS = PREFIX + "sums."  # so the names begin of what tasks are known by, which runs keep beside what memories do
+
+__all__ = ["PREFIX", "SUMS", "Combine", "Memory", "Moment"]
 
 Combine = Literal["one", "max", "route"]  # there is one; the largest of their probabilities; the one of a set's task
 

@@ -24,22 +24,22 @@ def granted(journal: Journal, run: str) -> Grant:
     return History(journal, run).get(GRANT) or from_json(Grant, journal.run(run).spec, where="run spec")
 
 
-def ancestor(journal: Journal, start: str) -> Ancestor:
+def ancestor(journal: Journal, start: str, *, field: str = "start") -> Ancestor:
     """Return the version that RUN or RUN:ROUND stands for; raises NotFoundError, and InputError if it is not there."""
     run, _, number = start.partition(":")
     state, done = journal.run(run).state, journal.rounds_done([run]).get(run, 0)
     if not done:
-        raise InputError(f"start: run {run} is {state}, and none of its rounds is done")
+        raise InputError(f"{field}: run {run} is {state}, and none of its rounds is done")
     if not number and state != "completed":
-        raise InputError(f"start: run {run} is {state}; name a round of it that is done, such as {run}:{done}")
+        raise InputError(f"{field}: run {run} is {state}; name a round of it that is done, such as {run}:{done}")
     if int(number or done) > done:
-        raise InputError(f"start: run {run} has no round {number}; {run}:{done} is the last that is done")
+        raise InputError(f"{field}: run {run} has no round {number}; {run}:{done} is the last that is done")
     gone = journal.withdrawn([run])
     left = [at for at in range(1, done + 1) if (run, at) not in gone]
     chosen = int(number) if number else max(left, default=done)
     if row := gone.get((run, chosen)):
         last = f"{run}:{left[-1]} is the last that was not" if left else "and so was all of the run; name another"
-        raise InputError(f"start: {run}:{chosen} was taken back by {row.by} ({plain(row.reason)}); {last}")
+        raise InputError(f"{field}: {run}:{chosen} was taken back by {row.by} ({plain(row.reason)}); {last}")
     before = granted(journal, run).continues
     return Ancestor(run=run, round=chosen, rounds=chosen + (before.rounds if before else 0))
 

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from offsite.protos.documents import document, plain
-from offsite.protos.ranges import Flag, Place
-from offsite.protos.spec import Ancestor, FileEntry, RunSpec
+from offsite.protos.ranges import Digest, Flag, Place
+from offsite.protos.spec import Ancestor, Choice, FileEntry, RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
 
@@ -22,10 +22,19 @@ class Input:
 
 
 @document
+class Known:
+    """What a run's task is known by."""
+
+    method: Choice  # that measured it
+    sums: Digest  # the file of what it gave
+
+
+@document
 class Grant(RunSpec):
     """A run with the places of its model and texts, as its steps read them; it stays at the coordinator."""
 
     continues: Ancestor | None = None  # the version that `start` stands for
+    known: Known | None = None  # what `known_by` stands for
     role: Literal["owner", "researcher"] = "owner"  # of who submitted it
     names: dict[Place, Place] = Field(default_factory=dict)  # place -> what the run calls it
     folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere

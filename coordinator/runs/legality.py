@@ -194,6 +194,10 @@ def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
         raise InputError(
             f"memory {own.name} keeps what each task has learned; name this run's, as in task = 'hospital'"
         )
+    if spec.known_by and own.combine != "route":
+        raise InputError(
+            f"known_by: memory {own.name} keeps nothing by task, so that none has to be told from others; leave it out"
+        )
     if spec.merge and own.combine != "one":
         raise InputError(
             f"merge: memory {own.name} as it is set answers by several adapters, and no one model has them merged; "

@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
@@ -195,7 +196,13 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         if spec.start:
             self._seen(spec.start.partition(":")[0], person)
             continues = continuing.ancestor(self._journal, spec.start)
-        return self._policy.grant(spec, role=person.role, person=person.name, live=live, continues=continues)
+        grant = self._policy.grant(spec, role=person.role, person=person.name, live=live, continues=continues)
+        if not spec.known_by:
+            return grant
+        from offsite.coordinator.runs import knowing  # brings torch, too
+
+        self._seen(spec.known_by.partition(":")[0], person)
+        return replace(grant, known=knowing.known(self._journal, spec, continues))
 
     def _seen(self, run: str, person: Peer) -> Row:
         """Return a run that a person may see; for others' runs the error is that of one that does not exist."""

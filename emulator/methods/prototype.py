@@ -34,6 +34,7 @@ class Prototype(Tallied):
     salt: int = 0  # of the projection and the keys
 
     name: ClassVar[str] = "prototype"
+    asks_model: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2308.02084"
     formula: ClassVar[Formula] = Formula("layer", "0", once="size + 1")
 

@@ -34,6 +34,7 @@ class Signature(Tallied):
     salt: str = ""
 
     name: ClassVar[str] = "signature"
+    asks_model: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2410.10868"
     formula: ClassVar[Formula] = Formula("layer", "0", once="2 * buckets + 1")
 

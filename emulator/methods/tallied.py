@@ -38,6 +38,7 @@ class Tallied(Averaged, ABC):
     """A method of this kind; nothing trains, and no weight changes."""
 
     name: ClassVar[str]
+    asks_model: ClassVar[bool]  # see `routing.Telling`
     needs: ClassVar[frozenset[str]] = frozenset()
     rate: ClassVar[float] = 1e-3  # of no bearing: nothing trains
     rules: ClassVar[frozenset[Rule]] = frozenset({Rule.SUM})

@@ -5,7 +5,7 @@ A task is known by the sums that its sites measured, by a method that tells task
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from offsite.emulator.modality import Batch
 @runtime_checkable
 class Telling(Protocol):
     """A measuring method (`methods.base.Measuring`) whose sums tell the data of one task from another's."""
+
+    asks_model: ClassVar[bool]  # whether a row is told by a model's hidden states, and not by itself alone
 
     def rows(self, model: nn.Module, places: Mapping[int, int], batch: Batch) -> dict[str, Tensor]:
         """Return what each row of a batch on the model's device gives, (b, ...) by part."""

@@ -24,8 +24,9 @@ from offsite.emulator.methods import Method
 from offsite.emulator.modality import Batch
 from offsite.emulator.plug import plug_all
 from offsite.emulator.precision import DTYPES
+from offsite.emulator.routing.tasks import Tasks
 from offsite.protos import tensors
-from offsite.protos.figures import Score
+from offsite.protos.figures import Score, total
 from offsite.protos.ranges import finite
 
 EVALUATION_BATCH = 8
@@ -56,7 +57,8 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
 def _plugged(node: Node, spec: Grant, order: Evaluate, method: Method) -> Evaluation:
     """Measure the base with what a version answers by.
 
-    Of an ensemble also each expert alone; where one of several is chosen, a set by that of its name, or the newest one.
+    Of an ensemble also each expert alone. Where one of several is chosen, a row is measured by that of the task that it
+    is most like, if tasks are known by their data, and else a set by that of its name, or the newest one.
     """
     timeline, blobs, scores = Timeline(), node.blobs(), dict[str, Score]()
     with timeline.span("loading"):
@@ -64,10 +66,14 @@ def _plugged(node: Node, spec: Grant, order: Evaluate, method: Method) -> Evalua
         adapters = memory.experts(blobs, spec, order)
     texts = exams(node, spec, tokenizer, sets=order.sets)
     if memory.combine(spec) == "route" and len(adapters) > 1:
+        known = memory.tasks(blobs, spec, order)
         for name, batches in texts.items():
-            expert = adapters[name if name in adapters else [*adapters][0]]
-            model = plug_all(twin(base, range(len(layers(base)))), method, {name: expert}).to(_device()).eval()
-            scores |= measure(model, {name: batches}, timeline)
+            parts = _by_data(known, batches) if known else {name if name in adapters else [*adapters][0]: batches}
+            part_scores = []
+            for task, part in parts.items():
+                model = plug_all(twin(base, range(len(layers(base)))), method, {task: adapters[task]})
+                part_scores.append(measure(model.to(_device()).eval(), {name: part}, timeline)[name])
+            scores[name] = total(part_scores)
         return Evaluation(sets=scores, spans=tuple(timeline))
     with timeline.span("loading"):
         model = plug_all(base, method, adapters).to(_device()).eval()
@@ -76,6 +82,12 @@ def _plugged(node: Node, spec: Grant, order: Evaluate, method: Method) -> Evalua
     if isinstance(model, Ensemble):
         alone = {name: measure(one, texts, timeline) for name, one in zip(model.names, model.experts, strict=True)}
     return Evaluation(sets=scores, experts=alone, spans=tuple(timeline))
+
+
+def _by_data(known: Tasks, batches: list[Batch]) -> dict[str, list[Batch]]:
+    """Return rows by the task that each is most like."""
+    parts = known.apart(batches)
+    return {task: evaluation_batches(parts[task], batch_size=EVALUATION_BATCH) for task in sorted(parts)}
 
 
 def _device() -> str:

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation.base import KEPT, RETENTION, Origin
 from offsite.coordinator.bundles.stored import recovered
-from offsite.coordinator.memory import PREFIX, Combine, Moment
+from offsite.coordinator.memory import PREFIX, SUMS, Combine, Moment
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.steps.orders import Evaluate, Publish
 from offsite.coordinator.runs.steps.storage import load_version, store_version
@@ -15,8 +16,10 @@ from offsite.coordinator.store.blobs import Blobs
 from offsite.emulator import methods
 from offsite.emulator.methods import Adapter
 from offsite.emulator.methods.base import Carrying, takes
+from offsite.emulator.routing.tasks import Tasks
 from offsite.kernels.schema import Schema
 from offsite.protos import tensors
+from offsite.protos.errors import InputError
 
 
 def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, start: Version, schema: Schema) -> Version:
@@ -28,7 +31,8 @@ def begin(blobs: Blobs, scratch: Path, spec: Grant, version: Version, start: Ver
     if own.accumulates:
         last = load_version(blobs, version)
         begun = own.begin(last, load_version(blobs, start), schema, _moment(spec, 0))
-        return store_version(blobs, scratch, _handed_on(spec, last, begun, schema))
+        own_version = store_version(blobs, scratch, _handed_on(spec, last, begun, schema))
+        return replace(own_version, state={**own_version.state, **_known(spec)})
     if _carries(spec):
         return version
     return replace(version, state={name: kept for name, kept in version.state.items() if not name.startswith(PREFIX)})
@@ -47,7 +51,7 @@ def after(
     before = load_version(blobs, last)
     version = own.after(before, new, schema, _moment(spec, number - spec.rounds_before + 1))
     version = _handed_on(spec, new, version, schema)
-    kept = KEPT if _carries(spec) else RETENTION
+    kept = KEPT if _carries(spec) else (RETENTION, SUMS)
     others = [name for name in before.state if name.startswith(kept)]
     return replace(version, state=version.state | {name: before.state[name] for name in others})
 
@@ -72,6 +76,22 @@ def experts(blobs: Blobs, spec: Grant, order: Evaluate | Publish) -> dict[str, A
 def combine(spec: Grant) -> Combine:
     """Return how they answer together."""
     return memory.make(spec.memory.name, spec.memory.settings).combine
+
+
+def tasks(blobs: Blobs, spec: Grant, order: Evaluate | Publish) -> Tasks | None:
+    """Return what the tasks that a version answers for are known by; None where they go by their names."""
+    if spec.known is None:
+        return None
+    method: Any = methods.make(spec.known.method.name, spec.known.method.settings)
+    files = {name.removeprefix(SUMS): digest for name, digest in order.memory.items() if name.startswith(SUMS)}
+    return Tasks(method, {task: tensors.load(blobs.path(digest)) for task, digest in sorted(files.items())})
+
+
+def _known(spec: Grant) -> dict[str, str]:
+    """Return by its name what a run's own task is known by; raises InputError where no run can be named."""
+    if spec.known_by and spec.known is None:
+        raise InputError("known_by names a run of a coordinator, and there are none here; leave it out")
+    return {SUMS + spec.task: spec.known.sums} if spec.known else {}
 
 
 def _handed_on(

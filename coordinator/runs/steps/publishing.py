@@ -37,6 +37,8 @@ def publish(node: Node, spec: Grant, order: Publish) -> Publication:
         if len(folders) > 1:
             together = {"combine": memory.combine(spec), "experts": folders}
             (Path(scratch) / ENSEMBLE).write_text(json.dumps(together, indent=2) + "\n")
+        if known := memory.tasks(blobs, spec, order):
+            known.save(Path(scratch))
         if spec.merge and not order.folder:
             room(node.root, 2 * sum(parameter.nbytes for parameter in model.parameters()))
             method.merge(model, adapter)
