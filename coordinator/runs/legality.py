@@ -17,8 +17,10 @@ from offsite.emulator.methods import Method
 from offsite.emulator.methods.base import Carrying, Measuring, takes
 from offsite.emulator.modality import read
 from offsite.emulator.outline import REDUCTION
+from offsite.emulator.parts import Allotting
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
+from offsite.protos.documents import nearest
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
 from offsite.protos.spec import MEMORY, OPTIMISER, PART, RETENTION, Choice, RunSpec, TrainingSpec
@@ -152,7 +154,17 @@ def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
 
     def why(other: RunSpec) -> str:
         if isinstance(own, Carrying):
-            return unlike(leaves(other).method, leaves(spec).method)
+            left, its = leaves(other).method, other.strategy.name
+            if why := unlike(left, leaves(spec).method):
+                return why
+            kind = methods.METHODS[left.name]
+            if pairs.keeps_values(kind, aggregation.STRATEGIES[its]):
+                return ""
+            return (
+                f"is of strategy {its}, which writes products in other factors after each round, so that what "
+                f"{own.name} measures would be of values that mean nothing in the next; name a run of "
+                f"{' or '.join(pairs.keeping(kind))}"
+            )
         method = methods.make(other.method.name, other.method.settings)
         gives = method.gives if isinstance(method, Measuring) else "nothing"
         if gives == taken:
@@ -232,6 +244,12 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
             f"training.part: {part.name} trains what does nothing without the rest, and this run begins anew, with the "
             f"rest untrained; name a run of the method {method.name} as start, or use part {PART.name}"
         )
+    strange = sorted(part.sites.keys() - {*spec.sites}) if isinstance(part, Allotting) and spec.sites else []
+    if strange:
+        raise InputError(
+            f"training.part: {part.name} says what site {strange[0]!r} trains, and the run has no such site; "
+            f"{nearest(strange[0], sorted(spec.sites))}"
+        )
     if not pairs.folds(strategy, part):
         raise InputError(
             f"training.part: strategy {strategy.name} folds all tensors together, and with part {part.name} an update "
@@ -301,12 +319,10 @@ def _judge_retention(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     if not pairs.retains(held, method):
         raise InputError(f"{what} cannot hold what method {method.name} trains; use one of: {others}")
     if held.valued and not pairs.keeps_values(method, strategy):
-        keeping = [
-            name for name in pairs.strategies(method) if pairs.keeps_values(method, aggregation.STRATEGIES[name])
-        ]
         raise InputError(
             f"{what} compares values one by one, and strategy {strategy.name} writes products in other factors after "
-            f"each round; use one of the strategies {', '.join(keeping) or 'none'}, or one of the retentions {others}"
+            f"each round; use one of the strategies {', '.join(pairs.keeping(method)) or 'none'}, or one of the "
+            f"retentions {others}"
         )
     if held.valued and len(tiers(spec) or method.tiers()) > 1:
         raise InputError(f"{what} compares values one by one, and sites of several tiers have others; use one tier")

@@ -57,6 +57,11 @@ def keeps_values(method: Method | type[Method], strategy: Strategy | type[Strate
     return Rule.PRODUCT not in method.rules or Rule.PRODUCT not in strategy.exact
 
 
+def keeping(method: Method | type[Method]) -> list[str]:
+    """Name the strategies that fold what a method trains, and with which it is so."""
+    return [name for name in strategies(method) if keeps_values(method, aggregation.STRATEGIES[name])]
+
+
 def retentions(method: Method, strategy: Strategy) -> list[str]:
     """Name the retentions that go with a method and a strategy."""
     return sorted(

@@ -80,6 +80,8 @@ class Scoring(Protocol):
 class Allotting(Protocol):
     """A part whose settings say what each site trains. A site is told its own: the others' say who else takes part."""
 
+    sites: Mapping[str, int]  # those that settings name
+
     def settings_at(self, site: str) -> dict[str, Any]:
         """Return settings with which this site trains the same as with these."""
         ...
@@ -119,6 +121,23 @@ def by_layer(schema: Schema) -> Layers:
         else:
             own.setdefault(int(layer), []).append(group)
     return Layers(dict(sorted(own.items())), common)
+
+
+def units(schema: Schema, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return groups by what they train with, in their order: a map's tensors that no group is made of go together.
+
+    Some of these do nothing without others, as the first matrix of a bottleneck while the second is zero.
+    """
+    alone = {_map(name) for name in names if name in schema}
+    together: dict[str, list[str]] = {}
+    for name in names:
+        together.setdefault(_map(name) if _map(name) in alone else name, []).append(name)
+    return together
+
+
+def _map(group: str) -> str:
+    layer, _, path = group.partition(".")
+    return f"{layer}.{path.rpartition('.')[0] or path}"
 
 
 def refuse_choice(part: Part, chosen: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 from math import prod
 from typing import Any, ClassVar
 
-from offsite.emulator.parts.base import Turn, by_layer, refuse_choice
+from offsite.emulator.parts.base import Turn, by_layer, refuse_choice, units
 from offsite.kernels.schema import Schema, groups
 
 
@@ -82,23 +82,20 @@ class ByCapability:
     def _cut(self, schema: Schema) -> list[list[str]]:
         """Return the groups of each shard, none of which is empty: one ends where it has its share of what is left."""
         own, common = by_layer(schema)
-        units, keys = dict[str, list[str]](), groups(schema)
-        ordered = [*common, *chain.from_iterable(own.values())]
-        alone = {_map(group) for group in ordered if group in schema}  # maps with tensors that no group is made of
-        for group in ordered:  # some of which do nothing without others of their map
-            units.setdefault(_map(group) if _map(group) in alone else group, []).append(group)
-        if len(units) < self.shards:
+        keys = groups(schema)
+        together = units(schema, [*common, *chain.from_iterable(own.values())])
+        if len(together) < self.shards:
             raise ValueError(
-                f"part by-capability cuts an adapter into {self.shards} shards, and this one has {len(units)} maps or "
-                "groups of tensors; ask for fewer shards, or use a method or layers with more of them"
+                f"part by-capability cuts an adapter into {self.shards} shards, and this one has {len(together)} maps "
+                "or groups of tensors; ask for fewer shards, or use a method or layers with more of them"
             )
         # Open sizes are left out, so that sites of all tiers have the same shards: both factors of a product have one.
         sizes = [
             sum(prod(filter(None, schema[key].shape)) for group in unit for key in keys[group])
-            for unit in units.values()
+            for unit in together.values()
         ]
         rest, size, cut = sum(sizes), 0, list[list[str]]([[]])
-        for left, unit, more in zip(range(len(units) - 1, -1, -1), units.values(), sizes, strict=True):
+        for left, unit, more in zip(range(len(together) - 1, -1, -1), together.values(), sizes, strict=True):
             cut[-1] += unit
             size += more
             wanting = self.shards - len(cut)
@@ -106,7 +103,3 @@ class ByCapability:
                 cut.append([])
                 rest, size = rest - size, 0
         return cut
-
-
-def _map(group: str) -> str:
-    return group.rpartition(".")[0]

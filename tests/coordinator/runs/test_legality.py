@@ -1,5 +1,6 @@
 """Which stages of an upload a run may ask for."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -145,12 +146,35 @@ def test_sites_that_move_along_the_same_directions_train_the_same_part(
     training = TrainingSpec(optimiser=Choice(name="spsa-gc"), learning_rate=1e-3, part=parse_one(part))
     spec = RunSpec(model="nowhere", builders=(WHOLE,), training=training)
     words = (
-        "spsa-gc all sites move .* one of the parts all, by-capability, half, lisa, .* one of the optimisers adamw, "
-        "natural-galore$"
+        "spsa-gc all sites move .* one of the parts all, by-capability, by-task, half, lisa, .* one of the optimisers "
+        "adamw, natural-galore$"
     )
     with pytest.raises(InputError, match=words) if refused else nullcontext():
         legality.judge(spec)
     legality.judge(replace(spec, training=replace(training, optimiser=Choice(name="adamw"))))
+
+
+def test_a_part_that_names_a_site_which_the_run_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality.zoo, "look_up", lambda *_, **__: None)
+    spec = RunSpec(model="nowhere", builders=(WHOLE,), sites=("bank", "clinic"), strategy=Choice(name="low-rank"))
+
+    def carried(site: str) -> RunSpec:
+        return replace(spec, training=TrainingSpec(part=Choice(name="by-capability", settings={"sites": {site: 2}})))
+
+    legality.judge(carried("clinic"))
+    legality.judge(replace(carried("clinik"), sites=()))  # whoever is enrolled by then
+    with pytest.raises(InputError, match="says what site 'clinik' trains, and the run has no .*; did you mean clinic"):
+        legality.judge(carried("clinik"))
+
+
+def test_squares_are_measured_of_values_that_mean_the_same_in_the_next_round() -> None:
+    fisher = RunSpec(model="m", method=Choice(name="fisher"), strategy=Choice(name="sum"), start="lora")
+    why = legality.beginning(fisher)
+    lora = RunSpec(model="m", method=Choice(name="lora", settings={}))
+    assert why and why(replace(lora, strategy=Choice(name="factor-mean"))) == why(replace(fisher, start="sums")) == ""
+    assert re.search(
+        "is of strategy low-rank, which writes .* fisher measures .*; name a run of factor-mean", why(lora)
+    )
 
 
 def test_a_part_of_what_has_been_learned_already_needs_a_version_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Halves: bases that are everybody's, one half at a time, and what comes of them rejoined."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from offsite.emulator.methods.halves import basis, rejoined
 from offsite.emulator.methods.proof import Witness
 from offsite.emulator.parts import Turn
 from offsite.emulator.parts.training import Trained, freeze, whole_schema
+from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.kernels.schema import groups, only
 
 PLACES = {0: 0, 5: 5}
@@ -122,6 +124,43 @@ def test_halves_of_two_sites_are_rejoined_as_they_are_and_two_of_one_half_are_av
         weights(folded("b", "c"), tiny), *(weights(updates[site], tiny) for site in "bc"), strict=True
     ):
         torch.testing.assert_close(mean, 0.6 * sites[0] + 0.4 * sites[1], atol=1e-7, rtol=1e-4)
+
+
+def test_halves_that_were_rejoined_learn_more_when_they_train_together(tiny: Any, text: Any) -> None:
+    base, start = tiny(), METHOD.start(tiny(), PLACES, seed=0)
+    schema, by = whole_schema(METHOD, start), parts.make("by-expert", {})
+    samples = [sample for batch in text for sample in batch.samples]
+
+    def trained(adapter: Adapter, names: Any) -> Adapter:
+        model = METHOD.attach(copy.deepcopy(base), PLACES, adapter)
+        live = freeze(METHOD.named_parameters(model, PLACES), Trained(only(schema, names)))
+        tune(model, live, samples, Schedule(6, 5e-3))
+        return METHOD.state(model, PLACES)
+
+    @torch.no_grad()
+    def loss(adapter: Adapter) -> float:
+        return modality.score(METHOD.attach(copy.deepcopy(base), PLACES, adapter), text).mean
+
+    apart = [trained(start, by.groups(schema, Turn(0, at, "ward"))) for at in (0, 1)]
+    whole = start | {key: one[key] for one in apart for key in start if not torch.equal(one[key], start[key])}
+    assert whole.keys() == start.keys() and not any(torch.equal(whole[key], start[key]) for key in start)
+    joint = trained(whole, groups(schema))
+    assert loss(joint) < loss(whole) < min(map(loss, apart)) < loss(start)
+    assert not any(torch.equal(joint[key], whole[key]) for key in start), "both halves train"
+
+
+def test_while_both_halves_train_a_mean_is_near_and_no_longer_exact(tiny: Any) -> None:
+    start = METHOD.start(tiny(), PLACES, seed=0)
+    one, other = moved(start, 1), moved(start, 2)
+    mean = {key: (one[key] + other[key]) / 2 for key in start}
+    for got, *sites in zip(*(weights(adapter, tiny) for adapter in (mean, one, other)), strict=True):
+        exact = (sites[0] + sites[1]) / 2
+        # Only U D, where both factors train, is off: by a quarter of the product of what the two differ in.
+        corner = (slice(16, None), slice(24, None))
+        assert float((got - exact)[corner].norm()) > 0.1 * float(exact[corner].norm())
+        rest = (got - exact).clone()
+        rest[corner] = 0
+        assert float(rest.norm()) < 1e-4 * float(exact.norm())
 
 
 def test_settings_and_sizes_that_do_not_fit_are_refused(tiny: Any) -> None:

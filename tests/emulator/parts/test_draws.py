@@ -1,5 +1,6 @@
 """What trains in a round: drawn with equal chances, and the same wherever it is drawn."""
 
+import copy
 import subprocess
 import sys
 from collections import Counter
@@ -7,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from offsite.emulator import parts
+from offsite.emulator import modality, parts
+from offsite.emulator.methods import make
+from offsite.emulator.methods.proof import Witness
 from offsite.emulator.parts import Part, Turn
 from offsite.emulator.parts.base import by_layer
 from offsite.emulator.parts.draws import drawn, weighted
-from offsite.kernels.schema import Field, Rule, Schema, groups
+from offsite.emulator.parts.training import Trained, freeze, whole_schema
+from offsite.kernels.schema import Field, Rule, Schema, groups, only
 
 LAYERS = (0, 1, 4, 5, 8, 9, 10, 28)
 MAPS, NORMS = ("attn.q", "attn.k", "attn.v", "mlp.up", "mlp.down"), ("norm1", "norm2", "norm3")
@@ -78,9 +82,25 @@ def test_rounds_and_seeds_differ_and_sites_do_where_they_are_to(name: str) -> No
     assert [apart.groups(SCHEMA, one) == apart.groups(SCHEMA, turn) for one in others] == [False, False, False]
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "compacter"])
+def test_half_draws_what_does_nothing_alone_with_what_it_needs(name: str, tiny: Any, text: Any) -> None:
+    method, places = make(name, {"biases": True} if name == "bottleneck" else {}), {0: 0, 5: 5}
+    base = tiny()
+    start = method.start(base, places, seed=0)
+    whole, part = whole_schema(method, start), parts.make("half", {})
+    for number in range(8):
+        model = method.attach(copy.deepcopy(base), places, start)
+        own = part.groups(whole, Turn(0, number, "ward"))
+        trained = freeze(method.named_parameters(model, places), Trained(only(whole, own)))
+        assert trained.keys() < method.named_parameters(model, places).keys()
+        witness = Witness(trained)
+        modality.loss(model, text[0]).backward()
+        witness.judge()
+
+
 @pytest.mark.parametrize("name", parts.PARTS)
 def test_a_group_trains_whole_or_not_at_all(name: str) -> None:
-    part, schema = parts.make(name, {}), PAIRS | EXPERTS
+    part, schema = parts.make(name, {}), PAIRS | EXPERTS | {"0.row": Field("F32", (4,), Rule.MEAN, private=4)}
     chosen = part.largest(_settled(schema)) if isinstance(part, parts.Scoring) else ()
     found = part.groups(schema, Turn(0, 0, "ward"), chosen)
     assert found <= groups(schema).keys() and (found < groups(schema).keys()) == part.partial
