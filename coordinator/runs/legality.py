@@ -7,10 +7,11 @@ from pathlib import Path
 from offsite.coordinator import aggregation, memory
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
+from offsite.coordinator.runs.accumulation import judge_memory, judge_retention
 from offsite.coordinator.runs.continuing import Left, unlike
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.coordinator.runs.partial import part_of
-from offsite.emulator import builders, methods, objectives, optimisers, placements, retention, schedules, zoo
+from offsite.emulator import builders, methods, objectives, optimisers, placements, schedules, zoo
 from offsite.emulator.builders.base import Realigner
 from offsite.emulator.examples import Example
 from offsite.emulator.methods import Method
@@ -23,7 +24,7 @@ from offsite.protos import upload
 from offsite.protos.documents import nearest
 from offsite.protos.errors import InputError, RefusedError
 from offsite.protos.ranges import AMOUNT
-from offsite.protos.spec import MEMORY, OPTIMISER, PART, RETENTION, Choice, RunSpec, TrainingSpec
+from offsite.protos.spec import OPTIMISER, PART, Choice, RunSpec, TrainingSpec
 
 
 def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> None:
@@ -69,11 +70,11 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             f"strategy {spec.strategy.name} cannot average method {spec.method.name}, whose tensors are to be averaged "
             f"by {', '.join(sorted(method.rules))}; use one of: {', '.join(pairs.strategies(method)) or 'none'}"
         )
-    _judge_memory(spec, method, strategy)
+    judge_memory(spec, method, strategy)
     _judge_upload(spec, method, strategy)
     _judge_part(spec, method, strategy)
-    _judge_retention(spec, method, strategy)
     mixed = tiers(spec) or method.tiers()
+    judge_retention(spec, method, strategy, tiers=mixed)
     if len(mixed) > 1 and not strategy.mixed_tiers:
         raise InputError(
             f"strategy {spec.strategy.name} needs sites of one tier, these have {', '.join(sorted(mixed))}; "
@@ -177,46 +178,6 @@ def beginning(spec: RunSpec) -> Callable[[RunSpec], str] | None:
     return why if taken else None
 
 
-def _judge_memory(spec: RunSpec, method: Method, strategy: Strategy) -> None:
-    """Raise InputError if a run's memory is not known, or cannot accumulate what its method trains."""
-    own = memory.make(spec.memory.name, spec.memory.settings)
-    others = ", ".join(pairs.memories(method, strategy))
-    if own.accumulates and isinstance(method, Carrying):
-        raise InputError(
-            f"memory {own.name} has nothing to accumulate in a run of {method.name}, which changes no adapter and "
-            f"hands on what the memory of its start keeps; use memory {MEMORY.name}"
-        )
-    if not method.rules <= own.rules:
-        raise InputError(
-            f"memory {own.name} cannot accumulate what method {method.name} trains, whose tensors are averaged by "
-            f"{', '.join(sorted(method.rules))}; use one of: {others}"
-        )
-    if own.divides and not pairs.is_private(method):
-        raise InputError(
-            f"memory {own.name} keeps by task what is private, and method {method.name} as it is set has "
-            f"nothing of that; use {' or '.join(pairs.private())}, or one of the memories: {others}"
-        )
-    if not pairs.remembers(own, method, strategy):
-        raise InputError(
-            f"memory {own.name} has sites go on from its average, and strategy {strategy.name} would make another of "
-            f"it for them; use a strategy that is exact by {', '.join(sorted(method.rules))}, or one of the memories: "
-            f"{others}"
-        )
-    if own.combine == "route" and not spec.task:
-        raise InputError(
-            f"memory {own.name} keeps what each task has learned; name this run's, as in task = 'hospital'"
-        )
-    if spec.known_by and own.combine != "route":
-        raise InputError(
-            f"known_by: memory {own.name} keeps nothing by task, so that none has to be told from others; leave it out"
-        )
-    if spec.merge and own.combine != "one":
-        raise InputError(
-            f"merge: memory {own.name} as it is set answers by several adapters, and no one model has them merged; "
-            "leave merge out, or have the memory serve one"
-        )
-
-
 def _judge_upload(spec: RunSpec, method: Method, strategy: Strategy) -> None:
     """Raise InputError if an upload's stages are not known, or ask more of a round than it does."""
     for stage in upload.make(spec.upload):
@@ -300,37 +261,6 @@ def _judge_rounds(spec: RunSpec, method: Method, strategy: Strategy) -> None:
         why = "contributions are measured of rounds whose updates are their own; leave one of the two out"
     if why:
         raise InputError(f"staleness: {why}")
-
-
-def _judge_retention(spec: RunSpec, method: Method, strategy: Strategy) -> None:
-    """Raise InputError for a retention that has nothing to hold to, or cannot hold what the run trains."""
-    chosen, objective = spec.training.retention, spec.training.objective
-    try:
-        held = retention.make(chosen.name, chosen.settings)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    what = f"training.retention: {held.name}"
-    if held.starts and not spec.start:
-        raise InputError(
-            f"{what} holds training to the version that a run goes on from, and this one begins anew; name that "
-            f"version as start, or use retention {RETENTION.name}"
-        )
-    others = ", ".join(pairs.retentions(method, strategy))
-    if not pairs.retains(held, method):
-        raise InputError(f"{what} cannot hold what method {method.name} trains; use one of: {others}")
-    if held.valued and not pairs.keeps_values(method, strategy):
-        raise InputError(
-            f"{what} compares values one by one, and strategy {strategy.name} writes products in other factors after "
-            f"each round; use one of the strategies {', '.join(pairs.keeping(method)) or 'none'}, or one of the "
-            f"retentions {others}"
-        )
-    if held.valued and len(tiers(spec) or method.tiers()) > 1:
-        raise InputError(f"{what} compares values one by one, and sites of several tiers have others; use one tier")
-    if not held.compares and objectives.make(objective.name, objective.settings).compares:
-        raise InputError(
-            f"{what} is about text that is predicted, and the objective {objective.name} compares answers; use one of: "
-            f"{', '.join(name for name in others.split(', ') if retention.RETENTIONS[name].compares)}"
-        )
 
 
 def _judge_schedule(training: TrainingSpec, *, rounds: int) -> None:
