@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -125,3 +127,18 @@ def test_every_name_of_the_sdk_is_on_its_page() -> None:
     page = text("docs/sdk.md")
     assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == client.__all__
     assert not re.search(r"\|  \|$", page, re.MULTILINE), "each has a sentence"
+
+
+@pytest.mark.slow
+def test_the_documentation_is_a_site_in_which_every_link_leads_somewhere(tmp_path: Path) -> None:
+    pytest.importorskip("zensical_ui")
+    program = [sys.executable, str(ROOT / ".ci" / "site"), str(tmp_path / "site")]
+    told = subprocess.run(program, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    pages = {str(path.parent.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("index.html")}
+    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {".", "notebook", "SECURITY"}
+
+
+def test_every_page_is_in_the_sites_contents() -> None:
+    named = set(re.findall(r'"([\w-]+\.md)"', text("docs/zensical.toml")))
+    assert named - {"index.md", "notebook.md"} >= {path.name for path in (ROOT / "docs").glob("*.md")}
