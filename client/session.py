@@ -93,9 +93,10 @@ class Run:
         ended = False
         while not ended:
             try:
-                for event in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after)):
-                    after = event.seq
-                    yield event_of(event)
+                for some in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after)):
+                    for event in some.events:
+                        after = event.seq
+                        yield event_of(event)
                 ended = True
             except UnreachableError as error:
                 log.warning("%s; the run goes on, waiting for the coordinator", plain(str(error)))
@@ -105,9 +106,8 @@ class Run:
 
     def events(self, *, after: int = 0) -> list[Event]:
         """Return the run's events so far, those after a sequence number."""
-        return [
-            event_of(one) for one in self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after, past=True))
-        ]
+        parts = self._session.stream("Watch", pb.WatchRequest(id=self.id, after=after, past=True))
+        return [event_of(event) for some in parts for event in some.events]
 
     def wait(self) -> Self:
         """Return when the run is completed; raises RunError if it failed or was cancelled."""

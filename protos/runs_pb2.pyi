@@ -49,6 +49,12 @@ class ListReply(_message.Message):
     more: bool
     def __init__(self, runs: _Optional[_Iterable[_Union[RunStatus, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
+class Events(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
     __slots__ = ("id", "after", "past")
     ID_FIELD_NUMBER: _ClassVar[int]

@@ -54,7 +54,7 @@ class RunsStub:
         self.Watch = channel.unary_stream(
                 '/offsite.v1.Runs/Watch',
                 request_serializer=offsite_dot_protos_dot_runs__pb2.WatchRequest.SerializeToString,
-                response_deserializer=offsite_dot_protos_dot_runs__pb2.Event.FromString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.Events.FromString,
                 _registered_method=True)
         self.Extend = channel.unary_unary(
                 '/offsite.v1.Runs/Extend',
@@ -178,7 +178,7 @@ def add_RunsServicer_to_server(servicer, server):
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.WatchRequest.FromString,
-                    response_serializer=offsite_dot_protos_dot_runs__pb2.Event.SerializeToString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.Events.SerializeToString,
             ),
             'Extend': grpc.unary_unary_rpc_method_handler(
                     servicer.Extend,
@@ -319,7 +319,7 @@ class Runs:
             target,
             '/offsite.v1.Runs/Watch',
             offsite_dot_protos_dot_runs__pb2.WatchRequest.SerializeToString,
-            offsite_dot_protos_dot_runs__pb2.Event.FromString,
+            offsite_dot_protos_dot_runs__pb2.Events.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,9 +47,9 @@ class Coordinator:
     def call(self, *_: Any, **__: Any) -> pb.RunStatus:
         return RUN
 
-    def stream(self, name: str, request: pb.WatchRequest) -> Iterator[pb.Event]:
+    def stream(self, name: str, request: pb.WatchRequest) -> Iterator[pb.Events]:
         events = [pb.Event(seq=seq, kind="warning", data=json.dumps({"message": f"number {seq}"})) for seq in (3, 5, 9)]
-        yield from (event for event in events if event.seq > request.after)
+        yield pb.Events(events=[event for event in events if event.seq > request.after])
 
     def run(self, name: str) -> Run:
         return Run(self, RUN)  # type: ignore[arg-type]

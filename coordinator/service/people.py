@@ -104,8 +104,8 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         done = self._journal.rounds_done(row.id for row in rows[:limit])
         return pb.ListReply(runs=[_brief(row, done.get(row.id, 0)) for row in rows[:limit]], more=len(rows) > limit)
 
-    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Event]:
-        """Stream events until the run is over and all were sent, or those that there are."""
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Events]:
+        """Stream events, as many at once as there are, until the run is over, or those that there are."""
         async with self._gate(context, *PEOPLE, request=request) as person:
             await in_thread(self._seen, request.id, person)
             after, more = request.after, True
@@ -116,9 +116,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                     nullcontext() if request.past else suppress(Unusable)
                 ):  # who watches waits for the journal, as the run does
                     more, events = await in_thread(self._news, request.id, after)
-                for event in events:
-                    after = event.seq
-                    yield event
+                if events:
+                    after = events[-1].seq
+                    yield pb.Events(events=events)
                 more = more and not (request.past and len(events) < AHEAD)
                 if more and len(events) < AHEAD:
                     await self._changes.after(number, timeout_s=RECHECK_S)

@@ -50,14 +50,14 @@ class Coordinator(RunsServicer):
     def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         return self.status
 
-    def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Event]:
+    def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Events]:
         self.asked.append(request.after)
         for event in self.events:
             if event.seq > request.after:
                 if event.kind == "restart" and not self.restarts:
                     self.restarts += 1
                     context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
-                yield event
+                yield pb.Events(events=[event])
 
     def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
         names = [f"r{number}" for number in range(7, 0, -1)]

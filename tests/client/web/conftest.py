@@ -90,7 +90,7 @@ class Coordinator(RunsServicer):
     def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
         return pb.ListReply(runs=[*self.runs.values()][::-1])
 
-    def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Event]:
+    def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Events]:
         after = request.after
         while context.is_active() and request.id in self.runs:  # which a later test takes away
             with self.news:
@@ -98,8 +98,9 @@ class Coordinator(RunsServicer):
                 events = self.events[request.id][after:]
                 if not events and not over:
                     self.news.wait(0.1)
-            yield from events
-            after += len(events)
+            if events:
+                yield pb.Events(events=events[:1000])
+            after += len(events[:1000])
             if over and not events:
                 return
 

@@ -65,7 +65,8 @@ def test_who_watches_a_run_waits_while_the_journal_is_away_and_misses_nothing(
 
     async def kinds() -> list[str]:
         async with asyncio.timeout(60):
-            return [event.kind async for event in service.Watch(pb.WatchRequest(id="r"), None)]
+            parts = [some async for some in service.Watch(pb.WatchRequest(id="r"), None)]
+            return [event.kind for some in parts for event in some.events]
 
     assert asyncio.run(kinds()) == ["step", "completed"]
     journal.close()
@@ -82,7 +83,9 @@ def test_the_events_so_far_are_told_without_waiting_for_more(tmp_path: Path, mon
 
     async def seqs(after: int) -> list[int]:
         async with asyncio.timeout(60):
-            return [one.seq async for one in service.Watch(pb.WatchRequest(id="r", after=after, past=True), None)]
+            parts = [some async for some in service.Watch(pb.WatchRequest(id="r", after=after, past=True), None)]
+            assert all(0 < len(some.events) <= 2 for some in parts), "many at a time, and no more than are read at once"
+            return [event.seq for some in parts for event in some.events]
 
     everything = asyncio.run(seqs(0))
     assert len(everything) == 5 and asyncio.run(seqs(everything[2])) == everything[3:]
