@@ -27,6 +27,7 @@ from offsite.protos.events import (
     StepLost,
     Stopped,
     UpdateAccepted,
+    Usage,
     Waiting,
     Warned,
     Withdrawn,
@@ -124,8 +125,11 @@ class RunView:
             site.loss = site.loss if event.loss is None else event.loss
         site.bytes_down = max(site.bytes_down, event.bytes_down)
         if site.state in ("refused", "failed", "stalled", "left out", "late", "folded"):
-            return f"round {event.round}: {event.site} {site.state}: {event.message}"
-        return f"round {event.round}: {event.site} {site.state}" if before != site.state else ""
+            return "\n    ".join(
+                [f"round {event.round}: {event.site} {site.state}: {event.message}", *(event.lines or ())]
+            )
+        used = f" ({_used(event.usage)})" if event.usage else ""
+        return f"round {event.round}: {event.site} {site.state}{used}" if before != site.state else ""
 
     def _on_update(self, event: UpdateAccepted) -> str:
         site = self.sites.setdefault(event.site, SiteView())
@@ -225,3 +229,8 @@ def follow(events: Iterable[Event], spec: RunSpec, *, console: Console, format: 
                 last_at = event.at
                 console.print(Text.assemble((clock(event.at)[11:], "dim"), "  ", line))
     return view
+
+
+def _used(usage: Usage) -> str:
+    gpu = f", {usage.gpu_bytes / 1e9:.2f} GB on its GPU" if usage.gpu_bytes else ""
+    return f"{usage.memory_bytes / 1e9:.2f} GB of memory, {usage.cpu_s:.0f} s of processor{gpu}"

@@ -14,7 +14,10 @@ from offsite.protos.figures import Score
 from offsite.protos.ranges import TEXT, Amount, AtLeastZero, Count, Finite, Line, Name, Positive, Word
 from offsite.protos.spec import Layers
 
+LINES, LINE = 5, 200  # of a site's log: how many, of how many characters
+
 Message = Annotated[str, Field(max_length=TEXT)]
+Lines = Annotated[tuple[Line, ...], Field(max_length=LINES)]
 
 
 @document
@@ -90,6 +93,15 @@ class RoundBegun:
 
 
 @document
+class Usage:
+    """What the first process that trains at a site has used of its machine so far."""
+
+    memory_bytes: Amount  # the most that was resident
+    cpu_s: AtLeastZero  # processor time
+    gpu_bytes: Amount = 0  # the most that was kept for tensors on its GPU
+
+
+@document
 class SiteState:
     """How far a site is with its task of a round, or why it is done without an update."""
 
@@ -102,6 +114,8 @@ class SiteState:
     steps: Count = 0
     loss: Finite | None = None
     bytes_down: Amount = 0
+    usage: Usage | None = None  # where the site's policy lets it out
+    lines: Lines | None = None  # the last ones of its trainer's log, likewise
 
 
 @document

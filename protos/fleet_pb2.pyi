@@ -1,8 +1,9 @@
 from offsite.protos import transfer_pb2 as _transfer_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -174,7 +175,7 @@ class UploadPart(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., header: _Optional[_Union[UploadHeader, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason", "exam")
+    __slots__ = ("key", "state", "step", "steps", "loss", "bytes_down", "reason", "usage", "lines", "exam")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +183,8 @@ class ReportRequest(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    LINES_FIELD_NUMBER: _ClassVar[int]
     EXAM_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     state: TaskState
@@ -190,8 +193,20 @@ class ReportRequest(_message.Message):
     loss: float
     bytes_down: int
     reason: Reason
+    usage: Usage
+    lines: _containers.RepeatedScalarFieldContainer[str]
     exam: str
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., bytes_down: _Optional[int] = ..., reason: _Optional[_Union[Reason, str]] = ..., exam: _Optional[str] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., bytes_down: _Optional[int] = ..., reason: _Optional[_Union[Reason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., lines: _Optional[_Iterable[str]] = ..., exam: _Optional[str] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("memory_bytes", "cpu_s", "gpu_bytes")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_S_FIELD_NUMBER: _ClassVar[int]
+    GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    cpu_s: float
+    gpu_bytes: int
+    def __init__(self, memory_bytes: _Optional[int] = ..., cpu_s: _Optional[float] = ..., gpu_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("stop",)

@@ -37,6 +37,7 @@ from offsite.protos.errors import (
     UnreachableError,
     from_system,
 )
+from offsite.protos.events import LINES
 from offsite.protos.processes.memory import keep_freed
 from offsite.protos.recipes import render
 from offsite.protos.security.identity import Identity
@@ -168,7 +169,7 @@ class Agent:
         self._say(kind, {"run": task.run, "round": task.number, "told": code, "message": str(error)})
         for log in sorted(self._work.task(task).glob("rank-*.log")):
             self._work.write("trainer", {"log": log.name, "text": last(log)})
-        reporter.last(code)
+        reporter.last(code, lines=self._lines(self._work.task(task)))
         self._work.clear(task)
 
     def _do(self, task: TaskSpec, reporter: Reporter) -> None:
@@ -291,8 +292,7 @@ class Agent:
         try:
             for event in trainer.events():
                 if event["event"] == "step":
-                    loss = event["loss"] if self._config.policy.per_step_metrics else None
-                    reporter.now(pb.TRAINING, step=event["step"], steps=event["steps"], loss=loss)
+                    reporter.now(pb.TRAINING, step=event["step"], steps=event["steps"], **self._open(event, folder))
                     self._say("step", {"round": task.number, **{k: event[k] for k in ("step", "steps", "loss")}})
                 elif "warnings" in event:
                     self._say_judged(task, event)
@@ -304,6 +304,18 @@ class Agent:
             trainer.stop()
         if reporter.stopped:
             raise Stopped
+
+    def _open(self, event: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return what may leave of a step."""
+        policy = self._config.policy
+        about: dict[str, Any] = {"loss": event["loss"]} if policy.per_step_metrics else {}
+        about |= {"usage": pb.Usage(**event["usage"])} if policy.usage else {}
+        return about | {"lines": self._lines(folder)}
+
+    def _lines(self, folder: Path) -> list[str]:
+        """Return the last lines of the first trainer's log, where they may leave."""
+        log = folder / "rank-0.log"
+        return last(log).splitlines()[-LINES:] if self._config.policy.logs and log.exists() else []
 
     def _residual(self, task: TaskSpec) -> str:
         """Return the file of what stages left out of this site's newest update that the run has; empty: nothing."""

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -136,6 +137,12 @@ def _about(task: TaskSpec) -> dict[str, Any]:
         "broadcast": task.adapter,
         "method_hash": task.method_hash,
     }
+
+
+def usage() -> dict[str, float]:
+    """Return what this process has used of its machine, as `Usage` of fleet.proto has it."""
+    gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return {"memory_bytes": peak_memory_bytes(), "cpu_s": time.process_time(), "gpu_bytes": gpu}
 
 
 def peak_memory_bytes() -> int:

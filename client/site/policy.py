@@ -67,6 +67,8 @@ class Policy:
     retentions: Annotated[tuple[Word, ...], Field(max_length=64)] = _bound(
         ("any",), "what may hold training to what earlier runs have learned, by name, or any"
     )
+    usage: Flag = _bound(False, "whether memory, processor and GPU use of what trains leave")
+    logs: Flag = _bound(False, "whether the last lines of a trainer's log leave; an error in them may quote the data")
     approve: Literal["none", "first", "each"] = _bound(
         "none", "what waits for a person here: nothing, the first task of what a run asks for, or every round's"
     )

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from offsite.client.channel import Channel
 from offsite.client.site.meter import Meter
@@ -43,18 +44,18 @@ class Reporter:
         if self.stopped:  # heard meanwhile
             stop()
 
-    def now(self, state: "pb.TaskState", *, step: int = 0, steps: int = 0, loss: float | None = None) -> None:
-        """Report a change, with a loss where it may leave. An unreachable coordinator does not disturb the work."""
+    def now(self, state: "pb.TaskState", **about: Any) -> None:
+        """Report a change, with what may leave of a step. An unreachable coordinator does not disturb the work."""
         self._meter.state(pb.TaskState.Name(state).lower())
         with self._lock:
-            self._report = pb.ReportRequest(key=self.key, state=state, step=step, steps=steps, loss=loss)
+            self._report = pb.ReportRequest(key=self.key, state=state, **about)
         self._send(timeout_s=5.0)
 
-    def last(self, reason: str) -> None:
+    def last(self, reason: str, *, lines: Sequence[str] = ()) -> None:
         """Report why the task ended without an update, with the channel's patience."""
         self._closed.set()
         state = pb.REFUSED if reason.startswith("BOUND_") else pb.FAILED
-        request = pb.ReportRequest(key=self.key, state=state, reason=reason, bytes_down=self.bytes_down)
+        request = pb.ReportRequest(key=self.key, state=state, reason=reason, bytes_down=self.bytes_down, lines=lines)
         try:
             self._channel.call(self._fleet.Report, request)
         except OffsiteError as error:

@@ -2,10 +2,10 @@
 
 It tells what happens as JSON lines on standard output: {"event": "loading"}, {"event": "data", "examples", "distinct",
 "sequences", "divided", "cut", "without_target", "left_out", "warnings"}, {"event": "inspected", "perplexity",
-"warnings"}, {"event": "packing", "warnings"}, {"event": "step", "step", "steps", "loss", "tokens"}, {"event": "exam",
-"rows", "before", "after", "leaves", "warnings"}, {"event": "done"}, or {"event": "error", "status", "reason",
-"message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The first rank
-tells everything, the others their errors. The exit code is that of the error.
+"warnings"}, {"event": "packing", "warnings"}, {"event": "step", "step", "steps", "loss", "tokens", "usage"},
+{"event": "exam", "rows", "before", "after", "leaves", "warnings"}, {"event": "done"}, or {"event": "error", "status",
+"reason", "message"}. A perplexity that is too large for a number is null; an emulator that is refused is an error. The
+first rank tells everything, the others their errors. The exit code is that of the error.
 """
 
 import errno

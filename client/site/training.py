@@ -250,7 +250,7 @@ def _run(job: TrainerJob, engine: Engine, witness: Witness | Effects, schedule: 
         steps.losses.append(loss)
         steps.terms.append(batch.terms)
         steps.targets.append(batch.targets)
-        say("step", step=step, steps=count, loss=loss, tokens=batch.targets)
+        say("step", step=step, steps=count, loss=loss, tokens=batch.targets, usage=outcome.usage())
     return steps
 
 
@@ -266,7 +266,14 @@ def _measure(method: Measuring, handout: Handout, schedule: Rows, ranks: Ranks, 
         targets.append(batch.targets)
         if step % ranks.world == ranks.rank:
             losses[step] = method.measure(model, places, batch.to(device))
-            say("step", step=step + 1, steps=count, loss=float(losses[step]), tokens=batch.targets)
+            say(
+                "step",
+                step=step + 1,
+                steps=count,
+                loss=float(losses[step]),
+                tokens=batch.targets,
+                usage=outcome.usage(),
+            )
     if ranks.world > 1:
         for own in (losses, *method.sums(model, places)):
             total = own.to(ranks.device, copy=True)

@@ -20,9 +20,9 @@ from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.journal import OPEN, Journal, Key, Move, Row
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos import fleet_pb2_grpc, transfer_pb2
-from offsite.protos.documents import from_json, plain
+from offsite.protos.documents import from_json, parse, plain
 from offsite.protos.errors import InputError, NotFoundError
-from offsite.protos.events import Examined, SiteState
+from offsite.protos.events import LINE, LINES, Examined, SiteState, Usage
 from offsite.protos.exams import Exam
 from offsite.protos.frames import Piece
 from offsite.protos.ranges import finite
@@ -158,7 +158,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 await self._move(key, Move(key, *_ended(request, spec, progress)))
                 return pb.ReportReply()
             if ahead(task, state=state, step=request.step, received=received):
-                return pb.ReportReply(stop=not await self._move(key, self._pace.move(key, task, **progress)))
+                move = self._pace.move(key, task, also=_also(request), **progress)
+                return pb.ReportReply(stop=not await self._move(key, move))
             return pb.ReportReply()
 
     def _standing(self, key: Key) -> tuple[Row, bool]:
@@ -177,11 +178,22 @@ def _ended(
     if request.state == pb.MEASURED and not task.examines:
         raise InputError("report: the task is to train, and not only to measure")
     if not task.examines:
-        return progress, SiteState(round=task.round + 1, site=task.site, **progress)
+        return progress, SiteState(round=task.round + 1, site=task.site, **progress, **_also(request))
     if request.state != pb.MEASURED or not request.exam:
         return progress, None
     exam = from_json(Exam, request.exam, where="report: exam")
     return progress | {"metrics": request.exam}, Examined(round=task.examines, site=task.site, exam=exam)
+
+
+def _also(request: pb.ReportRequest) -> dict[str, Any]:
+    """Return what a site tells of its machine and its trainer's log; raises InputError."""
+    told: dict[str, Any] = {}
+    if request.lines:
+        told["lines"] = tuple(plain(line, most=LINE) for line in request.lines[-LINES:])
+    if request.HasField("usage"):
+        fields = {name.name: value for name, value in request.usage.ListFields()}
+        told["usage"] = parse(Usage, {"memory_bytes": 0, "cpu_s": 0.0, **fields}, where="report: usage")
+    return told
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,8 @@
 """What counts as progress of a task, and how often it is told: only what was not reached before, ever more seldom."""
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from offsite.coordinator.store.journal import OPEN, Key, Move, Row
@@ -8,6 +10,7 @@ from offsite.protos.events import SiteState
 from offsite.protos.spec import EXAMS
 
 WRITE_EVERY_S = 1.0  # a task's row
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 FORGET_S = 3600.0  # a task that is over may end without another word
 OLDER = 1.01  # and its event: when the task has become older by this factor, some 1,200 in a day
 
@@ -32,8 +35,11 @@ class Pace:
         """Let go of a task that is over."""
         self._tasks.pop(key, None)
 
-    def move(self, key: Key, task: Row, **progress: Any) -> Move | None:
-        """Return how progress of an open task is to be recorded; None if it is not time to."""
+    def move(self, key: Key, task: Row, *, also: Mapping[str, Any] = NOTHING, **progress: Any) -> Move | None:
+        """Return how progress of an open task is to be recorded; None if it is not time to.
+
+        What `also` holds goes into the event alone.
+        """
         now, rises = time.time(), progress["state"] != task.state
         self._sweep(now)
         first, written, event_at = self._tasks.get(key, (now, 0.0, 0.0))
@@ -41,7 +47,7 @@ class Pace:
             return None
         event = None
         if key.round < EXAMS and (rises or now - event_at >= max(WRITE_EVERY_S, (OLDER - 1) * (now - first))):
-            event_at, event = now, SiteState(round=key.round + 1, site=key.site, **progress)
+            event_at, event = now, SiteState(round=key.round + 1, site=key.site, **progress, **also)
         self._tasks[key] = first, now, event_at
         return Move(key, {"moved_at": now, **progress}, event)
 

@@ -239,7 +239,7 @@ def test_of_bad_data_the_coordinator_is_told_one_reason_and_the_sites_log_the_re
         call=lambda _, request: sent.append(request),
     )
     work = WorkFolder.open(tmp_path / "work", SimpleNamespace(name="clinic", authority=b""))  # type: ignore[arg-type]
-    config: Any = SimpleNamespace(work=work, engine=EngineSpec(), meter=Meter())
+    config: Any = SimpleNamespace(work=work, engine=EngineSpec(), meter=Meter(), policy=one.policy)
     site = agent.Agent(channel, config, say=lambda *_: None)
     work.task(one.task).mkdir(parents=True)
     (work.task(one.task) / "rank-0.log").write_text(f"Traceback: {secret}")
@@ -327,6 +327,27 @@ def test_a_plan_says_in_words_what_is_trained_and_what_leaves(job: Any) -> None:
         "how many sequences and tokens it saw, and their mean loss",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_log_and_what_a_machine_gives_leave_only_where_the_policy_says_so(
+    fed_back: Any, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    usage = {"memory_bytes": 7_000_000, "cpu_s": 1.5, "gpu_bytes": 0}
+    roomy, told = agent.launch, list[dict[str, Any]]()
+
+    def launch(wanted: TrainerJob, folder: Path, server: ForkServer) -> Any:
+        (folder / "rank-0.log").write_text("".join(f"line {n}\n" for n in range(9)))
+        return roomy(wanted, folder, server)
+
+    monkeypatch.setattr(agent, "launch", launch)
+    monkeypatch.setitem(STEP, "usage", usage)
+    fed_back.config.policy = replace(fed_back.config.policy, usage=opened, logs=opened)
+    fed_back.reporter.now = lambda state, **about: told.append(about) if state == pb.TRAINING else None
+    fed_back.do(0)
+    lines = [f"line {n}" for n in range(4, 9)]
+    step = {"step": 1, "steps": 6}
+    assert told == [{**step, "usage": pb.Usage(**usage), "lines": lines} if opened else {**step, "lines": []}]
 
 
 @pytest.fixture

@@ -228,7 +228,15 @@ def test_folders_are_beside_the_file_wherever_the_agent_runs(tmp_path: Path) -> 
 
 def test_every_refusal_has_a_name_on_the_wire_and_a_sentence_at_the_coordinator() -> None:
     bounds = {name.removeprefix("BOUND_").lower() for name in pb.Reason.keys() if name.startswith("BOUND_")}
-    settings = {"odd_rows", "columns", "per_step_metrics", "keep_bundles_mib", "keep_days"}  # not bounds of a task
+    settings = {
+        "odd_rows",
+        "columns",
+        "per_step_metrics",
+        "usage",
+        "logs",
+        "keep_bundles_mib",
+        "keep_days",
+    }  # not bounds of a task
     settings |= {"held_out", "min_held_out", "figures", "figure_epsilon"}
     assert bounds == {field.name for field in fields(Policy)} - settings
     assert reason(refusal("min_rows", "why")) == "BOUND_MIN_ROWS"
