@@ -20,13 +20,17 @@ def transfer(
         Path, typer.Option(help="A few public examples of the task; the new base writes others like them.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the new adapter and the report; new or empty.")],
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Folder adapter/ of a run that counted words on the old base: what real rows are like."),
+    ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Examples to measure both bases on, before and after.")] = None,
     method: Annotated[str, typer.Option(help="What trains beside the new base.")] = "lora",
     trainable: Annotated[str, typer.Option(help="In which of its layers.")] = "kept",
     texts: Annotated[int, typer.Option(help="Texts that the new base writes.", min=1)] = 128,
     shots: Annotated[int, typer.Option(help="Examples that it is shown before each.", min=1)] = 5,
     share: Annotated[
-        float, typer.Option(help="Of the texts that is learned: what the old adapter changes most.")
+        float, typer.Option(help="Of the texts that is learned: the most real ones, or what the adapter changes most.")
     ] = 0.5,
     temperature: Annotated[float, typer.Option(help="At which it writes; 0: the likeliest words.", min=0)] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 60,
@@ -49,6 +53,7 @@ def transfer(
 
     from offsite.emulator import methods, placements, zoo
     from offsite.emulator.modality import read
+    from offsite.emulator.transfer import discrimination
     from offsite.emulator.transfer.move import Move, move
     from offsite.protos.errors import ConflictError, InputError, NotFoundError
     from offsite.protos.recipes import parse_one
@@ -63,6 +68,7 @@ def transfer(
         trains = methods.make(chosen.name, chosen.settings)
         placement = placements.make(layers.name, layers.settings)
         examples, exam = read(seeds), read(held_out) if held_out else ()
+        sums = discrimination.read(measured) if measured else None
         bases = [zoo.locate(name, cache=zoo.cache_folder()) for name in (old, new)]
         with Console(stderr=True).status("reading") as status:
             moved = move(
@@ -73,6 +79,7 @@ def transfer(
                 how,
                 method=trains,
                 placement=placement,
+                measured=sums,
                 held_out=exam,
                 tell=lambda what, step, steps: status.update(f"{what}: {step} of {steps}" if step else what),
             )

@@ -4,16 +4,25 @@ Trans-LoRA trains a discriminator at whoever has the data. Here the adapter itse
 it changes nothing of what its base says, a text is of no task that it knows.
 
     gain(x) = (log p_tuned(x) - log p_base(x)) / tokens
+
+Where sites have measured what their rows are like, by a method that tells rows by themselves, real texts are told from
+synthetic ones as in the paper, by what is nearer: the sums that sites have measured, or those of all synthetic texts.
+
+    score(x) = likeness(x, real) - likeness(x, synthetic)
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from offsite.emulator import modality
+from offsite.emulator.methods import own_format
+from offsite.emulator.methods.base import Adapter
 from offsite.emulator.modality import Sample, collate
+from offsite.emulator.routing import Telling
 
 R = TypeVar("R")
 
@@ -29,6 +38,30 @@ def gains(tuned: nn.Module, base: nn.Module, samples: Sequence[Sample], *, batch
         batch = collate(some).to(next(tuned.parameters()).device)
         ratios = modality.likelihoods(tuned, batch) - modality.likelihoods(base, batch)
         scores += [float(ratio) / collate([one]).targets for ratio, one in zip(ratios, some, strict=True)]
+    return scores
+
+
+def read(directory: Path) -> tuple[Telling, Adapter]:
+    """Read what a run has published that measured rows; raises ValueError unless rows can be told by that alone."""
+    method, sums = own_format.read(directory)
+    if not isinstance(method, Telling) or method.asks_model:
+        raise ValueError(
+            f"{directory}: it is of the method {method.name}, by which no text is told from another without the model "
+            "that sites had; name the folder adapter/ of a run that counted words"
+        )
+    return method, sums
+
+
+def realness(method: Telling, sums: Adapter, samples: Sequence[Sample], *, batch_size: int = 8) -> list[float]:
+    """Return by sample how much more like the measured rows it is than like all of the samples, in -2 .. 2.
+
+    Raises ValueError if the sums are none of the method's.
+    """
+    batches = [collate(samples[at : at + batch_size]) for at in range(0, len(samples), batch_size)]
+    rows = [method.rows(nn.Identity(), {}, batch) for batch in batches]
+    synthetic = {key: sum((one[key.rpartition(".")[2]].sum(dim=0) for one in rows), torch.zeros(())) for key in sums}
+    alike = torch.cat([method.likeness(one, {"real": sums, "synthetic": synthetic}) for one in rows])
+    scores: list[float] = (alike[:, 0] - alike[:, 1]).tolist()
     return scores
 
 

@@ -16,8 +16,9 @@ from offsite.emulator.batches import evaluation_batches
 from offsite.emulator.methods import Adapter, Method
 from offsite.emulator.modality.causal_text.encoding import opening
 from offsite.emulator.modality.causal_text.shapes import TextExample
+from offsite.emulator.routing import Telling
 from offsite.emulator.transfer.answers import divergence, same_words
-from offsite.emulator.transfer.discrimination import best, check_share, gains
+from offsite.emulator.transfer.discrimination import best, check_share, gains, realness
 from offsite.emulator.transfer.sampling import alike, continuations
 from offsite.emulator.tuning.loop import Schedule, tune
 from offsite.emulator.tuning.rates import suited
@@ -84,12 +85,14 @@ def move(
     *,
     method: Method,
     placement: placements.Placement,
+    measured: tuple[Telling, Adapter] | None = None,
     held_out: Sequence[Any] = (),
     tell: Tell = lambda what, step, steps: None,
 ) -> Moved:
     """Move a published adapter of an old base to a new one; `seeds` are public examples of the task.
 
-    Raises ValueError for an adapter or layers that do not fit, and where no text was written.
+    `measured` is a method that tells rows by themselves, and the sums of the task's rows. Raises ValueError for an
+    adapter, sums or layers that do not fit, and where no text was written.
     """
     tell("the new base writes texts", 0, 1)
     prompts = [one.prompt or _asked(one) for one in seeds]
@@ -100,7 +103,8 @@ def move(
     base, words = zoo.load_base(old, dtype="auto")
     teacher = plug.load(zoo.load_base(old, dtype="auto")[0], adapter)
     answers = _encoded(_answered(teacher, words, texts, how) if asks else [{"text": one} for one in texts], words, how)
-    scores = gains(teacher, base, [sample for _, sample in answers])
+    samples = [sample for _, sample in answers]
+    scores = realness(*measured, samples) if measured else gains(teacher, base, samples)
     rows = [row for row, _ in best(answers, scores, share=how.share)]
     before = [_perplexity(model, held_out, words, how) for model in (base, teacher) if held_out]
     del base

@@ -15,7 +15,7 @@ from offsite.emulator import methods, modality, placements, zoo
 from offsite.emulator.modality.causal_text.encoding import opening
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.transfer.answers import divergence, same_words
-from offsite.emulator.transfer.discrimination import best, gains
+from offsite.emulator.transfer.discrimination import best, gains, realness
 from offsite.emulator.transfer.move import Move, Moved, move
 from offsite.emulator.transfer.sampling import alike, continuations
 from offsite.emulator.tuning.loop import Schedule, tune
@@ -23,6 +23,7 @@ from offsite.protos.errors import InputError
 
 ROWS = [{"prompt": f"w{a} w{b}", "completion": f"w{a} w80 w{b} w81"} for a in range(10, 26) for b in (30, 40, 50)]
 SEEDS, HELD_OUT = ROWS[:6], ROWS[6:22]
+SIGNATURE: Any = methods.make("signature", {"buckets": 512})
 
 
 def rows(path: Path, lines: Sequence[dict[str, str]]) -> Path:
@@ -132,6 +133,26 @@ def test_a_model_is_no_distance_from_itself_and_its_gains_are_differences_of_mea
     assert same_words(tokenizer, tokenizer)
 
 
+def measured(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """What sites have counted of their rows."""
+    rows = SIGNATURE.counts(modality.collate(samples))
+    return {f"0.signature.{part}": one.sum(0).double() for part, one in rows.items()}
+
+
+def test_real_texts_are_told_from_others_by_what_sites_have_counted(tokenizer: Any) -> None:
+    def encoded(prompts: Sequence[str]) -> list[Any]:
+        return modality.encode([TextExample(one, "w80") for one in prompts], tokenizer, max_length=16)
+
+    real = encoded([row["prompt"] for row in ROWS[::2]])
+    written = encoded([row["prompt"] for row in ROWS[1::2]] + [f"w{a} w{a + 1}" for a in range(51, 75)])
+    scores = realness(SIGNATURE, measured(real), written)
+    assert best(range(48), scores, share=0.5) == [*range(24)] and min(scores[:24]) > max(scores[24:])
+    sites = [measured(real[:7]), measured(real[7:])]
+    assert realness(SIGNATURE, {key: one + sites[1][key] for key, one in sites[0].items()}, written) == scores
+    with pytest.raises(ValueError, match="sums of signature are"):
+        realness(SIGNATURE, {"0.signature.terms": torch.zeros(3)}, written)
+
+
 @pytest.mark.slow(alone=True)
 def test_another_base_has_most_of_what_the_old_adapter_gave_and_none_of_its_texts(
     bases: tuple[Path, Path], adapter: Path
@@ -153,7 +174,12 @@ def test_the_command_writes_an_adapter_that_loads_and_says_what_it_did(
     out = tmp_path / "out"
     asked = [old, str(adapter), new, "--seeds", str(seeds), "--held-out", str(exam), "--out", str(out)]
     short = ["--texts", "8", "--steps", "2", "--max-length", "16", "--method", "lora(rank=2)"]
-    done = CliRunner().invoke(app, [*asked, *short, "--format", "json"])
+    base, tokenizer = zoo.load_base(bases[0], dtype=torch.float32)
+    counted = measured(modality.encode([TextExample(**row) for row in ROWS[22:]], tokenizer, max_length=16))
+    SIGNATURE.export(tmp_path / "counts", counted, base=base, base_name="old")
+    codes: Any = methods.make("prototype", {"size": 64})
+    codes.export(tmp_path / "codes", codes.start(base, {0: 0}, seed=0), base=base, base_name="old")
+    done = CliRunner().invoke(app, [*asked, *short, "--format", "json", "--measured", str(tmp_path / "counts")])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report == json.loads((out / "report.json").read_text()) and 0 < 2 * report["learned"] <= report["texts"]
@@ -167,6 +193,8 @@ def test_the_command_writes_an_adapter_that_loads_and_says_what_it_did(
         (["--temperature", "inf"], "temperature must be at least 0"),
         (["--method", "nothing"], "nothing"),
         (["--seeds", str(tmp_path / "no.jsonl")], "no.jsonl"),
+        (["--measured", str(tmp_path / "no")], "expected a published adapter"),
+        (["--measured", str(tmp_path / "codes")], "is of the method prototype, by which no text is told"),
     ):
         refused = CliRunner().invoke(app, [*other, *odd])
         assert isinstance(refused.exception, InputError) and words in str(refused.exception), refused.exception
