@@ -7,7 +7,7 @@ from pydantic_core import from_json
 
 from offsite.protos import runs_pb2 as pb
 from offsite.protos.documents import plain
-from offsite.protos.errors import MismatchError
+from offsite.protos.errors import InputError, MismatchError
 
 T = TypeVar("T")
 
@@ -119,3 +119,11 @@ def event_of(message: pb.Event) -> Event:
     if not isinstance(data, dict):
         raise MismatchError(f"event {message.seq} of the run holds no JSON table; the coordinator is another version")
     return copied(Event, message, kind=plain(message.kind, most=64), site=plain(message.site, most=64), data=data)
+
+
+def numbered(version: str) -> tuple[str, int]:
+    """Part RUN:ROUND, the round 0 of a run alone; raises InputError."""
+    run, colon, number = version.partition(":")
+    if not run or (colon and not (number.isdecimal() and 0 < int(number) < 2**32)):
+        raise InputError(f"{version!r}: expected RUN:ROUND, such as {run or 'a1b2c3d4'}:2")
+    return run, int(number or 0)

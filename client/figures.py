@@ -80,13 +80,17 @@ def lineage(report: dict[str, Any]) -> str:
 
 
 def ended(report: dict[str, Any]) -> list[str]:
-    """Say where a run stopped, and which of its versions is its outcome if that is not the last one."""
+    """Say where a run stopped, which of its versions is its outcome if not the last one, and what its gate found."""
     end = report.get("outcome") or {"stopped": "", "round": 0, "last": 0}
     best = (
         f"figures and files are those of round {end['round']}, the best that was measured; the last version, that of "
         f"round {end['last']}, is in last/"
     )
-    return [words for words in (end["stopped"], best if end["round"] != end["last"] else "") if words]
+    gate = [
+        f"gate: {one['check']} {'holds' if one['holds'] else 'does not hold, and held all back'}: {one['reason']}"
+        for one in report.get("gate", ())
+    ]
+    return [words for words in (end["stopped"], best if end["round"] != end["last"] else "", *gate) if words]
 
 
 def missing(report: dict[str, Any]) -> list[str]:

@@ -19,7 +19,9 @@ from offsite.protos.events import (
     EVENTS,
     EmulatorBuilt,
     Examined,
+    Held,
     Measured,
+    Released,
     RoundDone,
     Selected,
     SiteState,
@@ -41,6 +43,7 @@ PHASES = {  # of steps that measure no figure
     "version:0": "building the emulator",
     "bundle": "tuning the emulator beside the new adapter",
     "publish": "writing the adapter",
+    "gate": "holding the outcome against the gate",
 }
 LINE_EVERY_S = 10.0  # where there is no live screen
 
@@ -150,6 +153,12 @@ class RunView:
 
     def _on_stopped(self, event: Stopped) -> str:
         return f"{event.message}; the best is that of round {event.best}"
+
+    def _on_held(self, event: Held) -> str:
+        return f"held back by the gate, so that nothing is published: {event.message}"
+
+    def _on_released(self, event: Released) -> str:
+        return f"{f'round {event.round}' if event.round else 'all of it'} was released by {event.by}: {event.reason}"
 
     def _on_withdrawn(self, event: Withdrawn) -> str:
         return f"round {event.round}: its version was taken back by {event.by}: {event.reason}"

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pydantic_core import from_json
 
-from offsite.client.answers import Artifact, Event, Site, Status, Version, copied, event_of, version_of
+from offsite.client.answers import Artifact, Event, Site, Status, Version, copied, event_of, numbered, version_of
 from offsite.client.channel import Channel
 from offsite.client.forgetting import Forgetting, forgetting
 from offsite.client.membership import Renewal
@@ -26,7 +26,7 @@ from offsite.protos import runs_pb2 as pb
 from offsite.protos import runs_pb2_grpc
 from offsite.protos.documents import from_json as read_json
 from offsite.protos.documents import parse, plain, to_json, to_plain
-from offsite.protos.errors import InputError, MismatchError, RunError, UnreachableError
+from offsite.protos.errors import InputError, MismatchError, RefusedError, RunError, UnreachableError
 from offsite.protos.figures import PLUG_IN
 from offsite.protos.security.certificates import PEOPLE
 from offsite.protos.security.identity import Identity
@@ -167,6 +167,9 @@ class Run:
         A model card is written beside them, README.md, unless there is a file of that name.
         """
         self.wait()
+        against = [f"{one['check']}: {one['reason']}" for one in self.report.get("gate", ()) if not one["holds"]]
+        if against and not self.status.artifacts:
+            raise RefusedError(f"run {self.id} is held back by its gate ({plain('; '.join(against))}); ask the owner")
         folder = Path(folder).expanduser()
         for artifact in self.status.artifacts:
             relative = Path(artifact.name)
@@ -262,10 +265,20 @@ class Session:
         Returns the versions of the run, as `versions` does. Raises NotFoundError, InputError for a version that was
         taken back itself, ConflictError while a run works on what came after it.
         """
-        run, _, number = (version.id if isinstance(version, Version) else version).partition(":")
-        if not (number.isdecimal() and 0 < int(number) < 2**32):
+        run, number = numbered(version.id if isinstance(version, Version) else version)
+        if not number:
             raise InputError(f"{version}: expected RUN:ROUND, such as {run or 'a1b2c3d4'}:2, the last to stay")
-        reply = self.call("RollBack", pb.RollBackRequest(run=run, round=int(number), reason=reason))
+        reply = self.call("RollBack", pb.RollBackRequest(run=run, round=number, reason=reason))
+        return [version_of(message) for message in reply.versions]
+
+    def release(self, version: Version | str, *, reason: str) -> list[Version]:
+        """Let out what a run's gate held back: "RUN:ROUND", a version, or "RUN", all of the run; it is for the owner.
+
+        Who did it and why stays in the run's events. Returns the versions of the run, as `versions` does. Raises
+        NotFoundError, InputError without a reason, ConflictError where nothing is held back.
+        """
+        run, number = numbered(version.id if isinstance(version, Version) else version)
+        reply = self.call("Release", pb.ReleaseRequest(run=run, round=number, reason=reason))
         return [version_of(message) for message in reply.versions]
 
     def forgetting(self, run: Run | str) -> Forgetting:

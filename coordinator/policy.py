@@ -20,7 +20,7 @@ from offsite.protos.errors import InputError, NotFoundError, RefusedError
 from offsite.protos.ranges import AboveZero, Flag, Name, Place, Positive, Share, Word
 from offsite.protos.recipes import render
 from offsite.protos.security.certificates import Role
-from offsite.protos.spec import Ancestor, Choice, RunSpec
+from offsite.protos.spec import Ancestor, Checks, Choice, Exams, RunSpec
 
 MIB = 1 << 20
 Words = Annotated[tuple[Word, ...], Field(max_length=256)]
@@ -80,6 +80,8 @@ class OwnerPolicy:
     max_disclosed: Share = 0.9  # of a base's parameters, verbatim, by all emulators of it that were ever built
     max_disclosed_lossy: Share = 0.9  # the same, with what is stored in few bits counted in full
     merged: tuple[Name, ...] = ()  # researchers who may have the base's weights: merged, or in what adapters disclose
+    gate: Checks = ()  # what must hold of every run's outcome, beside what the run asks for itself
+    probes: Exams = Field(default_factory=dict)  # name -> a text that checks of this gate read, relative to this file
     continued: Flag = True  # whether runs may go on from a version of another one of theirs
     max_rounds: Positive = 20  # of a run, and of those that it goes on from
     max_steps: Positive = 1000  # optimiser steps of one round at one site
@@ -108,7 +110,8 @@ class OwnerPolicy:
             if not folder.is_dir():
                 raise InputError(f"{path}: data: {place} is not a folder")
         models = {name: _model(path, name, place) for name, place in policy.models.items()}
-        return replace(policy, models=models, data=tuple(map(str, folders)))
+        probes = {name: str(_folder(path, place)) for name, place in policy.probes.items()}
+        return replace(policy, models=models, data=tuple(map(str, folders)), probes=probes)
 
     def grant(self, spec: RunSpec, *, role: Role, person: str, live: int, continues: Ancestor | None = None) -> Grant:
         """Let a run in: return it with the places its names stand for.
@@ -133,6 +136,8 @@ class OwnerPolicy:
             "calibration": texts.get(spec.calibration, ""),
             "attack_text": texts.get(spec.attack_text, ""),
             "evaluation": {exam: texts[name] for exam, name in spec.evaluation.items()},
+            "probes": {probe: texts[name] for probe, name in spec.probes.items()} | (self.probes if bound else {}),
+            "gate": [to_plain(one) for one in (*spec.gate, *(self.gate if bound else ()))],
         }
         names = {place: name for name, place in {spec.model: model, **texts}.items() if place != name}
         granted = {
@@ -228,6 +233,12 @@ class OwnerPolicy:
                 ", ".join(self.merged) or "owners only",
                 "who may have the base with the change in it, or parts of it in an adapter",
             ),
+            (
+                "gate",
+                render(self.gate) if self.gate else "none",
+                "what must hold, or nothing of a run is published",
+            ),
+            ("probes", "\n".join(self.probes.values()) or "none", "texts that the gate reads"),
             ("continued runs", "yes" if self.continued else "no", "from a version of another run of theirs"),
             ("most rounds", str(self.max_rounds), "of one run and of those that it goes on from"),
             ("most steps", str(self.max_steps), "of one round at one site"),
@@ -271,7 +282,8 @@ def _model(policy: Path, name: str, place: str) -> str:
 
 
 def _texts(spec: RunSpec) -> list[str]:
-    return [name for name in (spec.public, spec.calibration, spec.attack_text, *spec.evaluation.values()) if name]
+    files = (*spec.evaluation.values(), *spec.probes.values())
+    return [name for name in (spec.public, spec.calibration, spec.attack_text, *files) if name]
 
 
 def _largest(choice: Choice, *settings: str) -> int:

@@ -162,6 +162,24 @@ class Stopped:
 
 
 @document
+class Held:
+    """The run's gate does not hold: nothing of it is published, and nobody goes on from it."""
+
+    kind: ClassVar[str] = "held"
+    message: Message
+
+
+@document
+class Released:
+    """The owner has let out what the run's gate held back: the version of a round, or all of the run."""
+
+    kind: ClassVar[str] = "released"
+    round: Count  # 0: all
+    by: Line
+    reason: Message
+
+
+@document
 class Withdrawn:
     """The version that a round ended in was taken back: nobody goes on from it."""
 
@@ -210,6 +228,8 @@ Event = (
     | Examined
     | RoundDone
     | Stopped
+    | Held
+    | Released
     | Withdrawn
     | Completed
     | Failed

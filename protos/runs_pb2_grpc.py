@@ -86,6 +86,11 @@ class RunsStub:
                 request_serializer=offsite_dot_protos_dot_runs__pb2.RollBackRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/offsite.v1.Runs/Release',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
+                _registered_method=True)
 
 
 class RunsServicer:
@@ -157,6 +162,13 @@ class RunsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Lets out what a run's gate held back: the version of a round, or all of it. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -208,6 +220,11 @@ def add_RunsServicer_to_server(servicer, server):
             'RollBack': grpc.unary_unary_rpc_method_handler(
                     servicer.RollBack,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.RollBackRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.ReleaseRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_runs__pb2.VersionsReply.SerializeToString,
             ),
     }
@@ -481,6 +498,33 @@ class Runs:
             target,
             '/offsite.v1.Runs/RollBack',
             offsite_dot_protos_dot_runs__pb2.RollBackRequest.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/Release',
+            offsite_dot_protos_dot_runs__pb2.ReleaseRequest.SerializeToString,
             offsite_dot_protos_dot_runs__pb2.VersionsReply.FromString,
             options,
             channel_credentials,

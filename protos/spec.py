@@ -75,6 +75,9 @@ Chosen = Annotated[Choice, Stated(), Written(_choice, most=TEXT)]
 # Of an upload, in the order they pack it.
 Stages = Annotated[tuple[Choice, ...], Field(max_length=LINKS), Stated(), Written(_chain, most=TEXT)]
 
+# Of a gate; an owner's own, and the run's.
+Checks = Annotated[tuple[Choice, ...], Field(max_length=2 * LINKS), Written(_chain, most=TEXT)]
+
 # The plug-ins of a run that names no others.
 BUILDERS = (Choice(name="crash"),)
 TRAINABLE, METHOD, STRATEGY = Choice(name="ends"), Choice(name="lora"), Choice(name="low-rank")
@@ -151,6 +154,8 @@ class RunSpec:
     least_gain: AtLeastZero = 0.0  # nats a token by which a version has to be better than the best for a gain
     contributions: Flag = False  # also measure what each update gave: its cosine with the mean, the plug-in without it
     merge: Flag = False  # also publish the merged model
+    gate: Checks = ()  # what must hold of the outcome, or nothing of the run is published
+    probes: Exams = Field(default_factory=dict)  # at the coordinator: name -> texts that the gate's checks read
     start: Start = ""  # RUN, or RUN:ROUND counted from one: the version to go on from; empty: what changes nothing
     task: Task = ""  # what the run learns, by a name of its own; empty: it has none
     known_by: Start = ""  # RUN, or RUN:ROUND, that measured what this task's rows are like; empty: it goes by its name

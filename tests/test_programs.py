@@ -69,6 +69,9 @@ class Coordinator:
     def roll_back(self, *_: Any, **__: Any) -> list[Version]:
         return self.versions()
 
+    def release(self, *_: Any, **__: Any) -> list[Version]:
+        return self.versions()
+
 
 # One after the other, as each makes what the next looks at.
 CALLS: dict[str, tuple[str, ...]] = {
@@ -93,6 +96,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "version ls": (),
     "version show": ("r1:1",),
     "version rollback": ("r1:1", "--reason", "r"),
+    "version release": ("r1", "--reason", "r"),
     "identity profile remove": ("work",),
     "data check": ("rows.jsonl",),
     "data preview": ("rows.jsonl",),

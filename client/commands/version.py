@@ -95,6 +95,22 @@ def rollback(
     _print(versions, format)
 
 
+@app.command()
+def release(
+    version: Annotated[str, typer.Argument(metavar="RUN[:ROUND]", help="A version; of a run alone all of it.")],
+    coordinator: Coordinator,
+    identity: Kit,
+    reason: Annotated[str, typer.Option(help="Why; it stays in the run's audit trail.")],
+    format: Format = "text",
+) -> None:
+    """Let out what the gate of a run held back; it is for the owner."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        versions = session.release(version, reason=reason)
+    _print(versions, format)
+
+
 def _print(versions: "Sequence[Version]", format: str) -> None:
     from rich.console import Console
     from rich.text import Text

@@ -18,7 +18,9 @@ from offsite.protos.events import (
     Completed,
     EmulatorBuilt,
     Failed,
+    Held,
     Measured,
+    Released,
     RoundDone,
     Selected,
     SiteState,
@@ -127,6 +129,16 @@ class Story(RunView):
 
     def _on_stopped(self, event: Stopped) -> str:
         return self._note("coordinator", super()._on_stopped(event))
+
+    def _on_held(self, event: Held) -> str:
+        return self._note("coordinator", super()._on_held(event))
+
+    def _on_released(self, event: Released) -> str:
+        line = super()._on_released(event)
+        self.turns += 1
+        what = f"the version of round {event.round}" if event.round else "all of the run"
+        self._note(event.by, f"released {what}: {event.reason}")
+        return line
 
     def _on_withdrawn(self, event: Withdrawn) -> str:
         line = super()._on_withdrawn(event)

@@ -8,7 +8,7 @@ from offsite.coordinator.aggregation.base import RETENTION
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.steps.orders import Continued
-from offsite.coordinator.runs.steps.results import BUILD, fold
+from offsite.coordinator.runs.steps.results import BUILD, GATE, fold, release
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs
 from offsite.coordinator.store.journal import Journal
@@ -40,8 +40,25 @@ def ancestor(journal: Journal, start: str, *, field: str = "start") -> Ancestor:
     if row := gone.get((run, chosen)):
         last = f"{run}:{left[-1]} is the last that was not" if left else "and so was all of the run; name another"
         raise InputError(f"{field}: {run}:{chosen} was taken back by {row.by} ({plain(row.reason)}); {last}")
+    if why := unreleased(journal, run, chosen):
+        raise InputError(f"{field}: {why}")
     before = granted(journal, run).continues
     return Ancestor(run=run, round=chosen, rounds=chosen + (before.rounds if before else 0))
+
+
+def unreleased(journal: Journal, run: str, number: int) -> str:
+    """Say why nobody may have the version of a round: the run's gate holds it back, or has not judged; else empty."""
+    if not granted(journal, run).gate:
+        return ""
+    history = History(journal, run)
+    if history.get(release(0)) or history.get(release(number)):
+        return ""
+    verdict = history.get(GATE)
+    if verdict is None:
+        return f"{run}:{number} is not released: the gate of run {run} has not judged its outcome"
+    if verdict.against:
+        return f"{run}:{number} is held back by its run's gate ({plain(verdict.against, most=1000)}); ask the owner"
+    return ""
 
 
 def version(journal: Journal, continues: Ancestor) -> Version:

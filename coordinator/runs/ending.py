@@ -7,14 +7,17 @@ from typing import Protocol, TypeVar
 from offsite.coordinator.runs import judging
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
-from offsite.coordinator.runs.steps.orders import Attack, Order, Publish, Tune
-from offsite.coordinator.runs.steps.results import ATTACK, BUILD, LAST, PUBLISH, Evaluation, Step, evaluate, fold
+from offsite.coordinator.runs.steps.orders import Attack, Gate, Order, Publish, Tune
+from offsite.coordinator.runs.steps.results import ATTACK, BUILD, GATE, LAST, PUBLISH, Evaluation, Step, evaluate, fold
 from offsite.coordinator.store.blobs import Stored
 from offsite.protos import figures
-from offsite.protos.events import Event, Measured
-from offsite.protos.figures import BASE_TUNED, EMULATOR_TUNED, PLUG_IN
+from offsite.protos.events import Event, Held, Measured
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, EMULATOR_TUNED, PLUG_IN, perplexity
+from offsite.protos.ranges import finite
 
 R = TypeVar("R")
+
+OVERALL = (BASE_ZERO_SHOT, PLUG_IN)  # figures that a gate looks at
 
 
 class Do(Protocol):
@@ -44,7 +47,7 @@ def outcome(history: History, planned: int) -> int:
 def end(spec: Grant, history: History, do: Do, measure: Measure) -> dict[str, Stored]:
     """Return the files that a run publishes, by name: its outcome, and its last version where that is another.
 
-    All figures are those of the outcome.
+    All figures are those of the outcome. Where its gate does not hold, the files are made, and none is published.
     """
     built, last = history[BUILD], history.rounds(spec.rounds)
     if any(judging.judged(history, number) is not None for number in range(1, last)):
@@ -63,6 +66,16 @@ def end(spec: Grant, history: History, do: Do, measure: Measure) -> dict[str, St
             do(evaluate(BASE_TUNED), tune, partial(_measured, BASE_TUNED))
         attack = Attack(manifest=manifest, adapter=version.adapter)
         do(ATTACK, attack, lambda result: _measured(figures.ATTACK, result.attacks[0]))
+    if spec.gate:
+        overall = {name: perplexity(done.sets.values()) for name in OVERALL if (done := history.get(evaluate(name)))}
+        gate = Gate(
+            base=built.base.digest,
+            adapter=version.adapter,
+            recovery=built.recovery,
+            memory=version.memory,
+            figures={name: finite(value) for name, value in overall.items()},
+        )
+        do(GATE, gate, lambda verdict: [Held(message=verdict.against)] if verdict.against else [])
     files: dict[str, Stored] = {}
     for step, number, folder in ((PUBLISH, chosen, ""), (LAST, last, "last")):
         if step is PUBLISH or number != chosen:
@@ -71,7 +84,8 @@ def end(spec: Grant, history: History, do: Do, measure: Measure) -> dict[str, St
                 base=built.base.digest, adapter=one.adapter, recovery=built.recovery, memory=one.memory, folder=folder
             )
             files |= do(step, order).artifacts
-    return files
+    verdict = history.get(GATE)
+    return {} if verdict and verdict.against else files
 
 
 def _measured(figure: str, result: Evaluation) -> list[Event]:

@@ -46,6 +46,8 @@ def alters(spec: RunSpec) -> str:
         return "its learning rate goes over all of its rounds (training.span)"
     if spec.realign_steps:
         return "its emulator is tuned again after each round (realign_steps)"
+    if spec.staleness:
+        return "late updates of its rounds are folded into later ones (staleness)"
     if feeding:
         return f"sites send what stage {feeding[0]} left out with the next update of the same run (upload)"
     if remembers.paced:

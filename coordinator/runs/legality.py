@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from offsite.coordinator import aggregation, memory
+from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
 from offsite.coordinator.runs import pairs
 from offsite.coordinator.runs.accumulation import judge_memory, judge_retention
+from offsite.coordinator.runs.conditions import judge_gate, judge_patience
 from offsite.coordinator.runs.continuing import Left, unlike
 from offsite.coordinator.runs.fitting import judge_fit
 from offsite.coordinator.runs.partial import part_of
@@ -33,7 +34,8 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
     Where an emulator may not be the `whole` base, one that would be raises RefusedError.
     """
     try:
-        _judge_patience(spec)
+        judge_patience(spec)
+        checks = judge_gate(spec)
         method = methods.make(spec.method.name, spec.method.settings)
         if isinstance(method, Carrying) and not spec.start:
             raise ValueError(
@@ -59,7 +61,8 @@ def judge(spec: RunSpec, *, folders: Sequence[str] = (), whole: bool = True) -> 
             )
         if folder := zoo.look_up(spec.model, cache=zoo.cache_folder()):
             judge_fit(spec, folder)
-        paths = {*spec.evaluation.values(), spec.public, spec.calibration, spec.attack_text} - {""}
+        own = [spec.probes[name] for check in checks for name in check.texts]
+        paths = {*spec.evaluation.values(), *own, spec.public, spec.calibration, spec.attack_text} - {""}
         texts = {path: read(Path(path), folders=[Path(folder) for folder in folders]) for path in sorted(paths)}
         _judge_attacks(spec, texts)
     except ValueError as error:
@@ -112,21 +115,6 @@ def _judge_attacks(spec: RunSpec, texts: Mapping[str, Sequence[Example]]) -> Non
                     f"{name}: {both} of the {len(texts[path])} held-out examples of {exam} are in {place}, and an "
                     "attack must not train on what it is measured on; take them out of one of the two"
                 )
-
-
-def _judge_patience(spec: RunSpec) -> None:
-    """Raise ValueError if a run is to stop by what it does not measure, or must not before its last round."""
-    if not spec.patience:
-        if spec.least_gain:
-            raise ValueError("least_gain is for a run that stops: give a patience, or leave it out")
-        return
-    if not spec.evaluation:
-        raise ValueError("patience: versions are judged on held-out examples: give some as evaluation, or leave it out")
-    if memory.make(spec.memory.name, spec.memory.settings).paced:
-        raise ValueError(
-            f"patience: memory {spec.memory.name} moves at a pace that the number of rounds gives it, so that a run "
-            "which stops before would leave it half-way; leave patience out, or use another memory"
-        )
 
 
 def _key(example: Example) -> str:

@@ -9,7 +9,7 @@ as the run computes (4 in fp32, 2 in bf16):
     encode     the files of the base
     realign    2 (P + E)          evaluate   w P, with a memory the layers that train twice, or w E of the emulator
     tune       w P                attack     16 E: weights, gradients and two moments; w E where a GPU has these
-    publish    2 P, and as much again for a merged model
+    publish    2 P, and as much again for a merged model; gate 2 w P
 
 What it computes, and the libraries (0.5 GB), come on top: that is for the node to leave free.
 """
@@ -26,6 +26,7 @@ from offsite.coordinator.runs.steps.orders import (
     Divide,
     Encode,
     Evaluate,
+    Gate,
     Gather,
     Join,
     Order,
@@ -84,6 +85,8 @@ def _once_built(order: Order, spec: Grant, built: Built) -> Needs:
             return Needs(width * base, gpu=True)
         case Realign():
             return Needs(2 * (base + emulator))
+        case Gate():
+            return Needs(2 * width * base, gpu=True)
         case Publish():
             return Needs((4 if spec.merge else 2) * base)
     raise TypeError(f"step {order.step} has no formula")

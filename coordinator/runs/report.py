@@ -77,6 +77,7 @@ def assemble(journal: Journal, run: str) -> str:
         "training": to_plain(training(spec, built.learning_rate)),
         "rounds": [_round(number, history, accepted, last) for number in range(last)],
         "outcome": {"round": outcome(history, spec.rounds), "last": last, "stopped": stop.reason if stop else ""},
+        "gate": [to_plain(one) for one in verdict.findings] if (verdict := history.get(results.GATE)) else [],
         "overall": overall,
         "sites": sites,
         "exam": exam,

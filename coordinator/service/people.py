@@ -6,10 +6,11 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
-from offsite.coordinator.runs import continuing, lineage
+from offsite.coordinator.runs import continuing, lineage, releasing
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import in_thread
@@ -169,6 +170,13 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """Take back what came after a version, and return the lineage of its run."""
         async with self._gate(context, "owner", "researcher", request=request) as person:
             await in_thread(self._roll_back, request, person)
+            return await in_thread(self._versions, pb.VersionsRequest(run=request.run), person)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.VersionsReply:
+        """Let out what a gate held back, and return the lineage of its run; it is for the owner."""
+        async with self._gate(context, "owner", request=request) as person:
+            how = {"by": person.name, "reason": request.reason}
+            await in_thread(partial(releasing.let_out, self._journal, request.run, request.round, **how))
             return await in_thread(self._versions, pb.VersionsRequest(run=request.run), person)
 
     def _versions(self, request: pb.VersionsRequest, person: Peer) -> pb.VersionsReply:

@@ -107,9 +107,7 @@ class Runs(Database):
             )
             if not ended.rowcount:
                 return
-            for name, file in (published or {}).items():
-                row = self._insert(artifacts).values(run=run, name=name, digest=file.digest, size=file.size)
-                connection.execute(row.on_conflict_do_nothing())
+            self._publish(connection, run, published or {})
             connection.execute(event_row(run, end))
 
     def wait_run(self, run: str, note: str, event: Waiting) -> None:
@@ -170,6 +168,19 @@ class Runs(Database):
     def artifacts(self, run: str) -> list[Row]:
         """Return the published files of a run by name."""
         return self._all(sa.select(artifacts).where(artifacts.c.run == run).order_by(artifacts.c.name))
+
+    def publish(self, run: str, files: Mapping[str, Stored], step: str, value: dict[str, Any], news: Event) -> None:
+        """Publish files of a run that is over, with the step that does it and the event that tells it; done once."""
+        with self._write() as connection:
+            done = self._insert(steps).values(run=run, name=step, value=value).on_conflict_do_nothing()
+            if connection.execute(done).rowcount:
+                self._publish(connection, run, files)
+                connection.execute(event_row(run, news))
+
+    def _publish(self, connection: sa.Connection, run: str, files: Mapping[str, Stored]) -> None:
+        for name, file in files.items():
+            row = self._insert(artifacts).values(run=run, name=name, digest=file.digest, size=file.size)
+            connection.execute(row.on_conflict_do_nothing())
 
     def forget_artifacts(self, run: str) -> None:
         """Publish the files of a run no longer."""

@@ -95,6 +95,7 @@ ALLOWED = {
     "emulator/refusals.py": {"mhr"},  # what a type of peft's is that it refuses
     "emulator/methods/fisher.py": {"lora"},  # its own default
     "emulator/builders/quantised.py": {"nf4"},  # its own default
+    "coordinator/runs/steps/gating.py": {"dpo"},  # whose rows of two answers a check reads
     "client/demo/play.py": {"crash", "lora"},  # the demo's own choice
     "protos/grammar.py": {"crash", "quantised", "nf4"},  # the example in its messages
     "coordinator/commands/emulator.py": {"crash", "distilled", "ends", "quantised"},  # examples, and its defaults

@@ -49,7 +49,7 @@ def evaluate(node: Node, spec: Grant, order: Evaluate) -> Evaluation:
             )
             if adapter is not None:
                 model = method.attach(model, bundle.described(listed).outline.places, adapter)
-        model.to(_device()).eval()
+        model.to(device()).eval()
     scores = measure(model, exams(node, spec, tokenizer, sets=order.sets), timeline)
     return Evaluation(sets=scores, spans=tuple(timeline))
 
@@ -72,11 +72,11 @@ def _plugged(node: Node, spec: Grant, order: Evaluate, method: Method) -> Evalua
             part_scores = []
             for task, part in parts.items():
                 model = plug_all(twin(base, range(len(layers(base)))), method, {task: adapters[task]})
-                part_scores.append(measure(model.to(_device()).eval(), {name: part}, timeline)[name])
+                part_scores.append(measure(model.to(device()).eval(), {name: part}, timeline)[name])
             scores[name] = total(part_scores)
         return Evaluation(sets=scores, spans=tuple(timeline))
     with timeline.span("loading"):
-        model = plug_all(base, method, adapters).to(_device()).eval()
+        model = plug_all(base, method, adapters).to(device()).eval()
     scores = measure(model, texts, timeline)
     alone = {}
     if isinstance(model, Ensemble):
@@ -90,7 +90,8 @@ def _by_data(known: Tasks, batches: list[Batch]) -> dict[str, list[Batch]]:
     return {task: evaluation_batches(parts[task], batch_size=EVALUATION_BATCH) for task in sorted(parts)}
 
 
-def _device() -> str:
+def device() -> str:
+    """Return where models compute."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

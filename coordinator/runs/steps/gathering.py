@@ -26,7 +26,8 @@ def gather(node: Node, spec: Grant, order: Gather) -> Inputs:
     with timeline.span("loading"):
         model = zoo.locate(spec.model, cache=zoo.cache_folder()).absolute()
         places = {spec.model: _input(blobs, model, files_of(model))}
-        for text in sorted({spec.public, spec.calibration, spec.attack_text, *spec.evaluation.values()} - {""}):
+        several = *spec.evaluation.values(), *spec.probes.values()
+        for text in sorted({spec.public, spec.calibration, spec.attack_text, *several} - {""}):
             top = Path(text).absolute()
             places[text] = _input(blobs, top, _texts(top, folders(spec)))
     return Inputs(places=places, spans=tuple(timeline))

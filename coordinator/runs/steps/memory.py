@@ -9,7 +9,7 @@ from offsite.coordinator.aggregation.base import KEPT, RETENTION, Origin
 from offsite.coordinator.bundles.stored import recovered
 from offsite.coordinator.memory import PREFIX, SUMS, Combine, Moment
 from offsite.coordinator.runs.grant import Grant
-from offsite.coordinator.runs.steps.orders import Evaluate, Publish
+from offsite.coordinator.runs.steps.orders import Evaluate, Gate, Publish
 from offsite.coordinator.runs.steps.storage import load_version, store_version
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Blobs
@@ -56,7 +56,7 @@ def after(
     return replace(version, state=version.state | {name: before.state[name] for name in others})
 
 
-def experts(blobs: Blobs, spec: Grant, order: Evaluate | Publish) -> dict[str, Adapter]:
+def experts(blobs: Blobs, spec: Grant, order: Evaluate | Gate | Publish) -> dict[str, Adapter]:
     """Return by name the adapters by which a version answers, as they are recovered: the first is the newest.
 
     It has none, and so the base is as it is, where the order names no adapter.

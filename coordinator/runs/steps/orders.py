@@ -7,7 +7,7 @@ from pydantic import Field
 from offsite.coordinator.runs.versions import Version
 from offsite.coordinator.store.blobs import Stamp
 from offsite.protos.documents import document, from_json
-from offsite.protos.ranges import AtLeastZero, Count, Digest, Name, Place, Positive, Share, Tier, Word
+from offsite.protos.ranges import AtLeastZero, Count, Digest, Finite, Name, Place, Positive, Share, Tier, Word
 from offsite.protos.spec import Choice, Grounds, Layers, Shared
 
 
@@ -179,7 +179,21 @@ class Publish:
     folder: Place = ""  # of the files; with one it is not the run's outcome, and not merged
 
 
-Order = Gather | Build | Divide | Encode | Aggregate | Compare | Join | Realign | Evaluate | Attack | Tune | Publish
+@document
+class Gate:
+    """Hold a run's outcome against its gate."""
+
+    step: ClassVar[str] = "gate"
+    base: Digest
+    adapter: Digest
+    recovery: Digest | None
+    memory: dict[Word, Digest] = Field(default_factory=dict)  # that the adapter's version has
+    figures: dict[Word, Finite | None] = Field(default_factory=dict)  # perplexities over all held-out sets
+
+
+Order = (
+    Gather | Build | Divide | Encode | Aggregate | Compare | Join | Realign | Evaluate | Attack | Tune | Gate | Publish
+)
 ORDERS: dict[str, type[Order]] = {kind.step: kind for kind in get_args(Order)}  # by the step's name
 
 

@@ -15,6 +15,7 @@ from offsite.coordinator.runs.steps.dividing import divide, encode
 from offsite.coordinator.runs.steps.evaluation import evaluate
 from offsite.coordinator.runs.steps.folding import aggregate, compare, join
 from offsite.coordinator.runs.steps.gathering import gather
+from offsite.coordinator.runs.steps.gating import gate
 from offsite.coordinator.runs.steps.inputs import at_desk, desks
 from offsite.coordinator.runs.steps.orders import read
 from offsite.coordinator.runs.steps.publishing import publish
@@ -35,6 +36,7 @@ STEPS: dict[str, Callable[[Node, Grant, Any], object]] = {
     "attack": attack,
     "tune": tune,
     "publish": publish,
+    "gate": gate,
 }
 
 

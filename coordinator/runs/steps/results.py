@@ -6,6 +6,7 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import Field
 
 from offsite.coordinator.bundles.manifests import Bundle
+from offsite.coordinator.gates.base import Finding
 from offsite.coordinator.runs.grant import Input
 from offsite.coordinator.runs.steps.orders import Outlined, Update
 from offsite.coordinator.runs.versions import Version
@@ -21,6 +22,7 @@ from offsite.protos.ranges import (
     Digest,
     Finite,
     Line,
+    Moment,
     Name,
     Place,
     Positive,
@@ -184,6 +186,28 @@ class Publication:
 
 
 @document
+class Verdict:
+    """What a run's gate has found of its outcome."""
+
+    findings: tuple[Finding, ...]
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def against(self) -> str:
+        """Why nothing of the run is published; empty: all of its gate holds."""
+        return "; ".join(f"{one.check}: {one.reason}" for one in self.findings if not one.holds)
+
+
+@document
+class Release:
+    """Who lets out what a gate holds back, when, and why."""
+
+    by: Line
+    at: Moment
+    reason: Message
+
+
+@document
 class Selection:
     """The sites of a run."""
 
@@ -203,6 +227,7 @@ GATHER = Step("inputs", Inputs)
 BUILD = Step("version:0", Built)
 ATTACK = Step("attack", Attacks)
 STOP = Step("stop", Stop)
+GATE = Step("gate", Verdict)
 PUBLISH = Step("publish", Publication)
 LAST = Step("publish:last", Publication)
 
@@ -235,6 +260,11 @@ def without(number: int, site: str) -> Step[Folded]:
 def lacking(number: int, site: str) -> Step[Evaluation]:
     """Return the step that measures the plug-in of that."""
     return Step(f"{PLUG_IN}:{number}:without:{site}", Evaluation)
+
+
+def release(number: int) -> Step[Release]:
+    """Return the step that lets out the version of a round, counted from one; 0: all of the run."""
+    return Step(f"release:{number}", Release)
 
 
 def realign(number: int) -> Step[Realigned]:
