@@ -22,8 +22,10 @@ from offsite.protos.events import (
     Held,
     Measured,
     Released,
+    RoundBegun,
     RoundDone,
     Selected,
+    SiteOut,
     SiteState,
     StepBegun,
     StepLost,
@@ -114,6 +116,15 @@ class RunView:
 
     def _on_warning(self, event: Warned) -> str:
         return f"warning: {event.message}"
+
+    def _on_begun(self, event: RoundBegun) -> str:
+        for name in event.joined:
+            self.sites.setdefault(name, SiteView())
+        return f"round {event.round}: {', '.join(event.joined)} joins the run" if event.joined else ""
+
+    def _on_out(self, event: SiteOut) -> str:
+        self.sites.setdefault(event.site, SiteView()).state = "out"
+        return f"{event.site} takes part no longer ({event.by}): {event.reason}"
 
     def _on_site(self, event: SiteState) -> str:
         site = self.sites.setdefault(event.site, SiteView())

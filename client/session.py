@@ -143,6 +143,11 @@ class Run:
         request = pb.ExtendRequest(token=token or secrets.token_hex(16), run=self.id, round=after, rounds=rounds)
         return Run(self._session, self._session.call("Extend", request))
 
+    def eject(self, site: str, *, reason: str) -> Self:
+        """Take a site out of the run, which goes on; the reason stays in its audit trail."""
+        self._reply = self._session.call("Eject", pb.EjectRequest(run=self.id, site=site, reason=reason))
+        return self
+
     @property
     def report(self) -> dict[str, Any]:
         """The figures of a completed run; empty before."""

@@ -17,7 +17,7 @@ from offsite.coordinator.runs.grant import Grant
 from offsite.emulator.catalogue import BUILDERS, FIRST, METHODS
 from offsite.protos.documents import document, from_toml, nearest, parse, to_plain
 from offsite.protos.errors import InputError, NotFoundError, RefusedError
-from offsite.protos.ranges import AboveZero, Flag, Name, Place, Positive, Share, Word
+from offsite.protos.ranges import AboveZero, Count, Flag, Name, Place, Positive, Share, Word
 from offsite.protos.recipes import render
 from offsite.protos.security.certificates import Role
 from offsite.protos.spec import Ancestor, Checks, Choice, Exams, RunSpec
@@ -91,6 +91,7 @@ class OwnerPolicy:
     max_rank: Positive = 256  # and width, of what is beside a map
     max_sites: Positive = 100
     max_live_runs: Positive = 4  # of one researcher
+    max_priority: Count = 0  # of a run's tasks: sites do those of the highest first
     max_adapter_mib: AboveZero = 64.0
     max_bundle_mib: AboveZero = 16384.0
 
@@ -181,6 +182,7 @@ class OwnerPolicy:
             "max_rank": _largest(spec.method, "rank", "r", "width", "bottleneck", "rank_pattern"),
             "max_sites": max(len(spec.sites), spec.min_sites),
             "max_live_runs": live + 1,
+            "max_priority": spec.priority,
         }.items():
             if value > getattr(self, bound):
                 raise _refused(bound, f"{value} is more than {getattr(self, bound)}")
@@ -251,6 +253,7 @@ class OwnerPolicy:
             ("largest rank", str(self.max_rank), "or width, of what is beside a map"),
             ("most sites", str(self.max_sites), "of one run"),
             ("live runs", str(self.max_live_runs), "of one researcher at a time"),
+            ("highest priority", str(self.max_priority), "of a run's tasks at sites; an owner's runs have any"),
             ("largest adapter", f"{self.max_adapter_mib:g} MiB", "that sites start from and send back"),
             ("largest emulator", f"{self.max_bundle_mib:g} MiB", "that each site downloads"),
         ]

@@ -84,12 +84,23 @@ class Warned:
 
 
 @document
+class SiteOut:
+    """A site takes part no longer: a person ejected it, or it has left."""
+
+    kind: ClassVar[str] = "out"
+    site: Name
+    by: Line
+    reason: Line
+
+
+@document
 class RoundBegun:
     """Sites are asked for the updates of a round."""
 
     kind: ClassVar[str] = "begun"
     round: Positive
     sites: Count
+    joined: tuple[Name, ...] = ()  # those that take part from this one on
 
 
 @document
@@ -222,6 +233,7 @@ Event = (
     | EmulatorBuilt
     | Measured
     | Warned
+    | SiteOut
     | RoundBegun
     | SiteState
     | UpdateAccepted

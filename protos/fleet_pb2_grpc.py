@@ -61,6 +61,11 @@ class FleetStub:
                 request_serializer=offsite_dot_protos_dot_fleet__pb2.ReportRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_fleet__pb2.ReportReply.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/offsite.v1.Fleet/Leave',
+                request_serializer=offsite_dot_protos_dot_fleet__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_fleet__pb2.LeaveReply.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -102,6 +107,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """Takes the site out of runs: nothing more is asked of it there, and none of them waits for it. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +141,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=offsite_dot_protos_dot_fleet__pb2.ReportRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_fleet__pb2.ReportReply.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=offsite_dot_protos_dot_fleet__pb2.LeaveRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_fleet__pb2.LeaveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +284,33 @@ class Fleet:
             '/offsite.v1.Fleet/Report',
             offsite_dot_protos_dot_fleet__pb2.ReportRequest.SerializeToString,
             offsite_dot_protos_dot_fleet__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Fleet/Leave',
+            offsite_dot_protos_dot_fleet__pb2.LeaveRequest.SerializeToString,
+            offsite_dot_protos_dot_fleet__pb2.LeaveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,6 +66,11 @@ class RunsStub:
                 request_serializer=offsite_dot_protos_dot_runs__pb2.RunId.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
                 _registered_method=True)
+        self.Eject = channel.unary_unary(
+                '/offsite.v1.Runs/Eject',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.EjectRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/offsite.v1.Runs/Fetch',
                 request_serializer=offsite_dot_protos_dot_transfer__pb2.DownloadRequest.SerializeToString,
@@ -136,6 +141,13 @@ class RunsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Eject(self, request, context):
+        """Takes a site out of a run that goes on, its updates of earlier rounds staying where they are. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Fetch(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -200,6 +212,11 @@ def add_RunsServicer_to_server(servicer, server):
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.RunId.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.RunStatus.SerializeToString,
+            ),
+            'Eject': grpc.unary_unary_rpc_method_handler(
+                    servicer.Eject,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.EjectRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_runs__pb2.RunStatus.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
@@ -390,6 +407,33 @@ class Runs:
             target,
             '/offsite.v1.Runs/Cancel',
             offsite_dot_protos_dot_runs__pb2.RunId.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Eject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/Eject',
+            offsite_dot_protos_dot_runs__pb2.EjectRequest.SerializeToString,
             offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
             options,
             channel_credentials,

@@ -131,10 +131,14 @@ class RunSpec:
     training: TrainingSpec = Field(default_factory=TrainingSpec)  # what a site does in a round
     rounds: Positive = 1  # in each, sites train and their updates become one
     sites: Names = ()  # that take part; empty: every one that is enrolled when the run starts
+    join: Flag = False  # sites that enrol after the start take part, too, each from the next round on
+    sites_per_round: Count = 0  # drawn anew for each round; 0: all
+    spare: AtLeastZero = 0.0  # share more that are drawn: a round closes once sites_per_round have given their updates
     min_sites: Positive = 1  # fewer updates than this in a round fail the run
     quorum: Count = 0  # updates after which a round waits for the others only for a grace; 0: for all of them
     grace: AtLeastZero = 0.25  # times as long as the quorum took, that a round waits for the others
     staleness: Count = 0  # rounds that an update may come late and still be folded, at less weight; 0: it is dropped
+    priority: Count = 0  # of its tasks at a site that has some of several runs: the highest is done first
     wait_s: AboveZero = 86_400.0  # a run whose sites are not there after this long has failed
     stall_s: AboveZero = 900.0  # a task that has got no further for this long is left out of the round
     task_s: AboveZero = 86_400.0  # a site that is not done this long after it took its task is left out of the round

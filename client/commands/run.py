@@ -202,6 +202,23 @@ def stop(id: Id, coordinator: Coordinator, identity: Kit, format: Format = "text
 
 
 @app.command()
+def eject(
+    id: Id,
+    site: Annotated[str, typer.Argument(help="The site's name.")],
+    coordinator: Coordinator,
+    identity: Kit,
+    reason: Annotated[str, typer.Option(help="Why; it stays in the run's audit trail, with your name.")],
+    format: Format = "text",
+) -> None:
+    """Take a site out of a run, which goes on without it; what of its updates is in earlier rounds stays there."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        run = session.run(id).eject(site, reason=reason)
+    print(as_json(_plain(run)) if format == "json" else f"run {run.id} goes on without {site}")
+
+
+@app.command()
 def extend(
     id: Id,
     coordinator: Coordinator,

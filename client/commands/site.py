@@ -133,6 +133,37 @@ def join(
         channel.close()
 
 
+@app.command()
+def leave(
+    coordinator: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator, or of several gateways.")],
+    identity: Annotated[Path, typer.Option(help="The site's kit, from the model owner.")],
+    run: Annotated[str, typer.Option(help="The run to leave. (default: all that the site takes part in)")] = "",
+    reason: Annotated[str, typer.Option(help="Why; people who follow the run read it.")] = "",
+    format: Annotated[Literal["text", "json"], typer.Option(help="How to print.")] = "text",
+) -> None:
+    """Take part in a run, or in all of them, no longer: nothing more is asked of this site there, nobody waits for it.
+
+    Who leaves all is no longer counted as here, unless `offsite site join` still runs: stop that first.
+    """
+    from offsite.client.channel import Channel
+    from offsite.protos import fleet_pb2 as pb
+    from offsite.protos import fleet_pb2_grpc
+    from offsite.protos.chunks import STALL_S
+    from offsite.protos.documents import plain
+    from offsite.protos.security.identity import Identity
+
+    channel = Channel(coordinator, Identity.load(identity, expect="site"), patience_s=STALL_S)
+    try:
+        fleet = fleet_pb2_grpc.FleetStub(channel.grpc)  # type: ignore[no-untyped-call]
+        left = [*channel.call(fleet.Leave, pb.LeaveRequest(run=run, reason=reason)).runs]
+    finally:
+        channel.close()
+    if format == "json":
+        print(json.dumps({"left": left}))
+    else:
+        print(plain(f"left run {', '.join(left)}" if left else "took part in no run that is not over"))
+
+
 def _warn_of_few(
     say: Callable[[str, dict[str, Any]], None], census: "Census", least: int, data: Path, policy: Path
 ) -> None:

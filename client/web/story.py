@@ -21,8 +21,10 @@ from offsite.protos.events import (
     Held,
     Measured,
     Released,
+    RoundBegun,
     RoundDone,
     Selected,
+    SiteOut,
     SiteState,
     Stopped,
     UpdateAccepted,
@@ -103,6 +105,13 @@ class Story(RunView):
 
     def _on_warning(self, event: Warned) -> str:
         return self._note("coordinator", super()._on_warning(event))
+
+    def _on_begun(self, event: RoundBegun) -> str:
+        line = super()._on_begun(event)
+        return self._note("coordinator", line) if line else ""
+
+    def _on_out(self, event: SiteOut) -> str:
+        return self._note(event.by, super()._on_out(event))
 
     def _on_site(self, event: SiteState) -> str:
         line = super()._on_site(event)

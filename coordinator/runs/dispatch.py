@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from offsite.coordinator.runs.executor import Executor
+from offsite.coordinator.runs.rounds import PRESENT_S
 from offsite.coordinator.store.changes import Changes
 from offsite.coordinator.store.database import Unwritable
 from offsite.coordinator.store.journal import Journal, Row
@@ -15,7 +16,6 @@ from offsite.protos.spec import RunSpec
 LOOK_S = 0.5  # though nothing was written: time alone may be up
 REST_S = 0.1  # after a look, however much is written
 SUPERVISE_EVERY_S = 5.0  # one that has ended without its run, as after a short fault, is replaced so soon
-PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
 PLACES = 8  # runs worked on at once: on Ray each has a process of its own
 
 

@@ -65,6 +65,15 @@ class History:
         opened = self.get(roster(number + 1))
         return opened.tiers if opened else self[BUILD].tiers
 
+    def members(self, number: int) -> dict[str, Tier]:
+        """Return by site what it trains, of all that take part in a run before a round, counted from zero, opens."""
+        before = [self.get(roster(at)) for at in range(1, number + 1)]
+        return self[BUILD].tiers | {site: tier for one in before if one for site, tier in one.joined.items()}
+
+    def opened(self) -> list[str]:
+        """Return the steps that have opened rounds."""
+        return [name for name in self._values if name.startswith("roster:")]
+
     def spans(self) -> Iterator[tuple[str, Span]]:
         """Yield (step, where its time went)."""
         for name, value in self._values.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offsite.coordinator import aggregation
 from offsite.coordinator.aggregation import Strategy
-from offsite.coordinator.runs import pairs
+from offsite.coordinator.runs import pairs, quorum
 from offsite.coordinator.runs.accumulation import judge_memory, judge_retention
 from offsite.coordinator.runs.conditions import judge_gate, judge_patience
 from offsite.coordinator.runs.continuing import Left, unlike
@@ -222,18 +222,28 @@ def _judge_part(spec: RunSpec, method: Method, strategy: Strategy) -> None:
 
 
 def _judge_rounds(spec: RunSpec, method: Method, strategy: Strategy) -> None:
-    """Raise InputError for a quorum that no round can have, and for late updates that cannot be folded."""
+    """Raise InputError for rounds that cannot have the sites, or the quorum, that they are to have."""
     if spec.quorum and not spec.min_sites <= spec.quorum:
         raise InputError(
             f"quorum is {spec.quorum}: a round with fewer updates than min_sites, which is {spec.min_sites}, fails the "
             "run; ask for no less"
         )
+    if spec.join and spec.sites:
+        raise InputError("join: a run that names its sites has no others; leave one of the two out")
+    if spec.spare and not spec.sites_per_round:
+        raise InputError("spare: more sites than all cannot be drawn; give sites_per_round, or leave spare out")
+    if 0 < spec.sites_per_round < (least := max(spec.min_sites, spec.quorum)):
+        raise InputError(f"sites_per_round is {spec.sites_per_round}, and a round is to have at least {least} updates")
     if spec.sites and spec.quorum > len(spec.sites):
         raise InputError(f"quorum is {spec.quorum}, but only {len(spec.sites)} sites are named")
-    if not spec.staleness:
-        return
+    if spec.staleness:
+        _judge_late(spec, method, strategy)
+
+
+def _judge_late(spec: RunSpec, method: Method, strategy: Strategy) -> None:
+    """Raise InputError for late updates that there are none of, or that cannot be folded."""
     why = ""
-    if not spec.quorum:
+    if quorum.of(spec) is None:
         why = "nobody is late where all are waited for; give a quorum, or leave staleness out"
     elif not strategy.linear:
         linear = ", ".join(pairs.strategies(method, linear=True)) or "no other for this method"

@@ -8,6 +8,9 @@ or more one early bird does not shorten it. A minimum quorum and an adaptive gra
 (arXiv 2604.21428).
 """
 
+from collections.abc import Sequence
+from math import ceil
+from random import Random
 from typing import NamedTuple
 
 from offsite.protos.spec import RunSpec
@@ -30,5 +33,16 @@ class Quorum(NamedTuple):
 
 
 def of(spec: RunSpec) -> Quorum | None:
-    """Return the quorum of a run's rounds; None where everybody is waited for."""
-    return Quorum(spec.quorum, spec.grace) if spec.quorum else None
+    """Return the quorum of a run's rounds; None where everybody is waited for.
+
+    Where more sites are drawn than a round needs, those that it does not need are not waited for.
+    """
+    if spec.quorum or not spec.spare:
+        return Quorum(spec.quorum, spec.grace) if spec.quorum else None
+    return Quorum(spec.sites_per_round, 0.0)
+
+
+def drawn(names: Sequence[str], spec: RunSpec, *, seed: str) -> list[str]:
+    """Return by name the sites that a round asks, of those that could take part: all, or as many as a run draws."""
+    count = ceil(spec.sites_per_round * (1 + spec.spare)) or len(names)
+    return sorted(names if count >= len(names) else Random(seed).sample(sorted(names), count))

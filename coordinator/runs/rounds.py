@@ -1,7 +1,7 @@
 """One round of a run: tasks are offered to its sites, and waited for until each has given an update or cannot."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
@@ -13,7 +13,7 @@ from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes, at_site
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
-from offsite.coordinator.runs.steps.results import BUILD, SELECT, Closing, Folded, Roster, closing, roster
+from offsite.coordinator.runs.steps.results import BUILD, Closing, Folded, Roster, closing, roster
 from offsite.coordinator.store.blobs import Blobs, Stamp
 from offsite.coordinator.store.journal import OPEN, Journal, Key, Row
 from offsite.kernels.schema import Tier
@@ -28,6 +28,7 @@ ATTEMPTS = 2  # a site that fails a task is asked once more
 CHECKS = 4  # updates whose digests are checked at once, on as many cores as there are
 TIME_EVERY_S = 1.0
 FOREVER = float("inf")
+PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
 NAMED = 20  # sites that an error names, at most
 
 
@@ -40,15 +41,16 @@ class Round:
         self._sizes = UpdateSizes(home.blobs, spec, history[BUILD])
         self._timed = 0.0  # when it was last looked who is out of time
         self._quorum, self._busy = quorum.of(spec), set[str]()  # who is asked once done with an earlier round
+        self._outs = set[str]()
         self.until = FOREVER  # when it closes, whoever is missing
 
     def open(self) -> None:
         """Write down who is asked, and offer each a task; what was written before stands."""
         opens = roster(self._number + 1)
         if self._history.get(opens) is None:
-            tiers = self._history[BUILD].tiers
-            asked = {site: tiers[site] for site in self._history[SELECT].names}
-            self._history.record(opens, Roster(tiers=asked), RoundBegun(round=self._number + 1, sites=len(asked)))
+            drawn = self._draw()
+            begun = RoundBegun(round=self._number + 1, sites=len(drawn.tiers), joined=tuple(drawn.joined))
+            self._history.record(opens, drawn, begun)
         self._began = next(
             event.at
             for event in self._journal.events(self._run, kind=RoundBegun.kind)
@@ -56,6 +58,29 @@ class Round:
         )
         self._busy = {*self._history[opens].tiers}
         self._ask()
+
+    def _draw(self) -> Roster:
+        """Return who is asked: all who take part, with those who have come, or as many of them as the run draws."""
+        members = self._history.members(self._number)
+        joined = self._joining(members)
+        tiers = members | joined
+        there = tiers.keys() - self._journal.outs(self._run).keys()
+        if self._spec.sites_per_round:
+            there -= self._journal.busy(self._run, before=self._number)
+        names = quorum.drawn(sorted(there), self._spec, seed=f"{self._spec.training.seed} sample {self._number}")
+        return Roster(tiers={name: tiers[name] for name in names}, joined=joined)
+
+    def _joining(self, members: Collection[str]) -> dict[str, Tier]:
+        """Return by site what it is to train, of those that are here and have not taken part yet."""
+        if not (self._spec.join and self._number):
+            return {}
+        from offsite.emulator import methods  # torch: only where sites may come
+
+        method = methods.make(self._spec.method.name, self._spec.method.settings)
+        most = self._home.policy().max_sites if self._spec.role == "researcher" else None
+        came = [name for name in self._journal.present(time.time() - PRESENT_S) if name not in members]
+        tiers = {name: method.tier_at(name) for name in came[: None if most is None else max(0, most - len(members))]}
+        return {name: tier for name, tier in tiers.items() if tier in self._history.version(self._number).broadcast}
 
     def _ask(self) -> None:
         """Offer a task to those who were not asked yet, unless they are at one of an earlier round."""
@@ -70,12 +95,23 @@ class Round:
         whom sites could have said that they get further.
         """
         standing = self._journal.standing(self._run, self._number, attempts=ATTEMPTS)
-        self._offer((task.site, task.attempt + 1) for task in standing.failed)
+        outs = self._heed_outs()
+        failed = [task for task in standing.failed if task.site not in outs]
+        self._offer((task.site, task.attempt + 1) for task in failed)
         self.until = self._end(since)
         if self._busy and self.until == FOREVER:
             self._ask()
-        waits = standing.open > self._leave_out(since) or bool(standing.failed)
+        waits = standing.open > self._leave_out(since) or bool(failed)
         return waits and time.time() < self.until
+
+    def _heed_outs(self) -> Collection[str]:
+        """Return the sites that take part no longer, and ask nothing more of them."""
+        outs = self._journal.outs(self._run)
+        for site in outs.keys() - self._outs:
+            self._journal.end_tasks(self._run, site, outs[site])  # one may have been offered while it went out
+        self._outs = {*outs}
+        self._busy -= self._outs
+        return outs
 
     def _end(self, since: float) -> float:
         """Return when the round closes, in seconds since the epoch: FOREVER before its quorum is in."""
@@ -114,22 +150,26 @@ class Round:
         Raises RunError if they are too few.
         """
         tasks = list({task.site: task for task in self._journal.tasks(self._run, self._number)}.values())  # the last
-        done = [task for task in tasks if task.state == "uploaded"] + self._late()
+        outs = self._journal.outs(self._run)
+        done = [task for task in (*tasks, *self._late()) if task.state == "uploaded" and task.site not in outs]
         stamps = self._stamps(done)
         if len(stamps) < len(done):
             return None
         if len(done) < self._spec.min_sites:
             if self._busy:  # with a task of an earlier round, whose update is to come
                 return None
-            reasons = [f"{task.site}: {task.state}: {task.message}" for task in tasks if task.state != "uploaded"]
-            more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-            why = "; ".join(reasons[:NAMED] + more)
-            raise RunError(
-                f"round {self._number + 1} got {len(done)} of at least {self._spec.min_sites} updates ({why})"
-            )
+            why = {task.site: f"{task.state}: {task.message}" for task in tasks if task.state != "uploaded"}
+            raise self._too_few(len(done), why | {site: f"out: {reason}" for site, reason in outs.items()})
         updates = tuple(_update(task, self._number) for task in done)
         self._history.record(closing(self._number + 1), Closing(updates=updates), *self._news(tasks))
         return tuple(replace(update, stamp=stamp) for update, stamp in zip(updates, stamps, strict=True))
+
+    def _too_few(self, updates: int, why: Mapping[str, str]) -> RunError:
+        """Say by site why there are no more updates."""
+        reasons = [f"{site}: {reason}" for site, reason in sorted(why.items())]
+        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+        told = "; ".join(reasons[:NAMED] + more)
+        return RunError(f"round {self._number + 1} got {updates} of at least {self._spec.min_sites} updates ({told})")
 
     def _late(self) -> list[Row]:
         """Return the tasks of earlier rounds whose updates came after these had closed, and are in no other."""

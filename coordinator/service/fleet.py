@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from offsite.coordinator.home import Home
+from offsite.coordinator.runs import outs
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.progress import Pace, ahead
 from offsite.coordinator.service.reasons import sentence
@@ -30,6 +31,7 @@ from offsite.protos.spec import Manifest, TaskSpec
 from offsite.protos.telemetry.logs import about
 
 REPORT_EVERY_S = 2.0
+REASON = 200  # characters of what a site gives as a reason
 MANIFESTS = 64  # whose lists of files are remembered
 STATES = {
     pb.AWAITING_APPROVAL: "awaiting approval",
@@ -161,6 +163,14 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 move = self._pace.move(key, task, also=_also(request), **progress)
                 return pb.ReportReply(stop=not await self._move(key, move))
             return pb.ReportReply()
+
+    async def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveReply:
+        """Take the site out of runs, by its own will."""
+        async with self._gate(context, "site", request=request) as site:
+            reason = plain(request.reason, most=REASON)
+            left = await in_thread(partial(outs.leave, self._journal, site.name, run=request.run, reason=reason))
+            log.info("the site has left %s", ", ".join(left) or "no run")
+            return pb.LeaveReply(runs=left)
 
     def _standing(self, key: Key) -> tuple[Row, bool]:
         """Return a task, and whether it is still wanted."""

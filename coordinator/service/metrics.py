@@ -10,7 +10,7 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from offsite.coordinator.runs.dispatch import PRESENT_S
+from offsite.coordinator.runs.rounds import PRESENT_S
 from offsite.coordinator.service.meter import Gauged, Meter
 from offsite.coordinator.store.journal import LIVE, OPEN
 from offsite.protos.addresses import Address

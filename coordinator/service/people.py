@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
-from offsite.coordinator.runs import continuing, lineage, releasing
+from offsite.coordinator.runs import continuing, lineage, outs, releasing
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import in_thread
@@ -32,6 +32,7 @@ from offsite.protos.spec import RunSpec
 
 RECHECK_S = 2.0  # one who watches a run in which nothing happens
 HEADS = 50  # runs of whose newest version one list tells, each of which is read whole
+REASON = 200  # characters of what a person gives as a reason
 PAGE = 500  # runs of one list, whose errors are sentences
 AHEAD = 1000  # events of a run that are read at once for one who watches it
 
@@ -141,6 +142,16 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             await in_thread(self._seen, request.id, person)
             await in_thread(self._journal.end_run, request.id, Cancelled(error=f"cancelled by {person.name}"))
             return await in_thread(self._status, request.id, person)
+
+    async def Eject(self, request: pb.EjectRequest, context: Any) -> pb.RunStatus:
+        """Take a site out of a run, which goes on."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            await in_thread(self._seen, request.run, person)
+            reason = plain(request.reason, most=REASON)
+            await in_thread(
+                partial(outs.eject, self._journal, request.run, request.site, by=person.name, reason=reason)
+            )
+            return await in_thread(self._status, request.run, person)
 
     async def Fetch(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
         """Send a published file of a run of the caller's, if the policy lets them have it; nothing else can be had."""

@@ -12,8 +12,10 @@ from offsite.coordinator.store.database import Database, Dialect
 from offsite.coordinator.store.tables import LIVE, Row, artifacts, event_row, runs, steps, withdrawals
 from offsite.protos.documents import plain
 from offsite.protos.errors import ConflictError, NotFoundError
-from offsite.protos.events import End, Event, Selected, Waiting
+from offsite.protos.events import End, Event, Selected, SiteOut, Waiting
 from offsite.protos.ranges import COUNT
+
+OUT = "out:"  # the step of a site that takes part no longer is named so
 
 
 class Runs(Database):
@@ -163,6 +165,22 @@ class Runs(Database):
         """Return {name: what it gave} of all steps a run has done."""
         return {row.name: row.value for row in self._all(sa.select(steps).where(steps.c.run == run))}
 
+    # sites that take part no longer
+
+    def put_out(self, run: str, event: SiteOut) -> None:
+        """Record that a site takes part in a run no longer, and by whom; the first word stands."""
+        with self._write() as connection:
+            value = {"by": event.by, "reason": event.reason}
+            query = self._insert(steps).values(run=run, name=f"{OUT}{event.site}", value=value)
+            if connection.execute(query.on_conflict_do_nothing()).rowcount:
+                connection.execute(event_row(run, event))
+
+    def outs(self, run: str) -> dict[str, str]:
+        """Return by site, of those that take part in a run no longer, who had it so and why."""
+        named = steps.c.run == run, steps.c.name >= OUT, steps.c.name < "out;"  # as the index is sorted
+        rows = self._all(sa.select(steps.c.name, steps.c.value).where(*named))
+        return {row.name.removeprefix(OUT): f"{row.value['by']}: {row.value['reason']}" for row in rows}
+
     # artifacts
 
     def artifacts(self, run: str) -> list[Row]:
@@ -208,12 +226,14 @@ def _judge_start(connection: sa.Connection, start: Mapping[str, Any] | None) -> 
 
 
 def _title(spec: bytes) -> dict[str, Any]:
-    """Read what a list shows of a spec; one that another version wrote, or the disk garbled, must not end the list."""
+    """Read what columns hold of a spec; one that another version wrote, or the disk garbled, must not end the list."""
     try:
         document = json.loads(spec)
-        return {"name": str(document.get("name", "")), "rounds": min(max(int(document.get("rounds", 1)), 0), COUNT)}
+        rounds, priority = (int(document.get(name, default)) for name, default in (("rounds", 1), ("priority", 0)))
+        counts = {"rounds": min(max(rounds, 0), COUNT), "priority": min(max(priority, 0), COUNT)}
+        return {"name": str(document.get("name", "")), **counts}
     except (ValueError, TypeError, AttributeError, OverflowError):
-        return {"name": "", "rounds": 1}
+        return {"name": "", "rounds": 1, "priority": 0}
 
 
 def no_run(run: str) -> NotFoundError:

@@ -13,6 +13,7 @@ Row = sa.Row[Any]
 LIVE = ("queued", "waiting", "running")  # queued: for a place; waiting: for sites
 # Of a task not over, in their order.
 OPEN = ("offered", "taken", "awaiting approval", "downloading", "loading", "training", "uploading")
+ENDED = ("uploaded", "refused", "failed", "stalled", "late", "out")  # of one that is over
 
 # Sorted by their bytes wherever they are kept: sites are folded in the order of their names.
 Text = sa.String().with_variant(sa.String(collation="C"), "postgresql")
@@ -33,8 +34,9 @@ runs = sa.Table(
     sa.Column("report", Text, default=""),
     sa.Column("submitted_at", sa.Double),
     sa.Column("finished_at", sa.Double, default=0.0),
-    sa.Column("name", Text),  # this and the next are the spec's, for lists: a spec can be long
+    sa.Column("name", Text),  # this and the next two are the spec's: a spec can be long
     sa.Column("rounds", Whole),
+    sa.Column("priority", Whole, server_default="0"),
     sa.Index("runs_newest", "submitted_at", "id"),
     sa.Index("runs_of_owner", "owner", "submitted_at", "id"),
 )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from offsite.coordinator.store.database import Database
-from offsite.coordinator.store.tables import LIVE, OPEN, Row, event_row, event_values, events, runs, sites, tasks
+from offsite.coordinator.store.tables import ENDED, LIVE, OPEN, Row, event_row, event_values, events, runs, sites, tasks
 from offsite.protos.errors import NotFoundError
 from offsite.protos.events import Event, SiteState
 
@@ -80,18 +80,41 @@ class Tasks(Database):
         return rows[0]
 
     def open_tasks(self, *names: str) -> list[Row]:
-        """Return the open tasks of some sites in live runs, those of the oldest run first."""
+        """Return the open tasks of some sites in live runs, each with the run's owner and priority.
+
+        A task that was begun comes first, then that of the highest priority, of one that of the oldest run.
+        """
         query = (
-            sa.select(tasks)
+            sa.select(tasks, runs.c.owner, runs.c.priority)
             .join(runs, runs.c.id == tasks.c.run)
             .where(tasks.c.site.in_(names), tasks.c.state.in_(OPEN), runs.c.state.in_(LIVE))
+            .order_by(tasks.c.state == "offered", runs.c.priority.desc())
             .order_by(runs.c.submitted_at, tasks.c.round, tasks.c.attempt.desc())
         )
         return self._all(query)
 
+    def _served(self, names: Collection[str]) -> dict[tuple[str, str], float]:
+        """Return by (site, owner) when a site was last heard of at a task of the owner's runs."""
+        taken = tasks.c.state.in_([*OPEN[1:], *ENDED]), tasks.c.site.in_(names)
+        query = sa.select(tasks.c.site, runs.c.owner, sa.func.max(tasks.c.moved_at).label("at"))
+        query = query.join(runs, runs.c.id == tasks.c.run).where(*taken).group_by(tasks.c.site, runs.c.owner)
+        return {(row.site, row.owner): row.at for row in self._all(query)}
+
     def next_tasks(self, names: Sequence[str]) -> list[Row | None]:
-        """Return the task that each of some sites should do next, or None."""
-        first = {task.site: task for task in reversed(self.open_tasks(*names))}
+        """Return the task that each of some sites should do next, or None.
+
+        Of several owners whose tasks have one priority, it is that of whom the site has done nothing for the longest.
+        """
+        equals: dict[str, list[Row]] = {}
+        for task in self.open_tasks(*names):
+            best = equals.setdefault(task.site, [task])[0]
+            if task is not best and task.state == best.state == "offered" and task.priority == best.priority:
+                equals[task.site].append(task)
+        contested = [site for site, some in equals.items() if len({task.owner for task in some}) > 1]
+        served = self._served(contested) if contested else {}
+        first = {
+            site: min(some, key=lambda task: served.get((task.site, task.owner), 0.0)) for site, some in equals.items()
+        }
         return [first.get(name) for name in names]
 
     def offered(self) -> set[str]:
@@ -121,6 +144,12 @@ class Tasks(Database):
             if rows:
                 connection.execute(sa.insert(events), rows)
         return were_open
+
+    def end_tasks(self, run: str, site: str, message: str) -> None:
+        """End the open tasks of a site that takes part in a run no longer."""
+        mine = tasks.c.run == run, tasks.c.site == site, _IS_OPEN
+        with self._write() as connection:
+            connection.execute(sa.update(tasks).where(*mine).values(state="out", message=message))
 
     def end_late(self, run: str, round: int, *, entered: Collection[str], message: str) -> None:
         """End the tasks of a round but those of the sites whose update is in one: what is open, and what came since."""
@@ -153,6 +182,11 @@ class Tasks(Database):
         """Record that sites were heard just now."""
         with self._write() as connection:
             connection.execute(sa.update(sites).where(sites.c.name.in_(names)).values(seen_at=time.time()))
+
+    def see_no_longer(self, site: str) -> None:
+        """Record that a site has left: it is not here until it is heard again."""
+        with self._write() as connection:
+            connection.execute(sa.update(sites).where(sites.c.name == site).values(seen_at=0.0))
 
     def sites(self) -> list[Row]:
         """Return the enrolled sites by name."""

@@ -1,7 +1,6 @@
 """A round of virtual sites: the clock says who is in time, workers train, and what they give is folded as live."""
 
 import gc
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from offsite.coordinator.aggregation.folding import Sent, Weighing, weigh
 from offsite.coordinator.bundles.stored import lay_out
 from offsite.coordinator.home import Home
 from offsite.coordinator.memory import make as make_memory
+from offsite.coordinator.runs import quorum
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes
@@ -126,10 +126,8 @@ class Rounds:
     # who is asked, and what becomes of it in virtual time
 
     def _asked(self, history: History, number: int) -> Sequence[str]:
-        names = history[SELECT].names
-        if not self._sample or self._sample >= len(names):
-            return names
-        return sorted(random.Random(f"{self._seed} sample {number}").sample(names, self._sample))
+        spec = replace(self._spec, sites_per_round=self._sample) if self._sample else self._spec
+        return quorum.drawn(history[SELECT].names, spec, seed=f"{self._seed} sample {number}")
 
     def _pass(self, history: History, number: int) -> dict[str, Visit]:
         """Let a round pass on the clock."""

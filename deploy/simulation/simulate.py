@@ -197,7 +197,9 @@ def _silent(*_: object) -> None:
 
 
 def _judge(spec: RunSpec) -> None:
-    """Raise InputError for what only a run that keeps its updates can do."""
+    """Raise InputError for what only a live run can do."""
+    if spec.join:
+        raise InputError("join: nobody comes after the start of a simulation; leave it out")
     if spec.contributions:
         raise InputError("contributions: a simulation keeps no updates to fold again; measure them in a run")
     if spec.staleness:

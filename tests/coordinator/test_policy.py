@@ -96,6 +96,7 @@ def test_names_stand_for_places_and_the_run_is_told_by_its_names(policy: OwnerPo
         ({"builders": (Choice(name="crash"), Choice(name="distilled", settings={"steps": 10_001}))}, "max_tuning"),
         ({"min_sites": 101}, r"\(max_sites\)"),
         ({"live": 4}, r"\(max_live_runs\)"),
+        ({"priority": 1}, r"\(max_priority\): 1 is more than 0"),
     ],
 )
 def test_a_researcher_is_refused_what_an_owner_may_ask(policy: OwnerPolicy, fields: Any, said: str) -> None:

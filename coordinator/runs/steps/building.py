@@ -62,7 +62,7 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
             method,
             emulator,
             layout.outline.places,
-            tiers=tiers.values(),
+            tiers=[*tiers.values(), *(method.tiers() if spec.join else ())],
             seed=spec.training.seed,
             statistics=statistics,
         )

@@ -96,6 +96,7 @@ class Roster:
     """The sites that are asked for an update in a round."""
 
     tiers: dict[Name, Tier]  # site -> what of the adapter it trains
+    joined: dict[Name, Tier] = Field(default_factory=dict)  # those that take part from this round on
 
 
 @document

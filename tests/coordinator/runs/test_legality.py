@@ -245,6 +245,9 @@ def test_a_method_that_cannot_train_what_a_builder_alters_is_refused_with_those_
     [
         ({"quorum": 1, "min_sites": 2}, "quorum is 1: a round with fewer updates than min_sites, which is 2, fails"),
         ({"quorum": 3, "sites": ("bank", "ward")}, "quorum is 3, but only 2 sites are named"),
+        ({"join": True, "sites": ("bank",)}, "join: a run that names its sites has no others"),
+        ({"spare": 0.5}, "spare: more sites than all cannot be drawn; give sites_per_round"),
+        ({"sites_per_round": 2, "quorum": 3}, "sites_per_round is 2, and a round is to have at least 3 updates"),
         ({"staleness": 1}, "staleness: nobody is late where all are waited for; give a quorum"),
         (
             {"staleness": 1, "quorum": 2, "method": "shira", "strategy": "index-union"},

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 
+from offsite.coordinator.policy import OwnerPolicy
+from offsite.coordinator.runs import outs, quorum
+from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.history import GRANT
 from offsite.coordinator.runs.steps.orders import Aggregate
 from offsite.coordinator.runs.supervisor import Lost
 from offsite.coordinator.store.journal import Key
-from offsite.protos.documents import from_json
-from offsite.protos.spec import TaskSpec
+from offsite.protos.documents import from_json, to_plain
+from offsite.protos.errors import ConflictError, InputError, NotFoundError
+from offsite.protos.spec import RunSpec, TaskSpec
 
 
 def asked(stand: Any) -> list[Aggregate]:
@@ -195,3 +200,110 @@ def test_a_coordinator_that_was_away_gives_the_window_anew(stand: Any, clock: An
         stand.run()
     stand.run()
     assert sites(stand) == [sorted(SLOW)]
+
+
+def rosters(stand: Any, rounds: int) -> list[list[str]]:
+    return [[*step(stand, f"roster:{number}")["tiers"]] for number in range(1, rounds + 1)]
+
+
+def test_a_round_draws_its_sites_anew_and_another_run_of_the_seed_the_same(stand: Any) -> None:
+    stand.submit("bank", "clinic", "school", "ward", rounds=6, sites_per_round=2)
+    stand.run()
+    drawn = rosters(stand, 6)
+    assert sites(stand) == drawn and {len(names) for names in drawn} == {2} and len({*map(tuple, drawn)}) > 2
+    spec = RunSpec(model="m", sites_per_round=2)
+    names = ["bank", "clinic", "school", "ward"]
+    assert drawn == [quorum.drawn(names, spec, seed=f"0 sample {number}") for number in range(6)]
+    assert quorum.drawn(names, RunSpec(model="m"), seed="") == names
+
+
+def test_of_more_sites_than_a_round_needs_the_slowest_are_not_waited_for(stand: Any, clock: Any) -> None:
+    stand.submit(*SLOW, rounds=2, sites_per_round=3, spare=0.3)
+    stand.run()
+    assert sites(stand) == 2 * [["clinic", "school", "ward"]] and rounds_s(stand) == [100, 100]
+    assert rosters(stand, 2) == 2 * [sorted(SLOW)] and states(stand, "bank") == [(0, "late"), (1, "late")]
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_who_comes_after_the_start_takes_part_from_the_next_round_if_the_run_says_so(stand: Any, join: bool) -> None:
+    def act(task: Any) -> None:
+        if task.round == 1:
+            stand.journal.enrol("late")
+        stand.upload(task)
+
+    stand.act = act
+    stand.submit("bank", "ward", rounds=4, join=join)
+    assert stand.run().state == "completed"
+    more = ["bank", "late", "ward"] if join else ["bank", "ward"]
+    assert sites(stand) == rosters(stand, 4) == [*2 * [["bank", "ward"]], *2 * [more]]
+    first = [from_json(TaskSpec, task.spec, where="task") for task in stand.journal.tasks("r") if task.site == "late"]
+    assert [task.adapter for task in first[:1]] == [asked(stand)[2].last.broadcast["r8"].digest] * join
+    joined = [event.data["joined"] for event in stand.journal.events("r", kind="begun")]
+    assert joined == [[], [], ["late"] * join, []]
+
+
+def test_no_more_sites_join_a_researchers_run_than_the_owner_allows(stand: Any) -> None:
+    stand.home.keep(OwnerPolicy(max_sites=3))
+    for site in ("late", "later"):
+        stand.journal.enrol(site)
+    stand.submit("bank", "ward", rounds=2, join=True)
+    grant = Grant(model="m", role="researcher", rounds=2, join=True)
+    stand.journal.add_step("r", GRANT.name, to_plain(grant))
+    stand.run()
+    assert rosters(stand, 2) == [["bank", "ward"], ["bank", "late", "ward"]]
+
+
+def test_a_run_goes_on_without_a_site_that_was_ejected(stand: Any) -> None:
+    def act(task: Any) -> None:
+        if task.site == "bank" and task.round == 1:
+            outs.eject(stand.journal, "r", "bank", by="olga", reason="its update was poison")
+        else:
+            stand.upload(task)
+
+    stand.act = act
+    stand.submit("bank", "ward", rounds=4)
+    assert stand.run().state == "completed"
+    assert sites(stand) == [["bank", "ward"], *3 * [["ward"]]]
+    assert states(stand, "bank") == [(0, "uploaded"), (1, "out")] and rosters(stand, 4)[2:] == 2 * [["ward"]]
+    (told,) = stand.journal.events("r", kind="out")
+    assert (told.site, told.data) == ("bank", {"by": "olga", "reason": "its update was poison"})
+
+
+def test_an_update_that_had_come_is_not_folded_once_its_site_is_out(stand: Any) -> None:
+    def act(task: Any) -> None:
+        stand.upload(task)
+        if task.site == "bank":
+            for reason in ("poison", "again"):
+                outs.eject(stand.journal, "r", "bank", by="olga", reason=reason)
+
+    stand.act = act
+    stand.submit("bank", "ward", min_sites=2)
+    assert stand.run().error == "round 1 got 1 of at least 2 updates (bank: out: olga: poison)"
+
+
+def test_a_site_leaves_one_run_or_all_and_nobody_waits_for_it(stand: Any) -> None:
+    stand.act = lambda task: stand.upload(task) if task.site == "ward" else outs.leave(stand.journal, "bank")
+    for site in ("bank", "ward"):
+        stand.journal.enrol(site)
+    stand.submit("bank", "ward", rounds=2)
+    with pytest.raises(NotFoundError, match="site town takes no part in a run r that is not over"):
+        outs.leave(stand.journal, "town", run="r")
+    assert stand.run().state == "completed" and sites(stand) == 2 * [["ward"]]
+    assert stand.journal.present(1.0) == ["ward"] and outs.leave(stand.journal, "bank") == []
+
+
+def test_who_may_not_be_ejected_is_said_in_a_sentence(stand: Any) -> None:
+    def eject(site: str = "bank", reason: str = "why") -> None:
+        outs.eject(stand.journal, "r", site, by="olga", reason=reason)
+
+    stand.submit()
+    with pytest.raises(ConflictError, match="run r is queued: no site has been chosen yet"):
+        eject()
+    stand.journal.begin_run("r", ["bank"])
+    with pytest.raises(NotFoundError, match="site town takes no part in run r; those that do: bank"):
+        eject("town")
+    with pytest.raises(InputError, match="ejected for a reason"):
+        eject(reason=" ")
+    stand.run()
+    with pytest.raises(ConflictError, match="run r is completed: it is over"):
+        eject()

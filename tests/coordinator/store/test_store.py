@@ -1,5 +1,6 @@
 """The journal and the blobs: the first word stands, repeats change nothing, a full disk is said to be full."""
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,7 +18,7 @@ from offsite.coordinator.store.journal import Journal, Key, Move
 from offsite.coordinator.store.opening import open_journal
 from offsite.protos.chunks import digest_bytes
 from offsite.protos.errors import ConflictError, MismatchError, NotFoundError
-from offsite.protos.events import Cancelled, Completed, RoundDone, SiteState
+from offsite.protos.events import Cancelled, Completed, RoundDone, SiteOut, SiteState
 
 KEY = Key(run="r", round=0, site="a", attempt=0)
 
@@ -115,6 +116,33 @@ def test_what_came_after_a_round_had_closed_is_in_no_other_and_what_is_open_ends
     assert journal.newest_updates("r") == {"a": "a"} and journal.open_tasks("a", "b", "c") == []
     told = [(event.site, event.data["state"], event.data["message"]) for event in journal.events("r")]
     assert told == [("b", "late", "too late"), ("c", "late", "too late")]
+
+
+def test_a_site_does_what_it_began_then_the_highest_priority_then_whoever_it_served_longest_ago(
+    journal: Journal,
+) -> None:
+    for run, owner, priority in (("a1", "ann", 0), ("a2", "ann", 0), ("b1", "bob", 0), ("c1", "cid", 3)):
+        journal.add_run(run, token=run, owner=owner, spec=json.dumps({"priority": priority}).encode())
+        journal.add_task(Key(run, 0, "s", 0), spec=run.encode(), signature=b"s")
+    done = []
+    for at in (10.0, 20.0, 30.0, 40.0):
+        (task,) = journal.next_tasks(["s"])
+        assert task is not None
+        journal.set_task(Key(task.run, 0, "s", 0), state="training", moved_at=at)
+        assert journal.next_tasks(["s"])[0].run == task.run  # type: ignore[union-attr]
+        journal.set_task(Key(task.run, 0, "s", 0), state="uploaded", update=task.run)
+        done.append(task.run)
+    assert done == ["c1", "a1", "b1", "a2"] and journal.next_tasks(["s"]) == [None]
+
+
+def test_a_site_that_is_out_stays_so_for_the_first_reason(journal: Journal) -> None:
+    for run in ("r", "r"):
+        for reason in ("poison", "another"):
+            journal.put_out(run, SiteOut(site="a", by="olga", reason=reason))
+    assert journal.outs("r") == {"a": "olga: poison"} and len(journal.events("r", kind="out")) == 1
+    journal.add_task(KEY, spec=b"task", signature=b"s")
+    journal.end_tasks("r", "a", "olga: poison")
+    assert (journal.task(KEY).state, journal.task(KEY).message) == ("out", "olga: poison")
 
 
 def test_tasks_of_an_ended_run_are_not_handed_out(journal: Journal) -> None:
