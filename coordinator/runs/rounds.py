@@ -29,6 +29,7 @@ CHECKS = 4  # updates whose digests are checked at once, on as many cores as the
 TIME_EVERY_S = 1.0
 FOREVER = float("inf")
 PRESENT_S = 20.0  # a site is heard every 2 s while it waits or works
+LONG_S = 60.0
 NAMED = 20  # sites that an error names, at most
 
 
@@ -112,6 +113,18 @@ class Round:
         self._outs = {*outs}
         self._busy -= self._outs
         return outs
+
+    def note(self) -> str:
+        """Say who holds up a round that waits for all, once most have been in for as long as they took, and LONG_S."""
+        asked = len(self._history.tiers(self._number))
+        came = self._journal.arrival(self._run, self._number, asked // 2 + 1) if self._quorum is None else None
+        if came is None or time.time() < came + (came - self._began) + LONG_S:
+            return ""
+        tasks = self._journal.tasks(self._run, self._number)
+        late = [task.site for task in tasks if task.state in OPEN]
+        whom = ", ".join(late[:NAMED]) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
+        goes = f"{asked - len(late)} of {asked} are done, and a quorum would let it go on"
+        return f"round {self._number + 1} waits for {whom}; {goes}" if late else ""
 
     def _end(self, since: float) -> float:
         """Return when the round closes, in seconds since the epoch: FOREVER before its quorum is in."""

@@ -359,10 +359,15 @@ class Supervisor:
 
     def _close(self, current: Round) -> tuple[Update, ...]:
         """Wait until a round's tasks are done; return its updates, or fail the run if they are too few."""
+        note = ""
         with closing(self._journal.watch()) as watch:
             while True:
                 if not current.look(since=self._started) and (updates := current.close()) is not None:
+                    if note:
+                        self.waits("")
                     return updates
+                if note != (note := current.note()):
+                    self.waits(note)
                 self.heed()
                 self._wait(watch, current.until)
 

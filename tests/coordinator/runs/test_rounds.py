@@ -101,6 +101,18 @@ def test_without_a_quorum_all_are_waited_for(stand: Any, clock: Any) -> None:
     assert sites(stand) == 2 * [sorted(SLOW)] and min(rounds_s(stand)) >= 1000
 
 
+def test_who_holds_a_round_up_is_said(stand: Any, clock: Any) -> None:
+    def rest(seconds: float) -> None:
+        clock.rest(seconds)
+        notes.add(stand.journal.run("r").note)
+
+    notes, stand.rest = set[str](), rest
+    stand.submit(*SLOW, stall_s=9999.0)
+    stand.run()
+    assert notes == {"", "round 1 waits for bank; 3 of 4 are done, and a quorum would let it go on"}
+    assert stand.journal.run("r").note == ""
+
+
 def test_once_the_quorum_is_in_the_others_have_a_share_of_what_it_took(stand: Any, clock: Any) -> None:
     stand.submit(*SLOW, rounds=4, quorum=3, grace=0.25)
     assert stand.run().state == "completed"
