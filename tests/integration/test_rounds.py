@@ -1,6 +1,7 @@
 """Rounds over real processes, of sites that take as long as they are told: whom they wait for, who comes and goes."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -8,12 +9,13 @@ from statistics import mean, median
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from offsite.client import Event
-from offsite.client.channel import Channel
+from offsite.client.commands import run as commands
+from offsite.client.commands import site
 from offsite.protos import fleet_pb2 as pb
 from offsite.protos.errors import OffsiteError
-from offsite.protos.security.identity import Identity
 
 from .conftest import Rogue
 
@@ -47,8 +49,8 @@ class Paced:
         self._site.upload(task, adapter)
 
     def leave(self) -> list[str]:
-        with contextlib.closing(Channel(self._site.channel.target, Identity.load(self._site.kit), patience_s=5)):
-            return [*self._site.channel.call(self._site.fleet.Leave, pb.LeaveRequest(reason="audit")).runs]
+        asked = ["leave", self._site.channel.target, "--identity", str(self._site.kit), "--reason", "audit"]
+        return list(json.loads(CliRunner().invoke(site.app, [*asked, "--format", "json"]).stdout)["left"])
 
     def close(self) -> None:
         self._closed.set()
@@ -67,8 +69,8 @@ def paced(federation: Any) -> Iterator[Any]:
         return sites
 
     yield make
-    for site in sites.values():
-        site.close()
+    for one in sites.values():
+        one.close()
 
 
 def rounds_s(events: list[Event]) -> list[float]:
@@ -101,7 +103,11 @@ def test_sites_join_leave_and_are_ejected_while_a_run_goes_on(federation: Any, p
             if event.kind == "begun" and event.round == 2:
                 paced("late")
             if event.kind == "begun" and event.round == 4:
-                assert run.eject("school", reason="its updates point elsewhere").state == "running"
+                who = ["--coordinator", federation.address, "--identity", str(federation.owner)]
+                said = CliRunner().invoke(
+                    commands.app, ["eject", run.id, "school", *who, "--reason", "it points elsewhere"]
+                )
+                assert said.stdout == f"run {run.id} goes on without school\n"
                 assert sites["ward"].leave() == [run.id]
         versions = session.versions(run.id)
         events = [*run.watch()]
@@ -110,6 +116,6 @@ def test_sites_join_leave_and_are_ejected_while_a_run_goes_on(federation: Any, p
     assert [one.sites for one in versions] == [three, three, four, *3 * [("clinic", "late")]]
     out = {event.site: event.data for event in events if event.kind == "out"}
     assert out == {
-        "school": {"by": "olga", "reason": "its updates point elsewhere"},
+        "school": {"by": "olga", "reason": "it points elsewhere"},
         "ward": {"by": "ward", "reason": "audit"},
     }
