@@ -16,6 +16,7 @@ from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, Closing, Folded, Roster, closing, roster
 from offsite.coordinator.store.blobs import Blobs, Stamp
 from offsite.coordinator.store.journal import OPEN, Journal, Key, Row
+from offsite.emulator.catalogue import METHODS
 from offsite.kernels.schema import Tier
 from offsite.protos import upload
 from offsite.protos.documents import from_json, to_json
@@ -75,9 +76,7 @@ class Round:
         """Return by site what it is to train, of those that are here and have not taken part yet."""
         if not (self._spec.join and self._number):
             return {}
-        from offsite.emulator import methods  # torch: only where sites may come
-
-        method = methods.make(self._spec.method.name, self._spec.method.settings)
+        method = METHODS.make(self._spec.method.name, self._spec.method.settings)
         most = self._home.policy().max_sites if self._spec.role == "researcher" else None
         came = [name for name in self._journal.present(time.time() - PRESENT_S) if name not in members]
         tiers = {name: method.tier_at(name) for name in came[: None if most is None else max(0, most - len(members))]}
