@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from offsite.client import Choice
+from offsite.emulator.routing.tasks import Tasks
+from offsite.protos.errors import InputError
 from offsite.protos.recipes import parse_one
 
-POLICY = 'bases = ["any"]\nmethods = ["lora", "fisher"]\nreplay_rows = 16\n'
+POLICY = 'bases = ["any"]\nmethods = ["lora", "fisher", "signature"]\nreplay_rows = 16\n'
+TASKS = ("hospital", "bank")
 RETENTIONS = ("none", "ewc(strength=0)", "ewc(strength=1e6)", "replay(rows=8)")
 
 
@@ -47,6 +50,27 @@ def test_what_a_task_left_holds_the_sites_of_the_next_though_their_agents_have_g
         assert torch.equal(weightless[key], free[key])
     assert distance(bound, before) < 0.9 * distance(free, before)
     assert distance(rehearsed, free) > 0, "rows of the first task are among its own, or it would be the same"
+
+
+@pytest.mark.slow(alone=True)
+def test_tasks_are_known_by_what_their_sites_have_counted(federation: Any, tmp_path: Path) -> None:
+    federation.coordinate()
+    last = None
+    with federation.connect() as session:
+        for name in TASKS:
+            federation.join(name, data=federation.material / f"{name}.jsonl", policy=POLICY)
+            task = federation.spec(sites=(name,))
+            counted = session.submit(replace(task, method=Choice(name="signature"), strategy=Choice(name="sum")))
+            counted.wait()
+            learning = replace(task, memory=Choice(name="grown"), task=name, known_by=counted.id)
+            last = session.submit(learning, start=last) if last else session.submit(learning)
+            last.wait()
+        with pytest.raises(InputError, match=f"known_by: run {last.id} is of the method lora, .* a run of signature"):
+            session.submit(replace(learning, known_by=last.id), start=last)
+        folder = last.result(tmp_path / "out")
+    tasks = Tasks.load(folder)
+    assert tasks.sums.keys() == {*TASKS}
+    assert all(float(one["0.signature.count"]) > 0 for one in tasks.sums.values())
 
 
 def values(folder: Path) -> dict[str, torch.Tensor]:
