@@ -131,7 +131,7 @@ def test_every_name_of_the_sdk_is_on_its_page() -> None:
 
 @pytest.mark.slow
 def test_the_documentation_is_a_site_in_which_every_link_leads_somewhere(tmp_path: Path) -> None:
-    pytest.importorskip("zensical_ui")
+    pytest.importorskip("zensical")
     program = [sys.executable, str(ROOT / ".ci" / "site"), str(tmp_path / "site")]
     told = subprocess.run(program, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

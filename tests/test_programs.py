@@ -168,6 +168,15 @@ def test_a_log_is_told_to_its_end_or_its_last_lines_and_goes_on(place: Path, off
     assert set(json.loads(lines[0])) == {"at", "data", "kind", "round", "seq", "site"}
 
 
+def test_a_watch_writes_figures_elsewhere_and_names_another_target(place: Path, offsite: Any) -> None:
+    pytest.importorskip("tensorboard")
+    watch = ("run", "watch", "r1", "--coordinator", "h:1", "--identity", "kit", "--format", "json", "--log")
+    told = offsite(*watch, f"tensorboard:{place}/boards")
+    assert told.returncode == 0 and len(told.stdout.splitlines()) == 3 and [*(place / "boards" / "r1").iterdir()]
+    wrong = offsite(*watch, "board:here")
+    assert wrong.returncode == 3 and "expected tensorboard:DIR" in wrong.stderr
+
+
 def test_waiting_for_a_run_that_failed_says_how_it_ended_and_has_its_exit_code(
     place: Path, offsite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offsite.protos.errors import InputError, ResourceError
+from offsite.protos.errors import InputError
 from offsite.protos.events import EVENTS, Measured, RoundDone, SiteState, UpdateAccepted, read
+from offsite.protos.extras import extra
 from offsite.protos.figures import perplexity
 
 if TYPE_CHECKING:
@@ -78,11 +79,9 @@ def _open(target: str, run: "Run") -> Logger:
     kind, colon, place = target.partition(":")
     if kind not in KINDS or not place:
         raise InputError(f"{target}: expected tensorboard:DIR, mlflow:URI or otlp:URL")
-    home, extra = KINDS[kind]
+    home, needed = KINDS[kind]
     module, _, name = home.partition(":")
-    try:
+    with extra(needed, option=target):
         logger: Any = getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise ResourceError(f"{target}: {error.name} is not installed: pip install 'offsite[{extra}]'") from None
     made: Logger = logger(place, run)
     return made
