@@ -43,7 +43,7 @@ class Request:
         tell: is given each piece, or why there is none, in the engine's thread.
         temperature: at which tokens are drawn; 0: the likeliest.
         top_p: how much of the probability is drawn from.
-        seed: of what is drawn; the same gives the same beside the same neighbours alone, for sums are rounded.
+        seed: of what is drawn; who else is answered changes sums in the last digits, and so, seldom, what is drawn.
     """
 
     prompt: Sequence[int]
@@ -81,8 +81,8 @@ class Request:
         self.tell(Piece(token, end))
 
 
-class Busy(Exception):  # noqa: N818 - it is none of a mistake
-    """As much waits as may."""
+class Busy(Exception):
+    """As many requests wait as may; it is worth asking again."""
 
 
 class Engine:

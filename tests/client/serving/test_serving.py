@@ -23,6 +23,7 @@ from offsite.emulator.modality.causal_text.encoding import opening
 from offsite.emulator.modality.causal_text.shapes import TextExample
 from offsite.emulator.plug import load
 from offsite.emulator.serving.engine import Engine
+from offsite.protos.errors import InputError
 
 TOKEN = "secret"
 
@@ -215,3 +216,32 @@ def test_an_answer_ends_at_all_tokens_that_model_and_tokenizer_end_at(tiny: Any,
     assert ends(model, chat) == {2, 7}
     model.generation_config.eos_token_id = None
     assert ends(model, chat) == {2}
+
+
+def test_a_run_is_fetched_into_the_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offsite.client import session
+    from offsite.client.commands.serve import _fetch
+
+    fetched = list[str]()
+
+    class Coordinator:
+        def __enter__(self) -> "Coordinator":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def run(self, id: str) -> Any:
+            self.id = id
+            return self
+
+        def result(self, folder: Path) -> Path:
+            fetched.append(self.id)
+            (folder / "adapter").mkdir(parents=True)
+            return folder
+
+    monkeypatch.setattr(session, "connect", lambda *_, **__: Coordinator())
+    for _ in range(2):
+        _fetch(["r1", "r2"], tmp_path / "adapters", "localhost:1", tmp_path)
+    assert fetched == ["r1", "r2"] and (tmp_path / "adapters" / "r2" / "adapter").is_dir()
+    with pytest.raises(InputError, match="--run needs a folder for what it fetches"):
+        _fetch(["r1"], None, "localhost:1", tmp_path)
