@@ -1,6 +1,7 @@
 """The figures of a run as one table, per site and over all, then what moved and where the time went."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -49,15 +50,20 @@ def table(report: dict[str, Any]) -> RenderableType:
         f"of the plug-in's ensemble, {name} alone: perplexity {short(one['overall']) or 'not finite'}"
         for name, one in report.get("experts", {}).items()
     ]
+    if own := report.get("owner"):
+        figures = (f"{FIGURES[name].title} {short(value)}" for name, value in own.items() if name in FIGURES)
+        notes.append(f"on the owner's own text: {', '.join(figures)}")
     notes.append(f"{report['protection']['label']}: {report['protection']['reason']}")
     return Group(grid, *_lines(notes), *held_out(report), Text(moved(report)))
 
 
-def held_out(report: dict[str, Any]) -> list[RenderableType]:
+def held_out(report: dict[str, Any]) -> Sequence[RenderableType]:
     """Draw what sites told of the rows that they hold out, and how well that foretells the plug-in."""
     exam = report.get("exam")
     if not exam:
         return []
+    if "owner" in report:  # the rows above are theirs
+        return _lines([exam["prediction"]["reason"]])
     figures = (EMULATOR_ZERO_SHOT, EMULATOR_TUNED)
     caption = "perplexity on rows that never left their sites (lower is better)"
     grid = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))

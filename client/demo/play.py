@@ -1,7 +1,7 @@
 """The main job end to end on one machine: sites, coordinator and researcher as separate processes over mutual TLS.
 
 Everything goes the way it would between machines. What only a demonstration can do is said where it is done: it
-hands each site its data, and it computes the bound and the attack.
+hands each site its data, and it computes, at the sites' side, what takes the base or all their rows.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from rich.text import Text
 
 from offsite.client.answers import Event
 from offsite.client.demo import policy
-from offsite.client.demo.data import SiteData, prepare, split
+from offsite.client.demo.data import SiteData, divide, prepare, split
 from offsite.client.demo.outcome import join
-from offsite.client.demo.pooled import Pooled, PooledJob, What
+from offsite.client.demo.pooled import Pooled, PooledJob, Rows, What
 from offsite.client.demo.processes import Processes
 from offsite.client.progress import follow
 from offsite.client.session import Run, connect
@@ -53,12 +53,18 @@ class Settings:
     max_length: int = 96
     examples: int = 72
     held_out: int = 16
+    exam: bool = False  # whether sites hand what they hold out over to the owner
     precision: Literal["fp32", "bf16"] | None = None  # None: what this machine computes in fastest
     engine: str = "deepspeed"
     zero_stage: int = 2
     seed: int = 0
     merge: bool = False
     memory: Choice | None = None  # of a stream of tasks, each of which is a site's data; None: one run of all sites
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the owner is to have examples of the sites: what is forgotten of a stream of tasks is its to tell."""
+        return self.exam or self.memory is not None
 
     @property
     def rows(self) -> int:
@@ -89,6 +95,7 @@ class Demo:
                 run.result(self._out)
             for what in POOLED:
                 self._pooled(processes, run, model, sites, what)
+        self._return_exams()
         return self._report(run, started)
 
     def _follow(self, run: Run, processes: Processes) -> None:
@@ -116,21 +123,25 @@ class Demo:
         """Fetch or find the model, and lay out each site's private data and the owner's exam."""
         settings, cache = self._settings, zoo.cache_folder()
         self._say(f"model {settings.model} (cache: {cache})")
-        layout = {"held_out": settings.held_out, "seed": settings.seed}
+        layout: dict[str, Any] = {"held_out": settings.held_out, "seed": settings.seed}
+        whose = layout | {"exam": settings.hands_over}
         with self._span("download"):
             try:
                 source = zoo.locate(settings.model, cache=cache)
             except ValueError as error:
                 raise InputError(str(error)) from None
             needs_ours = not settings.sites or settings.public is None
-            ours = prepare(self._work, cache=cache, examples=settings.examples, **layout) if needs_ours else []
-        sites = [split(name, file, self._work, **layout) for name, file in settings.sites.items()] or ours
+            ours = prepare(self._work, cache=cache, examples=settings.examples, **whose) if needs_ours else []
+        sites = [split(name, file, self._work, **whose) for name, file in settings.sites.items()] or ours
         public = self._texts / "public.jsonl"
-        if settings.public is not None:
+        if settings.public is not None and not settings.hands_over:
+            divide(settings.public, self._work, **layout)
+        elif settings.public is not None:
             public = self._texts / f"public{''.join(settings.public.suffixes)}"
             _copy(settings.public, public)
         for site in sites:
-            self._say(f"site {site.name}: {site.source}")
+            held = f"{site.apart} held out" if site.apart else "exam handed over"
+            self._say(f"site {site.name}: {site.source}; {held}")
         return str(source), sites, public
 
     def _start(self, processes: Processes, model: str, sites: list[SiteData]) -> str:
@@ -148,7 +159,7 @@ class Demo:
         address = str(processes.wait_for("coordinator", "ready")["address"])
         for site in sites:
             path = self._work / "sites" / site.name / "policy.toml"
-            rules = policy.write(path, site=site.name, data=site.train.parent, settings=self._settings)
+            rules = policy.write(path, site=site, settings=self._settings)
             processes.start(
                 site.name,
                 *("site", "join", address, "--identity", str(kits[site.name]), "--policy", str(rules)),
@@ -181,9 +192,14 @@ class Demo:
             sites=tuple(site.name for site in sites),
             min_sites=len(sites),
             public=self._named(public),
-            evaluation={site.name: self._named(site.held_out) for site in sites},
+            evaluation={name: self._named(exam) for name, exam in self._exams(sites).items()},
             merge=settings.merge,
         )
+
+    def _exams(self, sites: list[SiteData]) -> dict[str, Path]:
+        """Return what the owner measures on: what sites have handed over, or what it has itself."""
+        handed, own = {site.name: site.held_out for site in sites if site.held_out}, self._texts / "exam.jsonl"
+        return handed or ({"owner": own} if own.exists() else {})
 
     def _named(self, text: Path) -> str:
         """Name a text as the owner's policy lets a researcher name it."""
@@ -209,12 +225,12 @@ class Demo:
         document = next((self._work / "sites" / sites[0].name / "work" / "bundles").glob("*.json"))
         job = PooledJob(
             what=what,
-            spec=replace(spec, model=model, evaluation={site.name: str(site.held_out) for site in sites}),
+            spec=replace(spec, model=model),
             training=parse(LocalTraining, run.report["training"], where="report: training"),
             manifest=from_json(Manifest, document.read_bytes(), where=str(document)),
             bundle=str(document.with_suffix("")),
             adapter=str(self._out / "adapter"),
-            data={site.name: str(site.train) for site in sites},
+            rows={site.name: self._rows(site) for site in sites},
             steps=spec.rounds * spec.training.steps * len(sites),
         )
         paths = (self._work / f"{what}-job.json", self._work / f"{what}.json")
@@ -234,6 +250,15 @@ class Demo:
                     print(json.dumps({**line, "event": what}), flush=True)
                 elif not self._console.is_terminal and step % 16 == 0:
                     self._say(message)
+
+    def _return_exams(self) -> None:
+        """Remove what sites have handed over."""
+        shutil.rmtree(self._texts / "held-out", ignore_errors=True)
+
+    def _rows(self, site: SiteData) -> Rows:
+        """Say where a site's rows are, which only a demo can: it plays the site, too."""
+        secret = "" if site.held_out else str(self._work / "sites" / site.name / "work" / "secret")
+        return Rows(train=str(site.train), apart=site.apart, secret=secret, exam=str(site.held_out or ""))
 
     def _report(self, run: Run, started: float) -> dict[str, Any]:
         """Join the coordinator's report, the bound and the demo's own times; write it as JSON and HTML."""

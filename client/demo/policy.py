@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite.client.demo.data import SiteData
 from offsite.client.site.policy import Policy
 from offsite.emulator.catalogue import METHODS
 
@@ -37,13 +38,16 @@ def write_owners(path: Path, *, model: str, texts: Path, settings: "Settings") -
     return path
 
 
-def write(path: Path, *, site: str, data: Path, settings: "Settings") -> Path:
+def write(path: Path, *, site: SiteData, settings: "Settings") -> Path:
     """Write a site's own policy: only the folder of its data, only what the demo trains, small updates."""
     path.parent.mkdir(parents=True, exist_ok=True)
     bounds = "".join(f"{name} = {value}\n" for name, value in _bounds(settings).items())
+    kept = f"held_out = {site.apart}\nmin_held_out = {min(10, site.apart // 2 or 1)}\n"
+    given = "# It has handed an exam over to the owner (--exam), and so holds no more of its rows out.\nheld_out = 0\n"
     path.write_text(
-        f"# What site {site} allows on its machines; what is left out has its safe value.\n"
-        f'bases = ["any"]\ndata = [{json.dumps(str(data))}]\nmethods = [{json.dumps(settings.method.name)}]\n{bounds}'
+        f"# What site {site.name} allows on its machines; what is left out has its safe value.\n"
+        f'bases = ["any"]\ndata = [{json.dumps(str(site.train.parent))}]\n'
+        f"methods = [{json.dumps(settings.method.name)}]\n{bounds}{given if site.held_out else kept}"
     )
     return path
 

@@ -2,7 +2,8 @@
 
 The bound is the same method, trained on the base itself for as many steps as all sites together; in earnest nobody has
 the model and the data in one place. The attack is what the sites could do if they joined: they unfreeze all of the
-emulator that they hold and train that, on the same data. Each of the two jobs runs as a process of its own,
+emulator that they hold and train that, on the same data. Where sites keep what they hold out, the first job measures on
+it also what a coordinator never can: the base and the plug-in. Each of the two jobs runs as a process of its own,
 `python -m offsite.client.demo.pooled JOB.json OUT.json`, which prints a JSON line for each step.
 """
 
@@ -15,14 +16,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from offsite.client.site import curation
 from offsite.protos.documents import document, from_json, to_plain
-from offsite.protos.figures import Score, perplexity
-from offsite.protos.ranges import Name, Positive, finite
+from offsite.protos.figures import BASE_TUNED, BASE_ZERO_SHOT, PLUG_IN, Score, perplexity
+from offsite.protos.ranges import Count, Name, Place, Positive, finite
 from offsite.protos.spec import LocalTraining, Manifest, RunSpec, Span
 
 EVALUATION_BATCH = 8
 What = Literal["bound", "attack"]
 Tell = Callable[[int, int, float], None]  # step, of how many, its loss
+
+
+@document
+class Rows:
+    """A site's rows: what it holds out by its secret, or what it has handed over of them."""
+
+    train: Place
+    apart: Count = 0  # of these
+    secret: Place = ""
+    exam: Place = ""
 
 
 @document
@@ -35,13 +47,13 @@ class PooledJob:
     manifest: Manifest
     bundle: str  # a site's copy of the emulator
     adapter: str  # the folder of the run's outcome
-    data: dict[Name, str]  # every site's training examples
+    rows: dict[Name, Rows]  # every site's
     steps: Positive  # those of all sites and rounds together
 
 
 @document
 class Pooled:
-    """What a job measured: of each way of training how well the sites' exams were predicted, the best first."""
+    """What a job measured on the rows that sites hold out: by figure, or by attack, the best of these first."""
 
     scores: dict[str, dict[Name, Score]]
     spans: tuple[Span, ...]
@@ -59,28 +71,43 @@ class Pool:
 
     def measure(self) -> Pooled:
         """Train and evaluate."""
-        scores = self._attacks() if self._job.what == "attack" else self._bound()
+        if self._job.what == "bound":
+            return Pooled(scores=self._bound(), spans=tuple(self._spans))
+        scores = self._attacks()
         best = sorted(scores, key=lambda name: perplexity(scores[name].values()))
         return Pooled(scores={name: scores[name] for name in best}, spans=tuple(self._spans))
 
     def _bound(self) -> dict[str, dict[str, Score]]:
-        """Train the base as a site trains the emulator."""
-        import torch
-
-        from offsite.emulator import methods, zoo
+        """Train the base as a site trains the emulator; before that, measure what no coordinator could."""
+        from offsite.emulator import methods
+        from offsite.emulator.plug import load
         from offsite.emulator.tuning.adapting import adapted
 
         job, rules = self._job, replace(self._job.training, steps=self._job.steps)
-        with self._span("loading"):
-            source = zoo.locate(job.spec.model, cache=zoo.cache_folder())
-            model, tokenizer = zoo.load_base(source, dtype=self._dtype)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            samples = self._samples(job.data.values(), tokenizer)
+        model, tokenizer = self._base()
+        trained, exams = self._samples(tokenizer)
+        scores: dict[str, dict[str, Score]] = {}
+        if any(site.apart for site in job.rows.values()):
+            scores[BASE_ZERO_SHOT] = self._scores(model, exams)
+            plugged, _ = self._base()
+            scores[PLUG_IN] = self._scores(load(plugged, Path(job.adapter)), exams)
+            del plugged
         with self._span("training"):
             places = {layer: layer for layer in job.manifest.trainable}
             method = methods.make(job.spec.method.name, job.spec.method.settings)
-            model = adapted(model, method, places, samples, rules, tell=self._tell)
-        return {"bound": self._scores(model, tokenizer)}
+            model = adapted(model, method, places, trained, rules, tell=self._tell)
+        return scores | {BASE_TUNED: self._scores(model, exams)}
+
+    def _base(self) -> tuple[Any, Any]:
+        """Load the base and its tokenizer."""
+        import torch
+
+        from offsite.emulator import zoo
+
+        with self._span("loading"):
+            source = zoo.locate(self._job.spec.model, cache=zoo.cache_folder())
+            model, tokenizer = zoo.load_base(source, dtype=self._dtype)
+            return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     def _attacks(self) -> dict[str, dict[str, Score]]:
         """Train all of the emulator, begun as the sites have tuned it.
@@ -97,7 +124,7 @@ class Pool:
             layout = bundle.described(job.manifest)
             emulator, tokenizer = bundle.load(Path(job.bundle), layout=layout, dtype=self._dtype)
             tuned = load(emulator, Path(job.adapter), layout.outline.places)
-            samples = self._samples(job.data.values(), tokenizer)
+            samples, exams = self._samples(tokenizer)
         scores: dict[str, dict[str, Score]] = {}
         with self._span("training"):
             Attacker(
@@ -109,27 +136,37 @@ class Pool:
                 tell=lambda _, step, steps, loss: self._tell(step, steps, loss),
             ).make(
                 [Attack("tuned", steps=job.steps)],
-                lambda one, model: scores.update({one.name: self._scores(model, tokenizer)}),
+                lambda one, model: scores.update({one.name: self._scores(model, exams)}),
             )
         return scores
 
-    def _scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+    def _scores(self, model: Any, exams: dict[str, list[Any]]) -> dict[str, Score]:
         from offsite.emulator import modality
         from offsite.emulator.batches import evaluation_batches
 
         scores = {}
         with self._span("evaluation"):
-            for name, path in sorted(self._job.spec.evaluation.items()):
-                batches = evaluation_batches(self._samples([path], tokenizer), batch_size=EVALUATION_BATCH)
-                score = modality.score(model, batches)
+            for name, samples in sorted(exams.items()):
+                score = modality.score(model, evaluation_batches(samples, batch_size=EVALUATION_BATCH))
                 scores[name] = Score(nll=finite(score.total), tokens=score.count)
         return scores
 
-    def _samples(self, paths: Any, tokenizer: Any) -> Any:
+    def _samples(self, tokenizer: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+        """Return what all sites train on together, and what each of them holds out."""
         from offsite.emulator import modality
 
-        examples = [example for path in paths for example in modality.read(Path(path))]
-        return modality.encode(examples, tokenizer, max_length=self._job.training.max_length)
+        trained: list[Any] = []
+        exams: dict[str, list[Any]] = {}
+        for name, site in self._job.rows.items():
+            own = modality.read(Path(site.train))
+            if site.exam:
+                held_out = modality.read(Path(site.exam))
+            else:
+                secret = Path(site.secret).read_bytes()
+                own, held_out = curation.hold_out(own, count=site.apart, secret=secret)
+            trained += own
+            exams[name] = modality.encode(held_out, tokenizer, max_length=self._job.training.max_length)
+        return modality.encode(trained, tokenizer, max_length=self._job.training.max_length), exams
 
     @contextmanager
     def _span(self, kind: Any) -> Iterator[None]:

@@ -27,7 +27,7 @@ class Stream(Demo):
         self._claim()
         model, owners, public = self._materials()
         tasks = {one.name: _shared(one) for one in (owners if self._settings.sites else owners[:BUILT_IN])}
-        exams = {one.name: self._named(one.held_out) for one in owners if one.name in tasks}
+        exams = {one.name: self._named(one.held_out) for one in owners if one.held_out and one.name in tasks}
         with Processes(self._out / "logs") as processes:
             address = self._start(processes, model, [site for sites in tasks.values() for site in sites])
             with connect(address, identity=self._work / "pki" / "researcher") as session:
@@ -40,6 +40,7 @@ class Stream(Demo):
                 assert run is not None, "there is a task"
                 run.result(self._out)
                 forgetting = session.forgetting(run)
+        self._return_exams()
         self._write(run.report, forgetting)
         return forgetting
 
@@ -65,7 +66,7 @@ def _shared(task: SiteData) -> list[SiteData]:
         train = task.train.parents[1] / name / task.train.name
         train.parent.mkdir()
         train.write_text("".join(rows[number::SHARED]), encoding="utf-8")
-        sites.append(SiteData(name, train, task.held_out, task.source))
+        sites.append(SiteData(name, train, task.source, held_out=task.held_out))
     return sites
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from offsite.emulator.examples import Example
 from offsite.protos.errors import ConflictError, InputError
+from offsite.protos.security.draws import derive
 
 RUN = 13  # words in a row that two texts have by copying (Brown et al., arXiv 2005.14165, appendix C)
 COMMON = 10  # rows that have them, above which they are a template's: so does that paper
@@ -80,18 +81,22 @@ def split(examples: Sequence[Example], *, share: float, seed: int) -> tuple[list
     return kept, held_out, len(examples) - len(kept) - len(held_out)
 
 
+def most_held_out(examples: Sequence[Example]) -> int:
+    """Return how many questions can be held out of some examples, at most."""
+    return len({*_groups(examples)}) // FEWEST
+
+
 def hold_out(
-    examples: Sequence[Example], *, count: int, key: bytes, known: Sequence[Example] = ()
+    examples: Sequence[Example], *, count: int, secret: bytes, known: Sequence[Example] = ()
 ) -> tuple[list[Example], list[Example]]:
     """Part examples in those to train on, in their order, and about `count` to measure on, each once.
 
-    Where an example goes depends on a secret key and its own words: of all questions those with the lowest keyed hashes
-    are held out, whatever their order, and rows that ask the same go together. More rows move none that was trained on
-    to the other side. What would be known from training, or from the rows `known`, is in neither part. Of fewer than
-    FEWEST times as many questions none is held out.
+    Where an example goes depends on a secret of the site and its own words: of all questions those with the lowest
+    keyed hashes are held out, whatever their order, and rows that ask the same go together. More rows move none that
+    was trained on to the other side. What would be known from training, or from the rows `known`, is in neither part.
+    Of fewer than FEWEST times as many questions none is held out.
     """
-    sizes = Counter(map(_question, examples))
-    groups = [_question(one) if sizes[_question(one)] <= COMMON else _words(_text(one)) for one in examples]
+    groups, key = _groups(examples), derive(secret, "held out")
     ranked = {
         group: blake2b(json.dumps(group).encode(), key=key, digest_size=16).digest() for group in dict.fromkeys(groups)
     }
@@ -103,6 +108,12 @@ def hold_out(
     held_out = sorted(distinct.values(), key=repr)  # whatever the order of the files
     shared = _shared(held_out, [*trained, *known])
     return trained, [one for one in held_out if shared.keys().isdisjoint(_marks(one))]
+
+
+def _groups(examples: Sequence[Example]) -> list[Words]:
+    """Return for each example the words by which it is held out: its question, unless that is many examples'."""
+    sizes = Counter(map(_question, examples))
+    return [_question(one) if sizes[_question(one)] <= COMMON else _words(_text(one)) for one in examples]
 
 
 def write(folder: Path, parts: dict[str, list[Example]]) -> None:

@@ -17,7 +17,6 @@ from offsite.emulator.modality import Batch
 from offsite.emulator.objectives import Objective
 from offsite.emulator.retention import Rehearsing
 from offsite.emulator.retention.objective import objective_of
-from offsite.protos.security.draws import derive
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ def hold_out(job: TrainerJob, data: Reading, *, secret: bytes) -> tuple[Reading,
 
     Whether the task measures anything or not: no other one may have trained on what a later one measures.
     """
-    count, key = job.policy.held_out, derive(secret, "held out")
-    trained, held_out = curation.hold_out(data.examples, count=count, key=key, known=_earlier(job))
+    count = job.policy.held_out
+    trained, held_out = curation.hold_out(data.examples, count=count, secret=secret, known=_earlier(job))
     data = replace(data, examples=trained) if held_out else data
     return data, HeldOut(held_out, secret)
 

@@ -19,13 +19,13 @@ def test_rows_are_shared_out_whole_whatever_they_hold(tmp_path: Path) -> None:
     train = tmp_path / "wards" / "train.jsonl"
     train.parent.mkdir()
     train.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    sites = _shared(SiteData("wards", train, tmp_path / "exam.jsonl", "notes"))
+    sites = _shared(SiteData("wards", train, "notes", held_out=tmp_path / "exam.jsonl"))
     assert [site.name for site in sites] == ["wards-1", "wards-2"]
     shares = [[json.loads(line) for line in site.train.read_text("utf-8").split("\n") if line] for site in sites]
     assert shares == [rows[0::2], rows[1::2]]
     train.write_text("{}\n")
     with pytest.raises(InputError, match="task wards has 1 rows to train on, and 2 sites share it"):
-        _shared(SiteData("wards", train, tmp_path / "exam.jsonl", "notes"))
+        _shared(SiteData("wards", train, "notes", held_out=tmp_path / "exam.jsonl"))
 
 
 @pytest.mark.parametrize(
