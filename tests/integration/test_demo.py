@@ -46,6 +46,11 @@ def check_report(out: Path, *, sites: set[str]) -> dict[str, Any]:
     time = report["seconds"]
     assert all(time[kind] > 0 for kind in ("total", "training", "evaluation", "loading"))
     assert time["training"] + time["evaluation"] + time["loading"] < 3 * time["total"]
+    owner = {path.name for path in (out / "work" / "owner").rglob("*") if path.is_file()}
+    assert owner == {"exam.jsonl", "public.jsonl"}, "what is the owner's own, and no site's"
+    assert report["owner"].keys() <= {*FIGURES} and report["exam"]["sites"].keys() == sites
+    (gains,) = report["exam"]["prediction"]["versions"]
+    assert gains["emulator"] > 0 and report["exam"]["prediction"]["reason"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3 and all(name in page for name in sites)
     return report
@@ -85,7 +90,8 @@ def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_prom
     figures = report["overall"]
     in_order = [figures[name] for name in FIGURES]
     assert all(low < high for low, high in zip(in_order, in_order[1:], strict=False)), figures
-    assert figures["emulator_zero_shot"] < 50 * figures["base_zero_shot"] and report["warnings"] == []
+    assert figures["emulator_zero_shot"] < 50 * figures["base_zero_shot"]
+    assert not [warning for warning in report["warnings"] if "cannot be right" in warning]
     gained = math.log(figures["base_zero_shot"] / figures["plug_in"])
     assert gained >= 0.2 * math.log(figures["base_zero_shot"] / figures["base_tuned"])
     assert math.log(figures["emulator_tuned"] / figures["plug_in"]) >= 0.5
