@@ -65,16 +65,17 @@ def prediction(gains: Sequence[Gains]) -> dict[str, Any]:
         why = "no version was measured both at the sites and on the owner's own sets"
         return told | {"reason": f"whether the sites' gains foretell the plug-in's is not known: {why}", "warning": ""}
     last = gains[-1]
-    both = f"{last.emulator:+.3f} nats a token on the emulator at the sites, {last.plug_in:+.3f} by the plug-in"
-    reason = f"after round {last.round} the gain is {both} on the owner's sets; "
-    if correlation is None:
-        few = f"{len(gains)} {'version is' if len(gains) == 1 else 'versions are'} too few, or too alike,"
-        reason += f"{few} for a correlation, and in {agree} of them both gain or both lose"
-    else:
-        reason += (
-            f"over {len(gains)} versions their correlation is {correlation:.2f}, in {agree} both gain or both lose"
-        )
-    misled = (last.emulator > 0) != (last.plug_in > 0) or (correlation is not None and correlation < 0)
+    signs = {one > 0 for one in (last.emulator, last.plug_in)}
+    how = "one gains and the other loses" if len(signs) > 1 else "both gain" if True in signs else "neither gains"
+    reason = (
+        f"after round {last.round} {how}: {last.emulator:+.3f} nats a token on the emulator at the sites, "
+        f"{last.plug_in:+.3f} by the plug-in on the owner's sets"
+    )
+    if correlation is not None:
+        reason += f"; over {len(gains)} versions their correlation is {correlation:.2f}, and the sign is one in {agree}"
+    elif len(gains) > 1:
+        reason += f"; the sign is one in {agree} of {len(gains)} versions, too few or too alike for a correlation"
+    misled = len(signs) > 1 or (correlation is not None and correlation < 0)
     warning = (
         f"what the sites gain on the emulator does not foretell what the plug-in gains: {reason}" if misled else ""
     )

@@ -85,11 +85,19 @@ def gains(*pairs: tuple[float, float]) -> list[Gains]:
     ("pairs", "words", "warns"),
     [
         ([], "is not known: no version was measured both at the sites", False),
-        ([(0.5, 0.25)], "1 version is too few, or too alike, for a correlation, and in 1 of", False),
-        ([(0.5, -0.25)], "+0.500 nats a token on the emulator at the sites, -0.250 by the plug-in", True),
-        ([(1.0, 0.1), (2.0, 0.2), (3.0, 0.3)], "over 3 versions their correlation is 1.00, in 3 both gain", False),
+        ([(0.5, 0.25)], "after round 1 both gain: +0.500 nats", False),
+        (
+            [(0.5, -0.25)],
+            "one gains and the other loses: +0.500 nats a token on the emulator at the sites, -0.250 by",
+            True,
+        ),
+        (
+            [(1.0, 0.1), (2.0, 0.2), (3.0, 0.3)],
+            "over 3 versions their correlation is 1.00, and the sign is one in 3",
+            False,
+        ),
         ([(1.0, 0.3), (2.0, 0.2), (3.0, 0.1)], "correlation is -1.00", True),
-        ([(1.0, 0.2), (1.0, 0.3), (1.0, 0.1)], "3 versions are too few, or too alike", False),
+        ([(1.0, 0.2), (1.0, 0.3), (1.0, 0.1)], "the sign is one in 3 of 3 versions, too few or too alike", False),
     ],
 )
 def test_what_sites_gain_is_held_against_what_the_plug_in_gains(
