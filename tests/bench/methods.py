@@ -127,7 +127,7 @@ def measure(recipes: Iterable[str], *, steps: int, seeds: int) -> dict[str, Figu
     cache = zoo.cache_folder()
     base, tokenizer = zoo.load_base(zoo.locate(MODEL, cache=cache), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        sites = data.prepare(Path(folder), cache=cache, examples=80, held_out=16, seed=0)
+        sites = data.prepare(Path(folder), cache=cache, examples=80, held_out=16, seed=0, exam=True)
         train, exam = (
             encode([row for file in files for row in read(file)], tokenizer, max_length=LENGTH, divide=False)
             for files in ([site.train for site in sites], [site.held_out for site in sites])

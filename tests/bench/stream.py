@@ -122,7 +122,7 @@ class Stream:
         cache = zoo.cache_folder()
         self.base, tokenizer = zoo.load_base(zoo.locate("smollm2-135m-instruct", cache=cache), torch.float32)
         with TemporaryDirectory() as folder:
-            made = data.prepare(Path(folder), cache=cache, examples=examples, held_out=held_out, seed=seed)
+            made = data.prepare(Path(folder), cache=cache, examples=examples, held_out=held_out, seed=seed, exam=True)
             files = {site.name: site for site in made}
 
             def samples(file: Path) -> list[Any]:

@@ -106,7 +106,7 @@ class Bench:
 @pytest.fixture(scope="session", params=SEEDS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     seed, folder, cache = int(request.param), tmp_path_factory.mktemp("texts"), zoo.cache_folder()
-    sites = data.prepare(folder, cache=cache, examples=80, held_out=SIZE.held_out, seed=seed)
+    sites = data.prepare(folder, cache=cache, examples=80, held_out=SIZE.held_out, seed=seed, exam=True)
     base, tokenizer = zoo.load_base(
         zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
     )

@@ -40,7 +40,7 @@ def test_distilling_20_of_30_layers_halves_the_emulators_perplexity_and_helps_th
     base, tokenizer = zoo.load_base(
         zoo.locate("smollm2-135m-instruct", cache=cache), DTYPES[fastest(torch.device("cpu"))]
     )
-    sites = data.prepare(tmp_path, cache=cache, examples=24, held_out=8, seed=0)
+    sites = data.prepare(tmp_path, cache=cache, examples=24, held_out=8, seed=0, exam=True)
 
     def encoded(*files: Path) -> list[Tokens]:
         return encode([example for file in files for example in read(file)], tokenizer, max_length=96, divide=False)

@@ -34,7 +34,7 @@ METHOD = methods.make("lora", {})
 def test_of_two_tasks_an_average_forgets_less_and_an_ensemble_is_never_the_worst(
     bench: Any, tell: Callable[..., None], tmp_path: Path
 ) -> None:
-    made = data.prepare(tmp_path, cache=zoo.cache_folder(), examples=80, held_out=24, seed=bench.seed)
+    made = data.prepare(tmp_path, cache=zoo.cache_folder(), examples=80, held_out=24, seed=bench.seed, exam=True)
     sites = {site.name: site for site in made}
 
     def samples(file: Path) -> list[Any]:

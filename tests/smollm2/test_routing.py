@@ -15,7 +15,9 @@ from offsite.emulator.routing.tasks import Tasks
 
 @pytest.mark.slow
 def test_rows_go_to_the_site_that_they_are_of(bench: Any, tell: Callable[..., None], tmp_path: Path) -> None:
-    made = data.prepare(tmp_path / "data", cache=zoo.cache_folder(), examples=48, held_out=24, seed=bench.seed)
+    made = data.prepare(
+        tmp_path / "data", cache=zoo.cache_folder(), examples=48, held_out=24, seed=bench.seed, exam=True
+    )
     method: Any = methods.make("signature", {})
 
     def batches(file: Path) -> Any:
