@@ -50,6 +50,10 @@ def join(
         bool, typer.Option(help="Keep optimiser state and parameters in CPU memory (ZeRO 1 to 3).")
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one a GPU.")] = 1,
+    launcher: Annotated[
+        str,
+        typer.Option(help="A command that starts them, also on other machines, such as 'srun --ntasks 8'; else we do."),
+    ] = "",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of a training process; 0 leaves it to torch.")] = 0,
     micro_batch: Annotated[
@@ -119,7 +123,7 @@ def join(
     _warn_of_few(say, census, rules.min_rows, data, policy)
     options: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload, "processes": processes, "device": device}
     options |= {"name": engine, "threads": threads, "micro_batch": micro_batch}
-    options |= {"packing": packing, "checkpointing": checkpointing}
+    options |= {"launcher": launcher, "packing": packing, "checkpointing": checkpointing}
     spec = parse(EngineSpec, options, where="engine")
     channel = Channel(coordinator, kit, patience_s=STALL_S)
     folder = WorkFolder.open((work or Path(f"offsite-site-{kit.name}")).resolve(), kit)

@@ -241,7 +241,8 @@ class Agent:
 
     def _work_on(self, task: TaskSpec, folder: Path, reporter: Reporter) -> Span:
         """Have a trainer do a task; return when what it needs was downloaded."""
-        self._trainers.start()  # it imports while the bundle comes
+        if not self._config.engine.launcher:
+            self._trainers.start()  # it imports while the bundle comes
         start = time.time()
         manifest, bundle, adapter = self._fetch(task, reporter)
         transfer = Span(kind="transfer", start=start, end=max(start, time.time()))

@@ -22,6 +22,7 @@ class EngineSpec:
     offload: Flag = False  # deepspeed only, from stage 1: keep what is spread in main memory
     processes: Positive = 1  # one for each GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPUs if there are any
+    launcher: Place = ""  # a command that starts the processes, on other machines too; empty: they are ours
     threads: Count = 0  # of each process; 0: as the environment says
     micro_batch: Count = 0  # sequences that a process has in work at once; 0: all, and half as many where memory ends
     packing: Flag = False  # run sequences one behind the other, without padding, where the model takes them so

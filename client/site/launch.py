@@ -1,20 +1,23 @@
 """Starts a task's trainer processes and follows them. Imports no tensor library: the agent stays small."""
 
+import contextlib
 import json
 import os
 import select
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offsite.client.site.job import EngineSpec, TrainerJob
 from offsite.protos.documents import to_json
-from offsite.protos.errors import OffsiteError, ResourceError, RunError, from_status
-from offsite.protos.processes.forks import Forked, ForkServer
+from offsite.protos.errors import InputError, OffsiteError, ResourceError, RunError, from_status
+from offsite.protos.processes.forks import VARIABLES, Forked, ForkServer
 
 POLL_S = 1.0  # how soon a process is missed that died without a word
 LOG_TAIL = 4096  # bytes of a trainer's log that are kept when its task fails
@@ -27,31 +30,54 @@ def fork_server(engine: EngineSpec, log: Path) -> ForkServer:
 
 
 def launch(job: TrainerJob, folder: Path, server: ForkServer) -> "Trainer":
-    """Start one process per rank in a folder of the task's own, where each leaves its log."""
+    """Start one process per rank in a folder of the task's own, where each leaves its log.
+
+    The site's own launcher starts them as it is told, and what it and they say is one log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     document = folder / "job.json"
     document.write_bytes(to_json(job))
     (folder / "rendezvous").unlink(missing_ok=True)  # of an attempt that was killed; the ranks would wait for it
     leash_read, leash = os.pipe()
     events, events_write = os.pipe()
-    processes: list[Forked] = []
-    logs = [folder / f"rank-{rank}.log" for rank in range(job.engine.processes)]
+    processes: list[Forked | Launched] = []
+    logs = [folder / f"rank-{rank}.log" for rank in range(1 if job.engine.launcher else job.engine.processes)]
     try:
         for rank, path in enumerate(logs):
             with path.open("wb") as log:
+                ends = {"stdin": leash_read, "stdout": events_write, "stderr": log.fileno()}
                 processes.append(
-                    server.fork(
-                        document,
-                        _own(folder, rank),
-                        stdin=leash_read,
-                        stdout=events_write,
-                        stderr=log.fileno(),
-                    )
+                    Launched(job.engine, document, ends)
+                    if job.engine.launcher
+                    else server.fork(document, _own(folder, rank), **ends)
                 )
     finally:
         os.close(leash_read)
         os.close(events_write)
-    return Trainer(processes, [*logs, server.log], leash=leash, events=events)
+    return Trainer(processes, logs if job.engine.launcher else [*logs, server.log], leash=leash, events=events)
+
+
+class Launched(subprocess.Popen[bytes]):
+    """The launcher of a site, followed as a forked process is. Trainers have its standard input, and end with it."""
+
+    lost = False
+
+    def __init__(self, engine: EngineSpec, job: Path, ends: Mapping[str, int]) -> None:
+        """Start it; raises InputError where there is no such command."""
+        command = [*shlex.split(engine.launcher), sys.executable, "-P", "-m", "offsite.client.site.trainer", str(job)]
+        ours = {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # of one machine
+        shared = {name: value for name, value in _shared(engine).items() if name not in ours}
+        environment = {**os.environ, **VARIABLES, **shared, "TORCH_EXTENSIONS_DIR": str(job.with_name("extensions"))}
+        try:
+            super().__init__(command, env=environment, start_new_session=True, **ends)  # type: ignore[call-overload]
+        except OSError as error:
+            raise InputError(f"the launcher {engine.launcher!r} cannot be started: {error}") from None
+
+    def wait(self, timeout: float | None = None) -> int | None:  # type: ignore[override]
+        """Return the exit code, or None if it runs after so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return super().wait(timeout)
+        return None
 
 
 def _shared(engine: EngineSpec) -> dict[str, str]:
@@ -85,7 +111,7 @@ def _own(folder: Path, rank: int) -> dict[str, str]:
 class Trainer:
     """The processes of one task. They end when this process does, however it does: it holds their standard input."""
 
-    def __init__(self, processes: list[Forked], logs: list[Path], *, leash: int, events: int) -> None:
+    def __init__(self, processes: "list[Forked | Launched]", logs: list[Path], *, leash: int, events: int) -> None:
         """Take running processes, their logs and the server's, and our ends of the pipes to input and from output."""
         self.processes, self._logs = processes, logs
         self._events = events

@@ -11,6 +11,8 @@ first rank tells everything, the others their errors. The exit code is that of t
 import errno
 import json
 import os
+import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,13 @@ from offsite.client.site.job import TrainerJob
 from offsite.emulator.catalogue import FORMATS, METHODS, MODALITIES, OBJECTIVES, OPTIMISERS
 from offsite.protos.documents import from_json
 from offsite.protos.errors import OffsiteError, ResourceError
+from offsite.protos.processes.forkserver import end_with_input
 
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+}  # what torchrun's are there
 MESSAGE_LENGTH = 900  # a line stays under PIPE_BUF, so that lines of several ranks do not mix
 
 
@@ -90,3 +98,13 @@ def explain(error: Exception) -> OffsiteError:
     if full or "no space left on device" in lower:
         return ResourceError(f"the disk is full; make room where the site keeps its work ({text})", reason="FAULT_DISK")
     return OffsiteError(f"{type(error).__name__}: {text}")
+
+
+if __name__ == "__main__":  # as a site's own launcher starts it
+    for name, slurms in SLURM.items():
+        if slurms in os.environ:
+            os.environ.setdefault(name, os.environ[slurms])
+    threading.Thread(target=end_with_input, daemon=True).start()
+    code = main(Path(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # threads of a collective that another rank never enters would hold the process

@@ -108,7 +108,7 @@ def _become(work: Work, request: dict[str, Any], standard: list[int]) -> None:
         for target, file in enumerate(standard):
             os.dup2(file, target)
             os.close(file)
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        threading.Thread(target=end_with_input, daemon=True).start()
         os.environ.update(request["environment"])
         code = work.main(Path(request["job"]))
     except BaseException:
@@ -118,7 +118,8 @@ def _become(work: Work, request: dict[str, Any], standard: list[int]) -> None:
         os._exit(code)  # threads of a collective that another rank never enters would hold the process
 
 
-def _end_with_input() -> None:
+def end_with_input() -> None:
+    """End this process once its standard input ends, which whoever started it holds."""
     while os.read(0, 4096):
         pass
     os._exit(1)

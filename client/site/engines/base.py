@@ -83,13 +83,19 @@ class Engine(Protocol):
 
 
 def join(spec: EngineSpec, rendezvous: Path) -> Ranks:
-    """Meet the other processes of this job through a file that is not there yet; raises ResourceError, InputError."""
+    """Meet the other processes of this job; raises ResourceError, InputError.
+
+    Through a file that is not there yet, or where the launcher that started them says (MASTER_ADDR, MASTER_PORT).
+    """
     rank = int(os.environ.get("RANK", "0"))
+    if spec.launcher and (world := os.environ.get("WORLD_SIZE", "none")) != str(spec.processes):
+        what = f"the launcher started {world} processes, and the site joined with --processes {spec.processes}"
+        raise InputError(f"{what}; both must be the same")
     device = _device(spec, int(os.environ.get("LOCAL_RANK", str(rank))))
     if spec.processes > 1 or spec.name == "deepspeed":
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=rendezvous.absolute().as_uri(),
+            init_method="env://" if spec.launcher else rendezvous.absolute().as_uri(),
             rank=rank,
             world_size=spec.processes,
         )
@@ -100,9 +106,10 @@ def _device(spec: EngineSpec, index: int) -> torch.device:
     count = torch.cuda.device_count() if spec.device != "cpu" else 0
     if spec.device == "cpu" or (spec.device == "auto" and not count):
         return torch.device("cpu")
-    if spec.processes > count:
+    here = index + 1 if spec.launcher else spec.processes  # at least; others may be on other machines
+    if here > count:
         raise ResourceError(
-            f"the engine asks for {spec.processes} processes on one GPU each, but torch sees {count} GPUs here; "
+            f"the engine asks for {here} processes on one GPU each, but torch sees {count} GPUs here; "
             "ask for fewer processes or for device 'cpu'"
         )
     torch.cuda.set_device(index)

@@ -1,5 +1,8 @@
 import json
 import os
+import shlex
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -165,6 +168,27 @@ def test_checkpointing_keeps_less_and_changes_no_bit(job: Jobs) -> None:
     told, adapter, little = steps(job(training=TRAINING, checkpointing=True))
     assert told == losses and all(torch.equal(value, whole[key]) for key, value in adapter.items())
     assert little < much / 2
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_nodes_of_the_sites_own_launcher_train_as_one_process(
+    job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = shlex.join([sys.executable, str(Path(__file__).with_name("nodes.py")), str(port)])
+
+    def start(one: TrainerJob, folder: Path) -> Any:
+        return launch(one, folder, None)  # type: ignore[arg-type]
+
+    agree(start, job(training=TRAINING, launcher=launcher, **TWO), job(training=TRAINING), tmp_path / "task")
+
+
+def test_a_launcher_that_is_not_there_is_named(job: Jobs, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the launcher 'no-such-launcher -n 2' cannot be started: .*No such file"):
+        launch(job(launcher="no-such-launcher -n 2"), tmp_path / "task", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
