@@ -89,8 +89,8 @@ def test_a_site_that_is_ten_times_slower_holds_nobody_up_and_its_work_is_used(fe
     assert run.state == "completed", run.error
     together = rounds_s(events)
     assert mean(together) <= 1.3 * median(alone)  # each of them: tests/coordinator/runs/test_rounds.py
-    (late,) = run.report["late"]
-    assert (late["round"], late["site"]) == (1, "slow") and 8 <= late["folded_in"] <= 11 and late["weight"] > 0
+    late = run.report["late"][0]
+    assert (late["round"], late["site"]) == (1, "slow") and late["folded_in"] > 2 and 0 < late["weight"] < 0.25
     assert "slow" in versions[late["folded_in"] - 1].sites and "slow" not in versions[0].sites
 
 
