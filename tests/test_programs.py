@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,30 +132,28 @@ def test_documents_have_the_keys_of_the_page(place: Path, offsite: Any) -> None:
             assert always <= one.keys() <= always | sometimes, words
 
 
-def test_what_takes_long_has_the_keys_of_the_page_as_its_documents_have_them() -> None:
-    from offsite.client.forgetting import Forgetting
-    from offsite.coordinator.backup.inventory import Inventory
-    from offsite.coordinator.bundles.manifests import Description
-    from offsite.coordinator.cluster.view import View
-    from offsite.coordinator.comparison.rows import Comparison
-    from offsite.coordinator.retention import Freed
-    from offsite.coordinator.survey.matrix import Matrix
-    from offsite.protos.checks import Check
+LONG = [  # what it is, and what is beside its fields
+    ("cluster status", "coordinator.cluster.view:View", set()),
+    ("coordinator backup", "coordinator.backup.inventory:Inventory", {"new"}),
+    ("coordinator doctor", "protos.checks:Check", set()),
+    ("coordinator gc", "coordinator.retention:Freed", {"dry_run"}),
+    ("coordinator restore", "coordinator.backup.inventory:Inventory", {"dry_run"}),
+    ("emulator build", "coordinator.bundles.manifests:Description", {"computed", "folder", "recovery"}),
+    ("emulator inspect", "coordinator.bundles.manifests:Description", set()),
+    ("eval compare", "client.beside:Comparison", set()),
+    ("eval forgetting", "client.forgetting:Forgetting", {"summary"}),
+    pytest.param("emulator compare", "coordinator.comparison.rows:Comparison", set(), marks=pytest.mark.slow),
+    pytest.param("legality", "coordinator.survey.matrix:Matrix", set(), marks=pytest.mark.slow),  # these bring torch
+]
 
-    kinds: dict[str, tuple[Any, set[str]]] = {
-        "cluster status": (View, set()),
-        "coordinator backup": (Inventory, {"new"}),
-        "coordinator doctor": (Check, set()),
-        "coordinator gc": (Freed, {"dry_run"}),
-        "coordinator restore": (Inventory, {"dry_run"}),
-        "emulator build": (Description, {"computed", "folder", "recovery"}),
-        "emulator compare": (Comparison, set()),
-        "emulator inspect": (Description, set()),
-        "eval forgetting": (Forgetting, {"summary"}),
-        "legality": (Matrix, set()),
-    }
-    for words, (kind, more) in kinds.items():
-        assert keys(words)[0] == {field.name for field in fields(kind)} | more, words
+
+@pytest.mark.parametrize(("words", "home", "more"), LONG)
+def test_what_takes_long_has_the_keys_of_the_page_as_its_document_has_fields(
+    words: str, home: str, more: set[str]
+) -> None:
+    module, _, name = home.partition(":")
+    document = getattr(import_module(f"offsite.{module}"), name)
+    assert keys(words)[0] == {field.name for field in fields(document)} | more
 
 
 def test_a_log_is_told_to_its_end_or_its_last_lines_and_goes_on(place: Path, offsite: Any) -> None:

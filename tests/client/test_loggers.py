@@ -57,9 +57,10 @@ class Session:
     def call(self, *_: Any, **__: Any) -> pb.RunStatus:
         return STATUS
 
-    def stream(self, *_: Any) -> Iterator[pb.Event]:
+    def stream(self, *_: Any) -> Iterator[pb.Events]:
         for at, (kind, number, site, data) in enumerate(EVENTS):
-            yield pb.Event(seq=at, at=11.0 + at, kind=kind, round=number, site=site, data=json.dumps(data))
+            event = pb.Event(seq=at, at=11.0 + at, kind=kind, round=number, site=site, data=json.dumps(data))
+            yield pb.Events(events=[event])
 
 
 @pytest.fixture
