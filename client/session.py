@@ -148,6 +148,17 @@ class Run:
         self._reply = self._session.call("Eject", pb.EjectRequest(run=self.id, site=site, reason=reason))
         return self
 
+    def withdraw(self, site: str, *, reason: str) -> "Run":
+        """Take a site out of this run, which is over, and return the run that does it again without the site.
+
+        All versions that hold its work are taken back, here and in runs that went on from them, and their files are
+        published no longer. The new run publishes what changed, signed by the owner (`withdrawal/certificate.json`).
+        Done again, it gives the same run. Raises NotFoundError for a site that gave no update, ConflictError while a
+        run works on what holds its work, InputError where the outcome would not be that of a run without it.
+        """
+        request = pb.WithdrawRequest(run=self.id, site=site, reason=reason)
+        return Run(self._session, self._session.call("Withdraw", request))
+
     @property
     def report(self) -> dict[str, Any]:
         """The figures of a completed run; empty before."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from offsite.protos import transfer_pb2 as offsite_dot_protos_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19offsite/protos/runs.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"\x13\n\x05RunId\x12\n\n\x02id\x18\x01 \x01(\t\",\n\rSubmitRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\"J\n\rExtendRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\"9\n\x0c\x45jectRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\",\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\">\n\tListReply\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.offsite.v1.RunStatus\x12\x0c\n\x04more\x18\x02 \x01(\x08\"+\n\x06\x45vents\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.offsite.v1.Event\"7\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0c\n\x04past\x18\x03 \x01(\x08\"6\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xf1\x01\n\tRunStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0csubmitted_at\x18\x06 \x01(\x01\x12\x13\n\x0b\x66inished_at\x18\x07 \x01(\x01\x12\x0c\n\x04spec\x18\x08 \x01(\x0c\x12\x0e\n\x06report\x18\t \x01(\t\x12\'\n\tartifacts\x18\n \x03(\x0b\x32\x14.offsite.v1.Artifact\x12\x0c\n\x04name\x18\x0b \x01(\t\x12\x0c\n\x04note\x18\x0c \x01(\t\x12\r\n\x05owner\x18\r \x01(\t\"Y\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\t\"\x0e\n\x0cSitesRequest\"H\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seen_at\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\"-\n\nSitesReply\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.offsite.v1.Site\"-\n\x0fVersionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\xa8\x02\n\x07Version\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\r\n\x05owner\x18\x04 \x01(\t\x12\n\n\x02\x61t\x18\x05 \x01(\x01\x12\r\n\x05start\x18\x06 \x01(\t\x12\x31\n\x07\x66igures\x18\x07 \x03(\x0b\x32 .offsite.v1.Version.FiguresEntry\x12\r\n\x05sites\x18\x08 \x03(\t\x12\r\n\x05state\x18\t \x03(\t\x12\x0e\n\x06\x64igest\x18\n \x01(\t\x12*\n\nwithdrawal\x18\x0b \x01(\x0b\x32\x16.offsite.v1.Withdrawal\x12\x0c\n\x04kept\x18\x0c \x01(\x04\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\nWithdrawal\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"6\n\rVersionsReply\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.offsite.v1.Version\"=\n\x0fRollBackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"<\n\x0eReleaseRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t2\xce\x05\n\x04Runs\x12:\n\x06Submit\x12\x19.offsite.v1.SubmitRequest\x1a\x15.offsite.v1.RunStatus\x12/\n\x03Get\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x36\n\x04List\x12\x17.offsite.v1.ListRequest\x1a\x15.offsite.v1.ListReply\x12\x37\n\x05Watch\x12\x18.offsite.v1.WatchRequest\x1a\x12.offsite.v1.Events0\x01\x12:\n\x06\x45xtend\x12\x19.offsite.v1.ExtendRequest\x1a\x15.offsite.v1.RunStatus\x12\x32\n\x06\x43\x61ncel\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x38\n\x05\x45ject\x12\x18.offsite.v1.EjectRequest\x1a\x15.offsite.v1.RunStatus\x12\x39\n\x05\x46\x65tch\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12\x39\n\x05Sites\x12\x18.offsite.v1.SitesRequest\x1a\x16.offsite.v1.SitesReply\x12\x42\n\x08Versions\x12\x1b.offsite.v1.VersionsRequest\x1a\x19.offsite.v1.VersionsReply\x12\x42\n\x08RollBack\x12\x1b.offsite.v1.RollBackRequest\x1a\x19.offsite.v1.VersionsReply\x12@\n\x07Release\x12\x1a.offsite.v1.ReleaseRequest\x1a\x19.offsite.v1.VersionsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19offsite/protos/runs.proto\x12\noffsite.v1\x1a\x1doffsite/protos/transfer.proto\"\x13\n\x05RunId\x12\n\n\x02id\x18\x01 \x01(\t\",\n\rSubmitRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\"J\n\rExtendRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\"9\n\x0c\x45jectRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"<\n\x0fWithdrawRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\",\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\">\n\tListReply\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.offsite.v1.RunStatus\x12\x0c\n\x04more\x18\x02 \x01(\x08\"+\n\x06\x45vents\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.offsite.v1.Event\"7\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0c\n\x04past\x18\x03 \x01(\x08\"6\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xf1\x01\n\tRunStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0csubmitted_at\x18\x06 \x01(\x01\x12\x13\n\x0b\x66inished_at\x18\x07 \x01(\x01\x12\x0c\n\x04spec\x18\x08 \x01(\x0c\x12\x0e\n\x06report\x18\t \x01(\t\x12\'\n\tartifacts\x18\n \x03(\x0b\x32\x14.offsite.v1.Artifact\x12\x0c\n\x04name\x18\x0b \x01(\t\x12\x0c\n\x04note\x18\x0c \x01(\t\x12\r\n\x05owner\x18\r \x01(\t\"Y\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\t\"\x0e\n\x0cSitesRequest\"H\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seen_at\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\"-\n\nSitesReply\x12\x1f\n\x05sites\x18\x01 \x03(\x0b\x32\x10.offsite.v1.Site\"-\n\x0fVersionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\xa8\x02\n\x07Version\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\r\n\x05owner\x18\x04 \x01(\t\x12\n\n\x02\x61t\x18\x05 \x01(\x01\x12\r\n\x05start\x18\x06 \x01(\t\x12\x31\n\x07\x66igures\x18\x07 \x03(\x0b\x32 .offsite.v1.Version.FiguresEntry\x12\r\n\x05sites\x18\x08 \x03(\t\x12\r\n\x05state\x18\t \x03(\t\x12\x0e\n\x06\x64igest\x18\n \x01(\t\x12*\n\nwithdrawal\x18\x0b \x01(\x0b\x32\x16.offsite.v1.Withdrawal\x12\x0c\n\x04kept\x18\x0c \x01(\x04\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\nWithdrawal\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"6\n\rVersionsReply\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.offsite.v1.Version\"=\n\x0fRollBackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"<\n\x0eReleaseRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t2\x8e\x06\n\x04Runs\x12:\n\x06Submit\x12\x19.offsite.v1.SubmitRequest\x1a\x15.offsite.v1.RunStatus\x12/\n\x03Get\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x36\n\x04List\x12\x17.offsite.v1.ListRequest\x1a\x15.offsite.v1.ListReply\x12\x37\n\x05Watch\x12\x18.offsite.v1.WatchRequest\x1a\x12.offsite.v1.Events0\x01\x12:\n\x06\x45xtend\x12\x19.offsite.v1.ExtendRequest\x1a\x15.offsite.v1.RunStatus\x12>\n\x08Withdraw\x12\x1b.offsite.v1.WithdrawRequest\x1a\x15.offsite.v1.RunStatus\x12\x32\n\x06\x43\x61ncel\x12\x11.offsite.v1.RunId\x1a\x15.offsite.v1.RunStatus\x12\x38\n\x05\x45ject\x12\x18.offsite.v1.EjectRequest\x1a\x15.offsite.v1.RunStatus\x12\x39\n\x05\x46\x65tch\x12\x1b.offsite.v1.DownloadRequest\x1a\x11.offsite.v1.Chunk0\x01\x12\x39\n\x05Sites\x12\x18.offsite.v1.SitesRequest\x1a\x16.offsite.v1.SitesReply\x12\x42\n\x08Versions\x12\x1b.offsite.v1.VersionsRequest\x1a\x19.offsite.v1.VersionsReply\x12\x42\n\x08RollBack\x12\x1b.offsite.v1.RollBackRequest\x1a\x19.offsite.v1.VersionsReply\x12@\n\x07Release\x12\x1a.offsite.v1.ReleaseRequest\x1a\x19.offsite.v1.VersionsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,40 +42,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXTENDREQUEST']._serialized_end=213
   _globals['_EJECTREQUEST']._serialized_start=215
   _globals['_EJECTREQUEST']._serialized_end=272
-  _globals['_LISTREQUEST']._serialized_start=274
-  _globals['_LISTREQUEST']._serialized_end=318
-  _globals['_LISTREPLY']._serialized_start=320
-  _globals['_LISTREPLY']._serialized_end=382
-  _globals['_EVENTS']._serialized_start=384
-  _globals['_EVENTS']._serialized_end=427
-  _globals['_WATCHREQUEST']._serialized_start=429
-  _globals['_WATCHREQUEST']._serialized_end=484
-  _globals['_ARTIFACT']._serialized_start=486
-  _globals['_ARTIFACT']._serialized_end=540
-  _globals['_RUNSTATUS']._serialized_start=543
-  _globals['_RUNSTATUS']._serialized_end=784
-  _globals['_EVENT']._serialized_start=786
-  _globals['_EVENT']._serialized_end=875
-  _globals['_SITESREQUEST']._serialized_start=877
-  _globals['_SITESREQUEST']._serialized_end=891
-  _globals['_SITE']._serialized_start=893
-  _globals['_SITE']._serialized_end=965
-  _globals['_SITESREPLY']._serialized_start=967
-  _globals['_SITESREPLY']._serialized_end=1012
-  _globals['_VERSIONSREQUEST']._serialized_start=1014
-  _globals['_VERSIONSREQUEST']._serialized_end=1059
-  _globals['_VERSION']._serialized_start=1062
-  _globals['_VERSION']._serialized_end=1358
-  _globals['_VERSION_FIGURESENTRY']._serialized_start=1312
-  _globals['_VERSION_FIGURESENTRY']._serialized_end=1358
-  _globals['_WITHDRAWAL']._serialized_start=1360
-  _globals['_WITHDRAWAL']._serialized_end=1412
-  _globals['_VERSIONSREPLY']._serialized_start=1414
-  _globals['_VERSIONSREPLY']._serialized_end=1468
-  _globals['_ROLLBACKREQUEST']._serialized_start=1470
-  _globals['_ROLLBACKREQUEST']._serialized_end=1531
-  _globals['_RELEASEREQUEST']._serialized_start=1533
-  _globals['_RELEASEREQUEST']._serialized_end=1593
-  _globals['_RUNS']._serialized_start=1596
-  _globals['_RUNS']._serialized_end=2314
+  _globals['_WITHDRAWREQUEST']._serialized_start=274
+  _globals['_WITHDRAWREQUEST']._serialized_end=334
+  _globals['_LISTREQUEST']._serialized_start=336
+  _globals['_LISTREQUEST']._serialized_end=380
+  _globals['_LISTREPLY']._serialized_start=382
+  _globals['_LISTREPLY']._serialized_end=444
+  _globals['_EVENTS']._serialized_start=446
+  _globals['_EVENTS']._serialized_end=489
+  _globals['_WATCHREQUEST']._serialized_start=491
+  _globals['_WATCHREQUEST']._serialized_end=546
+  _globals['_ARTIFACT']._serialized_start=548
+  _globals['_ARTIFACT']._serialized_end=602
+  _globals['_RUNSTATUS']._serialized_start=605
+  _globals['_RUNSTATUS']._serialized_end=846
+  _globals['_EVENT']._serialized_start=848
+  _globals['_EVENT']._serialized_end=937
+  _globals['_SITESREQUEST']._serialized_start=939
+  _globals['_SITESREQUEST']._serialized_end=953
+  _globals['_SITE']._serialized_start=955
+  _globals['_SITE']._serialized_end=1027
+  _globals['_SITESREPLY']._serialized_start=1029
+  _globals['_SITESREPLY']._serialized_end=1074
+  _globals['_VERSIONSREQUEST']._serialized_start=1076
+  _globals['_VERSIONSREQUEST']._serialized_end=1121
+  _globals['_VERSION']._serialized_start=1124
+  _globals['_VERSION']._serialized_end=1420
+  _globals['_VERSION_FIGURESENTRY']._serialized_start=1374
+  _globals['_VERSION_FIGURESENTRY']._serialized_end=1420
+  _globals['_WITHDRAWAL']._serialized_start=1422
+  _globals['_WITHDRAWAL']._serialized_end=1474
+  _globals['_VERSIONSREPLY']._serialized_start=1476
+  _globals['_VERSIONSREPLY']._serialized_end=1530
+  _globals['_ROLLBACKREQUEST']._serialized_start=1532
+  _globals['_ROLLBACKREQUEST']._serialized_end=1593
+  _globals['_RELEASEREQUEST']._serialized_start=1595
+  _globals['_RELEASEREQUEST']._serialized_end=1655
+  _globals['_RUNS']._serialized_start=1658
+  _globals['_RUNS']._serialized_end=2440
 # @@protoc_insertion_point(module_scope)

@@ -43,6 +43,16 @@ class EjectRequest(_message.Message):
     reason: str
     def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class WithdrawRequest(_message.Message):
+    __slots__ = ("run", "site", "reason")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    site: str
+    reason: str
+    def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("limit", "before")
     LIMIT_FIELD_NUMBER: _ClassVar[int]

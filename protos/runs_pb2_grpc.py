@@ -61,6 +61,11 @@ class RunsStub:
                 request_serializer=offsite_dot_protos_dot_runs__pb2.ExtendRequest.SerializeToString,
                 response_deserializer=offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
                 _registered_method=True)
+        self.Withdraw = channel.unary_unary(
+                '/offsite.v1.Runs/Withdraw',
+                request_serializer=offsite_dot_protos_dot_runs__pb2.WithdrawRequest.SerializeToString,
+                response_deserializer=offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/offsite.v1.Runs/Cancel',
                 request_serializer=offsite_dot_protos_dot_runs__pb2.RunId.SerializeToString,
@@ -130,6 +135,14 @@ class RunsServicer:
 
     def Extend(self, request, context):
         """Submits a run of more rounds from a version of one that is over. Idempotent as Submit is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Withdraw(self, request, context):
+        """Takes a site out of a run that is over: submits the run that does it again without the site, and takes back all
+        versions that hold its work. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +220,11 @@ def add_RunsServicer_to_server(servicer, server):
             'Extend': grpc.unary_unary_rpc_method_handler(
                     servicer.Extend,
                     request_deserializer=offsite_dot_protos_dot_runs__pb2.ExtendRequest.FromString,
+                    response_serializer=offsite_dot_protos_dot_runs__pb2.RunStatus.SerializeToString,
+            ),
+            'Withdraw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Withdraw,
+                    request_deserializer=offsite_dot_protos_dot_runs__pb2.WithdrawRequest.FromString,
                     response_serializer=offsite_dot_protos_dot_runs__pb2.RunStatus.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
@@ -380,6 +398,33 @@ class Runs:
             target,
             '/offsite.v1.Runs/Extend',
             offsite_dot_protos_dot_runs__pb2.ExtendRequest.SerializeToString,
+            offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Withdraw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offsite.v1.Runs/Withdraw',
+            offsite_dot_protos_dot_runs__pb2.WithdrawRequest.SerializeToString,
             offsite_dot_protos_dot_runs__pb2.RunStatus.FromString,
             options,
             channel_credentials,

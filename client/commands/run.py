@@ -219,6 +219,26 @@ def eject(
 
 
 @app.command()
+def withdraw(
+    id: Id,
+    site: Annotated[str, typer.Argument(help="The site that is taken out.")],
+    coordinator: Coordinator,
+    identity: Kit,
+    reason: Annotated[str, typer.Option(help="Why; it stays with what is taken back, and in the certificate.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the new run until it ends.")] = False,
+    format: Format = "text",
+) -> None:
+    """Take a site out of a run that is over: do it again without the site, and print the id of the run that does."""
+    from offsite.client.session import connect
+
+    with connect(coordinator, identity=identity) as session:
+        run = session.run(id).withdraw(site, reason=reason)
+        print(as_json({"id": run.id, "state": run.state}) if format == "json" else run.id, flush=True)
+        if watch:
+            _follow(run, format)
+
+
+@app.command()
 def extend(
     id: Id,
     coordinator: Coordinator,

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from offsite.protos.documents import document, plain
-from offsite.protos.ranges import Digest, Flag, Place
+from offsite.protos.ranges import Digest, Flag, Line, Moment, Name, Place, Positive, Sentence
 from offsite.protos.spec import Ancestor, Choice, FileEntry, RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
@@ -30,11 +30,30 @@ class Known:
 
 
 @document
+class Replay:
+    """A run that is done again without one of its sites."""
+
+    run: Name
+    round: Positive  # the first that the site took part in, counted from one
+    site: Name
+    by: Line  # who took it out, when, and why
+    at: Moment
+    reason: Sentence
+    keeps: Flag  # whether what the others gave in that round is folded as it is
+
+    @property
+    def words(self) -> str:
+        """Why versions were taken back with it."""
+        return f"site {self.site} was withdrawn from run {self.run}: {self.reason}"
+
+
+@document
 class Grant(RunSpec):
     """A run with the places of its model and texts, as its steps read them; it stays at the coordinator."""
 
     continues: Ancestor | None = None  # the version that `start` stands for
     known: Known | None = None  # what `known_by` stands for
+    replays: Replay | None = None  # the run that it does again without a site
     role: Literal["owner", "researcher"] = "owner"  # of who submitted it
     names: dict[Place, Place] = Field(default_factory=dict)  # place -> what the run calls it
     folders: tuple[Place, ...] = ()  # that links inside a folder of texts may not leave; empty: anywhere

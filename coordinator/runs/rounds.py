@@ -11,6 +11,7 @@ from offsite.coordinator.runs import quorum
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.partial import UpdateSizes, at_site
+from offsite.coordinator.runs.replaying import kept
 from offsite.coordinator.runs.report import training
 from offsite.coordinator.runs.steps.orders import Update
 from offsite.coordinator.runs.steps.results import BUILD, Closing, Folded, Roster, closing, roster
@@ -217,12 +218,18 @@ class Round:
 
     def _offer(self, attempts: Iterable[tuple[str, int]]) -> None:
         """Write tasks, all at once; those that are there already stay."""
-        attempts, offers = list(attempts), []
+        attempts, offers, ended = list(attempts), [], []
         previous = self._previous() if attempts else {}
         for site, attempt in attempts:
-            document = to_json(self._task(site, attempt, previous.get(site)))
+            task, key = self._task(site, attempt, previous.get(site)), Key(self._run, self._number, site, attempt)
+            again = self._spec.replays if not self._number and not attempt else None
+            if again and (values := kept(self._journal, again, task)):
+                ended.append((key, values))
+                continue
+            document = to_json(task)
             signature = sign(document, self._home.owner_key, purpose="task")
-            offers.append((Key(self._run, self._number, site, attempt), document, signature))
+            offers.append((key, document, signature))
+        self._journal.record_tasks(ended)
         self._journal.add_tasks(offers)
 
     def _previous(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ from offsite.coordinator.runs.examination import Examination
 from offsite.coordinator.runs.grant import Grant
 from offsite.coordinator.runs.history import GRANT, History
 from offsite.coordinator.runs.needs import Needs, NoRoom, of
+from offsite.coordinator.runs.replaying import certificate
 from offsite.coordinator.runs.report import assemble, perplexities, warnings
 from offsite.coordinator.runs.rounds import Round, folded_updates
 from offsite.coordinator.runs.steps import results
@@ -166,6 +167,8 @@ class Supervisor:
         published = ending.end(self._spec, self._history, self._do, self._evaluate)
         if self._train is None:
             self._examined(examination)
+        if again := self._spec.replays:
+            published |= certificate(self._home, self._journal, self._run, again)
         report = assemble(self._journal, self._run)
         self._journal.end_run(self._run, Completed(), report=report, published=published)
 

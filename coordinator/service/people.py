@@ -11,7 +11,7 @@ from typing import Any
 
 from offsite.coordinator.policy import OwnerPolicy
 from offsite.coordinator.runs import continuing, lineage, outs, releasing
-from offsite.coordinator.runs.grant import Grant
+from offsite.coordinator.runs.grant import Grant, Replay
 from offsite.coordinator.service.answer import Gate
 from offsite.coordinator.service.threads import in_thread
 from offsite.coordinator.service.transfers import send
@@ -55,6 +55,19 @@ def _extension(journal: Journal, request: pb.ExtendRequest) -> RunSpec:
     return extension(journal, request.run, rounds=request.rounds, number=request.round)
 
 
+def _again(journal: Journal, request: pb.WithdrawRequest, by: str) -> tuple[RunSpec, Replay]:
+    """Import what makes it in the thread that does: it brings torch."""
+    from offsite.coordinator.runs.withdrawing import again
+
+    return again(journal, request.run, request.site, by=by, reason=request.reason)
+
+
+def _take_back(journal: Journal, replays: Replay) -> None:
+    from offsite.coordinator.runs.withdrawing import take_back
+
+    take_back(journal, replays)
+
+
 class RunsService(runs_pb2_grpc.RunsServicer):
     """The Runs service. A researcher's runs are theirs: for other researchers they do not exist."""
 
@@ -67,14 +80,15 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         async with self._gate(context, "owner", "researcher", request=request) as person:
             return await self._submit(from_json(RunSpec, request.spec, where="run spec"), request.token, person)
 
-    async def _submit(self, spec: RunSpec, token: str, person: Peer) -> pb.RunStatus:
+    async def _submit(self, spec: RunSpec, token: str, person: Peer, *, replays: Replay | None = None) -> pb.RunStatus:
         run = secrets.token_hex(4)
         token = f"{person.name} {token or run}"  # one person's token is nobody else's
         granted = None
         if not await in_thread(self._journal.submitted, token):
             grant = await asyncio.to_thread(self._grant, spec, person)
             await asyncio.to_thread(_judge, grant, self._journal, self._blobs)
-            granted = to_plain(await in_thread(self._grant, spec, person))  # others of theirs may have come in
+            grant = await in_thread(self._grant, spec, person)  # others of theirs may have come in
+            granted = to_plain(replace(grant, replays=replays))
         row = await in_thread(
             self._journal.add_run, run, token=token, owner=person.name, spec=to_json(spec), granted=granted
         )
@@ -86,6 +100,17 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             await in_thread(self._seen, request.run, person)
             spec = await asyncio.to_thread(_extension, self._journal, request)
             return await self._submit(spec, request.token, person)
+
+    async def Withdraw(self, request: pb.WithdrawRequest, context: Any) -> pb.RunStatus:
+        """Do a run again without a site, and take back what held the work of that."""
+        async with self._gate(context, "owner", "researcher", request=request) as person:
+            await in_thread(self._check_later, request.run, 0, person)
+            spec, replays = await asyncio.to_thread(_again, self._journal, request, person.name)
+            token = f"withdraw {request.run} {request.site}"
+            run = await self._submit(spec, token, person, replays=replays)
+            replays = await in_thread(lambda: continuing.granted(self._journal, run.id).replays or replays)  # the first
+            await asyncio.to_thread(_take_back, self._journal, replays)
+            return run
 
     async def Get(self, request: pb.RunId, context: Any) -> pb.RunStatus:
         """Return one run."""
@@ -200,14 +225,16 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         return reply((head for head in heads if head), self._blobs)
 
     def _roll_back(self, request: pb.RollBackRequest, person: Peer) -> None:
-        for run in (request.run, *lineage.later(self._journal, request.run, request.round)):
-            if not self._is_theirs(self._journal.run(run), person):
-                if run == request.run:
-                    raise no_run(run)
-                raise RefusedError(
-                    f"the owner went on from what came after {request.run}:{request.round}; ask the owner"
-                )
+        self._check_later(request.run, request.round, person)
         lineage.roll_back(self._journal, request.run, request.round, by=person.name, reason=request.reason)
+
+    def _check_later(self, run: str, number: int, person: Peer) -> None:
+        """Raise for a run that is not a person's, or of which others have gone on from what came after a round."""
+        for one in (run, *lineage.later(self._journal, run, number)):
+            if not self._is_theirs(self._journal.run(one), person):
+                if one == run:
+                    raise no_run(run)
+                raise RefusedError(f"the owner went on from what came after {run}:{number}; ask the owner")
 
     def _grant(self, spec: RunSpec, person: Peer) -> Grant:
         live = self._journal.live_of(person.name)

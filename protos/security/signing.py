@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from offsite.protos.errors import IdentityError, MismatchError
 
-Purpose = Literal["task", "bundle", "backup"]
+Purpose = Literal["task", "bundle", "backup", "withdrawal"]
 
 
 def sign(document: bytes, key_path: Path, *, purpose: Purpose) -> bytes:
