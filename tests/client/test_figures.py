@@ -78,3 +78,29 @@ def test_a_figure_that_cannot_be_right_is_marked_and_explained() -> None:
     report = EMPTY | {"sites": {"a": row}, "overall": row, "tokens": {"a": 3}, "marks": {"sites.a": why}}
     text = " ".join(told(report).split())
     assert text.count("2,970!") == 1 and "! a, base tuned: training made the base itself worse" in text
+
+
+EXAM: dict[str, Any] = {
+    "sites": {
+        "bank": {"rows": 16, "tokens": 90, "noised": False, "emulator_zero_shot": 159.1, "emulator_tuned": 85.38},
+        "ward": {"rows": 1200, "tokens": 1200, "noised": True, "emulator_zero_shot": 40.0},
+    },
+    "overall": {"emulator_zero_shot": 159.1, "emulator_tuned": 85.38},
+    "prediction": {"reason": "after round 2 both gain"},
+}
+
+
+def test_what_sites_hold_out_has_a_table_of_its_own_with_or_without_the_owners() -> None:
+    text = told(EMPTY | {"exam": EXAM})
+    assert "rows that never left their sites" in text and "ward, with noise" in text and "85.38" in text
+    assert "1,200" in text and "after round 2 both gain" in text
+    assert "never left" not in told(EMPTY | {"exam": None})
+
+
+def test_where_the_rows_are_the_sites_the_owners_figures_are_a_line() -> None:
+    row = dict.fromkeys(FIGURES, 20.5)
+    own = {"base_zero_shot": 30.25, "plug_in": 28.5}
+    report = EMPTY | {"sites": {"bank": row}, "overall": row, "tokens": {"bank": 3}, "exam": EXAM, "owner": own}
+    text = told(report)
+    assert "on the owner's own text: base zero-shot 30.25, plug-in 28.50" in text
+    assert "never left" not in text and "after round 2 both gain" in text

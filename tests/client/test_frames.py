@@ -29,3 +29,10 @@ def test_of_nothing_there_are_empty_frames_and_plots() -> None:
     assert frames.figures(nothing).empty and frames.rounds(nothing).empty and frames.steps(nothing).empty
     assert frames.spans(nothing).empty
     assert {len(plot(kind, nothing).axes) for kind in ("figures", "losses", "times")} == {1}
+
+
+def test_what_sites_hold_out_is_a_frame() -> None:
+    site = {"rows": 16, "tokens": 90, "noised": False, "emulator_zero_shot": 159.1}
+    told = frames.held_out(report() | {"exam": {"sites": {"bank": site}}})
+    assert told.loc["bank", "rows"] == 16 and told.index.name == "site"
+    assert frames.held_out(report() | {"exam": None}).empty
