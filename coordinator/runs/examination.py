@@ -30,7 +30,7 @@ class Examination:
         last = self._version - 1
         told = sheets(self._journal.tasks(self._run, last)).get(last, {})
         offers = []
-        for site in sorted(told):
+        for site in sorted(told.keys() - self._journal.outs(self._run).keys()):
             document = self._task(site)
             signature = sign(document, self._home.owner_key, purpose="task")
             offers.append((Key(self._run, EXAMS + self._version, site, 0), document, signature))

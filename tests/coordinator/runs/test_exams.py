@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offsite.coordinator.runs import examination, exams
+from offsite.coordinator.runs import examination, exams, outs
 from offsite.protos.documents import from_json
 from offsite.protos.exams import Gains, prediction
 from offsite.protos.security.signing import verify
@@ -58,6 +58,17 @@ def test_where_nobody_tells_nobody_is_asked_again(stand: Any, fields: dict[str, 
     assert json.loads(stand.run().report)["exam"] is None and examined(stand) == []
     asked = [from_json(TaskSpec, task.spec, where="task").exam for task in stand.journal.tasks("r")]
     assert asked == [not fields] * 2
+
+
+def test_who_is_out_is_not_asked_at_the_end_either(stand: Any) -> None:
+    def act(task: Any) -> None:
+        stand.upload(task)
+        if (task.round, task.site) == (1, "bank"):
+            outs.eject(stand.journal, "r", "bank", by="olga", reason="poison")
+
+    stand.act, stand.losses = act, LOSSES | LAST
+    stand.submit("bank", "ward", rounds=2)
+    assert stand.run().state == "completed" and [task.site for task in examined(stand)] == ["ward"]
 
 
 def test_who_is_away_at_the_end_holds_no_run_up(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
