@@ -189,8 +189,8 @@ def test_predictions_are_held_to_those_of_the_version_before(holding: Any, tmp_p
         for values in (keeps.reference(anchor), update):
             fill(live, values)
             with torch.no_grad():
-                own = plain.loss(loaded.model, plain.collate(loaded.encoded[:4]), float)
-                losses.append(float(objective.loss(loaded.model, batch, float) - own))
+                own = plain.loss(loaded.model, plain.collate(loaded.encoded[:4]))
+                losses.append(float(objective.loss(loaded.model, batch) - own))
         assert abs(losses[0]) < 1e-5, "nothing at the version itself"
         divergences[recipe] = losses[1]
     plain_one, held_one = divergences.values()

@@ -75,7 +75,7 @@ def test_dpo_is_its_closed_form(tiny: Any, encoded: Any) -> None:
     model, bare = moved(tiny)
     objective, samples = objectives.make("dpo", {"beta": 0.3}), encoded("dpo")[:5]
     batch = objective.collate(objective.refer(bare, samples, batch_size=3))
-    value = objective.loss(model, batch, float)
+    value = objective.loss(model, batch)
     terms = []
     for one in samples:
         gains = [log_likelihood(model, side) - log_likelihood(bare, side) for side in (one.own, one.other)]
@@ -98,7 +98,9 @@ def test_kto_is_its_closed_form(tiny: Any, encoded: Any) -> None:
     desired, undesired = 1.5 * (1 - torch.sigmoid(0.2 * (own - z))), 0.5 * (1 - torch.sigmoid(0.2 * (z - own)))
     marks = torch.tensor([one.desirable for one in samples])
     expected = float(torch.where(marks, desired, undesired).mean())
-    assert float(objective.loss(model, batch, float).detach()) == pytest.approx(expected, abs=1e-6)
+    common = objective.common(model, batch)
+    assert common is not None and float(common) == pytest.approx(float(other.mean()), abs=1e-5)
+    assert float(objective.loss(model, batch, float(common)).detach()) == pytest.approx(expected, abs=1e-6)
     assert batch.targets == batch.member(0).targets < batch.rows.targets and batch.terms == 6
 
 
@@ -134,18 +136,15 @@ def test_shares_of_several_processes_are_the_loss_of_the_batch(tiny: Any, encode
     batch = objective.collate(objective.refer(bare, encoded(name)[:5], batch_size=8))
     parts = [batch.share(rank, 2) for rank in range(2)]
     assert [part.terms for part in parts] == [3, 2] and sum(part.targets for part in parts) == batch.targets
-    asked: list[float] = []
-
-    def mean(own: Tensor) -> float:
-        asked.append(float(own))
-        return asked[0]  # that of the whole, which all processes have
-
-    whole = float(objective.loss(model, batch, mean).detach())
-    shares = [float(objective.loss(model, part, mean).detach()) * part.terms / 5 for part in parts]
+    common, *owns = (objective.common(model, one) for one in (batch, *parts))
+    assert (common is None) == (name == "dpo")
+    of_all = 0.0 if common is None else float(common)
+    whole = float(objective.loss(model, batch, of_all).detach())
+    shares = [float(objective.loss(model, part, of_all).detach()) * part.terms / 5 for part in parts]
     assert sum(shares) == pytest.approx(whole, rel=1e-5)
-    assert not asked or sum(own * part.terms / 5 for own, part in zip(asked[1:], parts, strict=True)) == pytest.approx(
-        asked[0], rel=1e-4
-    )
+    if common is not None:
+        weighted = sum(float(own) * part.terms / 5 for own, part in zip(owns, parts, strict=True))
+        assert weighted == pytest.approx(of_all, rel=1e-4)
     again = objective.collate(batch.samples)
     assert all(torch.equal(tensor, again.tensors[key]) for key, tensor in batch.tensors.items())
 
