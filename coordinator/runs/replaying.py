@@ -45,7 +45,7 @@ def certificate(home: Home, journal: Journal, run: str, replays: Replay) -> dict
     rounds, number = [], replays.round
     while (before := old.get(fold(number))) and (after := new.get(fold(number - replays.round + 1))):
         one = {"round": number, "before": before.version.adapter, "after": after.version.adapter}
-        rounds.append(one | {"sites": sorted(after.lineage)})
+        rounds.append(one | {"sites": list(after.sites)})
         number += 1
     gone = journal.withdrawn([replays.run, *journal.origins()])
     document = {

@@ -26,7 +26,7 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
         raise InputError("a withdrawal needs a reason, which stays with the versions that it takes back")
     row, history = journal.run(run), History(journal, run)
     done = journal.rounds_done([run]).get(run, 0)
-    first = next((at for at in range(1, done + 1) if site in history[fold(at)].lineage), 0)
+    first = next((at for at in range(1, done + 1) if site in history[fold(at)].sites), 0)
     if not first:
         raise NotFoundError(
             f"no version of run {run} has an update of site {site}; `offsite version ls {run}` shows whose"
@@ -47,6 +47,8 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
         "rounds": done - first + 1,
         "sites": rest,
         "min_sites": min(spec.min_sites, len(rest)),
+        "quorum": min(spec.quorum, len(rest)),
+        "join": False,
     }
     every = spec.evaluate_every or int(bool(spec.patience))  # it does not stop: it has as many rounds as there were
     replays = Replay(
