@@ -34,7 +34,7 @@ def extension(journal: Journal, run: str, *, rounds: int, number: int = 0) -> Ru
             f"that length, or one that goes on as it can (start = '{run}:{at.round}')"
         )
     sites = tuple(sorted(History(journal, run).tiers(at.round - 1)))
-    return replace(spec, start=f"{run}:{at.round}", rounds=rounds, sites=sites, patience=0, least_gain=0.0)
+    return replace(spec, start=f"{run}:{at.round}", rounds=rounds, sites=sites, join=False, patience=0, least_gain=0.0)
 
 
 def alters(spec: RunSpec) -> str:
@@ -48,6 +48,8 @@ def alters(spec: RunSpec) -> str:
         return "its emulator is tuned again after each round (realign_steps)"
     if spec.staleness:
         return "late updates of its rounds are folded into later ones (staleness)"
+    if spec.sites_per_round:
+        return "which sites a round asks is drawn anew in each run (sites_per_round)"
     if feeding:
         return f"sites send what stage {feeding[0]} left out with the next update of the same run (upload)"
     if remembers.paced:

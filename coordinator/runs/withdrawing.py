@@ -38,7 +38,12 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     if not rest:
         raise InputError(f"{site} is the only site of run {run}; take its versions back (offsite version rollback)")
     why = alters(spec)
-    if why and (first > 1 or spec.staleness):
+    if any(history.tiers(at).keys() - {site} != {*rest} for at in range(first, done)):
+        raise InputError(
+            f"run {run} cannot be done again from round {first}: other sites than {site} joined or left it after that; "
+            f"submit it anew without {site}"
+        )
+    if why and (first > 1 or spec.staleness or spec.sites_per_round):
         raise InputError(f"run {run} cannot be done again from round {first}: {why}; submit it anew without {site}")
     before = granted(journal, run).continues
     start = f"{run}:{first - 1}" if first > 1 else f"{before.run}:{before.round}" if before else ""
@@ -54,7 +59,7 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     replays = Replay(
         run=run, round=first, site=site, by=by, at=time.time(), reason=reason, keeps=not why or done == first == 1
     )
-    return replace(spec, **changes, patience=0, least_gain=0.0, evaluate_every=every), replays
+    return replace(spec, **changes, join=False, patience=0, least_gain=0.0, evaluate_every=every), replays
 
 
 def take_back(journal: Journal, replays: Replay) -> None:

@@ -38,6 +38,7 @@ def test_a_run_that_failed_goes_on_from_what_it_did(stand: Any) -> None:
         ({"training": TrainingSpec(span="run", schedule=parse_one("cosine"))}, "its learning rate goes over all"),
         ({"training": TrainingSpec(span="run", warmup_steps=2)}, "its learning rate goes over all"),
         ({"training": TrainingSpec(retention=parse_one("replay"))}, "retention replay holds its sites"),
+        ({"sites_per_round": 1}, "which sites a round asks is drawn anew"),
         ({"realign_steps": 2}, "its emulator is tuned again"),
         ({"memory": Choice(name="lae")}, "memory lae moves at a pace"),
     ],

@@ -44,8 +44,9 @@ def orders(stand: Any) -> list[Any]:
 
 
 def test_a_run_of_one_round_is_folded_again_without_the_site_and_asks_nobody(stand: Any) -> None:
-    do(stand, "r", RunSpec(model="m", sites=("bank", "ward"), min_sites=2))
+    do(stand, "r", RunSpec(model="m", sites=("bank", "ward"), min_sites=2, join=True))
     spec, replays = again(stand.journal, "r", "bank", **HOW)
+    assert not spec.join, "the site is still there, and would come in again"
     assert (spec.sites, spec.min_sites, spec.rounds, spec.start) == (("ward",), 1, 1, "")
     do(stand, "n", spec, replays=to_plain(replays))
     before, after = orders(stand)
@@ -114,6 +115,12 @@ def test_what_cannot_be_done_again_is_refused_and_said(stand: Any) -> None:
     stand.journal.add_run("live", token="l", owner="olga", spec=b"{}", granted={"continues": {"run": "r", "round": 1}})
     with pytest.raises(ConflictError, match="run live is not over and holds the work of bank"):
         again(stand.journal, "r", "bank", **HOW)
+    more = {"tiers": {"bank": "r8", "ward": "r8", "icu": "r8"}}
+    do(stand, "grew", RunSpec(model="m", sites=("bank", "ward")))
+    stand.journal.add_step("grew", "roster:2", more)
+    stand.journal.add_step("grew", "version:2", stand.journal.steps("grew")["version:1"])
+    with pytest.raises(InputError, match="other sites than bank joined or left it after that"):
+        again(stand.journal, "grew", "bank", **HOW)
     do(stand, "alone", RunSpec(model="m", sites=("bank",)))
     with pytest.raises(InputError, match="bank is the only site of run alone"):
         again(stand.journal, "alone", "bank", **HOW)
