@@ -58,7 +58,11 @@ class Request:
     tokens: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._drawn = torch.Generator().manual_seed(torch.seed() if self.seed is None else self.seed)
+        self._drawn = torch.Generator()
+        if self.seed is None:
+            self._drawn.seed()
+        else:
+            self._drawn.manual_seed(self.seed)
 
     @property
     def width(self) -> int:
