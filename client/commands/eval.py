@@ -3,20 +3,19 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offsite.client.commands.options import Coordinator, Format, Kit, optional
 from offsite.client.commands.run import Id
+from offsite.protos.figure_names import USUAL, Named
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from offsite.client.beside import Comparison
     from offsite.client.forgetting import Forgetting
-
-Figure = Literal["base_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "base_tuned", "attack"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Say what runs have come to, over more than one.")
 
@@ -57,7 +56,7 @@ def compare(
     ],
     coordinator: Annotated[str | None, optional("coordinator")],
     identity: Annotated[Path | None, optional("identity")],
-    figure: Annotated[Figure, typer.Option(help="Which figure.")] = "plug_in",
+    figure: Annotated[Named, typer.Option(help="Which figure.")] = USUAL,
     format: Format = "text",
 ) -> None:
     """Put a figure of several runs beside each other: a federation, its sites alone, other methods."""

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
-from offsite.protos.figures import ATTACK, FIGURES, title
+from offsite.protos.figure_names import USUAL, Named
+from offsite.protos.figures import ATTACK, FIGURES, PLUG_IN, title
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -17,6 +19,10 @@ def test_a_figure_is_named_in_one_file() -> None:
         if re.search(rf"[\"']({names})[\"':]", path.read_text())
     }
     assert elsewhere == set()
+
+
+def test_each_figure_can_be_asked_for_by_its_name() -> None:
+    assert get_args(Named) == tuple(FIGURES) and USUAL == PLUG_IN
 
 
 def test_figures_look_different_and_are_read_in_words() -> None:
