@@ -59,7 +59,7 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     replays = Replay(
         run=run, round=first, site=site, by=by, at=time.time(), reason=reason, keeps=not why or done == first == 1
     )
-    return replace(spec, **changes, join=False, patience=0, least_gain=0.0, evaluate_every=every), replays
+    return replace(spec, **changes, patience=0, least_gain=0.0, evaluate_every=every), replays
 
 
 def take_back(journal: Journal, replays: Replay) -> None:
