@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from offsite.client.commands.options import Format
+from offsite.client.commands.options import Format, optional
 
 app = typer.Typer(add_completion=False)
 
@@ -21,12 +21,9 @@ def serve(
     run: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A run to fetch into that folder first; may be repeated.")
     ] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(envvar="OFFSITE_COORDINATOR", help="HOST:PORT, for --run. (default: the profile's)")
-    ] = None,
-    identity: Annotated[
-        Path | None, typer.Option(envvar="OFFSITE_IDENTITY", help="The kit, for --run. (default: the profile's)")
-    ] = None,
+    *,
+    coordinator: Annotated[str | None, optional("coordinator")],
+    identity: Annotated[Path | None, optional("identity")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 is any free one.")] = 8000,
     memory_mib: Annotated[int, typer.Option(min=1, help="Of all adapters that are in memory at once.")] = 1024,
     rank: Annotated[
@@ -85,14 +82,12 @@ def serve(
 
 def _fetch(runs: list[str], adapters: Path | None, coordinator: str | None, identity: Path | None) -> None:
     """Download what runs have published that is not there yet, each into a folder of its name."""
-    from offsite.client.profiles import setting
     from offsite.client.session import connect
     from offsite.protos.errors import InputError
 
-    target, kit = coordinator or setting("coordinator"), identity or setting("identity")
-    if adapters is None or target is None or kit is None:
+    if adapters is None or coordinator is None or identity is None:
         raise InputError("--run needs a folder for what it fetches (ADAPTERS), --coordinator and --identity")
-    with connect(target, identity=kit) as session:
+    with connect(coordinator, identity=identity) as session:
         for id in runs:
             if not (adapters / id).exists():
                 session.run(id).result(adapters / f".{id}").rename(adapters / id)
