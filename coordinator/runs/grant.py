@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from offsite.protos.documents import document, plain
-from offsite.protos.ranges import Digest, Flag, Line, Moment, Name, Place, Positive, Sentence
+from offsite.protos.ranges import Count, Digest, Flag, Line, Moment, Name, Place, Positive, Sentence, Tier
 from offsite.protos.spec import Ancestor, Choice, FileEntry, RunSpec
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s/'\"`,;:()]+/)*[^\s/'\"`,;:()]+")
@@ -40,6 +40,8 @@ class Replay:
     at: Moment
     reason: Sentence
     keeps: Flag  # whether what the others gave in that round is folded as it is
+    joins: Flag = False  # whether sites could join it
+    joined: dict[Count, dict[Name, Tier]] = Field(default_factory=dict)  # the others that did, by round of this run
 
     @property
     def words(self) -> str:

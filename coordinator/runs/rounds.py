@@ -75,6 +75,8 @@ class Round:
 
     def _joining(self, members: Collection[str]) -> dict[str, Tier]:
         """Return by site what it is to train, of those that are here and have not taken part yet."""
+        if self._spec.replays:  # those who came to the run that this one does again
+            return dict(self._spec.replays.joined.get(self._number, {}))
         if not (self._spec.join and self._number):
             return {}
         method = METHODS.make(self._spec.method.name, self._spec.method.settings)

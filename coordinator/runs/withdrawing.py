@@ -9,8 +9,9 @@ from offsite.coordinator.runs.extending import alters
 from offsite.coordinator.runs.grant import Replay
 from offsite.coordinator.runs.history import History
 from offsite.coordinator.runs.lineage import later
-from offsite.coordinator.runs.steps.results import fold
+from offsite.coordinator.runs.steps.results import fold, roster
 from offsite.coordinator.store.journal import Journal
+from offsite.kernels.schema import Tier
 from offsite.protos.documents import from_json
 from offsite.protos.errors import ConflictError, InputError, NotFoundError
 from offsite.protos.spec import RunSpec
@@ -38,11 +39,15 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     if not rest:
         raise InputError(f"{site} is the only site of run {run}; take its versions back (offsite version rollback)")
     why = alters(spec)
-    if any(history.tiers(at).keys() - {site} != {*rest} for at in range(first, done)):
-        raise InputError(
-            f"run {run} cannot be done again from round {first}: other sites than {site} joined or left it after that; "
-            f"submit it anew without {site}"
-        )
+    joined = {at - first + 1: _joined(history, at) for at in range(first, done)}  # by the rounds of the new run
+    came: set[str] = set()
+    for at in range(first, done):
+        came |= joined[at - first + 1].keys()
+        if history.tiers(at).keys() - {site} != {*rest} | came - {site}:
+            raise InputError(
+                f"run {run} cannot be done again from round {first}: other sites than {site} left it after that; "
+                f"submit it anew without {site}"
+            )
     if why and (first > 1 or spec.staleness or spec.sites_per_round):
         raise InputError(f"run {run} cannot be done again from round {first}: {why}; submit it anew without {site}")
     before = granted(journal, run).continues
@@ -57,9 +62,23 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     }
     every = spec.evaluate_every or int(bool(spec.patience))  # it does not stop: it has as many rounds as there were
     replays = Replay(
-        run=run, round=first, site=site, by=by, at=time.time(), reason=reason, keeps=not why or done == first == 1
+        run=run,
+        round=first,
+        site=site,
+        by=by,
+        at=time.time(),
+        reason=reason,
+        keeps=not why or done == first == 1,
+        joins=spec.join,
+        joined={at: {name: tier for name, tier in one.items() if name != site} for at, one in joined.items() if one},
     )
     return replace(spec, **changes, patience=0, least_gain=0.0, evaluate_every=every), replays
+
+
+def _joined(history: History, number: int) -> dict[str, Tier]:
+    """Return by site what it trains, of those that came before a round, counted from zero."""
+    opened = history.get(roster(number + 1))
+    return opened.joined if opened else {}
 
 
 def take_back(journal: Journal, replays: Replay) -> None:

@@ -51,7 +51,10 @@ class Site:
         job = TrainerJob(
             **{"bundle": str(bundle), "manifest": listed, "adapter": str(home.blobs().path(task.adapter))},
             **{"data": str(self._data), "task": task, "engine": EngineSpec(name="plain", device="cpu")},
-            **{"policy": Policy(bases=("any",), data=("/",), suspicious="warn", max_passes=100.0), "out": str(out)},
+            **{
+                "policy": Policy(bases=("any",), data=("/",), suspicious="warn", max_passes=100.0, min_rows=4),
+                "out": str(out),
+            },
             secret=str(self._folder / "secret"),
         )
         train(job, say=lambda event, **fields: None, rendezvous=self._folder / "rendezvous")

@@ -56,13 +56,14 @@ def build(node: Node, spec: Grant, order: Build) -> Built:
         if spec.attack_steps:  # at the run's end, when it would be late to say so
             check_room(node.scratch, [emulator], of_run(spec))
         tiers = {site: method.tier_at(site) for site in order.sites}
+        joins = spec.join or (spec.replays is not None and spec.replays.joins)
         before = unfolded(blobs, Path(scratch), order.continued) if order.continued else None
         statistics = tensors.load(blobs.path(before.version.adapter)) if takes(method) and before else None
         begun = first(
             method,
             emulator,
             layout.outline.places,
-            tiers=[*tiers.values(), *(method.tiers() if spec.join else ())],
+            tiers=[*tiers.values(), *(method.tiers() if joins else ())],
             seed=spec.training.seed,
             statistics=statistics,
         )

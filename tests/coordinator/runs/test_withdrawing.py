@@ -16,6 +16,7 @@ from offsite.coordinator.runs.supervisor import Supervisor
 from offsite.coordinator.runs.withdrawing import again, take_back
 from offsite.protos.documents import parse, to_json, to_plain
 from offsite.protos.errors import ConflictError, InputError, NotFoundError
+from offsite.protos.events import RoundDone
 from offsite.protos.recipes import parse_one
 from offsite.protos.security.signing import verify
 from offsite.protos.spec import RunSpec, TrainingSpec
@@ -115,15 +116,29 @@ def test_what_cannot_be_done_again_is_refused_and_said(stand: Any) -> None:
     stand.journal.add_run("live", token="l", owner="olga", spec=b"{}", granted={"continues": {"run": "r", "round": 1}})
     with pytest.raises(ConflictError, match="run live is not over and holds the work of bank"):
         again(stand.journal, "r", "bank", **HOW)
-    more = {"tiers": {"bank": "r8", "ward": "r8", "icu": "r8"}}
-    do(stand, "grew", RunSpec(model="m", sites=("bank", "ward")))
-    stand.journal.add_step("grew", "roster:2", more)
-    stand.journal.add_step("grew", "version:2", stand.journal.steps("grew")["version:1"])
-    with pytest.raises(InputError, match="other sites than bank joined or left it after that"):
-        again(stand.journal, "grew", "bank", **HOW)
+    do(stand, "shrank", RunSpec(model="m", sites=("bank", "ward", "icu")))
+    stand.journal.add_step("shrank", "roster:2", {"tiers": {"bank": "r8", "ward": "r8"}})
+    stand.journal.add_step("shrank", "version:2", stand.journal.steps("shrank")["version:1"])
+    with pytest.raises(InputError, match="other sites than bank left it after that"):
+        again(stand.journal, "shrank", "bank", **HOW)
     do(stand, "alone", RunSpec(model="m", sites=("bank",)))
     with pytest.raises(InputError, match="bank is the only site of run alone"):
         again(stand.journal, "alone", "bank", **HOW)
+
+
+def test_who_joined_meanwhile_joins_in_the_same_round_again(stand: Any) -> None:
+    do(stand, "r", RunSpec(model="m", sites=("bank", "ward"), join=True))
+    for number, joined in ((2, {"icu": "r8"}), (3, {})):
+        tiers = {"bank": "r8", "icu": "r8", "ward": "r8"}
+        stand.journal.add_step("r", f"roster:{number}", {"tiers": tiers, "joined": joined})
+        stand.journal.add_step("r", f"version:{number}", stand.journal.steps("r")["version:1"])
+        stand.journal.add_event("r", RoundDone(round=number, sites=3, figures={}))
+    spec, replays = again(stand.journal, "r", "bank", **HOW)
+    assert (spec.sites, spec.rounds, replays.joins, replays.joined) == (("ward",), 3, True, {1: {"icu": "r8"}})
+    stand.journal.enrol("stranger")
+    do(stand, "n", spec, replays=to_plain(replays))
+    history = History(stand.journal, "n")
+    assert [sorted(history.tiers(at)) for at in range(3)] == [["ward"], ["icu", "ward"], ["icu", "ward"]]
 
 
 def test_where_sites_are_held_to_the_start_none_of_the_first_round_is_kept(stand: Any) -> None:
