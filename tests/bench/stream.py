@@ -69,7 +69,7 @@ class Arm:
 ARMS = {
     "lora": Arm("lora", "low-rank", "lae(c=1.25)", 1e-3),
     "factor-mean": Arm("lora", "factor-mean", "none", 1e-3),
-    "ewc": Arm("lora", "factor-mean", "none", 1e-3, "ewc(strength=30.0)"),  # whose values keep their meaning
+    "ewc": Arm("lora", "factor-mean", "none", 1e-3, "ewc(strength=300.0)"),  # whose values keep their meaning
     "replay": Arm("lora", "low-rank", "none", 1e-3, "replay"),
     "grown": Arm("lora", "low-rank", "grown", 1e-3),
     "mos": Arm("mos", "mean", "none", 3e-3),
