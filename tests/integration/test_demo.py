@@ -78,6 +78,7 @@ def finish(out: Path, material: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_the_real_model_the_figures_are_in_the_order_that_offsite_tuning_promises(tmp_path: Path) -> None:
     """In a third of the demo's steps, with half as many sequences in each, and on half of its exam: the figures stand
     well apart there too.

@@ -161,7 +161,10 @@ def test_ray_and_deepspeed_give_what_plain_local_training_gives_though_ray_dies(
     for key, given, wanted in trained(federation, folder):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5, msg=key)
     assert (federation.folder / "home" / "ray-token").stat().st_mode & 0o777 == 0o600
-    lines = [json.loads(line) for line in federation.log("coordinator").read_text().splitlines()]
+    written = federation.log("coordinator").read_text().splitlines()
+    lines = [json.loads(line) for line in written if line.startswith("{")]
+    others = "\n".join(line for line in written if not line.startswith("{"))
+    assert not others or "grpc._cython" in others, "gRPC itself tells of a call that ends in the midst of the stop"
     said = [line["message"] for line in lines if line.get("level") in ("warning", "error")]
     assert "its raylet on this machine" in said[0] and "is back; the runs go on" in said[-1]
     assert len(said) == 2, "nothing of Ray's own is in the coordinator's output"

@@ -6,7 +6,8 @@ Neither its fp16 nor its bf16 mode is on: the frozen weights come in their own p
 import contextlib
 import importlib
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,11 +141,25 @@ def configuration(spec: EngineSpec, training: LocalTraining, ranks: Ranks) -> di
     }
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Have a package look as if it were not installed, unless it has been imported."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # type: ignore[assignment]  # so that importing it raises ImportError
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 def _import() -> Any:
     """Import deepspeed, seconds slow and not installed at every site, so that nothing of it is compiled or printed."""
     try:
-        import deepspeed
-        import deepspeed.ops
+        with _without("mlflow"):  # which its autotuner takes where it can, and which brings a thread into what forks
+            import deepspeed
+            import deepspeed.ops
     except ImportError as error:
         raise InputError(
             f"the engine 'deepspeed' is not installed here ({error}); the engine 'plain' needs no more"
