@@ -33,6 +33,7 @@ def test_clusters_beat_even_distances_at_equal_depth(bench: Any, tell: Tell) -> 
     assert max(found, published) <= 0.8 * over_all
 
 
+@pytest.mark.long
 def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
     """Every linear map's output is off by up to 2^-8 of itself, by which links that are near change places."""
 
@@ -62,6 +63,7 @@ def test_the_rounding_of_bf16_chooses_no_layers(bench: Any, tell: Tell) -> None:
                 hook.remove()
 
 
+@pytest.mark.long
 def test_sharing_switches_itself_off_and_stores_each_layer_once(bench: Any, tell: Tell, tmp_path: Path) -> None:
     removed = bench.draft([("crash", {"keep": 20, "sharing": "auto"})])
     assert len(removed.outline.layers) == 20 and not removed.outline.shared

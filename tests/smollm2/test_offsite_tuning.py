@@ -106,6 +106,7 @@ def test_an_emulator_of_2_16_2_layers_is_called_unusable(bench: Any, tell: Tell)
     assert "too small to be useful" in warning
 
 
+@pytest.mark.long
 def test_clusters_of_20_layers_do_what_even_distances_need_24_for(
     bench: Any, story: Story, blocks: Method, tell: Tell
 ) -> None:
