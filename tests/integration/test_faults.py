@@ -89,6 +89,7 @@ def test_what_is_beside_the_maps_or_some_columns_is_trained_by_zero_2_and_a_kill
         assert digests(run.wait()) == digests(first)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_stops_its_sites_and_they_take_the_next(coordinated: Any, wait: Any) -> None:
     federation = coordinated
     federation.have("hospital")
@@ -127,6 +128,7 @@ def test_a_site_does_not_touch_a_task_that_its_owner_has_not_signed(coordinated:
         run.cancel()
 
 
+@pytest.mark.slow
 def test_a_site_that_fails_is_left_out_and_named(coordinated: Any) -> None:
     federation = coordinated
     federation.have("hospital")

@@ -32,6 +32,7 @@ def lay_out(federation: Any, folder: Path) -> None:
     federation.join("hospital")
 
 
+@pytest.mark.slow
 def test_a_researcher_gets_what_the_owners_policy_gives_and_nothing_more(federation: Any, tmp_path: Path) -> None:
     lay_out(federation, tmp_path)
     kits = {"alice": federation.researcher, "olga": federation.owner}

@@ -59,6 +59,7 @@ def part(folder: Path, pattern: str) -> int:
     return size
 
 
+@pytest.mark.slow
 def test_a_transfer_goes_on_where_it_was_after_either_end_was_killed_inside_the_file(
     federation: Any, wait: Any
 ) -> None:

@@ -225,9 +225,8 @@ def test_trainers_end_when_their_agent_is_killed(idle: ForkServer, job: Jobs, tm
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow(alone=True)] * (name == "deepspeed")) for name in ENGINES]
-)
+@pytest.mark.slow(alone=True)
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_server_imports_and_computes_nothing_and_its_trainers_have_what_is_theirs(
     start: Any, job: Jobs, tmp_path: Path, name: str
 ) -> None:

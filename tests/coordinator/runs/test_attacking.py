@@ -71,6 +71,7 @@ def figures(made: Attacks) -> dict[str, dict[str, Score]]:
     return {one.name: one.sets for one in made.attacks}
 
 
+@pytest.mark.slow
 def test_a_run_is_attacked_by_the_family_and_the_strongest_comes_first(home: Home, material: Path) -> None:
     spec = Grant(**fields(material))
     order = ordered(home, spec)

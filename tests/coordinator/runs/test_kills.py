@@ -95,6 +95,7 @@ def run(stand: Any) -> dict[str, Any]:
     return story(again)
 
 
+@pytest.mark.slow
 def test_a_kill_before_or_after_any_write_changes_nothing_that_is_left(
     stand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from offsite.protos.recipes import parse_one
 from offsite.protos.spec import Choice, RunSpec, TrainingSpec
 
 
+@pytest.mark.slow
 def test_a_rate_is_found_in_the_build_and_the_same_one_each_time(material: Path, tmp_path: Path) -> None:
     node = Node(tmp_path / "node", f"file://{tmp_path}/blobs").prepare()
     run = Grant(

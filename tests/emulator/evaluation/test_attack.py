@@ -191,6 +191,7 @@ def test_the_held_back_tenth_is_not_trained_on(tiny: Any, public: list[Tokens]) 
     assert seen[0] == seen[1] and len(seen[0]) == 4
 
 
+@pytest.mark.slow
 def test_the_shorter_attack_is_the_beginning_of_the_longer(tiny: Any, task: list[Tokens], public: list[Tokens]) -> None:
     emulator = restack(tiny(), [0, 1, 3])
     attacker = Attacker({"emulator": emulator}, steps=4, task=task, public=public, rate=3e-3, healing_rate=3e-3)
