@@ -22,6 +22,9 @@ from offsite.protos import tensors
 from offsite.protos.documents import from_json
 
 SPREAD = "spread"  # a file beside the job: every parameter is to be spread over the ranks
+# Steep, clipped and decaying, so that a fault in any of these shows.
+TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "schedule": "cosine_with_min_lr(floor=0.2)"}
+TRAINING |= {"weight_decay": 0.1, "gradient_clipping": 0.05}
 preload = trainer.preload
 
 

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
 from offsite.client.site.engines import ENGINES
-from offsite.client.site.job import EngineSpec, TrainerJob
+from offsite.client.site.job import TrainerJob
 from offsite.client.site.launch import launch
 from offsite.client.site.training import train
 from offsite.coordinator.bundles import building
 from offsite.emulator import bundle, methods
 from offsite.emulator.bundle import Layout
 from offsite.emulator.methods.base import Choosing
-from offsite.emulator.methods.proof import Effects, Witness
 from offsite.emulator.modality import score
 from offsite.emulator.outline import Outline
 from offsite.emulator.tuning.adapting import adapt, adapted
@@ -33,14 +30,11 @@ from offsite.protos.processes.forks import ForkServer
 from offsite.protos.recipes import parse, parse_one
 from offsite.protos.spec import Choice
 
-from .ranks import SPREAD, Loaded
+from .ranks import SPREAD, TRAINING, Loaded
 
 Jobs = Any
 TWO = {"processes": 2, "threads": 2}  # one server for all tests of two processes
 OUTLINE = Outline(layers=(0, 2, 3, 5), trainable=(0, 5))  # of the emulator on disk
-# Steep, clipped and decaying, so that a fault in any of these shows.
-TRAINING = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "schedule": "cosine_with_min_lr(floor=0.2)"}
-TRAINING |= {"weight_decay": 0.1, "gradient_clipping": 0.05}
 
 SPSA = "spsa-gc(draws=2,alpha=0.0)"  # of order zero
 
@@ -123,53 +117,6 @@ def test_the_owner_adapts_as_a_site_does_bit_for_bit(job: Jobs, dropout: float, 
         assert torch.equal(parameter, site.trained[key]), key
 
 
-class Kept:
-    """A tensor that is kept for a way back, and the bytes of all that are."""
-
-    now = most = 0
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        Kept.now += tensor.nbytes
-        Kept.most = max(Kept.most, Kept.now)
-
-    def __del__(self) -> None:
-        Kept.now -= self.tensor.nbytes
-
-
-def steps(job: TrainerJob) -> tuple[list[float], dict[str, torch.Tensor], int]:
-    """Take a job's steps in this process; return losses, the adapter, and the most bytes that are kept at once."""
-    loaded = Loaded(job)
-    engine = loaded.engine()
-    Kept.now = Kept.most = 0
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        losses = [engine.step(batch) for batch in loaded.batches]
-    return losses, engine.gather(loaded.method, loaded.places), Kept.most
-
-
-@pytest.mark.parametrize(
-    ("size", "spare"),
-    [(4, {"micro_batch": 1}), (5, {"micro_batch": 2, "packing": True}), (5, {"packing": True})],
-)
-def test_pieces_of_a_batch_give_its_loss_and_its_step_and_keep_less_and_packed_rows_do_so_too(
-    job: Jobs, size: int, spare: dict[str, Any]
-) -> None:
-    training = TRAINING | {"batch_size": size}
-    losses, whole, much = steps(job(training=training))
-    told, adapter, little = steps(job(training=training, **spare))
-    assert told == pytest.approx(losses, abs=1e-5) and len(set(losses)) == len(losses)
-    for key, value in adapter.items():
-        torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=0)
-    assert little < much or "micro_batch" not in spare
-
-
-def test_checkpointing_keeps_less_and_changes_no_bit(job: Jobs) -> None:
-    losses, whole, much = steps(job(training=TRAINING))
-    told, adapter, little = steps(job(training=TRAINING, checkpointing=True))
-    assert told == losses and all(torch.equal(value, whole[key]) for key, value in adapter.items())
-    assert little < much / 2
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_nodes_of_the_sites_own_launcher_train_as_one_process(
@@ -199,28 +146,6 @@ def test_two_processes_add_up_pieces_with_few_activations_kept(
     training = TRAINING | {"batch_size": 5}
     spared = job(training=training, micro_batch=1, checkpointing=True, **engine, **TWO)
     agree(start, spared, job(training=training), tmp_path / "task")
-
-
-@pytest.mark.parametrize(
-    ("size", "processes", "rows", "pieces", "fewer"),
-    [
-        (4, 1, 0, 1, [2, 1]),
-        (5, 2, 0, 1, [2]),
-        (5, 2, 1, 2, []),
-        (8, 1, 3, 3, [2, 1]),
-        (1, 1, 0, 1, []),
-        (4, 1, 9, 1, [2, 1]),
-    ],
-)
-def test_pieces_get_smaller_until_each_process_has_one_row_at_a_time(
-    size: int, processes: int, rows: int, pieces: int, fewer: list[int]
-) -> None:
-    spec: EngineSpec | None = EngineSpec(processes=processes, micro_batch=rows)
-    assert spec and spec.pieces(size) == pieces
-    sizes = list[int]()
-    while spec := spec.halved(size):
-        sizes.append(spec.micro_batch)
-    assert sizes == fewer
 
 
 @pytest.mark.slow
@@ -439,55 +364,3 @@ def test_plain_leaves_every_frozen_tensor_as_it_was_and_trains_in_fp32(job: Jobs
     assert len(names) == len(loaded.broadcast)
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, frozen[name]) == (name not in names), name
-
-
-def test_a_fresh_adapter_is_proved_though_half_of_its_gradients_are_zero(job: Jobs) -> None:
-    loaded = Loaded(job())
-    assert not any(bool(value.any()) for key, value in loaded.broadcast.items() if key.endswith(".B"))
-    witness = Witness(loaded.trained)
-    loaded.engine().step(loaded.batches[0])
-    witness.judge()
-
-
-def test_effects_are_proved_without_a_gradient_and_leave_no_bit_changed(job: Jobs) -> None:
-    loaded = Loaded(job())
-    Effects(loaded.model, loaded.trained).judge()
-    assert loaded.model.training and all(parameter.grad is None for parameter in loaded.trained.values())
-    assert all(torch.equal(value, loaded.broadcast[key]) for key, value in loaded.trained.items())
-    mlp = loaded.model.get_submodule("base_model.model.model.layers.3.mlp")
-    mlp.up_proj = Deaf(mlp.up_proj, 0.0)
-    with pytest.raises(ValueError, match=r"2 trained tensors have no effect on the loss: 5\.mlp\.up_proj\.A, 5\.mlp\."):
-        Effects(loaded.model, loaded.trained).judge()
-
-
-class Deaf(nn.Module):
-    """Reads a wrapped map's own weight, as fused kernels do, or lets its adapter through multiplied by a number."""
-
-    def __init__(self, wrapped: Any, through: float | None) -> None:
-        super().__init__()
-        self.wrapped, self.through = wrapped, through
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bare = functional.linear(x, self.wrapped.weight)
-        return bare if self.through is None else bare + self.through * (self.wrapped(x) - bare)
-
-
-@pytest.mark.parametrize(
-    ("through", "fault"),
-    [
-        (None, r"2 trained tensors get no gradient.*: 5\.mlp\.up_proj\.A, 5\.mlp\.up_proj\.B$"),
-        (0.0, r"2 trained tensors have no effect on the loss: 5\.mlp\.up_proj\.A, 5\.mlp\.up_proj\.B$"),
-        (
-            float("nan"),
-            r"28 trained tensors get a gradient that is not finite: 0\.self_attn\.q_proj\.A, .* and 25 more$",
-        ),
-    ],
-)
-def test_tensors_that_do_not_train_are_refused_by_name(job: Jobs, through: float | None, fault: str) -> None:
-    loaded = Loaded(job())
-    witness = Witness(loaded.trained)
-    mlp = loaded.model.get_submodule("base_model.model.model.layers.3.mlp")
-    mlp.up_proj = Deaf(mlp.up_proj, through)
-    loaded.engine().step(loaded.batches[0])
-    with pytest.raises(ValueError, match=fault):
-        witness.judge()
