@@ -39,11 +39,10 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
     if not rest:
         raise InputError(f"{site} is the only site of run {run}; take its versions back (offsite version rollback)")
     why = alters(spec)
-    joined = {at - first + 1: _joined(history, at) for at in range(first, done)}  # by the rounds of the new run
-    came: set[str] = set()
-    for at in range(first, done):
-        came |= joined[at - first + 1].keys()
-        if history.tiers(at).keys() - {site} != {*rest} | came - {site}:
+    joined, expected = {at: _joined(history, at) for at in range(first, done)}, {*rest}
+    for at, others in joined.items():
+        expected |= others.keys()
+        if history.tiers(at).keys() - {site} != expected:
             raise InputError(
                 f"run {run} cannot be done again from round {first}: other sites than {site} left it after that; "
                 f"submit it anew without {site}"
@@ -70,7 +69,7 @@ def again(journal: Journal, run: str, site: str, *, by: str, reason: str) -> tup
         reason=reason,
         keeps=not why or done == first == 1,
         joins=spec.join,
-        joined={at: {name: tier for name, tier in one.items() if name != site} for at, one in joined.items() if one},
+        joined={at - first + 1: others for at, others in joined.items() if others},
     )
     return replace(spec, **changes, patience=0, least_gain=0.0, evaluate_every=every), replays
 
